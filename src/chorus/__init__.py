@@ -1,0 +1,1 @@
+"""K LoRA agents over one shared, frozen base. Importing the package imports nothing heavy."""

@@ -1,0 +1,263 @@
+"""LoRA adapters of K agents: PEFT makes them and names them; which agent answers is said aloud, never left to a flag.
+
+PEFT selects an adapter by mutating every layer (`set_adapter`), which flips `requires_grad` and lets a recomputed
+activation run under whatever adapter is active by then. Here a forward pass carries a `Turn` (whose pass, which random
+draws) and every recomputation is given the turn of its forward pass.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from chorus.config import Config
+from chorus.errors import InputError
+from chorus.seeding import derive_seed
+
+RANDOM_INITIAL_STD = 0.02  # `initialize_adapters_rand: true`
+
+
+class TensorId(NamedTuple):
+    """The one identity of a trainable tensor, whatever mode, engine or process holds it."""
+
+    agent: int
+    path: str  # PEFT's path of the layer, e.g. base_model.model.model.layers.0.self_attn.q_proj
+    matrix: Literal["A", "B"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The random draws of one training pass. Equal for a pass and its recomputation, and in every mode.
+
+    Attributes:
+        seed: the run's seed.
+        step: optimiser step. DropConnect masks are one draw a step: the same on every process and micro-batch.
+        slot: which micro-batch of which process within the step; dropout on activations differs between slots.
+        keep: DropConnect masks (bool, the shape of the tensor), empty when it is off.
+        dropconnect_p, dropout_p: probabilities of dropping, in [0, 1).
+    """
+
+    seed: int
+    step: int
+    slot: int
+    keep: Mapping[TensorId, Tensor]
+    dropconnect_p: float
+    dropout_p: float
+
+    def connect(self, weight: Tensor, identity: TensorId) -> Tensor:
+        """DropConnect (Wan et al. 2013) on one matrix: a masked, rescaled copy. The weight itself is never written."""
+        if not self.keep:
+            return weight
+        return weight * self.keep[identity] / (1 - self.dropconnect_p)
+
+    def drop(self, x_BTI: Tensor, agent: int, path: str) -> Tensor:
+        """Dropout on a LoRA's input from a generator of its own: nothing global moves, a recomputation draws alike."""
+        if self.dropout_p == 0:
+            return x_BTI
+        generator = torch.Generator(x_BTI.device)
+        generator.manual_seed(derive_seed(self.seed, "lora_dropout", self.step, self.slot, agent, path))
+        keep_BTI = torch.empty_like(x_BTI, dtype=torch.bool).bernoulli_(1 - self.dropout_p, generator=generator)
+        return x_BTI * keep_BTI / (1 - self.dropout_p)
+
+
+class Turn(NamedTuple):
+    """Whose pass runs through the shared base: an agent, or the base alone (None); with noise only in training."""
+
+    agent: int | None
+    noise: Noise | None = None
+
+
+BASE_ALONE = Turn(agent=None)
+
+
+@dataclass
+class Routing:
+    """The turn under way, read by every LoRA layer of one set of agents."""
+
+    turn: Turn = field(default=BASE_ALONE)
+
+    @contextmanager
+    def of(self, turn: Turn) -> Iterator[None]:
+        """Run a pass under `turn`; the turn before it is back afterwards, also when the pass fails."""
+        before, self.turn = self.turn, turn
+        try:
+            yield
+        finally:
+            self.turn = before
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` for torch's checkpoint: recompute under the turn of the forward pass.
+
+        Without it the recomputation runs under the turn at backward: wrong gradients, and no error.
+        """
+        return nullcontext(), self.of(self.turn)
+
+
+class LoraLinear(PeftLoraLinear):
+    """PEFT's LoRA linear, same parameters and names, whose forward takes agent and noise from the routing.
+
+    y_BTO = base(x_BTI) + scaling · (drop(x_BTI) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021).
+    """
+
+    routing: Routing
+    path: str
+
+    def weight(self, agent: int, matrix: Literal["A", "B"]) -> nn.Parameter:
+        """A (R, I) or B (O, R) of one agent."""
+        weights = self.lora_A if matrix == "A" else self.lora_B
+        return weights[adapter_name(agent)].weight  # pyright: ignore[reportReturnType]
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        agent, noise = self.routing.turn
+        y_BTO = self.base_layer(x, *args, **kwargs)
+        if agent is None:
+            return y_BTO
+        A_RI, B_OR = self.weight(agent, "A"), self.weight(agent, "B")
+        if noise is not None:
+            A_RI = noise.connect(A_RI, TensorId(agent, self.path, "A"))
+            B_OR = noise.connect(B_OR, TensorId(agent, self.path, "B"))
+            x = noise.drop(x, agent, self.path)
+        low_BTR = linear(x, A_RI.to(x.dtype)) * self.scaling[adapter_name(agent)]
+        return y_BTO + linear(low_BTR, B_OR.to(x.dtype))
+
+
+def adapter_name(agent: int) -> str:
+    """The adapter's name inside PEFT and the name of its folder."""
+    return f"agent_{agent}"
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What makes one adapter: its rank, scaling and place, and how it starts."""
+
+    rank: int
+    alpha: float
+    target_modules: Sequence[str] | Literal["all-linear"]
+    random_init: bool
+    seed: int
+
+    def peft_config(self, base_name: str | None) -> LoraConfig:
+        targets = self.target_modules
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  (a float works: alpha / r)
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_name,
+        )
+
+
+def lora_shape(config: Config) -> LoraShape:
+    """The adapters that a configuration asks for."""
+    return LoraShape(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        random_init=config.initialize_adapters_rand,
+        seed=config.seed,
+    )
+
+
+def attach_agents(model: PreTrainedModel, agents: Sequence[int], shape: LoraShape, routing: Routing) -> PeftModel:
+    """Give `model` one adapter for each of `agents`. Every adapter is trainable, from now on and for good.
+
+    Raises:
+        InputError: `lora_target_modules` names no linear layer of the model, or one that is no nn.Linear.
+    """
+    _check_targets(model, shape.target_modules)
+    peft_model: PeftModel | None = None
+    for agent in agents:
+        lora_config = shape.peft_config(model.name_or_path or None)
+        lora_config._register_custom_module({nn.Linear: LoraLinear})  # PEFT's own way to bring a layer of one's own
+        with torch.random.fork_rng():  # PEFT initialises from the global generator: lend it one seeded for this agent
+            torch.manual_seed(derive_seed(shape.seed, "initial adapter", agent))
+            if peft_model is None:
+                peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
+            else:
+                peft_model.add_adapter(adapter_name(agent), lora_config)
+    assert peft_model is not None, "a process without agents"
+    for path, layer in lora_layers(peft_model).items():
+        layer.routing, layer.path = routing, path
+        for agent in agents:
+            for matrix in ("A", "B"):
+                weight = layer.weight(agent, matrix)
+                weight.requires_grad_(True)  # PEFT leaves only the first adapter trainable
+                if shape.random_init:
+                    _fill_normal(weight, TensorId(agent, path, matrix), shape.seed)
+    return peft_model
+
+
+def _fill_normal(weight: Tensor, identity: TensorId, seed: int) -> None:
+    """N(0, 0.02) from the CPU's generator, so that a run starts alike on every device."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "initial normal", *identity))
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * RANDOM_INITIAL_STD)
+
+
+def _check_targets(model: PreTrainedModel, target_modules: Sequence[str] | Literal["all-linear"]) -> None:
+    if isinstance(target_modules, str):
+        return
+    modules = dict(model.named_modules())
+    linear_names = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+    for target in target_modules:
+        hits = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not hits or not all(isinstance(module, nn.Linear) for module in hits):
+            found = f"it is a {type(hits[0]).__name__}" if hits else "the model has no such layer"
+            raise InputError(
+                f"key 'lora_target_modules': {target!r} cannot carry an adapter: {found}; "
+                f"the model's linear layers are {', '.join(sorted(linear_names))}"
+            )
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """PEFT's path of every layer that carries adapters, in the model's order."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+
+
+def draw_keep_masks(
+    weights: Mapping[TensorId, Tensor], dropconnect_p: float, seed: int, step: int
+) -> dict[TensorId, Tensor]:
+    """DropConnect masks of one optimiser step: True with probability 1 - p, an independent draw for each agent.
+
+    One draw covers all tensors of an agent: a generator per tensor would cost a launch for each of some hundred.
+    """
+    keep: dict[TensorId, Tensor] = {}
+    for agent in sorted({identity.agent for identity in weights}):
+        own = {identity: weight for identity, weight in weights.items() if identity.agent == agent}
+        device = next(iter(own.values())).device
+        generator = torch.Generator(device).manual_seed(derive_seed(seed, "dropconnect", step, agent))
+        flat = torch.empty(sum(map(torch.numel, own.values())), dtype=torch.bool, device=device)
+        flat.bernoulli_(1 - dropconnect_p, generator=generator)
+        pieces = flat.split([weight.numel() for weight in own.values()])
+        keep |= {identity: piece.view_as(own[identity]) for identity, piece in zip(own, pieces, strict=True)}
+    return keep
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel, routing: Routing) -> None:
+    """Recompute each decoder layer in backward, under the turn of its forward pass.
+
+    Raises:
+        InputError: the architecture offers no gradient checkpointing.
+    """
+    arguments = {
+        "use_reentrant": False,
+        "context_fn": routing.checkpoint_contexts,
+        "preserve_rng_state": False,  # no draw of ours comes from the global generators
+    }
+    enable: Callable | None = getattr(model, "activation_checkpointing_enable", None)  # the new name, since 5.2x
+    try:
+        if enable is not None:
+            enable(activation_checkpointing_kwargs=arguments)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    except ValueError as error:
+        raise InputError(
+            f"key 'use_gradient_checkpointing': {type(model).__name__} does not support it; set it to false"
+        ) from error

@@ -1,0 +1,37 @@
+"""What went wrong, said in one line, and the exit codes: 2 bad input, 3 a fault of the run, 130 interrupted."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave us. The message is one line: where, which key, which value, what to do.
+
+    Raised from inputs that every process reads alike, so every process raises it, with the same words.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, such as when a loss is no number. One line: which agent, which step, what to do."""
+
+
+@contextmanager
+def input_errors_end_the_program() -> Iterator[None]:
+    """Print an error that is meant for people as one line on stderr and exit with its code.
+
+    Every other exception keeps its traceback: it is a mistake of ours.
+    """
+    try:
+        yield
+    except InputError as error:
+        _exit(f"error: {error}", 2)
+    except RunError as error:
+        _exit(f"error: {error}", 3)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def _exit(line: str, code: int) -> None:
+    print(line, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None

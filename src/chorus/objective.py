@@ -1,0 +1,135 @@
+"""What is minimised, from hidden states: objective = K · (mean_k CE_k − lambda · R_SW).
+
+The factor K makes lambda 0 the same as K independent runs. CE_k is a mean over the target tokens of a whole optimiser
+step (all processes, all micro-batches). R_SW is the mean over pairs of agents of the squared sliced 2-Wasserstein
+distance between their clouds of hidden states.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chorus.data import Batch
+from chorus.seeding import derive_seed
+
+Representation = Literal["tokens", "mean", "last"]
+
+
+class SwdSettings(NamedTuple):
+    """How the clouds are compared: how many slices, of which points."""
+
+    num_projections: int
+    representation: Representation
+    seed: int
+
+
+class Objective(NamedTuple):
+    """One micro-batch's share of an optimiser step's objective, on this process.
+
+    Attributes:
+        share: scalar to run backward from. Shares of all micro-batches and processes sum to the objective.
+        nll_K: summed NLL of each agent over this process's target tokens, nats, detached.
+        swd: R_SW of this micro-batch over all processes, detached; None when lambda is 0.
+    """
+
+    share: Tensor
+    nll_K: Tensor
+    swd: Tensor | None
+
+
+def objective(
+    nll_KBT: Tensor,
+    hidden_KBTD: Tensor,
+    batch: Batch,
+    *,
+    num_targets: int,
+    num_micro_batches: int,
+    lambda_sw: float,
+    swd: SwdSettings,
+    step: int,
+    rows_per_process: int,
+    gather: Callable[[Tensor], Tensor],
+) -> Objective:
+    """A micro-batch's share of K · (mean_k CE_k − lambda · R_SW).
+
+    Args:
+        nll_KBT: fp32 token NLL, nats, 0 where no loss is due.
+        hidden_KBTD: hidden states after the final norm.
+        num_targets: target tokens of the optimiser step, over all processes and micro-batches.
+        num_micro_batches: of the optimiser step; R_SW is averaged over them.
+        rows_per_process: B is padded to it, so that every process gathers the same shape.
+        gather: concatenates a tensor's first axis over processes; only the own slice carries a gradient.
+    """
+    nll_K = nll_KBT.sum((1, 2))
+    task = nll_K.sum() / num_targets
+    if lambda_sw == 0:
+        return Objective(task, nll_K.detach(), None)
+    points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
+    slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step).to(points_KNH.device)
+    projected_NKP = gather((points_KNH @ slices_HP).transpose(0, 1).contiguous())
+    distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N))
+    num_agents = nll_KBT.shape[0]
+    share = task - num_agents * lambda_sw * distance / num_micro_batches
+    return Objective(share, nll_K.detach(), distance.detach())
+
+
+def cloud(
+    hidden_KBTD: Tensor, batch: Batch, representation: Representation, rows_per_process: int
+) -> tuple[Tensor, Tensor]:
+    """Each agent's cloud of RMS-normalised hidden states, and which of its points are real.
+
+    Returns:
+        points_KNH: fp32, N = rows_per_process times the points of a row; every point has norm sqrt(D), so that the
+            distance between clouds is bounded by construction.
+        valid_N: bool, the same for every agent; padding points are False.
+    """
+    K, B, _, D = hidden_KBTD.shape
+    if representation == "mean":
+        weight_BT = batch.mask_BT.float()
+        weight_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1)
+        points_KBMD = torch.einsum("kbtd,bt->kbd", hidden_KBTD.float(), weight_BT)[:, :, None]
+        valid_BM = batch.mask_BT.any(1, keepdim=True)
+    else:
+        places_BM = batch.points_BM
+        if representation == "last":
+            places_BM = places_BM.amax(1, keepdim=True)
+        valid_BM = places_BM >= 0
+        index_KBMD = places_BM.clamp(min=0)[None, :, :, None].expand(K, -1, -1, D)
+        points_KBMD = hidden_KBTD.gather(2, index_KBMD).float()
+    points_KBMD = points_KBMD * torch.rsqrt(points_KBMD.square().mean(-1, keepdim=True) + 1e-6)
+    missing = rows_per_process - B
+    points_KBMD = torch.nn.functional.pad(points_KBMD, (0, 0, 0, 0, 0, missing))
+    valid_BM = torch.nn.functional.pad(valid_BM, (0, 0, 0, missing))
+    return points_KBMD.flatten(1, 2), valid_BM.flatten()
+
+
+def random_slices(width: int, num_projections: int, seed: int, step: int) -> Tensor:
+    """Unit directions slices_HP, fp32, the same on every process; drawn on the CPU so that no device differs."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "slices", step))
+    normal_HP = torch.randn(width, num_projections, generator=generator)
+    return normal_HP / normal_HP.norm(dim=0)
+
+
+def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
+    """Mean over pairs of agents of the squared sliced 2-Wasserstein distance (Bonneel et al. 2015, eq. 9, squared).
+
+    On a line the optimal plan pairs points in sorted order, and the mean over pairs of squared differences is twice
+    the unbiased variance: every agent is sorted once, no pair is formed. The squared distance has a zero gradient
+    where agents agree; its root would have none.
+
+    Args:
+        projected_KPN: fp32 projections of each agent's points. Invalid points may hold anything.
+        valid_N: bool, the same for all agents.
+
+    Returns:
+        A scalar >= 0; 0 with a zero gradient when no point is valid. Needs K >= 2.
+    """
+    last = torch.finfo(projected_KPN.dtype).max  # invalid points sort behind all valid ones, alike for every agent
+    sorted_KPN = projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values
+    num_valid = valid_N.sum()
+    is_real_N = torch.arange(valid_N.numel(), device=valid_N.device) < num_valid
+    sorted_KPN = sorted_KPN.masked_fill(~is_real_N, 0.0)
+    variance_PN = sorted_KPN.var(dim=0, correction=1)
+    return 2 * variance_PN.sum() / (num_valid.clamp(min=1) * projected_KPN.shape[1])

@@ -1,0 +1,103 @@
+"""Token negative log-likelihood from hidden states, without ever making the logits of a whole batch.
+
+With Gemma's 256,000 tokens of vocabulary, K x B x T x V logits of a small batch are gigabytes. Only rows on which loss
+is due are computed, a chunk at a time, and each chunk's gradient with respect to the hidden states is taken while its
+logits exist: they are not made a second time in backward, which only scales rows.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from chorus.base import Head
+
+CHUNK_ELEMENTS = 2**27  # logits held at once: 512 rows of 256,000; in fp32 half a gigabyte
+
+
+def token_nll(hidden_BTD: Tensor, target_BT: Tensor, target_rows_N: Tensor, head: Head) -> Tensor:
+    """NLL of each target token in nats.
+
+    Args:
+        hidden_BTD: after the final norm.
+        target_BT: token ids.
+        target_rows_N: flat indices into B*T of the tokens on which loss is due.
+
+    Returns:
+        nll_BT: fp32, 0 where no loss is due. Its gradient reaches `hidden_BTD` alone: the head is frozen.
+    """
+    hidden_ND = hidden_BTD.flatten(0, 1)[target_rows_N]
+    nll_N: Tensor = _ChunkedNLL.apply(hidden_ND, target_BT.flatten()[target_rows_N], head)  # pyright: ignore
+    return torch.zeros(target_BT.numel(), device=nll_N.device).index_put((target_rows_N,), nll_N).view_as(target_BT)
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """nll_N and, while each chunk's logits exist, its gradient with respect to hidden_ND."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head) -> Tensor:
+        need_gradient = ctx.needs_input_grad[0]
+        gradient_ND = torch.empty_like(hidden_ND) if need_gradient else None
+        nll_N = torch.empty(len(hidden_ND), device=hidden_ND.device)
+        chunk = max(1, CHUNK_ELEMENTS // len(head.weight_VD))
+        for start in range(0, len(hidden_ND), chunk):
+            rows = slice(start, start + chunk)
+            nll_N[rows], slope_CV = _nll_and_slope(hidden_ND[rows], target_N[rows], head, need_gradient)
+            if gradient_ND is not None:
+                torch.mm(slope_CV, head.weight_VD, out=gradient_ND[rows])
+        ctx.save_for_backward(gradient_ND)
+        return nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        (upstream_N,) = gradients
+        return (gradient_ND * upstream_N[:, None]).to(gradient_ND.dtype), None, None
+
+
+def _nll_and_slope(hidden_CD: Tensor, target_C: Tensor, head: Head, need_slope: bool) -> tuple[Tensor, Tensor]:
+    """One chunk: nll_C in fp32 and d nll / d (head output), slope_CV in the dtype of the hidden states.
+
+    With z = x / cap, logits = cap · tanh(z): d nll / d x = (softmax − onehot) · (1 − tanh(z)²).
+    """
+    logits_CV = torch.nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V).float()
+    if logits_CV.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
+        nll_C, slope_CV = _liger_nll_and_slope(logits_CV, target_C, head.softcap, need_slope)
+        return nll_C, slope_CV.to(hidden_CD.dtype)
+    tanh_CV = None
+    if head.softcap is not None:
+        tanh_CV = logits_CV.div_(head.softcap).tanh_()
+        logits_CV = tanh_CV * head.softcap
+    log_norm_C = logits_CV.logsumexp(-1)
+    nll_C = log_norm_C - logits_CV.gather(-1, target_C[:, None]).squeeze(-1)
+    if not need_slope:
+        return nll_C, logits_CV
+    slope_CV = logits_CV.sub_(log_norm_C[:, None]).exp_()
+    slope_CV[torch.arange(len(target_C), device=target_C.device), target_C] -= 1
+    if tanh_CV is not None:
+        slope_CV *= 1 - tanh_CV.square_()
+    return nll_C, slope_CV.to(hidden_CD.dtype)
+
+
+def _liger_nll_and_slope(
+    logits_CV: Tensor, target_C: Tensor, softcap: float | None, need_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by Liger-Kernel (one Triton kernel in place of eight passes over the logits), which writes the slope
+    over the logits. It returns the loss in the dtype of the logits, so they must be fp32."""
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward  # pyright: ignore[reportMissingImports]
+
+    nll_C, *_, slope_CV = cross_entropy_forward(
+        logits_CV.requires_grad_(need_slope),
+        target_C,
+        weight=None,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="none",
+        softcap=softcap,
+        return_z_loss=False,
+    )
+    return nll_C, slope_CV

@@ -1,0 +1,376 @@
+"""The five promises of every mode. A new mode joins by its name in `chorus.agents.Mode`."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, toy_batch
+
+from chorus import agents as agents_module
+from chorus.adapters import Noise, Routing, TensorId, adapter_name
+from chorus.agents import AgentOutput, Agents, Mode, ParallelAgents, SequentialAgents
+from chorus.data import Batch
+from chorus.objective import SwdSettings, objective
+
+MODES = get_args(Mode)
+EVERY_MODE = pytest.mark.parametrize("mode", MODES)
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+DROPCONNECT = pytest.mark.parametrize("dropconnect_p", [0.0, 0.4], ids=["", "dropconnect"])
+# fp32 rounding: sums of a few hundred terms in another order
+EXACT = 2e-5
+
+
+def coupled_objective(output: AgentOutput, batch: Batch, lambda_sw: float = 0.5) -> Tensor:
+    """The whole objective, so that gradients flow through token losses and hidden states."""
+    return objective(
+        *output,
+        batch,
+        num_targets=len(batch.target_rows_N),
+        num_micro_batches=1,
+        lambda_sw=lambda_sw,
+        swd=SwdSettings(5, "tokens", 0),
+        step=3,
+        rows_per_process=len(batch.input_BT),
+        gather=lambda own: own,
+    ).share
+
+
+def run(agents: Agents, batch: Batch, step: int | None = 3, lambda_sw: float = 0.5) -> tuple[AgentOutput, dict]:
+    """Output and gradients of one coupled step."""
+    agents.zero_grad()
+    output = agents(batch, step=step, slot=1)
+    coupled_objective(output, batch, lambda_sw).backward()
+    return output, {identity: tensor.grad for identity, tensor in agents.adapter_tensors().items()}
+
+
+def lone_run(agents: Agents, agent: int, batch: Batch) -> dict[str, Tensor]:
+    """Gradients of one agent by stock PEFT and stock loss, in a model of its own: no Chorus code."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_gemma(), config)
+    parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    for identity, tensor in agents.adapter_tensors().items():
+        if identity.agent == agent:
+            parameters[f"{identity.path}.lora_{identity.matrix}.default.weight"].data.copy_(tensor)
+    labels = batch.target_BT.masked_fill(~batch.mask_BT, -100)
+    cross_entropy(model(input_ids=batch.input_BT).logits.flatten(0, 1), labels.flatten()).backward()
+    return {name: tensor.grad for name, tensor in parameters.items()}
+
+
+def assert_every_agent_gets_the_gradient_of_a_lone_run(agents: Agents) -> None:
+    batch = toy_batch()
+    _, gradients = run(agents, batch, lambda_sw=0)
+    for agent in agents.agents:
+        for name, expected in lone_run(agents, agent, batch).items():
+            path, matrix = name.removesuffix(".default.weight").rsplit(".lora_", 1)
+            own = gradients[TensorId(agent, path, matrix)]
+            assert own is not None, f"agent {agent} got no gradient at {path}"
+            assert max_difference(own, expected) < EXACT, (agent, name)
+
+
+def assert_a_forward_leaves_no_trace(agents: Agents) -> None:
+    state = {name: tensor.clone() for name, tensor in agents.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in agents.named_parameters()}
+    torch_state, python_state, turn = torch.random.get_rng_state(), random.getstate(), agents.routing.turn
+    run(agents, toy_batch())
+    assert all(torch.equal(state[name], tensor) for name, tensor in agents.state_dict().items())
+    assert flags == {name: parameter.requires_grad for name, parameter in agents.named_parameters()}
+    assert torch.equal(torch_state, torch.random.get_rng_state())
+    assert python_state == random.getstate()
+    assert turn == agents.routing.turn
+
+
+# ---- 1: agents in order, shapes, dtypes ----
+
+
+@EVERY_MODE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_has_the_stated_shapes_and_dtypes_and_zeros_where_no_loss_is_due(mode: Mode, dtype: torch.dtype):
+    batch = toy_batch()
+    B, T = batch.input_BT.shape
+    nll_KBT, hidden_KBTD = toy_agents(mode, num_agents=3, dtype=dtype)(batch)
+    assert (nll_KBT.shape, nll_KBT.dtype) == ((3, B, T), torch.float32)
+    assert (hidden_KBTD.shape, hidden_KBTD.dtype) == ((3, B, T, 32), dtype)
+    assert bool((nll_KBT[:, ~batch.mask_BT] == 0).all())
+    assert bool((nll_KBT[:, batch.mask_BT] > 0).all())
+
+
+@EVERY_MODE
+def test_the_agents_come_in_order(mode: Mode):
+    batch, agents = toy_batch(), toy_agents(mode)
+    nll_KBT = agents(batch).nll_KBT
+    with torch.no_grad():
+        for agent in agents.agents:
+            assert torch.equal(nll_KBT[agent], agents.agent_pass(agent, batch, None)[0])
+
+
+# ---- 2: gradients reach every agent and nothing else ----
+
+
+@EVERY_MODE
+@CHECKPOINTING
+def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode, checkpointing: bool):
+    agents = toy_agents(mode, gradient_checkpointing=checkpointing)
+    _, gradients = run(agents, toy_batch())
+    assert len(gradients) == 3 * 2 * len(TARGETS) * 2
+    assert all(gradient is not None and bool(gradient.any()) for gradient in gradients.values())
+    adapters = {id(tensor) for tensor in agents.adapter_tensors().values()}
+    others = [parameter for parameter in agents.parameters() if id(parameter) not in adapters]
+    assert others
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in others)
+
+
+# ---- 3 and 4: every mode is exact, also under checkpointing, DropConnect and dropout ----
+
+
+@EVERY_MODE
+@CHECKPOINTING
+def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: bool):
+    assert_every_agent_gets_the_gradient_of_a_lone_run(toy_agents(mode, gradient_checkpointing=checkpointing))
+
+
+@EVERY_MODE
+@CHECKPOINTING
+@DROPCONNECT
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+def test_every_mode_gives_the_same_values_and_gradients(
+    mode: Mode, checkpointing: bool, dropconnect_p: float, dropout_p: float
+):
+    noise = {"dropconnect_p": dropconnect_p, "dropout_p": dropout_p}
+    batch = toy_batch()
+    expected, expected_gradients = run(toy_agents("parallel", **noise), batch)
+    output, gradients = run(toy_agents(mode, gradient_checkpointing=checkpointing, **noise), batch)
+    assert max_difference(output.nll_KBT, expected.nll_KBT) < EXACT
+    assert max_difference(output.hidden_KBTD, expected.hidden_KBTD) < EXACT
+    for identity, gradient in expected_gradients.items():
+        assert max_difference(gradients[identity], gradient) < EXACT, identity
+
+
+@EVERY_MODE
+@CHECKPOINTING
+def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: bool):
+    batch = toy_batch()
+    expected, expected_gradients = run(toy_agents("parallel", dtype=torch.bfloat16), batch)
+    output, gradients = run(toy_agents(mode, dtype=torch.bfloat16, gradient_checkpointing=checkpointing), batch)
+    assert max_difference(output.nll_KBT, expected.nll_KBT) < 0.02
+    for identity, gradient in expected_gradients.items():
+        assert max_difference(gradients[identity], gradient) < 0.02, identity
+
+
+@EVERY_MODE
+def test_dropconnect_is_a_masked_and_rescaled_copy_of_the_weights(mode: Mode):
+    """Closed form: the same agents with their weights multiplied by mask / (1 - p), and no DropConnect."""
+    batch = toy_batch()
+    noisy, plain = toy_agents(mode, dropconnect_p=0.4), toy_agents(mode)
+    output, gradients = run(noisy, batch)
+    assert noisy._noise is not None
+    masks = {identity: keep / 0.6 for identity, keep in noisy._noise.keep.items()}
+    for identity, tensor in plain.adapter_tensors().items():
+        tensor.data *= masks[identity]
+    expected, expected_gradients = run(plain, batch)
+    assert max_difference(output.nll_KBT, expected.nll_KBT) < EXACT
+    for identity, gradient in gradients.items():
+        assert max_difference(gradient, expected_gradients[identity] * masks[identity]) < EXACT
+
+
+@EVERY_MODE
+def test_random_draws_differ_between_steps_and_agents_and_are_off_in_evaluation(mode: Mode):
+    batch = toy_batch()
+    agents = toy_agents(mode, dropconnect_p=0.4, dropout_p=0.2)
+    one, again, other = (agents(batch, step=step).nll_KBT for step in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert max_difference(one, other) > 1e-3
+    assert torch.equal(agents(batch).nll_KBT, toy_agents(mode)(batch).nll_KBT)
+
+
+@EVERY_MODE
+@CHECKPOINTING
+def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_draws(mode: Mode, checkpointing: bool):
+    """A recomputation that read the latest draw instead of its own would mix the two."""
+    batches = [toy_batch(seed=1), toy_batch(seed=2)]
+
+    def gradients_of(agents: Agents, together: bool) -> list[Tensor]:
+        losses = (coupled_objective(agents(batch, step=slot, slot=slot), batch) for slot, batch in enumerate(batches))
+        for loss in [sum(losses)] if together else losses:
+            loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
+        return [tensor.grad for tensor in agents.adapter_tensors().values()]  # pyright: ignore
+
+    noisy = partial(toy_agents, mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4, dropout_p=0.3)
+    for one, other in zip(gradients_of(noisy(), True), gradients_of(noisy(), False), strict=True):
+        assert max_difference(one, other) < EXACT
+
+
+# ---- 5: no trace ----
+
+
+@EVERY_MODE
+@CHECKPOINTING
+@DROPCONNECT
+def test_a_forward_leaves_no_trace(mode: Mode, checkpointing: bool, dropconnect_p: float):
+    noise = {"dropconnect_p": dropconnect_p, "dropout_p": 0.3}
+    assert_a_forward_leaves_no_trace(toy_agents(mode, gradient_checkpointing=checkpointing, **noise))
+
+
+# ---- storage ----
+
+
+@EVERY_MODE
+def test_the_base_is_held_once_and_no_two_agents_share_an_adapter(mode: Mode):
+    one, four = toy_agents(mode, num_agents=1), toy_agents(mode, num_agents=4)
+    adapters = {identity: tensor.data_ptr() for identity, tensor in four.adapter_tensors().items()}
+    assert len(set(adapters.values())) == len(adapters)
+
+    def frozen_storages(agents: Agents) -> set[int]:
+        own = {tensor.data_ptr() for tensor in agents.adapter_tensors().values()}
+        return {tensor.data_ptr() for tensor in [*agents.parameters(), *agents.buffers()]} - own
+
+    assert len(frozen_storages(four)) == len(frozen_storages(one))
+
+
+def test_sequential_mode_holds_the_activations_of_one_agent_at_a_time():
+    """Peak bytes kept for backward, forward and backward included; only outputs may grow with K."""
+
+    class Kept:
+        live = peak = 0
+
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+            Kept.live += tensor.nbytes
+            Kept.peak = max(Kept.peak, Kept.live)
+
+        def __del__(self):
+            Kept.live -= self.tensor.nbytes
+
+    def peak(mode: Mode, num_agents: int) -> int:
+        Kept.live = Kept.peak = 0
+        agents, batch = toy_agents(mode, num_agents=num_agents), toy_batch(rows=8, length=24)
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            run(agents, batch, lambda_sw=0)
+        return Kept.peak
+
+    assert peak("sequential", 6) < 1.5 * peak("sequential", 1)
+    assert peak("parallel", 6) > 4 * peak("parallel", 1)
+
+
+# ---- the wrong ways, put in: the checks above must refuse each of them ----
+
+
+class _StockForward(Agents):
+    """What people write: stock PEFT layers, the adapter in force chosen by `set_adapter`."""
+
+    def agent_pass(self, agent: int | None, batch: Batch, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        assert agent is not None
+        model = self.peft_model(agent)
+        output = model(input_ids=batch.input_BT, output_hidden_states=True)
+        nll_BT = cross_entropy(output.logits.transpose(1, 2), batch.target_BT, reduction="none")
+        return nll_BT * batch.mask_BT, output.hidden_states[-1]
+
+
+def stock_adapter(model, agent: int):
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, config, adapter_name=adapter_name(agent))
+
+
+def k_peft_models_over_one_base_object(monkeypatch: pytest.MonkeyPatch) -> Agents:
+    class Wrong(_StockForward, ParallelAgents):
+        pass
+
+    base = tiny_gemma()
+    return as_agents(Wrong, [stock_adapter(base, agent) for agent in range(3)])
+
+
+def switching_adapters_before_one_backward(monkeypatch: pytest.MonkeyPatch) -> Agents:
+    class Wrong(_StockForward, SequentialAgents):
+        def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
+            outputs = []
+            for agent in self.agents:
+                self.peft_model(agent).set_adapter(adapter_name(agent))
+                outputs.append(self.agent_pass(agent, batch, None))
+            return AgentOutput(*map(torch.stack, zip(*outputs, strict=True)))  # pyright: ignore
+
+    peft_model = stock_adapter(tiny_gemma(), 0)
+    for agent in (1, 2):
+        peft_model.add_adapter(adapter_name(agent), peft_model.peft_config["agent_0"])  # pyright: ignore
+    return as_agents(Wrong, [peft_model])
+
+
+def recomputing_under_the_adapter_of_backward(monkeypatch: pytest.MonkeyPatch) -> Agents:
+    monkeypatch.setattr(Routing, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
+    monkeypatch.setattr(agents_module, "recomputed", lambda run, parameters: run())
+    agents = toy_agents("sequential", gradient_checkpointing=True)
+    agents.routing.turn = agents.routing.turn._replace(agent=2)  # the last adapter switched to stays active
+    return agents
+
+
+def as_agents(kind: type[Agents], peft_models: list) -> Agents:
+    """Wrong agents behind the interface that the checks use."""
+
+    class Reading(kind):
+        def adapter_tensors(self):
+            return {
+                TensorId(agent, path, matrix): getattr(layer, f"lora_{matrix}")[adapter_name(agent)].weight
+                for agent in self.agents
+                for path, layer in self.peft_model(agent).named_modules()
+                if hasattr(layer, "lora_A")
+                for matrix in ("A", "B")
+            }
+
+    agents = Reading((0, 1, 2), peft_models, Routing(), agents_module.NoiseRates(0, 0, 0))
+    for number, tensor in enumerate(agents.adapter_tensors().values()):
+        tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
+    return agents
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "wrong_way",
+    [
+        k_peft_models_over_one_base_object,
+        switching_adapters_before_one_backward,
+        recomputing_under_the_adapter_of_backward,
+    ],
+)
+def test_the_gradient_check_catches(wrong_way: Callable, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(AssertionError):
+        assert_every_agent_gets_the_gradient_of_a_lone_run(wrong_way(monkeypatch))
+
+
+def test_the_trace_check_catches_dropconnect_in_place(monkeypatch: pytest.MonkeyPatch):
+    def in_place(self: Noise, weight: Tensor, identity: TensorId) -> Tensor:
+        weight.data *= self.keep[identity]
+        return weight
+
+    monkeypatch.setattr(Noise, "connect", in_place)
+    with pytest.raises(AssertionError):
+        assert_a_forward_leaves_no_trace(toy_agents("parallel", dropconnect_p=0.4))
+
+
+# ---- all of it under DeepSpeed ZeRO-2, in two real processes ----
+
+
+@pytest.mark.launch
+def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Path):
+    """Each process holds half of the rows; gradients are read from the engine (deepspeed_worker.py)."""
+    worker = Path(__file__).with_name("deepspeed_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    batch = toy_batch(without_targets=None)
+    for mode, checkpointing, dropconnect_p in product(MODES, (False, True), (0.0, 0.4)):
+        plain = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
+        _, expected = run(plain, batch)
+        found = torch.load(tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}.pt", weights_only=True)
+        assert len(found) == len(expected)
+        for identity, gradient in expected.items():
+            assert max_difference(found[json.dumps(identity)], gradient) < EXACT, (mode, checkpointing, identity)

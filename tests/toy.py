@@ -1,0 +1,89 @@
+"""Small things that several test files need: a Gemma-2 with every Gemma-2 feature, a batch, agents that differ."""
+
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from chorus.adapters import LoraShape
+from chorus.agents import Agents, Mode, NoiseRates, build_agents
+from chorus.data import Batch
+
+VOCABULARY = 61
+RANK = 3
+ALPHA = 6.0
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_gemma(seed: int = 0, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
+    """Random weights; one sliding and one full layer, grouped queries, both soft-caps, a tied head."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,  # low, so that the caps bend what random weights give
+        final_logit_softcapping=3.0,
+        attn_implementation="eager",
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Gemma2ForCausalLM(config).to(dtype).requires_grad_(False)
+
+
+def toy_batch(rows: int = 4, length: int = 10, seed: int = 0, without_targets: int | None = 2) -> Batch:
+    """Random tokens, right padding of different lengths, a prompt in every row and (one row) no target at all."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (rows, length + 1), generator=generator)
+    mask_BT = torch.zeros(rows, length, dtype=torch.bool)
+    points_BM = torch.full((rows, 3), -1)
+    for row in range(rows):
+        end = length - row % 3
+        if row != without_targets:
+            mask_BT[row, 2 + row % 2 : end] = True
+            points_BM[row] = torch.tensor([2 + row % 2, (2 + row % 2 + end) // 2, end - 1])
+        ids[row, end + 1 :] = 0
+    return Batch(ids[:, :-1], ids[:, 1:], mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_BM)
+
+
+def toy_shape(random_init: bool = False, seed: int = 0) -> LoraShape:
+    return LoraShape(RANK, ALPHA, TARGETS, random_init, seed)
+
+
+def toy_agents(
+    mode: Mode,
+    *,
+    num_agents: int = 3,
+    gradient_checkpointing: bool = False,
+    dropconnect_p: float = 0.0,
+    dropout_p: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
+) -> Agents:
+    """Agents on a tiny Gemma-2. `trained` gives A and B values of everyday size, so that agents really differ."""
+    rates = NoiseRates(dropconnect_p, dropout_p, seed=7)
+    agents = build_agents(mode, tiny_gemma(dtype=dtype), num_agents, toy_shape(), rates, gradient_checkpointing)
+    if trained:
+        for identity, tensor in agents.adapter_tensors().items():
+            generator = torch.Generator().manual_seed(hash_of(str(identity)))
+            tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    return agents
+
+
+def hash_of(text: str) -> int:
+    """A stable hash: Python's own differs from process to process."""
+    return sum(ord(letter) * 31**place % 1_000_003 for place, letter in enumerate(text))
+
+
+def max_difference(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference relative to the largest magnitude of `b`."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
