@@ -130,6 +130,7 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
     sorted_KPN = projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values
     num_valid = valid_N.sum()
     is_real_N = torch.arange(valid_N.numel(), device=valid_N.device) < num_valid
-    sorted_KPN = sorted_KPN.masked_fill(~is_real_N, 0.0)
-    variance_PN = sorted_KPN.var(dim=0, correction=1)
+    # A variance does not depend on where it is taken from; from agent 0, agents that agree are exactly at zero.
+    from_first_KPN = (sorted_KPN - sorted_KPN[0].detach()).masked_fill(~is_real_N, 0.0)
+    variance_PN = from_first_KPN.var(dim=0, correction=1)
     return 2 * variance_PN.sum() / (num_valid.clamp(min=1) * projected_KPN.shape[1])
