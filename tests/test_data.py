@@ -1,0 +1,394 @@
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from chorus.config import Config
+from chorus.data import Batch, Sample, StepBatch, collate, epoch_order, step_rows, steps_per_epoch, tokenise
+from chorus.data import training_steps as real_training_steps
+from chorus.errors import InputError
+from chorus.rows import Problem, read_problems
+
+PAD, EOS, BOS, UNK = range(4)
+
+
+def make_tokenizer(adds: str = "<bos> $A", eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
+    """Gemma's kind: BPE over whole texts with a visible space and bytes for unknown characters; joins b with c."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefgh:0123456789", "bc", "▁a"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [("b", "c"), ("▁", "a")]
+    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.add_special_tokens(special)
+    bpe.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<bos>", BOS), ("<eos>", EOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token="<bos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def targets(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in sample.ids[sample.is_target].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("ab", "cd", ["d", "<eos>"]),  # the token "bc" lies on the boundary and belongs to the prompt
+        ("ab:", "cd", ["c", "d", "<eos>"]),
+        ("ab:", " ad", ["▁a", "d", "<eos>"]),
+        ("ab: ", "ad", ["d", "<eos>"]),  # so does "▁a": a prompt's last space is better left to the completion
+        ("", "bcd", ["bc", "d", "<eos>"]),
+        ("b é🙂", "cé", ["c", "<0xC3>", "<0xA9>", "<eos>"]),  # offsets count characters, not bytes
+        ("<bos>ab", "d<bos>e", ["d", "<bos>", "e", "<eos>"]),  # a special token that a template writes is learnt
+        ("ab", "d<eos>", ["d", "<eos>"]),  # the end once
+        ("ab<eos>", "d", ["d", "<eos>"]),
+    ],
+)
+def test_targets_are_the_tokens_that_begin_in_the_completion_and_one_end_token(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, expected: list[str]
+) -> None:
+    [sample] = tokenise([Problem(prompt, completion)], tokenizer, 100)
+    assert targets(sample, tokenizer) == expected
+    whole = tokenizer(prompt + completion)["input_ids"]
+    assert sample.ids.tolist() == [*whole, *([EOS] if whole[-1] != EOS else [])]
+    assert (sample.ids.dtype, sample.is_target.dtype) == (torch.int64, torch.bool)
+    assert sample.num_targets == len(expected)
+
+
+@pytest.mark.parametrize("adds", ["$A", "<bos> $A", "<bos> $A <eos>"])
+def test_what_the_tokenizer_adds_by_itself_changes_no_target(adds: str) -> None:
+    own = make_tokenizer(adds)
+    [sample] = tokenise([Problem("ab:", "cd")], own, 100)
+    assert targets(sample, own) == ["c", "d", "<eos>"]
+    [sample] = tokenise([Problem("", "cd")], own, 100)
+    assert targets(sample, own) == ["c", "d", "<eos>"]
+    # Nothing comes before the first token, so without a beginning token it is not predicted.
+    assert sample.num_targets == (2 if adds == "$A" else 3)
+
+
+def test_targets_where_tokens_do_not_join_are_the_completion_tokenised_alone(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdé🙂 12", k=draw.randint(1, 9))) for _ in range(2_500)]
+    problems = [Problem(f"{prompt}:", f":{completion}") for prompt, completion in itertools.pairwise(texts)]
+    for problem, sample in zip(problems, tokenise(problems, tokenizer, 1_000), strict=True):
+        alone = tokenizer(problem.completion, add_special_tokens=False)["input_ids"]
+        assert sample.ids[sample.is_target].tolist() == [*alone, EOS]
+        assert sample.is_target.tolist() == sorted(sample.is_target.tolist())
+
+
+def test_the_bundled_tokenizer_learns_the_answer_and_its_end() -> None:
+    bundled = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "assets" / "tiny-gemma-2")
+    problems = read_problems(config(debug_subset_size=50)).train
+    for problem, sample in zip(problems, tokenise(problems, bundled, 1_000), strict=True):
+        assert bundled.decode(sample.ids[sample.is_target]) == problem.completion + bundled.eos_token
+        assert bundled.decode(sample.ids[~sample.is_target]) == bundled.bos_token + problem.prompt
+
+
+def test_long_rows_are_cut_on_the_right_and_counted(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = ["a", "aa", "aaa", "aaaa"]  # with the beginning, two targets and the end: 5 to 8 tokens
+    samples = tokenise([Problem(prompt, "de") for prompt in prompts], tokenizer, 5)
+    assert [targets(sample, tokenizer) for sample in samples] == [["d", "e", "<eos>"], ["d", "e"], ["d"]]
+    assert [len(sample.ids) for sample in samples] == [5, 5, 5]
+    assert caplog.messages == [
+        "cut 3 of 4 training rows to max_seq_length 5 tokens; 1 of them have no target token left and are dropped"
+    ]
+
+
+def test_rows_that_fit_bring_no_warning(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 3  # of which transformers would warn
+    assert len(tokenise([Problem("a", "de")] * 3, tokenizer, 5)) == 3
+    assert tokenise([], tokenizer, 5) == []
+    assert not caplog.messages
+    assert not any(capfd.readouterr())
+
+
+def test_rows_without_a_target_are_refused_where_none_is_left(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match=r"key 'max_seq_length': 3 leaves no target token in any of 2 held-out rows"):
+        tokenise([Problem("aaaa", "d")] * 2, tokenizer, 3, "held-out")
+
+
+def test_a_tokenizer_without_end_token_or_offsets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="key 'model_name': its tokenizer lacks an end token"):
+        tokenise([Problem("a", "d")], make_tokenizer(eos=None), 5)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(InputError, match=r"key 'model_name': its tokenizer lacks character offsets"):
+        tokenise([Problem("a", "d")], make_tokenizer(), 5)
+
+
+def make_samples(count: int, longest: int = 12) -> list[Sample]:
+    """Rows of different lengths, each with its own token id, so that a token tells its row."""
+    draw = random.Random(count)
+    samples = []
+    for row in range(count):
+        length = draw.randint(2, longest)
+        is_target = torch.tensor([draw.random() < 0.5 for _ in range(length - 1)] + [True])
+        samples.append(Sample(torch.full((length,), 100 + row), is_target))
+    return samples
+
+
+@pytest.mark.parametrize("pad_to_multiple_of", [1, 8, 64])
+@pytest.mark.parametrize("points_per_row", [1, 2, 3, 16])
+def test_a_batch_says_of_each_token_what_follows_it(pad_to_multiple_of: int, points_per_row: int) -> None:
+    samples = [Sample(torch.randperm(1_000)[: len(s.ids)], s.is_target) for s in make_samples(7, longest=30)]
+    batch = collate(samples, 1_001, pad_to_multiple_of, points_per_row)
+    T = batch.input_BT.shape[1]
+    assert T % pad_to_multiple_of == 0
+    assert 0 <= T - (max(len(sample.ids) for sample in samples) - 1) < pad_to_multiple_of
+    flat = []
+    for row, (ids, is_target) in enumerate(samples):
+        for t in range(T):
+            due = t + 1 < len(ids) and bool(is_target[t + 1])
+            assert batch.input_BT[row, t] == (ids[t] if t < len(ids) - 1 else 1_001)
+            assert batch.target_BT[row, t] == (ids[t + 1] if t < len(ids) - 1 else 1_001)
+            assert batch.mask_BT[row, t] == due
+            flat += [row * T + t] * due
+    assert batch.target_rows_N.tolist() == flat
+    assert [tensor.dtype for tensor in batch] == [torch.int64, torch.int64, torch.bool, torch.int64, torch.int64]
+    assert batch.points_BM.shape == (7, points_per_row)
+
+
+@pytest.mark.parametrize("points_per_row", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("num_targets", [1, 2, 3, 4, 5, 6, 15, 16, 17, 100])
+def test_points_are_evenly_spaced_targets_from_first_to_last(points_per_row: int, num_targets: int) -> None:
+    is_target = torch.tensor([False] + [False, True, False] * num_targets)
+    batch = collate([Sample(torch.arange(len(is_target)), is_target)], PAD, points_per_row=points_per_row)
+    places = batch.mask_BT[0].nonzero().flatten().tolist()
+    points = [point for point in batch.points_BM[0].tolist() if point != -1]
+    count = min(points_per_row, num_targets)
+    assert batch.points_BM[0].tolist() == points + [-1] * (points_per_row - count)
+    ranks = [places.index(point) for point in points]
+    assert len(ranks) == count
+    assert ranks[-1] == num_targets - 1
+    if count > 1:
+        assert ranks[0] == 0
+        gaps = [after - before for before, after in itertools.pairwise(ranks)]
+        assert 1 <= min(gaps) <= max(gaps) <= min(gaps) + 1
+
+
+def test_the_points_of_a_row_depend_on_the_row_only() -> None:
+    samples = make_samples(6, longest=40)
+    alone = [collate([sample], PAD, 1, 4).points_BM[0].tolist() for sample in samples]
+    together = collate(samples, PAD, 64, 4).points_BM.tolist()
+    assert together == alone
+    assert collate(samples[::-1], PAD, 1, 4).points_BM.tolist() == alone[::-1]
+
+
+@pytest.mark.parametrize("pad_to_multiple_of", [1, 8])
+def test_no_rows_make_one_row_of_padding(pad_to_multiple_of: int) -> None:
+    batch = collate([], PAD, pad_to_multiple_of, 3)
+    assert batch.input_BT.tolist() == batch.target_BT.tolist() == [[PAD] * pad_to_multiple_of]
+    assert not batch.mask_BT.any()
+    assert batch.target_rows_N.tolist() == []
+    assert batch.points_BM.tolist() == [[-1, -1, -1]]
+    assert [tensor.dtype for tensor in batch] == [torch.int64, torch.int64, torch.bool, torch.int64, torch.int64]
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    moved = collate(make_samples(2), PAD).to("meta")
+    assert isinstance(moved, Batch)
+    assert {tensor.device.type for tensor in moved} == {"meta"}
+
+
+def test_an_order_is_a_permutation_of_seed_and_epoch() -> None:
+    orders = {(seed, epoch): epoch_order(50, seed, epoch, True) for seed in range(3) for epoch in range(3)}
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == len(orders)
+    assert epoch_order(50, 2, 1, True) == orders[2, 1]
+    assert epoch_order(50, 2, 1, False) == list(range(50))
+
+
+GEOMETRIES = list(itertools.product([1, 2, 5, 16, 23], [1, 2, 3], [1, 2, 4], [1, 2, 3]))
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size", "accumulation", "num_processes"), GEOMETRIES)
+def test_the_steps_of_an_epoch_take_its_order_once(
+    num_samples: int, batch_size: int, accumulation: int, num_processes: int
+) -> None:
+    order = epoch_order(num_samples, 0, 0, True)
+    split = (batch_size, accumulation, num_processes)
+    steps = [step_rows(order, step, *split) for step in range(steps_per_epoch(num_samples, *split))]
+    flat = [row for step in steps for micro_batch in step for part in micro_batch for row in part]
+    assert flat == order
+    for step in steps:
+        assert [len(micro_batch) for micro_batch in step] == [num_processes] * accumulation
+    for step in steps[:-1]:
+        assert all(len(part) == batch_size for micro_batch in step for part in micro_batch)
+    assert any(steps[-1][0])
+
+
+def config(**keys: object) -> Config:
+    return Config.model_validate({"swd_points_per_row": 3, **keys})
+
+
+def training_steps(
+    samples: list[Sample], *, num_steps: int, start_step: int = 0, process: int = 0, processes: int = 1, **keys: object
+) -> Iterator[StepBatch]:
+    place = {"process_index": process, "num_processes": processes, "num_steps": num_steps, "start_step": start_step}
+    return real_training_steps(samples, config(**keys), pad_id=PAD, **place)
+
+
+def rows_of(batch: Batch) -> list[int]:
+    return [first - 100 for first in batch.input_BT[:, 0].tolist() if first != PAD]
+
+
+def of_all_processes(
+    samples: list[Sample], batch_size: int, accumulation: int, processes: int, num_steps: int
+) -> list[tuple[StepBatch, ...]]:
+    """steps[step][process]"""
+    keys = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "num_steps": num_steps}
+    streams = [training_steps(samples, process=p, processes=processes, **keys) for p in range(processes)]
+    return list(zip(*streams, strict=True))
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 16, 23])
+@pytest.mark.parametrize(("accumulation", "processes"), [(4, 1), (1, 4), (2, 2)])
+def test_every_way_to_split_a_global_batch_takes_the_same_rows_in_each_step(
+    num_samples: int, accumulation: int, processes: int
+) -> None:
+    samples = make_samples(num_samples)
+    own = of_all_processes(samples, 2, accumulation, processes, num_steps=7)
+    reference = of_all_processes(samples, 8, 1, 1, num_steps=7)
+    for parts, [whole] in zip(own, reference, strict=True):
+        in_order = [part.micro_batches[m] for m in range(accumulation) for part in parts]
+        assert [row for batch in in_order for row in rows_of(batch)] == rows_of(whole.micro_batches[0])
+        for part in parts:
+            assert len(part.micro_batches) == accumulation
+            assert (part.num_targets, part.num_rows, part.epoch) == (whole.num_targets, whole.num_rows, whole.epoch)
+        assert sum(int(batch.mask_BT.sum()) for batch in in_order) == whole.num_targets
+        assert sum(len(rows_of(batch)) for batch in in_order) == whole.num_rows
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_epochs_follow_one_another_until_the_last_step(shuffle: bool) -> None:
+    samples = make_samples(10)
+    steps = list(training_steps(samples, num_steps=7, batch_size=4, shuffle=shuffle, seed=5))
+    assert [step.epoch for step in steps] == [0, 0, 0, 1, 1, 1, 2]
+    assert [step.num_rows for step in steps] == [4, 4, 2, 4, 4, 2, 4]
+    rows = [row for step in steps for batch in step.micro_batches for row in rows_of(batch)]
+    assert rows == [row for epoch in range(3) for row in epoch_order(10, 5, epoch, shuffle)][:24]
+
+
+def as_lists(steps: Iterator[StepBatch]) -> list:
+    """Comparable with ==."""
+    return [([[t.tolist() for t in batch] for batch in step.micro_batches], *step[1:]) for step in steps]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_sees_the_tail_of_the_uninterrupted_one(num_workers: int) -> None:
+    samples = make_samples(11)
+    keys = {"batch_size": 2, "gradient_accumulation_steps": 2, "pad_to_multiple_of": 4, "process": 1, "processes": 2}
+    whole = as_lists(training_steps(samples, num_steps=6, **keys))
+    assert len(whole) == 6
+    for start in range(7):
+        tail = training_steps(samples, num_steps=6, start_step=start, num_workers=num_workers, **keys)
+        assert as_lists(tail) == whole[start:]
+
+
+def test_a_resumed_run_reads_no_earlier_row() -> None:
+    class Watched(list):
+        read: list[int]
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    samples = Watched(make_samples(10))
+    samples.read = []
+    [step] = training_steps(samples, num_steps=6, start_step=5, batch_size=2)
+    assert samples.read == rows_of(step.micro_batches[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_global_generators_are_neither_read_nor_moved(num_workers: int) -> None:
+    samples = make_samples(9)
+
+    def steps(seed: int) -> list:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state(), random.getstate()
+        taken = as_lists(training_steps(samples, num_steps=4, batch_size=3, num_workers=num_workers))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+        return taken
+
+    assert steps(0) == steps(1)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_workers_end_with_an_iterator_that_is_left_early() -> None:
+    steps = training_steps(make_samples(9), num_steps=1_000, batch_size=3, num_workers=2)
+    assert len(list(islice(steps, 3))) == 3
+    assert len(multiprocessing.active_children()) == 2
+    del steps
+    assert until(lambda: not multiprocessing.active_children())
+
+
+TRAINER = """
+import os, signal, sys
+from torch import multiprocessing
+from test_data import make_samples, training_steps
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)  # as a trainer that ends its step first
+steps = training_steps(make_samples(9), num_steps=400, batch_size=3, num_workers=2)
+next(steps)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+sys.stdin.readline()
+print(1 + sum(1 for _ in steps), flush=True)
+sys.stdin.readline()
+"""
+
+
+def start_trainer() -> tuple[subprocess.Popen, list[int]]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER], cwd=Path(__file__).parent, start_new_session=True, **pipes
+    )
+    assert trainer.stdout is not None
+    return trainer, [int(pid) for pid in trainer.stdout.readline().split()]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_outlive_a_signal_to_the_process_group(number: signal.Signals) -> None:
+    trainer, workers = start_trainer()
+    assert len(workers) == 2
+    os.killpg(trainer.pid, number)
+    os.killpg(trainer.pid, number)
+    output, _ = trainer.communicate("go\ngo\n", timeout=60)
+    assert (trainer.returncode, output) == (0, "400\n")
+
+
+@pytest.mark.launch
+def test_workers_end_when_their_trainer_is_killed() -> None:
+    trainer, workers = start_trainer()
+    os.killpg(trainer.pid, signal.SIGKILL)
+    trainer.communicate()
+    assert until(lambda: not any(os.path.exists(f"/proc/{pid}/cmdline") for pid in workers))
