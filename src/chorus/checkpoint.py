@@ -1,0 +1,128 @@
+"""What a run leaves behind: ordinary PEFT adapter folders and one file that says how they make an ensemble."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chorus.adapters import TensorId, adapter_name, lora_shape
+from chorus.config import Config, render
+from chorus.errors import InputError, RunError
+
+
+def prepare_output_dir(name: str, accelerator: Accelerator) -> Path:
+    """Make `output_dir`, empty. A folder that an earlier run filled steps aside to `NAME.1`, `NAME.2`, ...
+
+    Raises:
+        InputError: it is a file, or cannot be made or written.
+    """
+    folder = Path(name)
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+                what = "cannot be written" if path.is_dir() else "is a file"
+                raise InputError(f"key 'output_dir': {name}: {path} {what}; name a folder that can be made")
+            break
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if folder.exists() and any(folder.iterdir()):
+            number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.{number}"))
+            print(f"{name} held an earlier run, which is now {name}.{number}", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
+    """Raises RunError, on every process alike, where an adapter holds a NaN or an infinity: it must not be saved."""
+    for identity, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite and was not saved; lower lr"
+            )
+
+
+def save_ensemble(
+    output_dir: Path,
+    tensors: Mapping[TensorId, Tensor],
+    weights: Sequence[float],
+    config: Config,
+    more: Mapping[str, Any],
+) -> None:
+    """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
+
+    Everything is written beside its place first and then renamed into it, so that a crash leaves the folders of the
+    last save or of this one, never a half-written file. One process calls it.
+
+    Args:
+        tensors: every adapter tensor under its identity, fp32, on the CPU.
+        weights: the mixture's, one an agent.
+        more: further entries of `ensemble.json`.
+    """
+    lora_config = lora_shape(config).peft_config(config.model_name)
+    lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
+    new = output_dir / "agents.new"
+    shutil.rmtree(new, ignore_errors=True)
+    agents = sorted({identity.agent for identity in tensors})
+    for agent in agents:
+        folder = new / adapter_name(agent)
+        folder.mkdir(parents=True)
+        own = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}
+        save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        lora_config.save_pretrained(str(folder))
+        for file in folder.iterdir():
+            _sync(file)
+    _swap(new, output_dir / "agents")
+    ensemble = {
+        "agents": [f"agents/{adapter_name(agent)}" for agent in agents],
+        "weights": list(weights),
+        "base_model": config.model_name,
+        "parallel_mode": config.parallel_mode,
+        "config": config.model_dump(),
+        **more,
+    }
+    write_text(output_dir / "ensemble.json", json.dumps(ensemble, indent=2) + "\n")
+    write_text(output_dir / "config.yaml", render(config))
+
+
+def peft_key(identity: TensorId) -> str:
+    """The tensor's name in PEFT's `adapter_model.safetensors`."""
+    return f"{identity.path}.lora_{identity.matrix}.weight"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    _sync(new)
+    new.replace(path)
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put folder `new` in `place`. A folder cannot be renamed over a full one, so the old one steps aside first."""
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or folder onto the disk: a rename must not overtake what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,159 @@
+"""The DeepSpeed JSON, the launcher and configs.yaml, brought to one answer or refused.
+
+DeepSpeed takes a misspelt key without a word, lets a number in its JSON beat the script's, and reads an absent
+`gradient_clipping` as 1.0. So the JSON is checked and filled in here, and what DeepSpeed is handed holds no "auto".
+"""
+
+import copy
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from chorus.config import Config
+from chorus.errors import InputError
+
+KNOWN_KEYS = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "fp16", "communication_data_type", "data_types", "zero_optimization", "zero_allow_untested_optimizer"),
+    *("zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "timers"),
+    *("steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "comms_logger", "flops_profiler"),
+}
+NOT_OURS = {
+    "optimizer": "the optimizer is AdamW with lr and weight_decay of configs.yaml",
+    "scheduler": "the schedule is lr_scheduler_type of configs.yaml",
+    "amp": "precision is mixed_precision of configs.yaml",
+    "activation_checkpointing": "it is use_gradient_checkpointing of configs.yaml",
+}
+BUILT_IN: dict[str, Any] = {
+    # deepspeed_config_file: null. Buckets are sized to adapters: DeepSpeed's default of 5e8 elements is a gigabyte.
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+}
+
+
+def deepspeed_wanted(config: Config, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this run is under DeepSpeed: as the launcher says, or as `use_deepspeed` insists.
+
+    Raises:
+        InputError: the launcher asks for DeepSpeed and `use_deepspeed` is false.
+    """
+    launcher = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if launcher and config.use_deepspeed is False:
+        raise InputError(
+            "key 'use_deepspeed' is false, but the launcher starts DeepSpeed; set it to auto or launch without"
+        )
+    return launcher or config.use_deepspeed is True
+
+
+def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what the launcher says otherwise than configs.yaml. Accelerate would let one of the two win in silence.
+
+    Raises:
+        InputError: names the key, both values and the remedy.
+    """
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", config.mixed_precision):  # the launcher says "no" also when it was not asked
+        raise InputError(
+            f"key 'mixed_precision' is {config.mixed_precision}, but the launcher says {precision}; "
+            "leave it to configs.yaml and drop --mixed_precision from the launch"
+        )
+    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", "auto", str(config.gradient_accumulation_steps)):
+        raise InputError(
+            f"key 'gradient_accumulation_steps' is {config.gradient_accumulation_steps}, but the launcher says "
+            f"{accumulation}; leave it to configs.yaml and drop it from the launch"
+        )
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping not in ("none", "auto") and float(clipping) != config.max_grad_norm:
+        raise InputError(
+            f"key 'max_grad_norm' is {config.max_grad_norm}, but the launcher clips at {clipping}; "
+            "leave it to configs.yaml and drop it from the launch"
+        )
+
+
+def deepspeed_json(
+    config: Config, precision: str, num_processes: int, environment: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of this run.
+
+    Args:
+        precision: "no", "fp16" or "bf16": `mixed_precision` with "auto" already decided.
+        num_processes: of the run.
+
+    Raises:
+        InputError: an unreadable file, an unknown key, ZeRO stage 3, or a value that contradicts configs.yaml.
+    """
+    path = _json_path(config, environment)
+    settings = copy.deepcopy(BUILT_IN) if path is None else _read(path)
+    path = path or "the launcher"
+    for key in settings:
+        if key in NOT_OURS:
+            raise InputError(f"{path}: key '{key}' cannot be used: {NOT_OURS[key]}; remove it")
+        if key not in KNOWN_KEYS:
+            near = difflib.get_close_matches(key, KNOWN_KEYS, 1)
+            raise InputError(f"{path}: key '{key}' is not known" + (f"; did you mean '{near[0]}'?" if near else ""))
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2):  # true is not 1
+        raise InputError(f"{path}: key 'zero_optimization.stage' is {stage}; give 2 (or 1), which Chorus supports")
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(zero["stage"]))
+    if stage != str(zero["stage"]):
+        raise InputError(f"{path}: key 'zero_optimization.stage' is {zero['stage']}, but the launcher says {stage}")
+    step_rows = config.batch_size * config.gradient_accumulation_steps * num_processes
+    _settle(settings, "train_micro_batch_size_per_gpu", config.batch_size, path, "batch_size")
+    _settle(settings, "gradient_accumulation_steps", config.gradient_accumulation_steps, path)
+    _settle(settings, "train_batch_size", step_rows, path, "batch_size x gradient_accumulation_steps x processes")
+    _settle(settings, "gradient_clipping", config.max_grad_norm, path, "max_grad_norm")
+    for name in ("bf16", "fp16"):
+        section = settings.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise InputError(f'{path}: key \'{name}\' is {section!r}; give {{"enabled": "auto"}}')
+        _settle(section, "enabled", precision == name, path, "mixed_precision", prefix=f"{name}.")
+    return settings
+
+
+def _json_path(config: Config, environment: Mapping[str, str]) -> str | None:
+    """The one JSON of the run: the launcher's and the configuration's must be the same file. None: the built-in one."""
+    ours, launchers = config.deepspeed_config_file, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if launchers and ours and Path(launchers).resolve() != Path(ours).resolve():
+        raise InputError(
+            f"key 'deepspeed_config_file' is {ours}, but the launcher uses {launchers}; name the same file in both, "
+            "or set the key to null to follow the launcher"
+        )
+    return launchers or ours
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
+    except OSError as error:
+        raise InputError(f"key 'deepspeed_config_file': {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: holds a {type(settings).__name__}; give a JSON object")
+    return settings
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key '{key}' stands twice")
+        found[key] = value
+    return found
+
+
+def _settle(section: dict[str, Any], key: str, ours: Any, path: str, our_name: str = "", prefix: str = "") -> None:
+    """Put our value where the JSON has none or "auto"; refuse another one."""
+    theirs = section.get(key, "auto")
+    is_number = isinstance(theirs, (int, float)) and isinstance(theirs, bool) == isinstance(ours, bool)
+    if theirs != "auto" and not (is_number and theirs == ours):
+        raise InputError(
+            f"{path}: key '{prefix}{key}' is {theirs!r}, but configs.yaml makes it {ours!r}"
+            + (f" ({our_name})" if our_name else "")
+            + '; write "auto" there, or change configs.yaml'
+        )
+    section[key] = ours

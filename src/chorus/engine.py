@@ -1,0 +1,196 @@
+"""Accelerate and DeepSpeed, set up in one place; the training loop sees one engine, whichever it is.
+
+Plain (one process or DDP) and ZeRO-2 differ in who clips, who steps and who divides by the accumulation steps. All
+of it ends here: `backward` takes a share of the optimiser step's objective, and shares simply add up.
+"""
+
+import logging
+import math
+import os
+import socket
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    AutocastKwargs,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    is_tensorboard_available,
+)
+from torch import Tensor, nn
+
+from chorus.adapters import TensorId
+from chorus.agents import Agents
+from chorus.config import Config
+from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
+from chorus.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def decide_precision(mixed_precision: str) -> str:
+    """ "auto" decided: bf16 where the GPU has it, fp32 ("no") elsewhere.
+
+    Raises:
+        InputError: fp16 without a GPU, where loss scaling has nothing to run on.
+    """
+    if mixed_precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("key 'mixed_precision' is fp16, which needs a GPU; set it to auto, bf16 or no")
+    return mixed_precision
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The Accelerator of this run, plain or DeepSpeed, after the launcher, the JSON and configs.yaml agree.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    check_launcher(config)
+    with_deepspeed = deepspeed_wanted(config)
+    precision = decide_precision(config.mixed_precision)
+    on_gpu = torch.cuda.is_available()
+    handlers: list[Any] = [
+        AutocastKwargs(enabled=False),  # every dtype in the forward is explicit; autocast would add casts
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    plugin = None
+    if with_deepspeed:
+        _single_process_rendezvous()
+        num_processes = int(os.environ["WORLD_SIZE"])
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False)
+        if not on_gpu:
+            # Without it Accelerate sees one process where DeepSpeed sees several.
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
+        # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
+        mixed_precision="no" if precision == "bf16" and not with_deepspeed else precision,
+        deepspeed_plugin=plugin,
+        # A plugin, because an integer would give way to the launcher's environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        kwargs_handlers=handlers,
+        log_with=["tensorboard"] if is_tensorboard_available() else None,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+    )
+    assert (accelerator.distributed_type is DistributedType.DEEPSPEED) == with_deepspeed
+    return accelerator
+
+
+def _single_process_rendezvous() -> None:
+    """What a launcher of several processes would have set, for `use_deepspeed: true` under a launcher of one."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+
+
+@dataclass
+class Engine:
+    """What the training loop needs of Accelerate and DeepSpeed.
+
+    Attributes:
+        agents: the modes' own module, for evaluation and saving.
+        module: the same, wrapped by DDP or DeepSpeed, for training.
+        description: one line for the log.
+    """
+
+    accelerator: Accelerator
+    agents: Agents
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+    description: str
+    grad_norm: float | Tensor = math.nan  # of the latest optimiser step, before clipping
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type is DistributedType.DEEPSPEED
+
+    @property
+    def num_processes(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def process_index(self) -> int:
+        return self.accelerator.process_index
+
+    def micro_batch(self) -> AbstractContextManager[None]:
+        """The context of one micro-batch's forward and backward; the last of an optimiser step steps in it."""
+        return self.accelerator.accumulate(self.module)
+
+    def backward(self, share: Tensor) -> None:
+        """Add the gradient of a share of the step's objective.
+
+        DDP and ZeRO average over processes, and both divide by the accumulation steps: undone here, so that the
+        gradient is that of the sum of all shares, however they are spread.
+        """
+        self.accelerator.backward(share * (self.num_processes * self.accelerator.gradient_accumulation_steps))
+        if self.accelerator.sync_gradients:
+            # Under DeepSpeed the step, clipping included, has just happened: the norm is read, the rest does nothing.
+            limit = self.max_grad_norm or math.inf
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.agents.adapter_tensors().values(), limit)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Concatenate `own` over processes along its first axis; a gradient flows to the own slice only.
+
+        That is all a gradient needs: each process adds its own slice's part, and the reduction sums the parts.
+        """
+        if self.num_processes == 1:
+            return own
+        parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
+        parts[self.process_index] = own
+        return torch.cat(parts)
+
+    def adapter_values(self) -> dict[TensorId, Tensor]:
+        """Every adapter tensor in fp32 on the CPU: under DeepSpeed its master weights. A collective call."""
+        read = Tensor.detach
+        if self.is_deepspeed:
+            from deepspeed.utils import safe_get_full_fp32_param as read  # two seconds of imports for those who use it
+        return {identity: read(tensor).float().cpu() for identity, tensor in self.agents.adapter_tensors().items()}
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum of `own` over processes."""
+        return cast(Tensor, self.accelerator.reduce(own, "sum"))
+
+
+def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
+    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
+
+    The optimizer is AdamW over the adapters alone (Loshchilov & Hutter 2019), with torch's defaults besides lr and
+    weight decay.
+    """
+    optimizer = torch.optim.AdamW(agents.adapter_tensors().values(), lr=config.lr, weight_decay=config.weight_decay)
+    module, optimizer = accelerator.prepare(agents, optimizer)
+    description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        stage = module.zero_optimization_stage()
+        partitions = getattr(module.optimizer, "single_partition_of_fp32_groups", None)
+        assert partitions, "DeepSpeed was asked for, and is not active"
+        description = (
+            f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
+            f"{sum(map(torch.numel, partitions)):,} of "
+            f"{sum(map(torch.numel, agents.adapter_tensors().values())):,} optimizer elements on this process"
+        )
+    return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)

@@ -1,0 +1,187 @@
+"""What a run tells while it trains: the progress bar, train.log, metrics.jsonl and the tracker."""
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from chorus.engine import Engine
+from chorus.errors import RunError
+from chorus.evaluate import Evaluation
+from chorus.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """Keeps silent, on every process but the first."""
+
+    def start(self, num_steps: int) -> None:
+        """Show a progress bar of `num_steps`."""
+
+    def advance(self, metrics: Mapping[str, Any] | None) -> None:
+        """One optimiser step is done; `metrics` on logged steps: a row of metrics.jsonl."""
+
+    def table(self, table: Table) -> None:
+        """Print a table."""
+
+    def close(self) -> None:
+        """Leave the terminal and the files in order; called also when the run fails."""
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines above the progress bar, each on one line whatever the width, so that they can be searched."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class WritingJournal(Journal):
+    """Writes to the terminal, to train.log and metrics.jsonl in `output_dir`, and to Accelerate's trackers."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]):
+        self._accelerator = accelerator
+        self._console = Console(stderr=True)
+        self._open = ExitStack()
+        self._metrics = self._open.enter_context((output_dir / "metrics.jsonl").open("a", encoding="utf-8"))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
+        to_terminal = _ConsoleHandler(self._console)
+        to_file = logging.FileHandler(output_dir / "train.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handlers = (to_terminal, to_file)
+        for handler in self._handlers:
+            logging.getLogger("chorus").addHandler(handler)
+        logging.getLogger("chorus").setLevel(logging.INFO)
+        plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
+        accelerator.init_trackers("chorus", config=plain)
+
+    def start(self, num_steps: int) -> None:
+        self._open.enter_context(self._progress)
+        self._task = self._progress.add_task("training", total=num_steps)
+
+    def advance(self, metrics: Mapping[str, Any] | None) -> None:
+        self._progress.advance(self._task)
+        if metrics is None:
+            return
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
+        numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        self._accelerator.log(numbers, step=metrics["step"])
+        self._progress.update(self._task, description=f"loss {metrics['loss']:.4f}")
+        swd = "" if metrics["swd"] is None else f"  swd {metrics['swd']:.4f}"
+        losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
+        logger.info(
+            f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr {metrics['lr']:.2e}  "
+            f"grad norm {metrics['grad_norm']:.2f}  {metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
+        )
+
+    def table(self, table: Table) -> None:
+        self._console.print(table)
+
+    def close(self) -> None:
+        self._open.close()
+        for handler in self._handlers:
+            logging.getLogger("chorus").removeHandler(handler)
+            handler.close()
+
+
+def open_journal(accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]) -> Journal:
+    """The journal of this process: one writes, the others keep silent (but for their warnings' log level)."""
+    if accelerator.is_main_process:
+        return WritingJournal(accelerator, output_dir, settings)
+    logging.getLogger("chorus").addHandler(logging.NullHandler())
+    return Journal()
+
+
+class Meter:
+    """Sums of what every micro-batch reports, kept on the device: reading them is the only synchronisation."""
+
+    def __init__(self, num_agents: int, device: torch.device):
+        self.num_agents = num_agents
+        self.device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.ce_K = torch.zeros(self.num_agents, dtype=torch.float64, device=self.device)
+        self.swd = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.has_swd = False
+        self.tokens = 0
+        self.steps = 0
+        self.began = time.perf_counter()
+
+    def add(self, part: Objective, num_targets: int, num_micro_batches: int, tokens: int) -> None:
+        """One micro-batch of this process. `tokens` counts B x T, padding included, as the device computes it."""
+        self.ce_K += part.nll_K.double() / num_targets
+        self.tokens += tokens
+        if part.swd is not None:
+            self.has_swd = True
+            self.swd += part.swd.double() / num_micro_batches
+
+    def end_step(self) -> None:
+        self.steps += 1
+
+    def read(self, engine: Engine, lambda_sw: float, step: int, lr: float) -> dict[str, Any]:
+        """Means over the steps since the last reading, over all processes; a collective call. Starts anew.
+
+        Raises:
+            RunError: an agent's loss is NaN or infinite.
+        """
+        tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.device)
+        *ce, tokens = engine.sum(torch.cat([self.ce_K / self.steps, tokens])).tolist()
+        seconds = time.perf_counter() - self.began
+        for agent, loss in enumerate(ce):
+            if not math.isfinite(loss):
+                raise RunError(f"agent {agent}: loss is {loss} by step {step}; nothing was saved since; lower lr")
+        swd = float(self.swd) / self.steps if self.has_swd else None
+        task_loss = sum(ce) / len(ce)
+        metrics = {
+            "step": step,
+            "loss": task_loss - lambda_sw * (swd or 0.0),
+            "task_loss": task_loss,
+            "swd": swd,
+            "task_loss_per_agent": ce,
+            "lr": lr,
+            "grad_norm": float(engine.grad_norm),
+            "agent_tokens_per_second": self.num_agents * tokens / seconds,
+        }
+        self._reset()
+        return metrics
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU, or resident where there is none. In GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def evaluation_table(before: Evaluation, after: Evaluation) -> Table:
+    """Exact match and NLL (nats a completion token) of every answerer, before and after training."""
+    if not after.num_problems:
+        return Table(title="no held-out problems, nothing scored")
+    table = Table(title=f"{after.num_problems} held-out problems")
+    table.add_column("")
+    for name in ("exact match before", "after", "NLL before", "after"):
+        table.add_column(name, justify="right")
+    for (name, now), was in zip(after.scores().items(), before.scores().values(), strict=True):
+        table.add_row(name, f"{was.exact_match:.1%}", f"{now.exact_match:.1%}", f"{was.nll:.4f}", f"{now.nll:.4f}")
+    return table

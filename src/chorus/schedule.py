@@ -1,0 +1,24 @@
+"""The learning rate as a function of the optimiser step: no state to save, the same for any number of processes."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import get_scheduler
+
+
+def learning_rate(name: str, lr: float, num_steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """lr(step) of the step'th optimiser step, counted from 0, by transformers' formula for the schedule `name`.
+
+    Accelerate's wrapped scheduler steps once per process, so it runs N times too fast on N processes; a scheduler also
+    carries state. transformers keeps its formulas inside schedulers, so one is made for a throw-away parameter and its
+    multiplier taken out.
+
+    Args:
+        num_steps: optimiser steps of the whole run, over which it decays.
+        warmup_ratio: the fraction of them in which the rate rises linearly from 0; rounded up.
+    """
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    warmup_steps = -int(-num_steps * warmup_ratio // 1)
+    scheduler = get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
+    (multiplier,) = scheduler.lr_lambdas  # pyright: ignore[reportAttributeAccessIssue]
+    return lambda step: lr * multiplier(step)

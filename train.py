@@ -1,0 +1,137 @@
+"""Train K LoRA agents over one frozen base: `accelerate launch train.py [--config FILE] [key=value ...]`."""
+
+import sys
+
+from chorus.config import Config, load_config
+from chorus.errors import input_errors_end_the_program
+
+if __name__ == "__main__":
+    # Before the heavy imports: a misspelt key is answered at once, not after ten seconds of loading libraries.
+    with input_errors_end_the_program():
+        CONFIG = load_config(sys.argv[1:])
+
+import logging
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from chorus.adapters import lora_shape
+from chorus.agents import NoiseRates, build_agents
+from chorus.base import load_model, load_tokenizer
+from chorus.checkpoint import prepare_output_dir, refuse_non_finite, save_ensemble
+from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
+from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine
+from chorus.evaluate import evaluate, held_out_share
+from chorus.journal import Journal, Meter, evaluation_table, open_journal
+from chorus.objective import SwdSettings, objective
+from chorus.rows import read_problems
+from chorus.schedule import learning_rate
+
+logger = logging.getLogger("chorus.train")
+
+
+def main(config: Config) -> None:
+    # Everything the user gave is checked before the base is loaded.
+    problems = read_problems(config)
+    tokenizer = load_tokenizer(config.model_name)
+    precision = decide_precision(config.mixed_precision)
+    accelerator = make_accelerator(config)
+    output_dir = prepare_output_dir(config.output_dir, accelerator)
+    with closing(open_journal(accelerator, output_dir, config.model_dump())) as journal:
+        samples = tokenise(problems.train, tokenizer, config.max_seq_length)
+        held_out = held_out_share(
+            problems.validation[: config.eval_samples],
+            tokenizer,
+            max_seq_length=config.max_seq_length,
+            batch_size=config.eval_batch_size,
+            max_new_tokens=config.max_new_tokens_eval,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        num_steps = config.max_train_steps
+        if num_steps is None:
+            rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
+            num_steps = config.epochs * steps_per_epoch(len(samples), *rows_of_a_step)
+        steps = training_steps(
+            samples,
+            config,
+            pad_id=tokenizer.eos_token_id,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            num_steps=num_steps,
+        )
+
+        model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
+        agents = build_agents(
+            config.parallel_mode,
+            model,
+            config.num_agents,
+            lora_shape(config),
+            NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed),
+            config.use_gradient_checkpointing,
+        )
+        engine = start_engine(accelerator, agents, config)
+        logger.info("%s; precision %s", engine.description, precision)
+        logger.info(
+            "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
+        )
+
+        before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
+        train(engine, steps, num_steps, config, output_dir, journal)
+        after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
+        save(engine, config, output_dir, after.weights, evaluation={"before": before.report(), "after": after.report()})
+        journal.table(evaluation_table(before, after))
+        logger.info("the agents are in %s", output_dir / "agents")
+        accelerator.end_training()
+
+
+def train(
+    engine: Engine, steps: Iterator[StepBatch], num_steps: int, config: Config, output_dir: Path, journal: Journal
+) -> None:
+    """Take `num_steps` optimiser steps, the same loop in every mode and under every engine."""
+    device = engine.accelerator.device
+    accumulation = config.gradient_accumulation_steps
+    lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
+    share_of = partial(
+        objective,
+        num_micro_batches=accumulation,
+        lambda_sw=config.lambda_sw,
+        swd=SwdSettings(config.swd_num_projections, config.swd_representation, config.seed),
+        rows_per_process=config.batch_size,
+        gather=engine.gather,
+    )
+    meter = Meter(config.num_agents, device)
+    journal.start(num_steps)
+    for step, step_batch in enumerate(steps):
+        engine.set_lr(lr_at(step))
+        for micro_step, batch in enumerate(step_batch.micro_batches):
+            batch = batch.to(device)
+            slot = micro_step * engine.num_processes + engine.process_index
+            # ---- forward, backward; after the last micro-batch also clip, step and zero ----
+            with engine.micro_batch():
+                output = engine.module(batch, step=step, slot=slot)
+                part = share_of(*output, batch, num_targets=step_batch.num_targets, step=step)
+                engine.backward(part.share)
+            meter.add(part, step_batch.num_targets, accumulation, batch.input_BT.numel())
+        meter.end_step()
+        done = step + 1
+        is_logged = done in (1, num_steps) or done % config.logging_steps == 0
+        journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
+        if config.save_steps and done % config.save_steps == 0:
+            save(engine, config, output_dir, [1 / config.num_agents] * config.num_agents)
+
+
+def save(engine: Engine, config: Config, output_dir: Path, weights: list[float], **more: Any) -> None:
+    """Write the adapters and `ensemble.json`. Every process takes part; the first one writes."""
+    tensors = engine.adapter_values()
+    refuse_non_finite(tensors)
+    if engine.accelerator.is_main_process:
+        save_ensemble(output_dir, tensors, weights, config, more)
+    engine.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    with input_errors_end_the_program():
+        main(CONFIG)
