@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from chorus.adapters import lora_shape
 from chorus.agents import NoiseRates, build_agents
 from chorus.base import load_model, load_tokenizer
-from chorus.checkpoint import prepare_output_dir, refuse_non_finite, save_ensemble
+from chorus.checkpoint import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine
 from chorus.evaluate import evaluate, held_out_share
-from chorus.journal import Journal, Meter, evaluation_table, open_journal
+from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
 from chorus.objective import SwdSettings, objective
 from chorus.rows import read_problems
 from chorus.schedule import learning_rate
@@ -33,6 +33,7 @@ logger = logging.getLogger("chorus.train")
 
 
 def main(config: Config) -> None:
+    quiet_libraries()
     # Everything the user gave is checked before the base is loaded.
     problems = read_problems(config)
     tokenizer = load_tokenizer(config.model_name)
@@ -57,7 +58,7 @@ def main(config: Config) -> None:
         steps = training_steps(
             samples,
             config,
-            pad_id=tokenizer.eos_token_id,
+            pad_id=cast(int, tokenizer.eos_token_id),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             num_steps=num_steps,
@@ -80,8 +81,11 @@ def main(config: Config) -> None:
 
         before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
         train(engine, steps, num_steps, config, output_dir, journal)
+        save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
         after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
-        save(engine, config, output_dir, after.weights, evaluation={"before": before.report(), "after": after.report()})
+        if accelerator.is_main_process:
+            scores = {"evaluation": {"before": before.report(), "after": after.report()}}
+            write_ensemble(output_dir, after.weights, config, scores)
         journal.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
         accelerator.end_training()
@@ -102,36 +106,39 @@ def train(
         rows_per_process=config.batch_size,
         gather=engine.gather,
     )
-    meter = Meter(config.num_agents, device)
-    journal.start(num_steps)
-    for step, step_batch in enumerate(steps):
-        engine.set_lr(lr_at(step))
-        for micro_step, batch in enumerate(step_batch.micro_batches):
-            batch = batch.to(device)
-            slot = micro_step * engine.num_processes + engine.process_index
-            # ---- forward, backward; after the last micro-batch also clip, step and zero ----
-            with engine.micro_batch():
-                output = engine.module(batch, step=step, slot=slot)
-                part = share_of(*output, batch, num_targets=step_batch.num_targets, step=step)
-                engine.backward(part.share)
-            meter.add(part, step_batch.num_targets, accumulation, batch.input_BT.numel())
-        meter.end_step()
-        done = step + 1
-        is_logged = done in (1, num_steps) or done % config.logging_steps == 0
-        journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
-        if config.save_steps and done % config.save_steps == 0:
-            save(engine, config, output_dir, [1 / config.num_agents] * config.num_agents)
+    meter = Meter(config.num_agents, device, config.log_memory_usage)
+    with journal.training(num_steps):
+        for step, step_batch in enumerate(steps):
+            engine.set_lr(lr_at(step))
+            for micro_step, batch in enumerate(step_batch.micro_batches):
+                batch = batch.to(device)
+                slot = micro_step * engine.num_processes + engine.process_index
+                # ---- forward and backward; after the last micro-batch also clip, step and zero ----
+                with engine.micro_batch():
+                    output = engine.module(batch, step=step, slot=slot)
+                    part = share_of(
+                        output.nll_KBT, output.hidden_KBTD, batch, num_targets=step_batch.num_targets, step=step
+                    )
+                    engine.backward(part.share)
+                # -----------------------------------------------------------------------------------
+                meter.add(part, step_batch.num_targets, accumulation, batch.input_BT.numel())
+            meter.end_step()
+            done = step + 1
+            is_logged = done in (1, num_steps) or done % config.logging_steps == 0
+            journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
+            if config.save_steps and done % config.save_steps == 0:
+                save(engine, config, output_dir)
 
 
-def save(engine: Engine, config: Config, output_dir: Path, weights: list[float], **more: Any) -> None:
+def save(engine: Engine, config: Config, output_dir: Path) -> None:
     """Write the adapters and `ensemble.json`. Every process takes part; the first one writes."""
     tensors = engine.adapter_values()
     refuse_non_finite(tensors)
     if engine.accelerator.is_main_process:
-        save_ensemble(output_dir, tensors, weights, config, more)
+        save_ensemble(output_dir, tensors, [1 / config.num_agents] * config.num_agents, config, {})
     engine.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     with input_errors_end_the_program():
-        main(CONFIG)
+        main(CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

@@ -109,7 +109,7 @@ class LoraLinear(PeftLoraLinear):
     routing: Routing
     path: str
 
-    def weight(self, agent: int, matrix: Literal["A", "B"]) -> nn.Parameter:
+    def adapter_weight(self, agent: int, matrix: Literal["A", "B"]) -> nn.Parameter:
         """A (R, I) or B (O, R) of one agent."""
         weights = self.lora_A if matrix == "A" else self.lora_B
         return weights[adapter_name(agent)].weight  # pyright: ignore[reportReturnType]
@@ -119,7 +119,7 @@ class LoraLinear(PeftLoraLinear):
         y_BTO = self.base_layer(x, *args, **kwargs)
         if agent is None:
             return y_BTO
-        A_RI, B_OR = self.weight(agent, "A"), self.weight(agent, "B")
+        A_RI, B_OR = self.adapter_weight(agent, "A"), self.adapter_weight(agent, "B")
         if noise is not None:
             A_RI = noise.connect(A_RI, TensorId(agent, self.path, "A"))
             B_OR = noise.connect(B_OR, TensorId(agent, self.path, "B"))
@@ -187,7 +187,7 @@ def attach_agents(model: PreTrainedModel, agents: Sequence[int], shape: LoraShap
         layer.routing, layer.path = routing, path
         for agent in agents:
             for matrix in ("A", "B"):
-                weight = layer.weight(agent, matrix)
+                weight = layer.adapter_weight(agent, matrix)
                 weight.requires_grad_(True)  # PEFT leaves only the first adapter trainable
                 if shape.random_init:
                     _fill_normal(weight, TensorId(agent, path, matrix), shape.seed)

@@ -152,7 +152,7 @@ class Agents(nn.Module):
     def adapter_tensors(self) -> dict[TensorId, nn.Parameter]:
         """Every trainable tensor under its identity: agent by agent, in the model's order."""
         return {
-            TensorId(agent, path, matrix): layer.weight(agent, matrix)
+            TensorId(agent, path, matrix): layer.adapter_weight(agent, matrix)
             for agent in self.agents
             for path, layer in lora_layers(self.peft_model(agent)).items()
             for matrix in ("A", "B")
@@ -231,7 +231,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         with torch.enable_grad():
             outputs = ctx.run()
         due = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]

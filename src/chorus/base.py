@@ -65,7 +65,7 @@ def load_model(
     with _named(model_name):
         config = AutoConfig.from_pretrained(model_name)
         _switch_dropout_off(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_name,
             config=config,
             dtype=dtype,
@@ -73,7 +73,7 @@ def load_model(
             attn_implementation=_attention(config, attn_implementation),
         )
     model.requires_grad_(False)
-    model.to(device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
     _check_head(model, model_name)
     return model
 

@@ -26,19 +26,24 @@ def prepare_output_dir(name: str, accelerator: Accelerator) -> Path:
         InputError: it is a file, or cannot be made or written.
     """
     folder = Path(name)
-    for path in (folder, *folder.parents):
-        if path.exists():
-            if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-                what = "cannot be written" if path.is_dir() else "is a file"
-                raise InputError(f"key 'output_dir': {name}: {path} {what}; name a folder that can be made")
-            break
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if folder.exists() and any(folder.iterdir()):
-            number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-            folder.rename(folder.with_name(f"{folder.name}.{number}"))
-            print(f"{name} held an earlier run, which is now {name}.{number}", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"key 'output_dir': {name}: the program runs in it; name a folder for this run alone")
+    try:
+        for path in (folder, *folder.parents):
+            if path.exists():
+                if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+                    what = "cannot be written" if path.is_dir() else "is a file"
+                    raise InputError(f"key 'output_dir': {name}: {path} {what}; name a folder that can be made")
+                break
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if folder.exists() and any(folder.iterdir()):
+                number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+                folder.rename(folder.with_name(f"{folder.name}.{number}"))
+                print(f"{folder} held an earlier run, which is now {folder}.{number}", file=sys.stderr)
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a name too long, a mount point that cannot step aside, a link to nothing
+        raise InputError(f"key 'output_dir': {name}: {error.strerror}; name a folder that can be made") from error
     accelerator.wait_for_everyone()
     return folder
 
@@ -83,8 +88,13 @@ def save_ensemble(
         for file in folder.iterdir():
             _sync(file)
     _swap(new, output_dir / "agents")
+    write_ensemble(output_dir, weights, config, more)
+
+
+def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:
+    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`."""
     ensemble = {
-        "agents": [f"agents/{adapter_name(agent)}" for agent in agents],
+        "agents": [f"agents/{adapter_name(agent)}" for agent in range(len(weights))],
         "weights": list(weights),
         "base_model": config.model_name,
         "parallel_mode": config.parallel_mode,

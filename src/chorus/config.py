@@ -275,8 +275,9 @@ def _resolve(options: argparse.Namespace) -> Config:
 def _refuse_first(errors: list[ErrorDetails], settings: dict[str, _Setting], file: str) -> NoReturn:
     first = min(errors, key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key may explain all the others
     key = str(first["loc"][0])
-    left_out = _Setting(first["input"], _as_yaml(first["input"]), f"{file}: key {key!r} (left out)")
-    _, written, place = settings.get(key, left_out)
+    if key not in settings:  # its default does not go with another key
+        settings[key] = _Setting(None, _as_yaml(first["input"]), f"{file}: key {key!r} (left out)")
+    _, written, place = settings[key]
     if first["type"] == "extra_forbidden":
         nearest = get_close_matches(key, Config.model_fields, n=1, cutoff=0)[0]
         _refuse(place, f"is not known; did you mean {nearest!r}?")
@@ -339,7 +340,7 @@ def _settings_of_command_line(arguments: Sequence[str]) -> dict[str, _Setting]:
         key, equals, written = argument.partition("=")
         place = f"command line: key {key!r}"
         if not equals:
-            _refuse(f"command line: {argument!r}", "is not of the form key=value, such as lr=0.001")
+            _refuse(f"command line: {argument!r}", "is not of the form key=value; write, for example, lr=0.001")
         if key in settings:
             _refuse(place, "is a duplicate; keep one of them")
         with _yaml_errors_refused(place):
@@ -355,7 +356,7 @@ def _as_yaml(value: object) -> str:
     """A value on one line: words plain, all else as JSON, which is YAML (ruamel's own flow style loses `[?a]`)."""
     if isinstance(value, list):
         return f"[{', '.join(map(_as_yaml, value))}]"
-    if isinstance(value, str) and re.fullmatch(r"[a-zA-Z/._][\w/.-]*", value) and _yaml().load(value) == value:
+    if isinstance(value, str) and re.fullmatch(r"[a-zA-Z/_][\w/.-]*", value) and _yaml().load(value) == value:
         return value
     quoted = json.dumps(value, ensure_ascii=False)
     return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted)

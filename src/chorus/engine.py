@@ -116,7 +116,7 @@ class Engine:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     description: str
-    grad_norm: float | Tensor = math.nan  # of the latest optimiser step, before clipping
+    grad_norm: Any = math.nan  # of the latest optimiser step, before clipping
 
     @property
     def is_deepspeed(self) -> bool:
@@ -168,7 +168,10 @@ class Engine:
         read = Tensor.detach
         if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param as read  # two seconds of imports for those who use it
-        return {identity: read(tensor).float().cpu() for identity, tensor in self.agents.adapter_tensors().items()}
+        return {
+            identity: cast(Tensor, read(tensor)).float().cpu()
+            for identity, tensor in self.agents.adapter_tensors().items()
+        }
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum of `own` over processes."""

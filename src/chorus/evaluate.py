@@ -1,7 +1,7 @@
 """How well the base, each agent and their mixture do on held-out problems: exact match and token NLL."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -116,7 +116,9 @@ def exact_matches(agents: Agents, members: list[int | None], weight_K: Tensor, h
     right = []
     for problems in _batches(held_out.problems, held_out.batch_size):
         prompts = tokenizer([problem.prompt for problem in problems], return_attention_mask=False)["input_ids"]
-        answers = generate(agents, members, weight_K, prompts, held_out.max_new_tokens, tokenizer.eos_token_id)
+        answers = generate(
+            agents, members, weight_K, prompts, held_out.max_new_tokens, cast(int, tokenizer.eos_token_id)
+        )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right += [is_exact(text, problem.completion) for text, problem in zip(texts, problems, strict=True)]
     return right

@@ -5,12 +5,14 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,8 +29,9 @@ logger = logging.getLogger(__name__)
 class Journal:
     """Keeps silent, on every process but the first."""
 
-    def start(self, num_steps: int) -> None:
-        """Show a progress bar of `num_steps`."""
+    def training(self, num_steps: int) -> AbstractContextManager[None]:
+        """The context of the training loop: a progress bar of `num_steps`."""
+        return nullcontext()
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
         """One optimiser step is done; `metrics` on logged steps: a row of metrics.jsonl."""
@@ -59,8 +62,7 @@ class WritingJournal(Journal):
     def __init__(self, accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]):
         self._accelerator = accelerator
         self._console = Console(stderr=True)
-        self._open = ExitStack()
-        self._metrics = self._open.enter_context((output_dir / "metrics.jsonl").open("a", encoding="utf-8"))
+        self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
         to_terminal = _ConsoleHandler(self._console)
@@ -73,15 +75,19 @@ class WritingJournal(Journal):
         plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("chorus", config=plain)
 
-    def start(self, num_steps: int) -> None:
-        self._open.enter_context(self._progress)
-        self._task = self._progress.add_task("training", total=num_steps)
+    @contextmanager
+    def training(self, num_steps: int) -> Iterator[None]:
+        with self._progress:
+            self._task = self._progress.add_task("training", total=num_steps)
+            yield
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
         self._progress.advance(self._task)
         if metrics is None:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
+        # JSON knows no infinity, which in fp16 the first gradient norms are, while the loss scale falls.
+        no_number = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+        self._metrics.write(json.dumps({**metrics, **dict.fromkeys(no_number)}, allow_nan=False) + "\n")
         self._metrics.flush()
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
@@ -92,16 +98,25 @@ class WritingJournal(Journal):
         logger.info(
             f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr {metrics['lr']:.2e}  "
             f"grad norm {metrics['grad_norm']:.2f}  {metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
+            + (f"  peak {metrics['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in metrics else "")
         )
 
     def table(self, table: Table) -> None:
         self._console.print(table)
 
     def close(self) -> None:
-        self._open.close()
+        self._metrics.close()
         for handler in self._handlers:
             logging.getLogger("chorus").removeHandler(handler)
             handler.close()
+
+
+def quiet_libraries() -> None:
+    """Keep the terminal for what concerns the user: not the libraries' deprecation notices to each other, nor a
+    progress bar for every process that loads the base."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|accelerate|peft|deepspeed")
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def open_journal(accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]) -> Journal:
@@ -115,9 +130,10 @@ def open_journal(accelerator: Accelerator, output_dir: Path, settings: Mapping[s
 class Meter:
     """Sums of what every micro-batch reports, kept on the device: reading them is the only synchronisation."""
 
-    def __init__(self, num_agents: int, device: torch.device):
+    def __init__(self, num_agents: int, device: torch.device, with_memory: bool = False):
         self.num_agents = num_agents
         self.device = device
+        self.with_memory = with_memory
         self._reset()
 
     def _reset(self) -> None:
@@ -163,6 +179,8 @@ class Meter:
             "grad_norm": float(engine.grad_norm),
             "agent_tokens_per_second": self.num_agents * tokens / seconds,
         }
+        if self.with_memory:
+            metrics["peak_memory_gib"] = peak_memory_gib(self.device)
         self._reset()
         return metrics
 

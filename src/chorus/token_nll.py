@@ -52,7 +52,7 @@ class _ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         (gradient_ND,) = ctx.saved_tensors
         (upstream_N,) = gradients
         return (gradient_ND * upstream_N[:, None]).to(gradient_ND.dtype), None, None

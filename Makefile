@@ -1,0 +1,35 @@
+# `make train` and `make test` set up what they need. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install train test lint check clean
+
+install: .venv/.installed
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Chorus needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/pip install --quiet -e '.[test,dev,trackers]'
+	touch $@
+
+train: install
+	$(BIN)/accelerate launch train.py
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check: lint
+	$(BIN)/python -m pytest -q -m "not launch"
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache

@@ -1,0 +1,56 @@
+import subprocess
+import sys
+
+import pytest
+
+from chorus.errors import InputError, RunError, input_errors_end_the_program
+
+PROGRAM = """
+from chorus.errors import InputError, RunError, input_errors_end_the_program
+with input_errors_end_the_program():
+    try:
+        {}
+    except ZeroDivisionError as cause:
+        raise InputError("configs.yaml: key 'lr' is 0; give more") from cause
+"""
+
+
+def run(statement: str) -> subprocess.CompletedProcess[str]:
+    """A real process that ends in `statement`."""
+    return subprocess.run([sys.executable, "-c", PROGRAM.format(statement)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "line"),
+    [
+        ("raise InputError(\"configs.yaml: key 'lr' is 0\")", 2, "error: configs.yaml: key 'lr' is 0\n"),
+        ("1 / 0", 2, "error: configs.yaml: key 'lr' is 0; give more\n"),  # its cause is not shown either
+        ("raise RunError('agent 1: loss is nan')", 3, "error: agent 1: loss is nan\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("pass", 0, ""),
+    ],
+)
+def test_an_error_meant_for_people_is_one_line_on_stderr_and_an_exit_code(statement: str, code: int, line: str):
+    ended = run(statement)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (code, line, "")
+
+
+@pytest.mark.parametrize("statement", ["raise ValueError('ours')", "raise OSError('ours')", "assert False, 'ours'"])
+def test_a_mistake_of_ours_keeps_its_traceback(statement: str):
+    ended = run(statement)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Traceback (most recent call last)")
+    assert ended.stderr.rstrip().endswith("Error: ours")
+
+
+@pytest.mark.parametrize("error", [SystemExit(7), OSError("ours")])
+def test_every_other_exception_passes_unchanged(error: BaseException):
+    with pytest.raises(type(error)) as raised, input_errors_end_the_program():
+        raise error
+    assert raised.value is error
+
+
+def test_the_two_kinds_are_kinds_of_the_built_in_ones():
+    """Callers of the package catch ValueError and RuntimeError without knowing of Chorus."""
+    assert issubclass(InputError, ValueError)
+    assert issubclass(RunError, RuntimeError)

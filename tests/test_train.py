@@ -1,0 +1,245 @@
+"""train.py as a user runs it: through the real launchers, in real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launching import PLAIN, ROOT, ddp, environment, launch, train, zero2
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from chorus.adapters import lora_shape
+from chorus.agents import NoiseRates, build_agents
+from chorus.base import load_model
+from chorus.config import Config, load_config
+
+pytestmark = pytest.mark.launch
+SMALL = ("num_agents=3", "eval_samples=0", "logging_steps=1", "debug_subset_size=200")
+
+
+def adapters(output_dir: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{folder.name} {name}": tensor
+        for folder in sorted((output_dir / "agents").iterdir())
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def assert_same_run(one: Path, other: Path, rows: list[dict], other_rows: list[dict], tolerance: float) -> None:
+    assert [row["step"] for row in rows] == [row["step"] for row in other_rows]
+    for row, other_row in zip(rows, other_rows, strict=True):
+        for key in ("loss", "lr", "grad_norm"):
+            assert row[key] == pytest.approx(other_row[key], rel=tolerance), (key, row, other_row)
+        assert row["task_loss_per_agent"] == pytest.approx(other_row["task_loss_per_agent"], rel=tolerance)
+        assert (row["swd"] or 0) == pytest.approx(other_row["swd"] or 0, rel=100 * tolerance, abs=1e-6)
+    weights, other_weights = adapters(one), adapters(other)
+    assert weights.keys() == other_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, other_weights[name], rtol=0, atol=2e-4), name
+
+
+# ---- the same run, whatever carries it ----
+
+COUPLED = (*SMALL, "max_train_steps=6", "lambda_sw=0.2", "dropconnect_p=0.1", "gradient_accumulation_steps=2")
+
+
+@pytest.fixture(scope="module")
+def coupled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """One process, 8 rows a micro-batch, two micro-batches, lambda > 0, DropConnect."""
+    folder = tmp_path_factory.mktemp("coupled")
+    return folder, train(PLAIN, folder, *COUPLED, "batch_size=8", "parallel_mode=parallel")
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        (PLAIN, ("batch_size=8", "parallel_mode=sequential")),
+        (PLAIN, ("batch_size=8", "use_deepspeed=true", "use_gradient_checkpointing=true")),
+        (ddp(2), ("batch_size=4", "parallel_mode=parallel")),
+        (zero2(2), ("batch_size=4", "parallel_mode=parallel")),
+        (zero2(2), ("batch_size=4", "parallel_mode=sequential", "num_workers=1")),
+    ],
+    ids=["sequential", "zero2-programmatic-checkpointing", "ddp-2", "zero2-2-parallel", "zero2-2-sequential-workers"],
+)
+def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
+    coupled_run: tuple[Path, list[dict]], tmp_path: Path, command: list[str], settings: tuple[str, ...]
+):
+    folder, rows = coupled_run
+    other_rows = train(command, tmp_path, *COUPLED, *settings)
+    assert_same_run(folder, tmp_path, rows, other_rows, tolerance=2e-5)
+    if "--config_file" in command:
+        assert "DeepSpeed ZeRO-2 is active" in (tmp_path / "train.log").read_text()
+
+
+def test_one_process_accumulating_four_equals_four_processes_and_two_of_two(tmp_path: Path):
+    settings = (*SMALL, "max_train_steps=4", "lambda_sw=0", "batch_size=3", "max_grad_norm=0.5")
+    runs = {
+        "1x4": train(PLAIN, tmp_path / "1x4", *settings, "gradient_accumulation_steps=4"),
+        "2x2": train(zero2(2), tmp_path / "2x2", *settings, "gradient_accumulation_steps=2"),
+        "4x1": train(ddp(4), tmp_path / "4x1", *settings, "gradient_accumulation_steps=1"),
+    }
+    for name in ("2x2", "4x1"):
+        assert_same_run(tmp_path / "1x4", tmp_path / name, runs["1x4"], runs[name], tolerance=2e-5)
+
+
+def test_every_agent_learns_the_default_task(tmp_path: Path):
+    """The default run, but with fewer held-out problems: a broken gradient would show in this table."""
+    rows = train(PLAIN, tmp_path, "eval_samples=40")
+    report = json.loads((tmp_path / "ensemble.json").read_text())["evaluation"]
+    assert list(report["after"]) == ["base", "agent 0", "agent 1", "agent 2", "agent 3", "mean of agents"]
+    for name, after in report["after"].items():
+        before = report["before"][name]
+        assert before["exact_match"] <= 0.05, name
+        if name != "base":
+            assert after["exact_match"] > 0.5, name
+            assert after["nll"] < before["nll"] / 4, name
+    assert report["after"]["base"] == report["before"]["base"]
+    assert rows[-1]["step"] == Config().max_train_steps
+    for key in ("loss", "task_loss", "swd", "task_loss_per_agent", "lr", "grad_norm", "agent_tokens_per_second"):
+        assert key in rows[-1]
+
+
+# ---- what it writes ----
+
+
+def test_zero_steps_write_initial_adapters_that_differ_and_that_stock_peft_reads_as_the_base(tmp_path: Path):
+    train(PLAIN, tmp_path, *SMALL, "max_train_steps=0")
+    base = AutoModelForCausalLM.from_pretrained("assets/tiny-gemma-2")
+    ids = torch.arange(4, 20)[None]
+    expected = base(input_ids=ids).logits
+    for agent in range(3):
+        loaded = PeftModel.from_pretrained(base, str(tmp_path / "agents" / f"agent_{agent}"), adapter_name=f"a{agent}")
+        loaded.set_adapter(f"a{agent}")
+        assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-5)
+    weights = adapters(tmp_path)
+    name = next(key.removeprefix("agent_0 ") for key in weights if "lora_A" in key)
+    initial = [weights[f"agent_{agent} {name}"] for agent in range(3)]
+    assert not any(torch.equal(initial[i], initial[j]) for i in range(3) for j in range(i))
+    resolved = load_config(["--config", str(tmp_path / "config.yaml")])
+    assert resolved.num_agents == 3
+    assert json.loads((tmp_path / "ensemble.json").read_text())["weights"] == pytest.approx([1 / 3] * 3)
+
+
+def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """In this process, so that the base can be looked at: the loop of train.py on a plain engine."""
+    from transformers import AutoTokenizer
+
+    import train as script
+    from chorus.data import tokenise, training_steps
+    from chorus.engine import start_engine
+    from chorus.journal import Journal
+    from chorus.rows import read_problems
+
+    config = Config(num_agents=2, batch_size=4, lr=0.1, debug_subset_size=40)
+    model = load_model(config.model_name, torch.float32, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    agents = build_agents("sequential", model, 2, lora_shape(config), NoiseRates(0.1, 0.1, 0))
+    engine = start_engine(Accelerator(cpu=True), agents, config)
+    samples = tokenise(read_problems(config).train, AutoTokenizer.from_pretrained(config.model_name), 128)
+    steps = training_steps(samples, config, pad_id=0, process_index=0, num_processes=1, num_steps=3)
+    initial = {identity: tensor.detach().clone() for identity, tensor in agents.adapter_tensors().items()}
+    script.train(engine, steps, 3, config, tmp_path, Journal())
+    assert all(not torch.equal(initial[identity], tensor) for identity, tensor in agents.adapter_tensors().items())
+    frozen = {name.replace(".base_layer", ""): tensor for name, tensor in agents.frozen_tensors().items()}
+    compared = 0
+    for name, tensor in before.items():
+        if name in frozen:
+            assert torch.equal(frozen[name], tensor), name
+            compared += 1
+    assert compared == len([name for name in before if name != "lm_head.weight"])
+
+
+# ---- bad input: one line, exit code 2, nothing lost ----
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Settings and what the line must name."""
+    (folder / "file").write_text("a file")
+    (folder / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}')
+    (folder / "empty").mkdir()
+    return {
+        "unknown key": (["lrr=1"], "did you mean 'lr'"),
+        "type": (["lr=fast"], "'lr'"),
+        "no such data": ([f"dataset_name={folder}/missing.jsonl"], "missing.jsonl"),
+        "bad row": ([f"dataset_name={folder}/bad.jsonl"], "bad.jsonl:2"),
+        "no such model": ([f"model_name={folder}/model"], "does not exist"),
+        "no model in it": ([f"model_name={folder}/empty"], "config.json"),
+        "no such layer": (["lora_target_modules=[q_projj]", "max_train_steps=0"], "q_projj"),
+        "output is a file": ([f"output_dir={folder}/file/run"], "is a file"),
+        "json": (
+            ["use_deepspeed=true", f"deepspeed_config_file={folder}/ds.json"],
+            "gradient_clipping",
+        ),
+        "fp16 without a gpu": (["mixed_precision=fp16"], "fp16"),
+    }
+
+
+def test_bad_input_gives_one_line_that_names_it_and_exit_code_2_and_loses_nothing(tmp_path: Path):
+    kept = tmp_path / "kept"
+    (kept / "agents").mkdir(parents=True)
+    (kept / "agents" / "precious").write_text("adapter")
+    for case, (settings, named) in bad_inputs(tmp_path).items():
+        output = [] if any(setting.startswith("output_dir") for setting in settings) else [f"output_dir={kept}"]
+        result = launch([sys.executable, "train.py"], *settings, *output)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode == 2, (case, result.stderr[-2000:])
+        assert "Traceback" not in result.stderr, (case, result.stderr[-2000:])
+        assert len(lines) == 1, (case, result.stderr)
+        assert named in lines[0], (case, lines)
+        assert any(path.read_text() == "adapter" for path in tmp_path.glob("kept*/agents/precious")), case
+
+
+def test_a_launcher_that_contradicts_configs_yaml_is_refused():
+    result = launch(zero2(1), "use_deepspeed=false", "output_dir=/nonexistent/run")
+    assert result.returncode != 0
+    assert "error: key 'use_deepspeed' is false, but the launcher starts DeepSpeed" in result.stderr
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_agent_and_step(tmp_path: Path):
+    result = launch([sys.executable, "train.py"], *SMALL, "lr=1e30", "max_grad_norm=0", f"output_dir={tmp_path}/run")
+    assert result.returncode == 3, result.stderr[-2000:]
+    assert "error: agent 0: loss is nan by step" in result.stderr
+    assert not (tmp_path / "run" / "agents").exists()
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
+    command = [*zero2(2), *SMALL, "num_workers=1", "max_train_steps=100000", f"output_dir={tmp_path}/run"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120)
+    assert len(session_members(process.pid)) >= 4  # launcher, two trainers, their workers
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    wait_for(lambda: not session_members(process.pid), 30)
+
+
+def session_members(session: int) -> list[int]:
+    """Processes of a session, by /proc: also those that left the process group."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            members.append(int(stat.parent.name))
+    return members
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.2)
