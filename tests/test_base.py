@@ -68,6 +68,8 @@ def test_an_architecture_that_scales_its_logits_is_refused_rather_than_trained_w
 def test_gemma_2_is_given_eager_attention_because_sdpa_drops_its_soft_cap(tmp_path: Path):
     folder = saved(tiny_gemma(), tmp_path)
     assert load_model(folder, torch.float32, CPU).config._attn_implementation == "eager"
+    with pytest.raises(InputError, match="soft-cap"):
+        load_model(folder, torch.float32, CPU, "sdpa")
 
 
 def test_a_missing_folder_a_folder_without_a_model_and_pickled_weights_are_one_line_each(tmp_path: Path):

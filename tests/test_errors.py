@@ -35,7 +35,9 @@ def test_an_error_meant_for_people_is_one_line_on_stderr_and_an_exit_code(statem
     assert (ended.returncode, ended.stderr, ended.stdout) == (code, line, "")
 
 
-@pytest.mark.parametrize("statement", ["raise ValueError('ours')", "raise OSError('ours')", "assert False, 'ours'"])
+@pytest.mark.parametrize(
+    "statement", ["raise ValueError('ours')", "raise RuntimeError('ours')", "assert False, 'ours'"], ids=str
+)
 def test_a_mistake_of_ours_keeps_its_traceback(statement: str):
     ended = run(statement)
     assert ended.returncode == 1

@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -131,10 +132,20 @@ def test_an_end_token_in_a_prompt_is_a_token_like_others(agents: Agents):
 
 
 def test_nothing_is_computed_after_the_last_row_has_ended(agents: Agents, prompts: list[list[int]]):
-    """A limit of a million tokens would not come back."""
-    eos_id = generate(agents, [2], ONE, prompts[:1], 3, NEVER)[0][2]
-    [row] = generate(agents, [2], ONE, prompts[:1], 1_000_000, eos_id)
-    assert len(row) <= 2
+    free = generate(agents, [2], ONE, prompts, 15, NEVER)
+    ends = (
+        (token, one, other)
+        for (one, row), (other, row_too) in combinations(enumerate(free), 2)
+        for token in row
+        if token in row_too and row.index(token) != row_too.index(token)
+    )
+    eos_id, *pair = next(ends)  # two rows that end of the same token at different places
+    calls = []
+    counter = agents.head().linear.register_forward_hook(lambda *_: calls.append(1))
+    rows = generate(agents, [2], ONE, [prompts[number] for number in pair], 100, eos_id)
+    counter.remove()
+    assert rows == [free[number][: free[number].index(eos_id)] for number in pair]
+    assert len(calls) == max(map(len, rows)) + 1
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4])

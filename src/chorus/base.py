@@ -94,10 +94,17 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
 
 
 def _attention(config: PretrainedConfig, attn_implementation: str) -> str | None:
-    """`auto` is transformers' choice, but eager for Gemma-2: sdpa cannot apply its attention soft-cap."""
+    """`auto` is transformers' choice, but eager where attention has a soft-cap (Gemma-2).
+
+    Raises:
+        InputError: sdpa for such a model: some versions of transformers leave the soft-cap out without a word.
+    """
+    has_softcap = bool(getattr(config, "attn_logit_softcapping", None))
+    if attn_implementation == "sdpa" and has_softcap:
+        raise InputError("key 'attn_implementation' is sdpa, which drops this model's soft-cap; set it to auto")
     if attn_implementation != "auto":
         return attn_implementation
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    return "eager" if has_softcap else None
 
 
 def _switch_dropout_off(config: PretrainedConfig) -> None:

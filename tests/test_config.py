@@ -1,0 +1,447 @@
+"""The configuration: what is read, what is refused, and in which words."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from chorus.config import Config, load_config, render
+from chorus.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+# The kinds of keys, stated apart from config.py: as written in YAML, what each kind accepts and what it refuses.
+NOT_A_NUMBER = [
+    "true",
+    "null",
+    '"1"',
+    '"1e-4"',
+    "fast",
+    "[1]",
+    "{a: 1}",
+    ".nan",
+    ".inf",
+    "-.inf",
+    "1e999",
+    "2020-01-01",
+]
+NOT_TEXT = ["1", "true", "[a]", "2020-01-01", '"\\ud800"', '""']
+ACCEPTED_AND_REFUSED = {
+    "count": (["1", "7"], [*NOT_A_NUMBER, "0", "-1", "1.0", "1.5", "1e3"]),
+    "agents": (["2", "7"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
+    "count or zero": (["0", "7"], [*NOT_A_NUMBER, "-1", "0.0", "1.5"]),
+    "two or more": (["2", "7"], [*NOT_A_NUMBER, "1", "-1", "2.0"]),
+    "seed": (["0", str(2**63 - 1)], [*NOT_A_NUMBER, "-1", "0.0", str(2**63)]),
+    "positive": (["3e-5", "1", "1e9"], [*NOT_A_NUMBER, "0", "0.0", "-1e-9"]),
+    "positive or zero": (["0", "3e-5", "1e9"], [*NOT_A_NUMBER, "-1e-9"]),
+    "below one": (["0", "0.999"], [*NOT_A_NUMBER, "1", "-1e-9"]),
+    "up to one": (["0", "0.5", "1"], [*NOT_A_NUMBER, "1.001", "-1e-9"]),
+    "flag": (["true", "false"], ["1", "0", "yes", '"true"', "null", "[true]", ".nan"]),
+    "flag or auto": (["true", "false", "auto"], ["1", "0", "yes", '"true"', "null", "[auto]", ".nan"]),
+    "text": (["runs/a", '"1"', '"null"', "no"], [*NOT_TEXT, "null"]),
+    "choice": ([], ["1", "true", "null", "[auto]", "Auto", '""', ".nan"]),
+    "modules": (
+        ["[q_proj]", "all-linear"],
+        ["[]", "[1]", "[null]", "[[a]]", '[""]', "q_proj", "null", "1", "[a, b, a]"],
+    ),
+    "prompt": (['""', "a", '"{a}"'], [*NOT_TEXT[:5], "null", '"{"', '"{0}"']),
+    "completion": (['"{a}"'], [*NOT_TEXT, "null", "a", '"{{a}}"', '"{a"']),
+    "not yet, null": (["null"], ["0", "true", '""', "runs/a"]),
+    "not yet, 0": (["0"], [*NOT_A_NUMBER, "1", "-1", "0.0"]),
+}
+KIND = {
+    **dict.fromkeys(["lora_rank", "swd_num_projections", "swd_points_per_row"], "count"),
+    **dict.fromkeys(["pad_to_multiple_of", "epochs", "batch_size", "gradient_accumulation_steps"], "count"),
+    **dict.fromkeys(["eval_batch_size", "max_new_tokens_eval", "logging_steps"], "count"),
+    **dict.fromkeys(["num_workers", "eval_samples", "save_steps"], "count or zero"),
+    **dict.fromkeys(["debug_subset_size"], "count, or null"),
+    **dict.fromkeys(["max_train_steps"], "count or zero, or null"),
+    **dict.fromkeys(["num_agents"], "agents"),
+    **dict.fromkeys(["max_seq_length"], "two or more"),
+    **dict.fromkeys(["seed"], "seed"),
+    **dict.fromkeys(["lr", "lora_alpha"], "positive"),
+    **dict.fromkeys(["dirichlet_alpha_aggregator"], "positive, or null"),
+    **dict.fromkeys(["lambda_sw", "weight_decay", "max_grad_norm"], "positive or zero"),
+    **dict.fromkeys(["lora_dropout", "dropconnect_p", "validation_split"], "below one"),
+    **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
+    **dict.fromkeys(["initialize_adapters_rand", "use_gradient_checkpointing", "skip_bad_rows"], "flag"),
+    **dict.fromkeys(["shuffle", "log_memory_usage"], "flag"),
+    **dict.fromkeys(["use_deepspeed"], "flag or auto"),
+    **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
+    **dict.fromkeys(["dataset_subset", "deepspeed_config_file"], "text, or null"),
+    **dict.fromkeys(["attn_implementation", "parallel_mode", "swd_representation"], "choice"),
+    **dict.fromkeys(["lr_scheduler_type", "mixed_precision"], "choice"),
+    **dict.fromkeys(["lora_target_modules"], "modules"),
+    **dict.fromkeys(["prompt_template"], "prompt"),
+    **dict.fromkeys(["completion_template"], "completion"),
+    **dict.fromkeys(["resume_from_checkpoint"], "not yet, null"),
+    **dict.fromkeys(["profile_steps"], "not yet, 0"),
+}
+
+
+def examples(key: str) -> tuple[list[str], list[str]]:
+    """What `key` accepts and what it refuses, as written in YAML."""
+    kind, or_null, _ = KIND[key].partition(", or null")
+    accepted, refused = ACCEPTED_AND_REFUSED[kind]
+    return ([*accepted, "null"], [each for each in refused if each != "null"]) if or_null else (accepted, refused)
+
+
+ACCEPTED = [(key, written) for key in KIND for written in examples(key)[0]]
+REFUSED = [(key, written) for key in KIND for written in examples(key)[1]]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str, *arguments: str) -> Config:
+    Path("configs.yaml").write_bytes(text.encode())
+    return load_config(arguments)
+
+
+def refusal(text: str, *arguments: str) -> str:
+    """The one line with which this is refused, after a look that it has its remedy."""
+    with pytest.raises(InputError) as caught:
+        load(text, *arguments)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert re.search(r"; .{3,}$", message), message
+    return message
+
+
+# ---- every key ----
+
+
+def test_every_key_has_a_kind_here():
+    assert sorted(KIND) == sorted(Config.model_fields)
+
+
+@pytest.mark.parametrize(("key", "written"), ACCEPTED)
+def test_a_good_value_is_the_same_from_file_and_command_line(key, written):
+    from_file = load(f"{key}: {written}")
+    assert from_file == load("seed: 0", f"{key}={written}")
+    assert load(render(from_file)) == from_file
+
+
+@pytest.mark.parametrize(("key", "written"), REFUSED)
+def test_a_bad_value_is_refused_with_place_key_value_and_remedy(key, written):
+    in_file = refusal(f"# a comment\n{key}: {written}")
+    on_command_line = refusal("epochs: 1", f"{key}={written}")
+    assert in_file.startswith(f"configs.yaml: key '{key}' (line 2) is {written}; ")
+    assert on_command_line == in_file.replace("configs.yaml", "command line").replace(" (line 2)", "")
+
+
+@pytest.mark.parametrize("key", Config.model_fields)
+def test_a_misspelt_key_is_refused_with_the_nearest_one(key):
+    for misspelt in (f"{key}x", key[:-1]):
+        expected = f" is not known; did you mean '{key}'?"
+        assert refusal(f"# a comment\n{misspelt}: 1") == f"configs.yaml: key '{misspelt}' (line 2){expected}"
+        assert refusal("epochs: 1", f"{misspelt}=1") == f"command line: key '{misspelt}'{expected}"
+
+
+@pytest.mark.parametrize("key", Config.model_fields)
+def test_a_duplicate_key_is_refused_at_its_second_line(key):
+    in_file = refusal(f"{key}: 1\n# a comment\n{key}: 1\n")
+    assert in_file.startswith(f"configs.yaml: key '{key}' (line 3) is a duplicate")
+    assert refusal("epochs: 1", f"{key}=1", f"{key}=1").startswith(f"command line: key '{key}' is a duplicate")
+
+
+@pytest.mark.parametrize(
+    ("written", "remedy"),
+    [
+        ("mixed_precision: bf32", "should be 'no', 'fp16', 'bf16' or 'auto'; did you mean 'bf16'?"),
+        ("parallel_mode: Sequential", "did you mean 'sequential'?"),
+        ("num_agents: 0", "greater than 0"),
+        ("lora_dropout: 1", "less than 1"),
+        ('lr: "1e-4"', "a valid number; write a number, without quotes"),
+        ("num_agents: true", "a valid integer; write a whole number"),
+        ("shuffle: yes", "write true or false"),
+        ("model_name: 2", "put it in quotes"),
+        ("lora_target_modules: q_proj", "write [one, another]"),
+        ("lora_target_modules: [a, a]", "name each one once"),
+        ("resume_from_checkpoint: runs/a", " is runs/a; resuming is not available yet; set it to null"),
+        ("profile_steps: 3", " is 3; the profiler is not available yet; set it to 0"),
+    ],
+)
+def test_a_refusal_says_what_to_write(written, remedy):
+    assert remedy in refusal(written)
+
+
+def test_an_unknown_key_is_named_before_other_mistakes():
+    assert "'num_agent' (line 2) is not known" in refusal("lr: -1\nnum_agent: 2")
+
+
+def test_of_two_bad_values_one_is_named():
+    message = refusal("lr: fast\nnum_agents: true")
+    assert message.startswith("configs.yaml: key 'num_agents' (line 2) is true; it should be a valid integer; ")
+    assert "number," not in message.replace("whole number,", "")
+
+
+def test_a_value_left_empty_is_called_empty():
+    assert refusal("lr:\n").startswith("configs.yaml: key 'lr' (line 1) is empty; ")
+
+
+def test_the_same_mistake_in_many_places_of_a_list_is_said_once():
+    assert refusal("lora_target_modules: [1, 2, 3]").count("valid string") == 1
+
+
+def test_a_long_value_is_shortened():
+    assert len(refusal(f"lr: [{'1, ' * 5000}]")) < 300
+
+
+# ---- checks over more than one key ----
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "place"),
+    [
+        ("num_agents: 1\nlambda_sw: 0.1", [], "configs.yaml: key 'lambda_sw' (line 2) is 0.1; "),
+        ("lambda_sw: 0.1", ["num_agents=1"], "configs.yaml: key 'lambda_sw' (line 1) is 0.1; "),
+        ("num_agents: 1", ["lambda_sw=0.1"], "command line: key 'lambda_sw' is 0.1; "),
+    ],
+)
+def test_a_distance_with_one_agent_is_refused(text, arguments, place):
+    message = refusal(text, *arguments)
+    assert message.startswith(place)
+    assert message.endswith("num_agents is 1; set lambda_sw to 0")
+
+
+def test_a_default_that_contradicts_a_given_key_is_named_as_left_out():
+    if Config().lambda_sw == 0:
+        pytest.skip("the default is no distance")
+    place = f"configs.yaml: key 'lambda_sw' (left out) is {Config().lambda_sw}; "
+    assert refusal("num_agents: 1").startswith(place)
+
+
+def test_one_agent_without_the_distance_is_accepted():
+    assert load("num_agents: 1\nlambda_sw: 0").num_agents == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{a}", "1"),
+        ("x{a}y{b_2}\n", "x1y2\n"),
+        ("{{}}{a}", "{}1"),
+        ("{{{a}}}", "{1}"),
+        ("{input text}{a-b}{é}", "345"),
+    ],
+)
+def test_an_accepted_template_fills_in_its_columns(template, expected):
+    config = Config(prompt_template=template, completion_template=template)
+    columns = {"a": 1, "b_2": 2, "input text": 3, "a-b": 4, "é": 5}
+    assert config.prompt_template.format(**columns) == config.completion_template.format(**columns) == expected
+
+
+@pytest.mark.parametrize("key", ["prompt_template", "completion_template"])
+@pytest.mark.parametrize(
+    "template",
+    ["{", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{a", "a}", "{{a}", '{"a": {a}}', "{a:{b}}"],
+)
+def test_a_template_with_more_than_plain_columns_is_refused(key, template):
+    with pytest.raises(ValidationError, match="braces must hold the plain name of a column"):
+        Config.model_validate({key: template})
+
+
+# ---- YAML ----
+
+
+def test_yaml_is_read_as_version_1_2():
+    config = load("lr: 3e-5\nmixed_precision: no\nlora_alpha: 1\nmodel_name: on")
+    assert (config.lr, config.mixed_precision, config.model_name) == (3e-5, "no", "on")
+    assert type(config.lora_alpha) is float
+
+
+def test_keys_left_out_take_their_defaults():
+    assert load("{}") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "configs.yaml: is empty; "),
+        ("# only a comment\n", "configs.yaml: is empty; "),
+        ("- lr\n", "configs.yaml: has no `key: value` lines; "),
+        ("lr\n", "configs.yaml: has no `key: value` lines; "),
+        ("\ufefflr: 1\n", "configs.yaml: line 1 starts with a byte order mark; "),
+        ("epochs: 1\nlr:\t1\n", "line 2); indent and separate with spaces"),
+        ("epochs: 1\n\tlr: 1\n", "line 2); indent and separate with spaces"),
+        ("epochs: 1\nlr: [1\n", "is not plain YAML"),
+        ("epochs: 1\nlr: a: b\n", "line 2); "),
+        ("epochs: 1\n---\nlr: 1\n", "is not plain YAML"),
+        ("lr: 1\0", "is not plain YAML"),
+        ("lr: *other", "is not plain YAML"),
+        ("lr: " + "[" * 1500, "configs.yaml: cannot be read"),
+        ("lr: " + "9" * 5000, "configs.yaml: key 'lr' (line 1) cannot be read"),
+        ("lr: 2020-13-45", "configs.yaml: key 'lr' (line 1) cannot be read"),
+        ("epochs: 1\n1: 2\n", "configs.yaml: line 2 has a key that is not a plain word; "),
+        ("epochs: 1\n[lr]: 2\n", "configs.yaml: line 2 has a key that is not a plain word; "),
+        ("<<: {lr: 1}", "configs.yaml: line 1 has a key that is not a plain word; "),
+        ("lr: &x [*x]", "configs.yaml: key 'lr' (line 1) is "),
+    ],
+)
+def test_a_text_that_is_no_plain_yaml_mapping_is_refused(text, expected):
+    message = refusal(text)
+    assert message.startswith("configs.yaml: ")
+    assert expected in message
+
+
+def test_a_file_that_cannot_be_read_is_refused():
+    Path("folder").mkdir()
+    Path("latin.yaml").write_bytes("model_name: é".encode("latin-1"))
+    for file, reason in [("none.yaml", "No such file"), ("folder", "Is a directory"), ("latin.yaml", "UTF-8")]:
+        message = refusal("epochs: 1", "--config", file)
+        assert message.startswith(f"{file}: ")
+        assert reason in message
+
+
+@pytest.mark.parametrize("place", ["{}: 1", "lr: {}", "lora_target_modules: [a, {}]", "extra: {}"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        '!!python/object/apply:os.system ["touch marker"]',
+        '!!python/object/new:os.system ["touch marker"]',
+        "!!python/object/apply:builtins.exec [\"open('marker', 'w')\"]",
+        "!!python/name:os.system x",
+        "!!python/module:os x",
+        "!code x",
+    ],
+)
+def test_a_tag_never_runs_code(place, code):
+    text = place.format(code)
+    refusal(text)
+    key, _, value = text.partition(": ")
+    refusal("epochs: 1", f"{key}={value}")
+    assert not Path("marker").exists()
+
+
+# ---- the command line ----
+
+
+def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults():
+    Path("mine.yaml").write_text("lr: 0.25\nbatch_size: 3\ndeepspeed_config_file: a.json\n")
+    modules = "lora_target_modules=[q_proj, v_proj]"
+    config = load_config(["lr=3e-5", "--config", "mine.yaml", modules, "deepspeed_config_file=null"])
+    given = {"lr": 3e-5, "batch_size": 3, "deepspeed_config_file": None, "lora_target_modules": ["q_proj", "v_proj"]}
+    assert config == Config(**given)
+
+
+def test_a_value_may_hold_the_equals_sign_and_quotes():
+    assert load("epochs: 1", 'completion_template=" = {answer}"').completion_template == " = {answer}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["lr"], "command line: 'lr' is not of the form key=value"),
+        (["lr=1", "two\nlines"], "command line: 'two\\nlines' is not of the form key=value"),
+        (["--lr", "1"], "command line: unrecognized arguments: --lr"),
+        (["--two\nlines"], "command line: unrecognized arguments: --two lines"),
+        (["--conf", "a.yaml"], "command line: unrecognized arguments: --conf"),
+        (["--config"], "command line: argument --config: expected one argument"),
+        (["lr=[1"], "command line: key 'lr' is not plain YAML"),
+        (["lr=1\n---\n2"], "command line: key 'lr' is not plain YAML"),
+        (["completion_template= {answer}"], "command line: key 'completion_template' is {answer}; it should be"),
+    ],
+)
+def test_a_bad_command_line_is_refused_in_one_line(arguments, expected):
+    assert refusal("epochs: 1", *arguments).startswith(expected)
+
+
+def test_help_is_shown(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        load_config(["--help"])
+    assert "--config FILE" in capsys.readouterr().out
+
+
+# ---- the rendered text ----
+
+
+def test_configs_yaml_is_the_rendered_default():
+    assert (ROOT / "configs.yaml").read_text() == render(Config())
+
+
+def test_the_comment_over_each_key_is_its_description():
+    paragraphs = (ROOT / "configs.yaml").read_text().split("\n\n")
+    comments = {}
+    for *comment, last in map(str.splitlines, paragraphs):
+        if not last.startswith("#"):
+            comments[last.partition(":")[0]] = " ".join(line.removeprefix("# ") for line in comment)
+    assert list(comments) == list(Config.model_fields)
+    for key, field in Config.model_fields.items():
+        assert comments[key] == " ".join((field.description or "").split())
+        assert comments[key].endswith(".")
+
+
+def test_no_comment_is_wider_than_100_columns():
+    lines = (ROOT / "configs.yaml").read_text().splitlines()
+    assert max(len(line) for line in lines if line.startswith("#")) <= 100
+
+
+@pytest.mark.parametrize("number", [5e-5, 1e-3, 1e16, 1e-300, 5e-324, 1.7976931348623157e308, 0.1 + 0.2, 3.0])
+def test_a_rendered_number_is_read_back_exactly(number):
+    assert load(render(Config(lr=number))).lr == number
+
+
+WORDS_OF_YAML = ["no", "null", "1", "3e-5", "true", "~", "=", ".inf", "...", "---", "2020-01-01", "0x1F"]
+MARKS_OF_YAML = ["?a", "- a", "a: b", "a #b", "a, b]", "[a", "&a", "*a", "!a", "|", ">", "%a", "@a", "`a", '"', "'"]
+ODD_CHARACTERS = [
+    "\n",
+    "a\tb",
+    "a\r\nb",
+    "\\",
+    "\\x85",
+    "\x85",
+    "\u2028",
+    "\ufeff",
+    "\x00",
+    "\x7f",
+    "\xa0",
+    "é中",
+    "😀",
+]
+
+
+@pytest.mark.parametrize("text", [*WORDS_OF_YAML, *MARKS_OF_YAML, *ODD_CHARACTERS, " a ", "a\n", "word " * 60])
+def test_a_rendered_text_is_read_back_exactly(text):
+    config = Config(model_name=text, dataset_subset=text, lora_target_modules=[text, f"{text}b"], prompt_template=text)
+    assert load(render(config)) == config
+
+
+def test_words_are_rendered_without_quotes():
+    assert "\nmodel_name: org/gemma-2-2b\n" in render(Config(model_name="org/gemma-2-2b"))
+
+
+# ---- the program ----
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *code.split(" ", 1), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_the_program_prints_the_resolved_configuration():
+    Path("configs.yaml").write_text("batch_size: 3\n")
+    assert run("-m chorus.config", "lr=3e-5").stdout == render(Config(batch_size=3, lr=3e-5))
+    assert run("-m chorus.config", "--defaults").stdout == render(Config())
+
+
+def test_the_program_ends_a_mistake_with_one_line_and_code_2():
+    Path("configs.yaml").write_text("epochs: 1\nlrr: 3e-5\n")
+    ended = run("-m chorus.config")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: configs.yaml: key 'lrr' (line 2) is not known; did you mean 'lr'?\n"
+
+
+def test_importing_the_configuration_imports_nothing_heavy():
+    ended = run("-c import chorus.config, sys; print(*sys.modules)")
+    assert "pydantic" in ended.stdout.split()
+    assert not {"torch", "transformers", "numpy", "datasets", "accelerate"} & set(ended.stdout.split())
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().lr = 1.0
