@@ -155,18 +155,37 @@ def test_the_exact_matches_of_every_answerer_are_those_of_stock_greedy_text(
     assert any(0 < share < 1 for share in expected)
 
 
+@pytest.mark.parametrize("weights", [[1 / 3, 1 / 3, 1 / 3], [0.02, 0.02, 0.96]])
 def test_the_mixture_is_matched_by_its_own_text(
-    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+    agents: Agents, tokenizer: PreTrainedTokenizerBase, weights: list[float], monkeypatch: pytest.MonkeyPatch
 ):
-    weight_K = torch.full((NUM_AGENTS,), 1 / NUM_AGENTS)
+    weight_K = torch.tensor(weights)
+    monkeypatch.setattr(evaluate_module, "dirichlet_weights", lambda *_: weight_K)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     members = list(agents.agents)
     answers = generate(agents.eval(), members, weight_K, prompts, MAX_NEW_TOKENS, tokenizer.eos_token_id)
-    own = [Problem(p, tokenizer.decode(a)) for p, a in zip(PROMPTS, answers, strict=True)]
+    own = [Problem(prompt, tokenizer.decode(answer)) for prompt, answer in zip(PROMPTS, answers, strict=True)]
     own[1] = Problem(PROMPTS[1], "something else")
-    result = evaluate(agents, held_out_of(own, tokenizer), alpha=None)
+    result = evaluate(agents, held_out_of(own, tokenizer), alpha=1.0)
     assert result.mixture.exact_match == (len(own) - 1) / len(own)
     assert result.base.exact_match < result.mixture.exact_match
+    even = evaluate(agents, held_out_of(own, tokenizer), alpha=None)
+    assert (even.mixture.exact_match == result.mixture.exact_match) == (weights[0] == weights[1] == weights[2])
+
+
+def test_agents_that_are_trained_with_gradient_checkpointing_score_the_same(
+    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
+    """In training mode the layers of transformers would leave the key-value cache empty."""
+    base = load_model(BASE, torch.float32, torch.device("cpu"))
+    checkpointing = build_agents("parallel", base, NUM_AGENTS, SHAPE, NoiseRates(0.5, 0.5, 1), True)
+    for identity, tensor in checkpointing.adapter_tensors().items():
+        tensor.data.copy_(agents.adapter_tensors()[identity])
+    assert checkpointing.training
+    found, expected = (evaluate(one, held_out_of(problems, tokenizer), None) for one in (checkpointing, agents))
+    for one, other in zip(found.scores().values(), expected.scores().values(), strict=True):
+        assert one.exact_match == other.exact_match
+        assert one.nll == pytest.approx(other.nll, rel=1e-5)
 
 
 def test_evaluation_leaves_no_trace(agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase):
@@ -238,7 +257,7 @@ def test_two_processes_score_what_one_scores(
     assert together.weights == pytest.approx(alone.weights, abs=1e-4)
     for one, other in zip(together.scores().values(), alone.scores().values(), strict=True):
         assert one.nll == pytest.approx(other.nll, rel=1e-5)
-        # The weights of process 1 were fitted to its own rows alone in this test, so its mixture may answer otherwise.
+    # Not the mixture: process 1 fitted its weights to its own rows alone here, and may answer otherwise.
     for one, other in zip([together.base, *together.agents], [alone.base, *alone.agents], strict=True):
         assert one.exact_match == other.exact_match
 

@@ -212,30 +212,39 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_agent_and_step(tmp_pat
 
 
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
+    mark = f"CHORUS_TEST_RUN={tmp_path}"
     command = [*zero2(2), *SMALL, "num_workers=1", "max_train_steps=100000", f"output_dir={tmp_path}/run"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(CHORUS_TEST_RUN=str(tmp_path)),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120)
-    assert len(session_members(process.pid)) >= 4  # launcher, two trainers, their workers
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    wait_for(lambda: not session_members(process.pid), 30)
+    try:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120)
+        assert len(processes_with(mark)) >= 5  # launcher, two trainers, their workers
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        assert process.wait(timeout=60) != 0
+        wait_for(lambda: not processes_with(mark), 30)
+    finally:
+        for number in processes_with(mark):
+            os.kill(number, signal.SIGKILL)
 
 
-def session_members(session: int) -> list[int]:
-    """Processes of a session, by /proc: also those that left the process group."""
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+def processes_with(mark: str) -> list[int]:
+    """Processes that inherited an environment variable, whatever session or group they moved to."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            if mark.encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
         except OSError:  # it ended meanwhile
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            members.append(int(stat.parent.name))
-    return members
+    return found
 
 
 def wait_for(condition, seconds: float) -> None:

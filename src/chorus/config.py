@@ -5,22 +5,19 @@
 """
 
 import argparse
-import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML, MappingNode, YAMLError
 
-from chorus.errors import InputError, input_errors_end_the_program
+from chorus.errors import input_errors_end_the_program
+from chorus.strict_yaml import Setting, as_yaml, refuse, settings_of_command_line, settings_of_file
 
 Text = Annotated[str, Field(min_length=1)]  # any min_length also refuses a lone surrogate, which YAML can spell
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -92,7 +89,7 @@ class Config(BaseModel):
     validation_split: Probability = 0.05
     """Fraction of the rows held out from training, where the data bring no held-out rows; from 0 to below 1."""
     skip_bad_rows: bool = False
-    """true: leave out rows with missing, empty or too long text and count them. false: stop at the first one."""
+    """true: leave out rows with missing, null or empty text and count them. false: stop at the first one."""
     shuffle: bool = True
     """true: a new order of the rows in every epoch, drawn from the seed. false: the order of the data."""
     debug_subset_size: PositiveInt | None = None
@@ -102,14 +99,14 @@ class Config(BaseModel):
 
     epochs: PositiveInt = 3
     """Passes over the training rows, where max_train_steps is null."""
-    max_train_steps: NonNegativeInt | None = 150
+    max_train_steps: NonNegativeInt | None = 100
     """Optimiser steps: training stops there, and epochs repeat as needed to reach it. null: as many as epochs give;
     0 trains nothing and writes the initial adapters."""
     batch_size: PositiveInt = 16
     """Rows of one micro-batch on one process; every agent sees all of them."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of one optimiser step."""
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 2e-3
     """AdamW's learning rate, at the schedule's peak."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's decoupled weight decay; 0 is off."""
@@ -149,7 +146,7 @@ class Config(BaseModel):
     """auto: as the launcher says. true: DeepSpeed ZeRO-2, even where the launcher does not ask for it. false: no
     DeepSpeed, and a launcher that asks for it is refused."""
     deepspeed_config_file: Text | None = "ds_config_zero2.json"
-    """DeepSpeed's own settings, a JSON file; null for DeepSpeed's defaults."""
+    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters."""
 
     profile_steps: NonNegativeInt = 0
     """Optimiser steps to profile. Only 0, none, is available so far."""
@@ -206,14 +203,6 @@ HEADER = """\
 # accelerate launch train.py lr=3e-5 'lora_target_modules=[q_proj, v_proj]'"""
 
 
-class _Setting(NamedTuple):
-    """One value with what an error message says of it: how it was written, and where."""
-
-    value: object
-    written: str
-    place: str
-
-
 def load_config(arguments: Sequence[str]) -> Config:
     """The configuration of a run, from the command line's `[--config FILE] [key=value ...]`.
 
@@ -229,7 +218,7 @@ def render(config: Config) -> str:
         if key in FIRST_KEY_OF_SECTION:
             lines += ["", f"# ---- {FIRST_KEY_OF_SECTION[key]} ".ljust(100, "-")]
         comment = textwrap.wrap(field.description or "", 100, initial_indent="# ", subsequent_indent="# ")
-        lines += ["", *comment, f"{key}: {_as_yaml(getattr(config, key))}"]
+        lines += ["", *comment, f"{key}: {as_yaml(getattr(config, key))}"]
     return "\n".join(lines) + "\n"
 
 
@@ -260,32 +249,32 @@ def _parser(program: str | None = None) -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        _refuse("command line:", f"{message}; --help shows what there is")
+        refuse("command line:", f"{message}; --help shows what there is")
 
 
 def _resolve(options: argparse.Namespace) -> Config:
     """The file's keys, the command line's over them, the defaults under them, all of them checked."""
-    settings = _settings_of_file(options.config) | _settings_of_command_line(options.settings)
+    settings = settings_of_file(options.config) | settings_of_command_line(options.settings)
     try:
         return Config.model_validate({key: setting.value for key, setting in settings.items()})
     except ValidationError as error:
-        _refuse_first(error.errors(), settings, options.config)
+        _refuse_the_first(error.errors(), settings, options.config)
 
 
-def _refuse_first(errors: list[ErrorDetails], settings: dict[str, _Setting], file: str) -> NoReturn:
+def _refuse_the_first(errors: list[ErrorDetails], settings: dict[str, Setting], file: str) -> NoReturn:
     first = min(errors, key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key may explain all the others
     key = str(first["loc"][0])
     if key not in settings:  # its default does not go with another key
-        settings[key] = _Setting(None, _as_yaml(first["input"]), f"{file}: key {key!r} (left out)")
+        settings[key] = Setting(None, as_yaml(first["input"]), f"{file}: key {key!r} (left out)")
     _, written, place = settings[key]
     if first["type"] == "extra_forbidden":
         nearest = get_close_matches(key, Config.model_fields, n=1, cutoff=0)[0]
-        _refuse(place, f"is not known; did you mean {nearest!r}?")
+        refuse(place, f"is not known; did you mean {nearest!r}?")
     given = f"is {textwrap.shorten(written, 80) or 'empty'}"
     if first["type"] == "value_error":  # raised by a validator of ours, with its own remedy
-        _refuse(place, f"{given}; {first['msg'].removeprefix('Value error, ')}")
+        refuse(place, f"{given}; {first['msg'].removeprefix('Value error, ')}")
     wanted = " or ".join(dict.fromkeys(one["msg"] for one in errors if one["loc"][0] == key)).replace("Input", "it")
-    _refuse(place, f"{given}; {wanted}{_remedy(written, wanted)}")
+    refuse(place, f"{given}; {wanted}{_remedy(written, wanted)}")
 
 
 def _remedy(written: str, wanted: str) -> str:
@@ -302,81 +291,6 @@ def _remedy(written: str, wanted: str) -> str:
             return remedy
     choices = get_close_matches(written, re.findall(r"'(\w+)'", wanted), n=1, cutoff=0)
     return f"; did you mean {choices[0]!r}?" if choices else ""
-
-
-def _settings_of_file(file: str) -> dict[str, _Setting]:
-    try:
-        text = Path(file).read_bytes().decode()
-    except OSError as error:
-        _refuse(f"{file}:", f"cannot be read ({error.strerror}); name the configuration with --config FILE")
-    except UnicodeDecodeError:
-        _refuse(f"{file}:", "is not UTF-8 text; save it as UTF-8")
-    if text.startswith("\ufeff"):
-        _refuse(f"{file}: line 1", "starts with a byte order mark; save it as UTF-8 without one")
-
-    yaml = _yaml()
-    with _yaml_errors_refused(f"{file}:"):
-        root = yaml.compose(text)
-    if not isinstance(root, MappingNode):
-        found = "is empty" if root is None else "has no `key: value` lines"
-        _refuse(f"{file}:", f"{found}; `python -m chorus.config --defaults` prints a complete one")
-    settings: dict[str, _Setting] = {}
-    for key_node, value_node in root.value:
-        key, line = key_node.value, key_node.start_mark.line + 1
-        if key_node.tag != "tag:yaml.org,2002:str":
-            _refuse(f"{file}: line {line}", "has a key that is not a plain word; write `key: value`")
-        place = f"{file}: key {key!r} (line {line})"
-        if key in settings:
-            _refuse(place, "is a duplicate of an earlier line; keep one of them")
-        with _yaml_errors_refused(place):
-            value = yaml.constructor.construct_object(value_node, deep=True)
-        settings[key] = _Setting(value, text[value_node.start_mark.index : value_node.end_mark.index], place)
-    return settings
-
-
-def _settings_of_command_line(arguments: Sequence[str]) -> dict[str, _Setting]:
-    settings: dict[str, _Setting] = {}
-    for argument in arguments:
-        key, equals, written = argument.partition("=")
-        place = f"command line: key {key!r}"
-        if not equals:
-            _refuse(f"command line: {argument!r}", "is not of the form key=value; write, for example, lr=0.001")
-        if key in settings:
-            _refuse(place, "is a duplicate; keep one of them")
-        with _yaml_errors_refused(place):
-            settings[key] = _Setting(_yaml().load(written), written, place)
-    return settings
-
-
-def _yaml() -> YAML:
-    return YAML(typ="safe", pure=True)  # YAML 1.2, plain data: `no` is a word, a tag that names code is an error
-
-
-def _as_yaml(value: object) -> str:
-    """A value on one line: words plain, all else as JSON, which is YAML (ruamel's own flow style loses `[?a]`)."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_as_yaml, value))}]"
-    if isinstance(value, str) and re.fullmatch(r"[a-zA-Z/_][\w/.-]*", value) and _yaml().load(value) == value:
-        return value
-    quoted = json.dumps(value, ensure_ascii=False)
-    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted)
-
-
-@contextmanager
-def _yaml_errors_refused(place: str) -> Iterator[None]:
-    try:
-        yield
-    except YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
-        line = f", line {mark.line + 1}" if mark else ""
-        remedy = "indent and separate with spaces" if "\\t" in str(problem) else "write plain `key: value` lines"
-        _refuse(place, f"is not plain YAML ({problem}{line}); {remedy}")
-    except (ValueError, LookupError, RecursionError) as error:  # such as a date that does not exist
-        _refuse(place, f"cannot be read ({error}); write a plain value")
-
-
-def _refuse(place: str, message: str) -> NoReturn:
-    raise InputError(" ".join(f"{place} {message}".split())) from None  # one line, whatever was quoted in it
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""YAML as a configuration needs it: strict, plain, and with a place for every error.
+
+YAML 1.2 by ruamel: `3e-5` is a number and `no` is a word. A duplicate key, a tag that names code and a byte order mark
+are errors. Every value keeps how it was written and where, so that a later check can name the line.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from ruamel.yaml import YAML, MappingNode, YAMLError
+
+from chorus.errors import InputError
+
+
+class Setting(NamedTuple):
+    """One value with what an error message says of it: how it was written, and where."""
+
+    value: object
+    written: str
+    place: str
+
+
+def settings_of_file(file: str) -> dict[str, Setting]:
+    """The `key: value` lines of a file. Raises InputError for whatever is not one."""
+    try:
+        text = Path(file).read_bytes().decode()
+    except OSError as error:
+        refuse(f"{file}:", f"cannot be read ({error.strerror}); name the configuration with --config FILE")
+    except UnicodeDecodeError:
+        refuse(f"{file}:", "is not UTF-8 text; save it as UTF-8")
+    if text.startswith("\ufeff"):
+        refuse(f"{file}: line 1", "starts with a byte order mark; save it as UTF-8 without one")
+
+    yaml = _yaml()
+    with _yaml_errors_refused(f"{file}:"):
+        root = yaml.compose(text)
+    if not isinstance(root, MappingNode):
+        found = "is empty" if root is None else "has no `key: value` lines"
+        refuse(f"{file}:", f"{found}; `python -m chorus.config --defaults` prints a complete one")
+    settings: dict[str, Setting] = {}
+    for key_node, value_node in root.value:
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if key_node.tag != "tag:yaml.org,2002:str":
+            refuse(f"{file}: line {line}", "has a key that is not a plain word; write `key: value`")
+        place = f"{file}: key {key!r} (line {line})"
+        if key in settings:
+            refuse(place, "is a duplicate of an earlier line; keep one of them")
+        with _yaml_errors_refused(place):
+            value = yaml.constructor.construct_object(value_node, deep=True)
+        settings[key] = Setting(value, text[value_node.start_mark.index : value_node.end_mark.index], place)
+    return settings
+
+
+def settings_of_command_line(arguments: Sequence[str]) -> dict[str, Setting]:
+    """The `key=value` arguments, each value read as YAML. Raises InputError for whatever is not one."""
+    settings: dict[str, Setting] = {}
+    for argument in arguments:
+        key, equals, written = argument.partition("=")
+        place = f"command line: key {key!r}"
+        if not equals:
+            refuse(f"command line: {argument!r}", "is not of the form key=value; write, for example, lr=0.001")
+        if key in settings:
+            refuse(place, "is a duplicate; keep one of them")
+        with _yaml_errors_refused(place):
+            settings[key] = Setting(_yaml().load(written), written, place)
+    return settings
+
+
+def _yaml() -> YAML:
+    return YAML(typ="safe", pure=True)  # YAML 1.2, plain data: `no` is a word, a tag that names code is an error
+
+
+def as_yaml(value: object) -> str:
+    """A value on one line: words plain, all else as JSON, which is YAML (ruamel's own flow style loses `[?a]`)."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    if isinstance(value, str) and re.fullmatch(r"[a-zA-Z/_][\w/.-]*", value) and _yaml().load(value) == value:
+        return value
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in quoted)
+
+
+@contextmanager
+def _yaml_errors_refused(place: str) -> Iterator[None]:
+    try:
+        yield
+    except YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        line = f", line {mark.line + 1}" if mark else ""
+        remedy = "indent and separate with spaces" if "\\t" in str(problem) else "write plain `key: value` lines"
+        refuse(place, f"is not plain YAML ({problem}{line}); {remedy}")
+    except (ValueError, LookupError, RecursionError) as error:  # such as a date that does not exist
+        refuse(place, f"cannot be read ({error}); write a plain value")
+
+
+def refuse(place: str, message: str) -> NoReturn:
+    """Raise InputError in one line, whatever is quoted in it."""
+    raise InputError(" ".join(f"{place} {message}".split())) from None
