@@ -49,7 +49,7 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
         InputError: `model_name` is neither a folder with a model nor a hub id that answers.
     """
     with _named(model_name):
-        return AutoTokenizer.from_pretrained(model_name)
+        return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
 
 
 def load_model(
@@ -63,13 +63,14 @@ def load_model(
         InputError: no such model, a model with custom code, or a head that Chorus would compute wrongly.
     """
     with _named(model_name):
-        config = AutoConfig.from_pretrained(model_name)
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
         _switch_dropout_off(config)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_name,
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=_attention(config, attn_implementation),
         )
     model.requires_grad_(False)

@@ -1,5 +1,6 @@
 """How well the base, each agent and their mixture do on held-out problems: exact match and token NLL."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar, cast
 
@@ -14,6 +15,7 @@ from chorus.data import Sample, collate, tokenise
 from chorus.generate import generate
 from chorus.rows import Problem
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ANSWER_MARK = "####"  # GSM8K's: what stands behind it is the result
@@ -81,6 +83,7 @@ def evaluate(agents: Agents, held_out: HeldOut, alpha: float | None) -> Evaluati
             symmetric Dirichlet prior, see `aggregate.dirichlet_weights`.
     """
     members: list[int | None] = [None, *agents.agents]
+    logger.info("scoring the base, %d agents and their mixture on held-out problems", len(agents.agents))
     was_training = agents.training
     agents.eval()
     device = next(agents.parameters()).device
