@@ -321,12 +321,12 @@ def test_earlier_runs_step_aside_and_nothing_is_lost(
     for number in range(4):
         folder = prepare_output_dir(name + slash, accelerator)
         assert not list(folder.iterdir())
-        (folder / "train.log").write_text(f"run {number}")
+        (folder / "metrics.jsonl").write_text(f"run {number}")
     assert contents(tmp_path) == {
-        "run/train.log": b"run 3",
-        "run.1/train.log": b"run 0",
-        "run.2/train.log": b"run 1",
-        "run.3/train.log": b"run 2",
+        "run/metrics.jsonl": b"run 3",
+        "run.1/metrics.jsonl": b"run 0",
+        "run.2/metrics.jsonl": b"run 1",
+        "run.3/metrics.jsonl": b"run 2",
     }
     first, *_ = capsys.readouterr().err.splitlines()
     assert f"{name}.1" in first
@@ -335,9 +335,13 @@ def test_earlier_runs_step_aside_and_nothing_is_lost(
 def test_a_number_that_is_taken_is_passed_over(tmp_path: Path, accelerator: Accelerator):
     for name in ("run", "run.1", "run.3"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
+        (tmp_path / name / "metrics.jsonl").write_text(name)
     prepare_output_dir(str(tmp_path / "run"), accelerator)
-    assert contents(tmp_path) == {"run.1/file": b"run.1", "run.2/file": b"run", "run.3/file": b"run.3"}
+    assert contents(tmp_path) == {
+        "run.1/metrics.jsonl": b"run.1",
+        "run.2/metrics.jsonl": b"run",
+        "run.3/metrics.jsonl": b"run.3",
+    }
 
 
 def test_only_the_first_process_moves_and_makes_the_folder(tmp_path: Path):
@@ -349,10 +353,10 @@ def test_only_the_first_process_moves_and_makes_the_folder(tmp_path: Path):
             self.waited += 1
 
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "file").write_text("")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     process: Any = SecondProcess()
     assert prepare_output_dir(str(tmp_path / "run"), process) == tmp_path / "run"
-    assert contents(tmp_path) == {"run/file": b""}
+    assert contents(tmp_path) == {"run/metrics.jsonl": b""}
     assert process.waited == 2, "before the first process changes anything, and until it has"
 
 
@@ -370,6 +374,13 @@ def test_a_file_in_the_way_is_refused_and_named(tmp_path: Path, accelerator: Acc
     message = refusal(str(tmp_path / "file" / below), accelerator)
     assert f"{tmp_path / 'file'} is a file" in message
     assert contents(tmp_path) == {"file": b"kept"}
+
+
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path, accelerator: Accelerator):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "file").write_text("kept")
+    assert "no run's" in refusal(str(tmp_path / "src"), accelerator)
+    assert contents(tmp_path) == {"src/file": b"kept"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

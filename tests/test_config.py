@@ -445,3 +445,11 @@ def test_importing_the_configuration_imports_nothing_heavy():
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
         Config().lr = 1.0
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_a_whole_configuration_with_the_comments_of_today(recipe: Path):
+    first, _, rest = recipe.read_text().partition("\n")
+    assert first.startswith("#")
+    assert f"--config recipes/{recipe.name}" in first
+    assert rest == render(load_config(["--config", str(recipe)])).partition("\n\n")[2].join(["\n", ""])

@@ -324,3 +324,18 @@ def test_a_zero_stage_of_the_launcher_must_be_that_of_the_json(file: Path, conte
     assert settled(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
     message = refusal(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
     assert "key 'zero_optimization.stage' is 2, but the launcher says 3" in message
+
+
+@pytest.mark.parametrize("wrong", [{"overlap_com": True}, {"reduce_bucket_size": -1}, {"overlap_comm": "perhaps"}])
+def test_what_deepspeed_would_refuse_in_its_section_is_refused_before_a_model_is_loaded(file: Path, wrong: dict):
+    message = refusal(file, {"zero_optimization": {"stage": 2, **wrong}})
+    (key,) = wrong
+    assert f"{file}: key 'zero_optimization.{key}' is {wrong[key]!r}" in message
+
+
+def test_an_offload_of_the_launcher_must_be_that_of_the_json(file: Path):
+    environment = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    assert "offload_optimizer.device' is none, but the launcher says cpu" in refusal(
+        file, ZERO, environment=environment
+    )
+    settled(file, ZERO, environment={"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"})

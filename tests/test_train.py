@@ -174,6 +174,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no such model": ([f"model_name={folder}/model"], "does not exist"),
         "no model in it": ([f"model_name={folder}/empty"], "config.json"),
         "no such layer": (["lora_target_modules=[q_projj]", "max_train_steps=0"], "q_projj"),
+        "output is no run's": ([f"output_dir={folder}"], "no run's"),
         "output is a file": ([f"output_dir={folder}/file/run"], "is a file"),
         "json": (
             ["use_deepspeed=true", f"deepspeed_config_file={folder}/ds.json"],
@@ -187,6 +188,7 @@ def test_bad_input_gives_one_line_that_names_it_and_exit_code_2_and_loses_nothin
     kept = tmp_path / "kept"
     (kept / "agents").mkdir(parents=True)
     (kept / "agents" / "precious").write_text("adapter")
+    (kept / "metrics.jsonl").touch()
     for case, (settings, named) in bad_inputs(tmp_path).items():
         output = [] if any(setting.startswith("output_dir") for setting in settings) else [f"output_dir={kept}"]
         result = launch([sys.executable, "train.py"], *settings, *output)

@@ -21,11 +21,11 @@ def uniform_weights(num_agents: int) -> Tensor:
 
 
 def dirichlet_weights(log_prob_KN: Tensor, alpha: float, tolerance: float = 1e-7) -> Tensor:
-    """Mixture weights fitted to held-out tokens under a symmetric Dirichlet(alpha, ..., alpha) prior.
+    """Mixture weights fitted to held-out tokens under a symmetric Dirichlet prior of alpha pseudo-counts an agent.
 
     The fixed point of w_k = (alpha + Σ_n r_kn) / (K·alpha + N), where r_kn is the probability that token n came from
-    agent k: expectation-maximisation for the weights of a mixture (Dempster et al. 1977) with alpha pseudo-counts an
-    agent. Each round raises the posterior, which is concave in the weights, so the start does not matter.
+    agent k: expectation-maximisation for the weights of a mixture (Dempster et al. 1977), to the mode of the posterior
+    under Dirichlet(alpha + 1, ..., alpha + 1). It is concave in the weights, so the start does not matter.
 
     Args:
         log_prob_KN: log-probabilities of N held-out tokens.

@@ -23,29 +23,37 @@ def prepare_output_dir(name: str, accelerator: Accelerator) -> Path:
     """Make `output_dir`, empty. A folder that an earlier run filled steps aside to `NAME.1`, `NAME.2`, ...
 
     Raises:
-        InputError: it is a file, or cannot be made or written.
+        InputError: it is a file, cannot be made or written, or holds what no run has written.
     """
     folder = Path(name)
-    if Path.cwd().is_relative_to(os.path.realpath(folder)):
-        raise InputError(f"key 'output_dir': {name}: the program runs in it; name a folder for this run alone")
     try:
-        for path in (folder, *folder.parents):
-            if path.exists():
-                if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-                    what = "cannot be written" if path.is_dir() else "is a file"
-                    raise InputError(f"key 'output_dir': {name}: {path} {what}; name a folder that can be made")
-                break
+        _refuse_unusable(folder)  # on every process alike, before one of them changes anything
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if folder.exists() and any(folder.iterdir()):
-                number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-                folder.rename(folder.with_name(f"{folder.name}.{number}"))
-                print(f"{folder} held an earlier run, which is now {folder}.{number}", file=sys.stderr)
+            _step_aside(folder)
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a name too long, a mount point that cannot step aside, a link to nothing
         raise InputError(f"key 'output_dir': {name}: {error.strerror}; name a folder that can be made") from error
     accelerator.wait_for_everyone()
     return folder
+
+
+def _refuse_unusable(folder: Path) -> None:
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written" if nearest.is_dir() else "is a file"
+        raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
+    if nearest == folder and any(folder.iterdir()) and not (folder / "metrics.jsonl").exists():
+        raise InputError(f"key 'output_dir': {folder}: it holds files that are no run's; name a folder of its own")
+
+
+def _step_aside(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        print(f"{folder} held an earlier run, which is now {folder}.{number}", file=sys.stderr)
 
 
 def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
@@ -66,8 +74,8 @@ def save_ensemble(
 ) -> None:
     """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
 
-    Everything is written beside its place first and then renamed into it, so that a crash leaves the folders of the
-    last save or of this one, never a half-written file. One process calls it.
+    Everything is written beside its place first and then renamed into it: a crash leaves no half-written file. Between
+    two renames the older adapters are in `agents.old`, the newer in `agents.new`. One process calls it.
 
     Args:
         tensors: every adapter tensor under its identity, fp32, on the CPU.

@@ -129,7 +129,8 @@ class Config(BaseModel):
     """Most tokens of a generated answer."""
     dirichlet_alpha_aggregator: PositiveFloat | None = None
     """How the agents become one. null: the plain mean of their probabilities. A number above 0: a mixture whose weights
-    are fitted to the held-out rows under a symmetric Dirichlet prior of this concentration; large: near the mean."""
+    are fitted to the held-out rows, under a symmetric Dirichlet prior with so many pseudo-counts an agent; large: near
+    the mean."""
 
     output_dir: Text = "runs/default"
     """The folder for all that a run writes, relative to the working directory."""

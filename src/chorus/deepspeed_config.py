@@ -1,7 +1,7 @@
 """The DeepSpeed JSON, the launcher and configs.yaml, brought to one answer or refused.
 
 DeepSpeed takes a misspelt key without a word, lets a number in its JSON beat the script's, and reads an absent
-`gradient_clipping` as 1.0. So the JSON is checked and filled in here, and what DeepSpeed is handed holds no "auto".
+`gradient_clipping` as 1.0. So the JSON is checked here, and what configs.yaml decides is filled in.
 """
 
 import copy
@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from chorus.config import Config
 from chorus.errors import InputError
@@ -98,9 +100,7 @@ def deepspeed_json(
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2):  # true is not 1
         raise InputError(f"{path}: key 'zero_optimization.stage' is {stage}; give 2 (or 1), which Chorus supports")
-    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(zero["stage"]))
-    if stage != str(zero["stage"]):
-        raise InputError(f"{path}: key 'zero_optimization.stage' is {zero['stage']}, but the launcher says {stage}")
+    _check_zero(zero, path, environment)
     step_rows = config.batch_size * config.gradient_accumulation_steps * num_processes
     _settle(settings, "train_micro_batch_size_per_gpu", config.batch_size, path, "batch_size")
     _settle(settings, "gradient_accumulation_steps", config.gradient_accumulation_steps, path)
@@ -112,6 +112,31 @@ def deepspeed_json(
             raise InputError(f'{path}: key \'{name}\' is {section!r}; give {{"enabled": "auto"}}')
         _settle(section, "enabled", precision == name, path, "mixed_precision", prefix=f"{name}.")
     return settings
+
+
+def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str]) -> None:
+    """Let DeepSpeed itself check its section, before a model is loaded, and hold the launcher against it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # two seconds of imports for those who use it
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise InputError(f"{path}: key '{key}' is {first['input']!r}: {first['msg']}; correct or remove it") from error
+    launchers = {
+        "stage": environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
+        "offload_optimizer.device": environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),
+        "offload_param.device": environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
+    }
+    for name, theirs in launchers.items():
+        key, _, inner = name.partition(".")
+        ours = str((zero.get(key) or {}).get(inner, "none") if inner else zero[key])
+        if theirs not in (None, ours):
+            raise InputError(
+                f"{path}: key 'zero_optimization.{name}' is {ours}, but the launcher says {theirs}; "
+                "leave it to the JSON and drop it from the launch"
+            )
 
 
 def _json_path(config: Config, environment: Mapping[str, str]) -> str | None:

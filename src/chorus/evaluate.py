@@ -115,13 +115,14 @@ def token_nlls(agents: Agents, members: Sequence[int | None], held_out: HeldOut,
 
 def exact_matches(agents: Agents, members: list[int | None], weight_K: Tensor, held_out: HeldOut) -> list[bool]:
     """For each of this process's problems, whether the greedy answer of the members' mixture is exactly right."""
-    tokenizer = held_out.tokenizer
+    tokenizer, eos_id = held_out.tokenizer, cast(int, held_out.tokenizer.eos_token_id)
     right = []
     for problems in _batches(held_out.problems, held_out.batch_size):
         prompts = tokenizer([problem.prompt for problem in problems], return_attention_mask=False)["input_ids"]
-        answers = generate(
-            agents, members, weight_K, prompts, held_out.max_new_tokens, cast(int, tokenizer.eos_token_id)
-        )
+        # Some tokenizers close a text with the end token, but a prompt goes on. An empty one begins after an end token.
+        prompts = [ids[:-1] if ids[-1:] == [eos_id] else ids for ids in prompts]
+        prompts = [ids or [eos_id] for ids in prompts]
+        answers = generate(agents, members, weight_K, prompts, held_out.max_new_tokens, eos_id)
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right += [is_exact(text, problem.completion) for text, problem in zip(texts, problems, strict=True)]
     return right
