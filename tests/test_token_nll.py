@@ -95,7 +95,7 @@ def test_a_batch_without_targets_has_zero_loss_and_a_zero_gradient():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_liger_and_plain_torch_give_the_same_on_the_gpu(monkeypatch, softcap):
+def test_the_compiled_loss_is_that_of_float64_autograd_on_the_gpu(monkeypatch, softcap):
     batch, hidden_BTD = toy_batch().to("cuda"), (3 * torch.randn(4, 10, 16)).cuda().requires_grad_()
     own = head(softcap, vocabulary=5000)
     own.linear.cuda()

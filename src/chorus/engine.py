@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -178,13 +179,14 @@ class Engine:
         return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
 
-def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
-    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
+def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with torch's defaults besides; on a GPU all tensors in a few launches."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].is_cuda or None)
 
-    The optimizer is AdamW over the adapters alone (Loshchilov & Hutter 2019), with torch's defaults besides lr and
-    weight decay.
-    """
-    optimizer = torch.optim.AdamW(agents.adapter_tensors().values(), lr=config.lr, weight_decay=config.weight_decay)
+
+def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
+    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
+    optimizer = adamw(list(agents.adapter_tensors().values()), config.lr, config.weight_decay)
     module, optimizer = accelerator.prepare(agents, optimizer)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if accelerator.distributed_type is DistributedType.DEEPSPEED:

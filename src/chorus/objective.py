@@ -67,7 +67,9 @@ def objective(
     if lambda_sw == 0:
         return Objective(task, nll_K.detach(), None)
     points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
-    slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step).to(points_KNH.device)
+    slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
+    if points_KNH.is_cuda:
+        slices_HP = slices_HP.pin_memory().to(points_KNH.device, non_blocking=True)  # without waiting for the forward
     projected_NKP = gather((points_KNH @ slices_HP).transpose(0, 1).contiguous())
     distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N))
     num_agents = nll_KBT.shape[0]
