@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import cast
 
 from chorus.adapters import lora_shape
-from chorus.agents import NoiseRates, build_agents
+from chorus.agents import NoiseRates, build_agents, decide_execution
 from chorus.base import load_model, load_tokenizer
 from chorus.checkpoint import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
@@ -64,6 +64,7 @@ def main(config: Config) -> None:
             num_steps=num_steps,
         )
 
+        execution = decide_execution(config, accelerator.device)
         model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
         agents = build_agents(
             config.parallel_mode,
@@ -71,7 +72,7 @@ def main(config: Config) -> None:
             config.num_agents,
             lora_shape(config),
             NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed),
-            config.use_gradient_checkpointing,
+            execution,
         )
         engine = start_engine(accelerator, agents, config)
         logger.info("%s; precision %s", engine.description, precision)

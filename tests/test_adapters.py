@@ -111,9 +111,9 @@ def test_dropout_draws_differ_between_slots_steps_agents_and_layers_and_keep_the
 
 def test_a_turn_ends_also_when_its_pass_fails():
     routing = Routing()
-    with pytest.raises(ZeroDivisionError), routing.of(Turn(2)):
+    with pytest.raises(ZeroDivisionError), routing.of(Turn((2,), 0, {})):
         _ = 1 / 0
-    assert routing.turn.agent is None
+    assert routing.turn.agents == ()
 
 
 def test_the_base_alone_is_the_base():

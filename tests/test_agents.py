@@ -18,10 +18,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, toy_batch
 
+from chorus import adapters as adapters_module
 from chorus import agents as agents_module
-from chorus.adapters import Noise, Routing, TensorId, adapter_name
-from chorus.agents import AgentOutput, Agents, Mode, ParallelAgents, SequentialAgents
+from chorus.adapters import Noise, Routing, TensorId, adapter_name, lora_layers, take_turn
+from chorus.agents import AgentOutput, Agents, GroupedAgents, Mode, ParallelAgents, decide_execution
+from chorus.config import Config
 from chorus.data import Batch
+from chorus.errors import InputError
+from chorus.lora_linear import flatten
 from chorus.objective import SwdSettings, objective
 
 MODES = get_args(Mode)
@@ -112,7 +116,7 @@ def test_the_agents_come_in_order(mode: Mode):
     nll_KBT = agents(batch).nll_KBT
     with torch.no_grad():
         for agent in agents.agents:
-            assert torch.equal(nll_KBT[agent], agents.agent_pass(agent, batch, None)[0])
+            assert torch.equal(nll_KBT[agent], agents.agent_pass(agent, batch)[0])
 
 
 # ---- 2: gradients reach every agent and nothing else ----
@@ -168,6 +172,59 @@ def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: boo
         assert max_difference(gradients[identity], gradient) < 0.02, identity
 
 
+@CHECKPOINTING
+@DROPCONNECT
+@pytest.mark.parametrize("agents_per_pass", [1, 2])
+def test_groups_of_fused_agents_give_what_all_of_them_give(
+    agents_per_pass: int, checkpointing: bool, dropconnect_p: float
+):
+    noise = {"dropconnect_p": dropconnect_p, "dropout_p": 0.3, "gradient_checkpointing": checkpointing}
+    batch = toy_batch()
+    expected, expected_gradients = run(toy_agents("fused", **noise), batch)
+    output, gradients = run(toy_agents("fused", agents_per_pass=agents_per_pass, **noise), batch)
+    assert max_difference(output.nll_KBT, expected.nll_KBT) < EXACT
+    for identity, gradient in expected_gradients.items():
+        assert max_difference(gradients[identity], gradient) < EXACT, identity
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@EVERY_MODE
+@CHECKPOINTING
+@DROPCONNECT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "execution", [{}, {"compiled": True}, {"recorded": True}, {"compiled": True, "recorded": True}], ids=str
+)
+def test_every_mode_and_execution_is_exact_on_the_gpu(
+    mode: Mode, checkpointing: bool, dropconnect_p: float, dtype: torch.dtype, execution: dict
+):
+    """Against fp32, uncompiled; in bf16 to twice what bf16 itself costs there.
+
+    Two steps, so that a recording is also replayed, on other rows than those that it was recorded with.
+    """
+    settings = {"device": "cuda", "dropconnect_p": dropconnect_p}
+    exact, rounded = toy_agents("parallel", **settings), toy_agents("parallel", dtype=dtype, **settings)
+    agents = toy_agents(mode, dtype=dtype, gradient_checkpointing=checkpointing, **settings, **execution)
+    for step in (3, 4):
+        batch = toy_batch(seed=step).to("cuda")
+        expected, allowed, found = (flat(*run(one, batch, step)) for one in (exact, rounded, agents))
+        for name, error in distances(found, expected).items():
+            assert error < 2 * distances(allowed, expected)[name] + 1e-4, name
+
+
+def flat(output: AgentOutput, gradients: dict) -> dict[str, Tensor]:
+    """The loss and, agent by agent, all gradients in one."""
+    of_agents = {
+        f"agent {k}": [g.flatten() for identity, g in gradients.items() if identity.agent == k] for k in range(3)
+    }
+    return {"loss": output.nll_KBT.detach().flatten()} | {name: torch.cat(own) for name, own in of_agents.items()}
+
+
+def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
+
+
 @EVERY_MODE
 def test_dropconnect_is_a_masked_and_rescaled_copy_of_the_weights(mode: Mode):
     """Closed form: the same agents with their weights multiplied by mask / (1 - p), and no DropConnect."""
@@ -209,6 +266,39 @@ def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_dra
     noisy = partial(toy_agents, mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4, dropout_p=0.3)
     for one, other in zip(gradients_of(noisy(), True), gradients_of(noisy(), False), strict=True):
         assert max_difference(one, other) < EXACT
+
+
+# ---- how passes are carried out ----
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "expected"),
+    [
+        ("cpu", {}, (False, False)),
+        ("cuda", {}, (False, False)),  # 128 lengths
+        ("cuda", {"pad_to_multiple_of": 16}, (True, True)),
+        ("cuda", {"pad_to_multiple_of": 16, "lora_dropout": 0.1}, (False, False)),
+        ("cuda", {"pad_to_multiple_of": 16, "cuda_graphs": False}, (True, False)),
+        ("cpu", {"compile": True}, (True, False)),
+    ],
+)
+def test_auto_compiles_and_records_where_few_shapes_occur_on_a_gpu(device: str, settings: dict, expected: tuple):
+    execution = decide_execution(Config(max_seq_length=128, **settings), torch.device(device))
+    assert (execution.compiled, execution.recorded) == expected
+
+
+def test_graphs_without_a_gpu_are_refused():
+    with pytest.raises(InputError, match="key 'cuda_graphs' is true, which needs a CUDA GPU"):
+        decide_execution(Config(cuda_graphs=True), torch.device("cpu"))
+
+
+def test_fused_agents_refuse_a_layer_that_is_given_other_rows_than_the_batchs():
+    """Experts are given the tokens sent to them: their rows do not tell whose they are."""
+    agents = toy_agents("fused")
+    layer = next(iter(lora_layers(agents.peft_model(0)).values()))
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[:-1],))
+    with pytest.raises(InputError, match="q_proj is given other rows than the batch's"):
+        agents(toy_batch())
 
 
 # ---- 5: no trace ----
@@ -269,12 +359,11 @@ def test_sequential_mode_holds_the_activations_of_one_agent_at_a_time():
 class _StockForward(Agents):
     """What people write: stock PEFT layers, the adapter in force chosen by `set_adapter`."""
 
-    def agent_pass(self, agent: int | None, batch: Batch, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        assert agent is not None
-        model = self.peft_model(agent)
+    def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
+        model = self.peft_model(agents[0])
         output = model(input_ids=batch.input_BT, output_hidden_states=True)
         nll_BT = cross_entropy(output.logits.transpose(1, 2), batch.target_BT, reduction="none")
-        return nll_BT * batch.mask_BT, output.hidden_states[-1]
+        return AgentOutput((nll_BT * batch.mask_BT)[None], output.hidden_states[-1][None])
 
 
 def stock_adapter(model, agent: int):
@@ -291,13 +380,13 @@ def k_peft_models_over_one_base_object(monkeypatch: pytest.MonkeyPatch) -> Agent
 
 
 def switching_adapters_before_one_backward(monkeypatch: pytest.MonkeyPatch) -> Agents:
-    class Wrong(_StockForward, SequentialAgents):
+    class Wrong(_StockForward, GroupedAgents):
         def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
             outputs = []
             for agent in self.agents:
                 self.peft_model(agent).set_adapter(adapter_name(agent))
-                outputs.append(self.agent_pass(agent, batch, None))
-            return AgentOutput(*map(torch.stack, zip(*outputs, strict=True)))  # pyright: ignore
+                outputs.append(self.joint_pass((agent,), batch, None))
+            return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))  # pyright: ignore
 
     peft_model = stock_adapter(tiny_gemma(), 0)
     for agent in (1, 2):
@@ -309,7 +398,9 @@ def recomputing_under_the_adapter_of_backward(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Routing, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
     monkeypatch.setattr(agents_module, "recomputed", lambda run, parameters: run())
     agents = toy_agents("sequential", gradient_checkpointing=True)
-    agents.routing.turn = agents.routing.turn._replace(agent=2)  # the last adapter switched to stays active
+    layers, weights = lora_layers(agents.peft_model(2)), agents._weights((2,), None)
+    assert weights is not None
+    agents.routing._take(take_turn(layers, (2,), weights, 0, None))  # the last adapter switched to stays active
     return agents
 
 
@@ -347,11 +438,12 @@ def test_the_gradient_check_catches(wrong_way: Callable, monkeypatch: pytest.Mon
 
 
 def test_the_trace_check_catches_dropconnect_in_place(monkeypatch: pytest.MonkeyPatch):
-    def in_place(self: Noise, weight: Tensor, identity: TensorId) -> Tensor:
-        weight.data *= self.keep[identity]
-        return weight
+    def in_place(weights, num_agents, dtype, keep_KF, keep_p):
+        for weight, keep in zip(weights, keep_KF.flatten().split([weight.numel() for weight in weights]), strict=True):
+            weight.data *= keep.view_as(weight)
+        return flatten(weights, num_agents, dtype, None, 1.0)
 
-    monkeypatch.setattr(Noise, "connect", in_place)
+    monkeypatch.setattr(adapters_module, "flatten", in_place)
     with pytest.raises(AssertionError):
         assert_a_forward_leaves_no_trace(toy_agents("parallel", dropconnect_p=0.4))
 

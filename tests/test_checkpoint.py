@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- the adapters ----
 
 
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("mode", ["fused", "sequential", "parallel"])
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj",), "all-linear"], ids=str)
 @pytest.mark.filterwarnings("error:Found missing adapter keys")
 def test_stock_peft_reads_every_agent_and_gives_its_logits(mode: Any, targets: Any, tmp_path: Path):
@@ -110,7 +110,7 @@ def test_the_ensemble_file_says_how_the_agents_are_one(tmp_path: Path):
     assert ensemble["agents"] == ["agents/agent_0", "agents/agent_1", "agents/agent_2"]
     assert all((tmp_path / agent / "adapter_model.safetensors").is_file() for agent in ensemble["agents"])
     assert ensemble["weights"] == WEIGHTS
-    assert (ensemble["base_model"], ensemble["parallel_mode"]) == ("some/base", "parallel")
+    assert (ensemble["base_model"], ensemble["parallel_mode"]) == ("some/base", CONFIG.parallel_mode)
     assert Config(**ensemble["config"]) == CONFIG
     assert ensemble["evaluation"] == {"after": {"base": {"nll": 1.5}}}
 

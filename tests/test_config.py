@@ -57,7 +57,7 @@ KIND = {
     **dict.fromkeys(["pad_to_multiple_of", "epochs", "batch_size", "gradient_accumulation_steps"], "count"),
     **dict.fromkeys(["eval_batch_size", "max_new_tokens_eval", "logging_steps"], "count"),
     **dict.fromkeys(["num_workers", "eval_samples", "save_steps"], "count or zero"),
-    **dict.fromkeys(["debug_subset_size"], "count, or null"),
+    **dict.fromkeys(["debug_subset_size", "agents_per_pass"], "count, or null"),
     **dict.fromkeys(["max_train_steps"], "count or zero, or null"),
     **dict.fromkeys(["num_agents"], "agents"),
     **dict.fromkeys(["max_seq_length"], "two or more"),
@@ -69,7 +69,7 @@ KIND = {
     **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
     **dict.fromkeys(["initialize_adapters_rand", "use_gradient_checkpointing", "skip_bad_rows"], "flag"),
     **dict.fromkeys(["shuffle", "log_memory_usage"], "flag"),
-    **dict.fromkeys(["use_deepspeed"], "flag or auto"),
+    **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
     **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
     **dict.fromkeys(["dataset_subset", "deepspeed_config_file"], "text, or null"),
     **dict.fromkeys(["attn_implementation", "parallel_mode", "swd_representation"], "choice"),
@@ -219,6 +219,14 @@ def test_a_default_that_contradicts_a_given_key_is_named_as_left_out():
 
 def test_one_agent_without_the_distance_is_accepted():
     assert load("num_agents: 1\nlambda_sw: 0").num_agents == 1
+
+
+@pytest.mark.parametrize("key", ["compile", "cuda_graphs"])
+def test_what_cannot_carry_dropout_is_refused_with_it_and_auto_is_not(key):
+    message = refusal(f"{key}: true\nlora_dropout: 0.1")
+    assert message.startswith(f"configs.yaml: key '{key}' (line 1) is true; ")
+    assert message.endswith("lora_dropout is above 0; set it to auto")
+    assert load(f"{key}: auto\nlora_dropout: 0.1").lora_dropout == 0.1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from chorus import evaluate as evaluate_module
 from chorus.adapters import LoraShape
-from chorus.agents import Agents, NoiseRates, build_agents
+from chorus.agents import Agents, Execution, NoiseRates, build_agents
 from chorus.aggregate import dirichlet_weights
 from chorus.base import load_model, load_tokenizer
 from chorus.errors import InputError
@@ -178,7 +178,9 @@ def test_agents_that_are_trained_with_gradient_checkpointing_score_the_same(
 ):
     """In training mode the layers of transformers would leave the key-value cache empty."""
     base = load_model(BASE, torch.float32, torch.device("cpu"))
-    checkpointing = build_agents("parallel", base, NUM_AGENTS, SHAPE, NoiseRates(0.5, 0.5, 1), True)
+    checkpointing = build_agents(
+        "parallel", base, NUM_AGENTS, SHAPE, NoiseRates(0.5, 0.5, 1), Execution(recompute=True)
+    )
     for identity, tensor in checkpointing.adapter_tensors().items():
         tensor.data.copy_(agents.adapter_tensors()[identity])
     assert checkpointing.training

@@ -64,10 +64,10 @@ def coupled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
         (PLAIN, ("batch_size=8", "parallel_mode=sequential")),
         (PLAIN, ("batch_size=8", "use_deepspeed=true", "use_gradient_checkpointing=true")),
         (ddp(2), ("batch_size=4", "parallel_mode=parallel")),
-        (zero2(2), ("batch_size=4", "parallel_mode=parallel")),
+        (zero2(2), ("batch_size=4", "parallel_mode=fused")),
         (zero2(2), ("batch_size=4", "parallel_mode=sequential", "num_workers=1")),
     ],
-    ids=["sequential", "zero2-programmatic-checkpointing", "ddp-2", "zero2-2-parallel", "zero2-2-sequential-workers"],
+    ids=["sequential", "zero2-programmatic-checkpointing", "ddp-2", "zero2-2-fused", "zero2-2-sequential-workers"],
 )
 def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
     coupled_run: tuple[Path, list[dict]], tmp_path: Path, command: list[str], settings: tuple[str, ...]

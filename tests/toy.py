@@ -1,11 +1,13 @@
 """Small things that several test files need: a Gemma-2 with every Gemma-2 feature, a batch, agents that differ."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from chorus.adapters import LoraShape
-from chorus.agents import Agents, Mode, NoiseRates, build_agents
+from chorus.agents import Agents, Execution, Mode, NoiseRates, build_agents
 from chorus.data import Batch
 
 VOCABULARY = 61
@@ -67,10 +69,14 @@ def toy_agents(
     dropout_p: float = 0.0,
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
+    device: str = "cpu",
+    **execution: Any,
 ) -> Agents:
     """Agents on a tiny Gemma-2. `trained` gives A and B values of everyday size, so that agents really differ."""
     rates = NoiseRates(dropconnect_p, dropout_p, seed=7)
-    agents = build_agents(mode, tiny_gemma(dtype=dtype), num_agents, toy_shape(), rates, gradient_checkpointing)
+    base = tiny_gemma(dtype=dtype).to(device)
+    how = Execution(recompute=gradient_checkpointing, **execution)
+    agents = build_agents(mode, base, num_agents, toy_shape(), rates, how)
     if trained:
         for identity, tensor in agents.adapter_tensors().items():
             generator = torch.Generator().manual_seed(hash_of(str(identity)))

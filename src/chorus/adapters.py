@@ -1,11 +1,11 @@
 """LoRA adapters of K agents: PEFT makes them and names them; which agent answers is said aloud, never left to a flag.
 
 PEFT selects an adapter by mutating every layer (`set_adapter`), which flips `requires_grad` and lets a recomputed
-activation run under whatever adapter is active by then. Here a forward pass carries a `Turn` (whose pass, which random
-draws) and every recomputation is given the turn of its forward pass.
+activation run under whatever adapter is active by then. Here a forward pass carries a `Turn` (whose pass, which weights
+and random draws) and every recomputation is given the turn of its forward pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from chorus.config import Config
 from chorus.errors import InputError
+from chorus.lora_linear import flatten, lora_linear, split
 from chorus.seeding import derive_seed
 
 RANDOM_INITIAL_STD = 0.02  # `initialize_adapters_rand: true`
@@ -51,46 +52,65 @@ class Noise:
     dropconnect_p: float
     dropout_p: float
 
-    def connect(self, weight: Tensor, identity: TensorId) -> Tensor:
-        """DropConnect (Wan et al. 2013) on one matrix: a masked, rescaled copy. The weight itself is never written."""
+    def kept(self, identities: Iterable[TensorId], num_agents: int) -> Tensor | None:
+        """DropConnect masks of these tensors, agent by agent, flat: keep_KF; None when it is off."""
         if not self.keep:
-            return weight
-        return weight * self.keep[identity] / (1 - self.dropconnect_p)
+            return None
+        return torch.cat([self.keep[identity].flatten() for identity in identities]).view(num_agents, -1)
 
-    def drop(self, x_BTI: Tensor, agent: int, path: str) -> Tensor:
+    def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
         """Dropout on a LoRA's input from a generator of its own: nothing global moves, a recomputation draws alike."""
         if self.dropout_p == 0:
-            return x_BTI
-        generator = torch.Generator(x_BTI.device)
+            return x_NI
+        generator = torch.Generator(x_NI.device)
         generator.manual_seed(derive_seed(self.seed, "lora_dropout", self.step, self.slot, agent, path))
-        keep_BTI = torch.empty_like(x_BTI, dtype=torch.bool).bernoulli_(1 - self.dropout_p, generator=generator)
-        return x_BTI * keep_BTI / (1 - self.dropout_p)
+        keep_NI = torch.empty_like(x_NI, dtype=torch.bool).bernoulli_(1 - self.dropout_p, generator=generator)
+        return x_NI * keep_NI / (1 - self.dropout_p)
 
 
 class Turn(NamedTuple):
-    """Whose pass runs through the shared base: an agent, or the base alone (None); with noise only in training."""
+    """Whose pass runs through the shared base: that of some agents together, or of the base alone (no agent).
 
-    agent: int | None
+    Attributes:
+        agents: the rows of the pass are theirs in this order, as many for each (agent-major).
+        num_tokens: rows x tokens of the pass, over all of them.
+        weights: A_KRI and B_KOR of every layer that the pass goes through, in the dtype of the base.
+        noise: only in training.
+    """
+
+    agents: tuple[int, ...]
+    num_tokens: int
+    weights: "Mapping[LoraLinear, tuple[Tensor, Tensor]]"
     noise: Noise | None = None
 
 
-BASE_ALONE = Turn(agent=None)
+BASE_ALONE = Turn(agents=(), num_tokens=0, weights={})
 
 
 @dataclass
 class Routing:
-    """The turn under way, read by every LoRA layer of one set of agents."""
+    """The turn under way, for every LoRA layer of one set of agents."""
 
     turn: Turn = field(default=BASE_ALONE)
 
     @contextmanager
     def of(self, turn: Turn) -> Iterator[None]:
         """Run a pass under `turn`; the turn before it is back afterwards, also when the pass fails."""
-        before, self.turn = self.turn, turn
+        before = self.turn
+        self._take(turn)
         try:
             yield
         finally:
-            self.turn = before
+            self._take(before)
+
+    def _take(self, turn: Turn) -> None:
+        # Each layer holds its own pair, and does not look it up by a name of its own: to torch.compile the decoder
+        # layers are then one piece of code. Past nn.Module's slow __setattr__: recomputed layers all come through here.
+        for layer in self.turn.weights:
+            vars(layer)["turn_weights"] = None
+        for layer, pair in turn.weights.items():
+            vars(layer)["turn_weights"] = pair
+        self.turn = turn
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` for torch's checkpoint: recompute under the turn of the forward pass.
@@ -101,31 +121,43 @@ class Routing:
 
 
 class LoraLinear(PeftLoraLinear):
-    """PEFT's LoRA linear, same parameters and names, whose forward takes agent and noise from the routing.
+    """PEFT's LoRA linear, same parameters and names, whose forward takes agents, weights and noise from the routing.
 
-    y_BTO = base(x_BTI) + scaling · (drop(x_BTI) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021).
+    y = base(x) + scaling · (drop(x) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021), for each agent's rows of x.
     """
 
     routing: Routing
     path: str
+    turn_weights: tuple[Tensor, Tensor] | None = None
 
     def adapter_weight(self, agent: int, matrix: Literal["A", "B"]) -> nn.Parameter:
         """A (R, I) or B (O, R) of one agent."""
         weights = self.lora_A if matrix == "A" else self.lora_B
         return weights[adapter_name(agent)].weight  # pyright: ignore[reportReturnType]
 
+    @property
+    def base_linear(self) -> nn.Linear:
+        return self.base_layer  # pyright: ignore[reportReturnType]
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        agent, noise = self.routing.turn
-        y_BTO = self.base_layer(x, *args, **kwargs)
-        if agent is None:
-            return y_BTO
-        A_RI, B_OR = self.adapter_weight(agent, "A"), self.adapter_weight(agent, "B")
-        if noise is not None:
-            A_RI = noise.connect(A_RI, TensorId(agent, self.path, "A"))
-            B_OR = noise.connect(B_OR, TensorId(agent, self.path, "B"))
-            x = noise.drop(x, agent, self.path)
-        low_BTR = linear(x, A_RI.to(x.dtype)) * self.scaling[adapter_name(agent)]
-        return y_BTO + linear(low_BTR, B_OR.to(x.dtype))
+        if self.turn_weights is None:
+            return self.base_layer(x, *args, **kwargs)
+        A_KRI, B_KOR = self.turn_weights
+        turn, base = self.routing.turn, self.base_linear
+        if len(A_KRI) > 1 and x.shape[:-1].numel() != turn.num_tokens:
+            raise InputError(
+                f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts are, so it "
+                "cannot tell the agents apart; set parallel_mode to parallel or sequential"
+            )
+        x_KNI = x.reshape(len(A_KRI), -1, x.shape[-1])
+        scaling: float = next(iter(self.scaling.values()))  # one for all agents
+        if turn.noise is None or turn.noise.dropout_p == 0:
+            y_KNO = lora_linear(x_KNI, base.weight, base.bias, A_KRI, B_KOR, scaling)
+        else:
+            dropped = [turn.noise.drop(x_NI, k, self.path) for x_NI, k in zip(x_KNI, turn.agents, strict=True)]
+            low_KNR = torch.bmm(torch.stack(dropped), A_KRI.mT)
+            y_KNO = torch.baddbmm(linear(x_KNI, base.weight, base.bias), low_KNR, B_KOR.mT, alpha=scaling)
+        return y_KNO.view(*x.shape[:-1], -1)
 
 
 def adapter_name(agent: int) -> str:
@@ -221,6 +253,26 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
+def gather_weights(
+    tensors: Mapping[TensorId, nn.Parameter], agents: Sequence[int], dtype: torch.dtype, noise: Noise | None
+) -> Tensor:
+    """The agents' matrices, masked and cast, as flat_KF: one row an agent. `tensors` are agent by agent, in order."""
+    identities = [identity for identity in tensors if identity.agent in agents]
+    keep_KF = None if noise is None else noise.kept(identities, len(agents))
+    keep_p = 1.0 if noise is None else 1 - noise.dropconnect_p
+    return flatten([tensors[identity] for identity in identities], len(agents), dtype, keep_KF, keep_p)
+
+
+def take_turn(
+    layers: Mapping[str, LoraLinear], agents: Sequence[int], flat_KF: Tensor, num_tokens: int, noise: Noise | None
+) -> Turn:
+    """The turn of a pass of `agents` together through `layers`, with the weights of `gather_weights`."""
+    shapes = [layer.adapter_weight(agents[0], matrix).shape for layer in layers.values() for matrix in ("A", "B")]
+    matrices = split(flat_KF, shapes)
+    pairs = zip(matrices[::2], matrices[1::2], strict=True)
+    return Turn(tuple(agents), num_tokens, dict(zip(layers.values(), pairs, strict=True)), noise)
+
+
 def draw_keep_masks(
     weights: Mapping[TensorId, Tensor], dropconnect_p: float, seed: int, step: int
 ) -> dict[TensorId, Tensor]:
@@ -238,26 +290,3 @@ def draw_keep_masks(
         pieces = flat.split([weight.numel() for weight in own.values()])
         keep |= {identity: piece.view_as(own[identity]) for identity, piece in zip(own, pieces, strict=True)}
     return keep
-
-
-def enable_gradient_checkpointing(model: PreTrainedModel, routing: Routing) -> None:
-    """Recompute each decoder layer in backward, under the turn of its forward pass.
-
-    Raises:
-        InputError: the architecture offers no gradient checkpointing.
-    """
-    arguments = {
-        "use_reentrant": False,
-        "context_fn": routing.checkpoint_contexts,
-        "preserve_rng_state": False,  # no draw of ours comes from the global generators
-    }
-    enable: Callable | None = getattr(model, "activation_checkpointing_enable", None)  # the new name, since 5.2x
-    try:
-        if enable is not None:
-            enable(activation_checkpointing_kwargs=arguments)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-    except ValueError as error:
-        raise InputError(
-            f"key 'use_gradient_checkpointing': {type(model).__name__} does not support it; set it to false"
-        ) from error

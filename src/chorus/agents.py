@@ -1,7 +1,8 @@
 """K agents over one frozen base, in one of three modes behind one interface.
 
-sequential  one PeftModel with K adapters; an agent's activations are made again in backward, so that only one agent's
-            are ever held: the least memory, one forward pass more.
+fused       one PeftModel with K adapters; all agents in one pass over K x B rows: the fastest. In groups of
+            `agents_per_pass`, a group's activations are made again in backward, so that only one group's are ever held.
+sequential  groups of one: the least memory, one forward pass more.
 parallel    K PeftModels whose frozen parameters and buffers are the same storage; all activations are held.
 
 Every mode keeps five promises (tests/test_agents.py holds them):
@@ -14,10 +15,13 @@ Every mode keeps five promises (tests/test_agents.py holds them):
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,21 +31,28 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from chorus.adapters import (
+    BASE_ALONE,
     LoraShape,
     Noise,
     Routing,
     TensorId,
-    Turn,
     attach_agents,
     draw_keep_masks,
-    enable_gradient_checkpointing,
+    gather_weights,
     lora_layers,
+    take_turn,
 )
-from chorus.base import Head, base_tensors, head_of, trunk_of
+from chorus.base import Head, attention_masks, base_tensors, head_of, trunk_of
+from chorus.config import Config
 from chorus.data import Batch
+from chorus.errors import InputError
+from chorus.graphs import MAX_RECORDINGS, RecordedPasses
+from chorus.layers import prepare_layers
 from chorus.token_nll import token_nll
 
-Mode = Literal["sequential", "parallel"]
+logger = logging.getLogger(__name__)
+
+Mode = Literal["fused", "sequential", "parallel"]
 
 
 class AgentOutput(NamedTuple):
@@ -65,6 +76,49 @@ class NoiseRates:
     seed: int
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How passes are carried out. None of it changes a result, beyond rounding.
+
+    Attributes:
+        recompute: make each decoder layer's activations again in backward.
+        agents_per_pass: fused mode's groups; None takes all agents together.
+        compiled: torch.compile the decoder layers.
+        recorded: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a recording
+            would repeat.
+    """
+
+    recompute: bool = False
+    agents_per_pass: int | None = None
+    compiled: bool = False
+    recorded: bool = False
+
+
+PLAIN = Execution()
+
+
+def decide_execution(config: Config, device: torch.device) -> Execution:
+    """What a configuration asks for, with `auto` decided and said in the log.
+
+    Raises:
+        InputError: graphs without a GPU.
+    """
+    if config.cuda_graphs is True and device.type != "cuda":
+        raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
+    lengths = ceil(config.max_seq_length / config.pad_to_multiple_of)
+    because = ""
+    if device.type != "cuda":
+        because = f"; auto: no GPU ({device})"
+    elif config.lora_dropout > 0:
+        because = "; auto: lora_dropout is above 0"
+    elif lengths > MAX_RECORDINGS:
+        fewer = ceil(config.max_seq_length / MAX_RECORDINGS)
+        because = f"; auto: batches of up to {lengths} lengths; pad_to_multiple_of {fewer} would do"
+    compiled, recorded = (not because if key == "auto" else key for key in (config.compile, config.cuda_graphs))
+    logger.info("layers compiled: %s; passes recorded: %s%s", compiled, recorded, because)
+    return Execution(config.use_gradient_checkpointing, config.agents_per_pass, compiled, recorded)
+
+
 def held_agents(num_agents: int) -> tuple[int, ...]:
     """The agents that this process holds: all of them. The one place to change if they are ever spread over GPUs."""
     return tuple(range(num_agents))
@@ -76,27 +130,30 @@ def build_agents(
     num_agents: int,
     shape: LoraShape,
     rates: NoiseRates,
-    gradient_checkpointing: bool = False,
+    execution: Execution = PLAIN,
 ) -> "Agents":
     """Put the agents this process holds on `model`, which must already lie on its device, frozen.
 
     Raises:
-        InputError: target modules or gradient checkpointing that the model does not have.
+        InputError: target modules, gradient checkpointing or compilation that the model does not have.
     """
     agents = held_agents(num_agents)
     routing = Routing()
     match mode:
-        case "sequential":
+        case "fused" | "sequential":
+            size = 1 if mode == "sequential" else execution.agents_per_pass or len(agents)
             peft_models = [attach_agents(model, agents, shape, routing)]
-            kind = SequentialAgents
+            grouped = GroupedAgents(agents, peft_models, routing, rates)
+            grouped.groups = [agents[first : first + size] for first in range(0, len(agents), size)]
+            built = grouped
         case "parallel":
             copies = [model, *(copy_sharing_storage(model) for _ in agents[1:])]
             peft_models = [attach_agents(own, [k], shape, routing) for own, k in zip(copies, agents, strict=True)]
-            kind = ParallelAgents
-    if gradient_checkpointing:
-        for peft_model in peft_models:
-            enable_gradient_checkpointing(causal_lm(peft_model), routing)
-    return kind(agents, peft_models, routing, rates)
+            built = ParallelAgents(agents, peft_models, routing, rates)
+    for peft_model in peft_models:
+        prepare_layers(causal_lm(peft_model), routing, recompute=execution.recompute, compiled=execution.compiled)
+    built.recorded = RecordedPasses(partial(attention_masks, model)) if execution.recorded else None
+    return built
 
 
 def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,6 +177,15 @@ class Agents(nn.Module):
         self.routing = routing
         self.rates = rates
         self.config = causal_lm(peft_models[0]).config
+        self.recorded: RecordedPasses | None = None
+        # Looked up once: a walk through some thousand modules takes the host as long as a small pass.
+        self._layers = {peft_model: lora_layers(peft_model) for peft_model in peft_models}
+        self._tensors = {
+            TensorId(agent, path, matrix): layer.adapter_weight(agent, matrix)
+            for agent in self.agents
+            for path, layer in self._layers[self.peft_model(agent)].items()
+            for matrix in ("A", "B")
+        }
         self._noise: Noise | None = None
         self.train()
 
@@ -139,10 +205,26 @@ class Agents(nn.Module):
         raise NotImplementedError
 
     @contextmanager
-    def trunk(self, agent: int | None, noise: Noise | None = None) -> Iterator[nn.Module]:
-        """The trunk with one agent's adapter in it, or the base alone (None)."""
-        peft_model = self.peft_model(self.agents[0] if agent is None else agent)
-        with self.routing.of(Turn(agent, noise)):
+    def trunk(self, agent: int | None) -> Iterator[nn.Module]:
+        """The trunk with one agent's adapter in it, or the base alone (None), for passes without training's noise."""
+        agents = () if agent is None else (agent,)
+        with self._turn(agents, self._weights(agents, None), num_tokens=0, noise=None) as trunk:
+            yield trunk
+
+    def _weights(self, agents: tuple[int, ...], noise: Noise | None) -> Tensor | None:
+        if not agents:
+            return None
+        return gather_weights(self.adapter_tensors(), agents, causal_lm(self.peft_model(agents[0])).dtype, noise)
+
+    @contextmanager
+    def _turn(
+        self, agents: tuple[int, ...], flat_KF: Tensor | None, num_tokens: int, noise: Noise | None
+    ) -> Iterator[nn.Module]:
+        peft_model = self.peft_model(agents[0] if agents else self.agents[0])
+        turn = BASE_ALONE
+        if flat_KF is not None:
+            turn = take_turn(self._layers[peft_model], agents, flat_KF, num_tokens, noise)
+        with self.routing.of(turn):
             yield trunk_of(causal_lm(peft_model))
 
     def head(self) -> Head:
@@ -151,25 +233,39 @@ class Agents(nn.Module):
 
     def adapter_tensors(self) -> dict[TensorId, nn.Parameter]:
         """Every trainable tensor under its identity: agent by agent, in the model's order."""
-        return {
-            TensorId(agent, path, matrix): layer.adapter_weight(agent, matrix)
-            for agent in self.agents
-            for path, layer in lora_layers(self.peft_model(agent)).items()
-            for matrix in ("A", "B")
-        }
+        return self._tensors
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the base, each once."""
         return dict(base_tensors(causal_lm(self.peft_model(self.agents[0]))))
 
-    def agent_pass(self, agent: int | None, batch: Batch, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """nll_BT and hidden_BTD of one agent, or of the base (None).
+    def agent_pass(self, agent: int | None, batch: Batch) -> tuple[Tensor, Tensor]:
+        """nll_BT and hidden_BTD of one agent, or of the base (None), without training's noise."""
+        nll_1BT, hidden_1BTD = self.joint_pass(() if agent is None else (agent,), batch, None)
+        return nll_1BT[0], hidden_1BTD[0]
+
+    def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
+        """One pass of these agents together through one trunk, agent-major; of the base, as if one, for no agent.
 
         There is no attention mask: the padding is on the right, behind every target.
         """
-        with self.trunk(agent, noise) as trunk:
-            hidden_BTD = trunk(input_ids=batch.input_BT, use_cache=False).last_hidden_state
-        return token_nll(hidden_BTD, batch.target_BT, batch.target_rows_N, self.head()), hidden_BTD
+        B, T = batch.input_BT.shape
+        K = max(len(agents), 1)
+
+        def run(ids_NT: Tensor, flat_KF: Tensor | None, masks: Any) -> Tensor:
+            with self._turn(agents, flat_KF, ids_NT.numel(), noise) as trunk:
+                return trunk(input_ids=ids_NT, attention_mask=masks, use_cache=False).last_hidden_state
+
+        ids_NT, flat_KF = batch.input_BT.repeat(K, 1), self._weights(agents, noise)
+        if self.recorded is not None and self.training and flat_KF is not None:
+            # The agents' weights are an argument: one recording serves every group of as many agents of a model.
+            hidden_NTD = self.recorded((self.peft_model(agents[0]), K, B, T), run, ids_NT, flat_KF)
+        else:
+            hidden_NTD = run(ids_NT, flat_KF, None)
+        first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
+        rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
+        nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
+        return AgentOutput(nll_NT.view(K, B, T), hidden_NTD.unflatten(0, (K, B)))
 
     def _noise_of(self, step: int | None, slot: int) -> Noise | None:
         """The draws of this pass. Masks are drawn once a step and kept for its other micro-batches."""
@@ -183,21 +279,24 @@ class Agents(nn.Module):
         return replace(self._noise, slot=slot)
 
 
-class SequentialAgents(Agents):
-    """One agent after the other through one PeftModel; backward makes each agent's activations again."""
+class GroupedAgents(Agents):
+    """Groups of agents through one PeftModel, each group in one pass; backward makes all groups' activations again."""
+
+    groups: list[tuple[int, ...]]
 
     def peft_model(self, agent: int) -> PeftModel:
         return self.peft_models[0]  # pyright: ignore[reportReturnType]
 
     def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
         noise = self._noise_of(step, slot)
+        if len(self.groups) == 1:
+            return self.joint_pass(self.agents, batch, noise)
         tensors = self.adapter_tensors()
         outputs = []
-        for agent in self.agents:
-            own = [tensor for identity, tensor in tensors.items() if identity.agent == agent]
-            outputs.append(recomputed(lambda agent=agent: self.agent_pass(agent, batch, noise), own))
-        nlls, hiddens = zip(*outputs, strict=True)
-        return AgentOutput(torch.stack(nlls), torch.stack(hiddens))
+        for group in self.groups:
+            own = [tensor for identity, tensor in tensors.items() if identity.agent in group]
+            outputs.append(recomputed(lambda group=group: self.joint_pass(group, batch, noise), own))
+        return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))
 
 
 class ParallelAgents(Agents):
@@ -208,8 +307,8 @@ class ParallelAgents(Agents):
 
     def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
         noise = self._noise_of(step, slot)
-        nlls, hiddens = zip(*(self.agent_pass(agent, batch, noise) for agent in self.agents), strict=True)
-        return AgentOutput(torch.stack(nlls), torch.stack(hiddens))
+        outputs = [self.joint_pass((agent,), batch, noise) for agent in self.agents]
+        return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))
 
 
 def recomputed(run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.masking_utils import create_masks_for_generate
 
 from chorus.errors import InputError
 
@@ -92,6 +94,12 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
     trunk = model.base_model
     assert trunk is not model, "a causal language model without a trunk of its own"
     return trunk
+
+
+def attention_masks(model: PreTrainedModel, ids_NT: Tensor) -> Any:
+    """The masks that the trunk would make for rows without a mask of their own, to be given to it ready-made."""
+    rows_NT1 = torch.empty(*ids_NT.shape, 1, dtype=model.dtype, device=ids_NT.device)  # stands for its shape and dtype
+    return create_masks_for_generate(model.config, rows_NT1, attention_mask=None, past_key_values=None)
 
 
 def _attention(config: PretrainedConfig, attn_implementation: str) -> str | None:

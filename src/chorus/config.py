@@ -43,9 +43,11 @@ class Config(BaseModel):
 
     num_agents: PositiveInt = 4
     """K, the number of LoRA agents trained together over the one base."""
-    parallel_mode: Literal["sequential", "parallel"] = "parallel"
-    """How the agents share the base. sequential: one model with K adapters, one agent at a time, the least memory.
-    parallel: K models over the same frozen storage, no switching."""
+    parallel_mode: Literal["fused", "sequential", "parallel"] = "fused"
+    """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
+    agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""
+    agents_per_pass: PositiveInt | None = None
+    """fused: at most so many agents in one pass, where memory is short; each pass is computed twice then. null: all."""
     lora_rank: PositiveInt = 8
     """Rank R of every adapter."""
     lora_alpha: PositiveFloat = 16.0
@@ -62,6 +64,12 @@ class Config(BaseModel):
     (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never in a saved file."""
     use_gradient_checkpointing: bool = False
     """true: recompute activations in the backward pass, for less memory and more time."""
+    compile: Literal["auto"] | bool = "auto"
+    """true: have torch compile the decoder layers for training, once for every length that occurs. auto: on a GPU,
+    where pad_to_multiple_of leaves at most 8 lengths and lora_dropout is 0."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """true: record a training pass and replay it whole, which spares the host most of its work. It keeps the
+    memory of a pass for itself. auto: as for compile."""
 
     lambda_sw: NonNegativeFloat = 0.01
     """Weight of the diversity reward, the squared sliced 2-Wasserstein distance between the agents' hidden states.
@@ -160,6 +168,13 @@ class Config(BaseModel):
         if isinstance(modules, list) and len(set(modules)) < len(modules):
             raise ValueError("a module is in it twice; name each one once")
         return modules
+
+    @field_validator("compile", "cuda_graphs")
+    @classmethod
+    def _draws_nothing_inside(cls, wanted: bool | str, info: ValidationInfo) -> bool | str:
+        if wanted is True and info.data.get("lora_dropout"):
+            raise ValueError("dropout draws anew in every pass, and lora_dropout is above 0; set it to auto")
+        return wanted
 
     @field_validator("lambda_sw")
     @classmethod

@@ -108,7 +108,7 @@ def token_nlls(agents: Agents, members: Sequence[int | None], held_out: HeldOut,
     parts = [torch.empty(len(members), 0, device=device)]
     for samples in _batches(held_out.samples, held_out.batch_size):
         batch = collate(samples, pad_id=0).to(device)
-        nll_MBT = torch.stack([agents.agent_pass(member, batch, noise=None)[0] for member in members])
+        nll_MBT = torch.stack([agents.agent_pass(member, batch)[0] for member in members])
         parts.append(nll_MBT[:, batch.mask_BT])
     return torch.cat(parts, 1)
 

@@ -1,0 +1,74 @@
+"""Compiled layers, in training and out of it. What they compute is held by the promises of test_agents.py."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_agents import EXACT, run
+from torch import nn
+from toy import max_difference, tiny_gemma, toy_agents, toy_batch
+from transformers import PreTrainedModel
+
+from chorus.adapters import Routing
+from chorus.errors import InputError
+from chorus.layers import prepare_layers
+
+
+@pytest.fixture
+def _quick_compiler(monkeypatch: pytest.MonkeyPatch):
+    """All of torch.compile but its last part, which takes half a minute for a layer on two cores."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointing"])
+def test_compiled_layers_give_the_same_values_and_gradients_at_every_length(recompute: bool):
+    plain = toy_agents("fused", dropconnect_p=0.4)
+    compiled = toy_agents("fused", dropconnect_p=0.4, gradient_checkpointing=recompute, compiled=True)
+    for length in (10, 12):
+        expected, expected_gradients = run(plain, toy_batch(length=length))
+        output, gradients = run(compiled, toy_batch(length=length))
+        assert max_difference(output.nll_KBT, expected.nll_KBT) < EXACT
+        for identity, gradient in expected_gradients.items():
+            assert max_difference(gradients[identity], gradient) < EXACT, identity
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_equal_layers_are_compiled_once_and_without_a_break():
+    """Two layers of the toy differ in their attention; a second pair of them brings no further compilation."""
+
+    def compilations(num_layers: int) -> int:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        base = tiny_gemma()
+        layers = base.model.layers
+        layers.extend([tiny_gemma(seed=seed).model.layers[seed % 2] for seed in range(2, num_layers)])
+        base.config.layer_types = [["sliding_attention", "full_attention"][k % 2] for k in range(num_layers)]
+        base.config.num_hidden_layers = num_layers
+        prepare_layers(base, Routing(), recompute=False, compiled=True)
+        base.train()(input_ids=toy_batch().input_BT, use_cache=False)
+        assert not torch._dynamo.utils.counters["graph_break"]
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    assert compilations(6) == compilations(2) > 0
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_evaluation_compiles_nothing():
+    torch._dynamo.utils.counters.clear()
+    agents = toy_agents("fused", compiled=True).eval()
+    with torch.no_grad():
+        agents.agent_pass(0, toy_batch())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize("key", ["use_gradient_checkpointing", "compile"])
+def test_a_base_without_marked_layers_is_refused_by_the_key(key: str):
+    class Odd(PreTrainedModel):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    wanted = {"recompute": key == "use_gradient_checkpointing", "compiled": key == "compile"}
+    with pytest.raises(InputError, match=f"key '{key}': Odd does not support it; set it to false"):
+        prepare_layers(Odd(), Routing(), **wanted)
