@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test lint check clean
+.PHONY: install train test lint check bench clean
 
 install: .venv/.installed
 
@@ -30,6 +30,9 @@ lint: .venv/.dev
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not launch"
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/modes.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache

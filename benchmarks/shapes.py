@@ -1,0 +1,81 @@
+"""The bases of the benchmarks, with random weights, and what of their arithmetic counts as useful."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+
+GEMMA_2 = {"vocab_size": 256_000, "head_dim": 256, "max_position_embeddings": 8192, "sliding_window": 4096}
+SHAPES = {
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+    },
+    "gemma-2-2b": GEMMA_2
+    | {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+    },
+    "gemma-2-9b": GEMMA_2
+    | {
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "query_pre_attn_scalar": 256,
+    },
+}
+
+
+def random_base(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A frozen base of a shape above, made on `device`; or any other model by hub id or folder, with its weights."""
+    if name not in SHAPES:
+        config = AutoConfig.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention)
+        return model.to(device).requires_grad_(False)
+    config = Gemma2Config(**SHAPES[name], dtype=dtype, attn_implementation=attention)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Gemma2ForCausalLM(config).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Work(NamedTuple):
+    """Parameters that a token meets, and the layers' attention width."""
+
+    body: int
+    head: int
+    attention: int
+
+    def useful_flops(self, rows: int, length: int) -> float:
+        """Of one step over `rows` rows of all agents together, every token a target.
+
+        Forward 2 FLOP for each weight and token, backward 2 more: the base is frozen, so there is no weight gradient.
+        Attention's two products over the causal half, backward twice the forward. LoRA's own and recomputation do not
+        count.
+        """
+        products = 4.0 * (self.body + self.head) * rows * length
+        return products + 3 * (2.0 * length * length * self.attention) * rows
+
+
+def work_of(model: PreTrainedModel) -> Work:
+    config, head = model.config, model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * config.num_attention_heads * head_dim
+    return Work(sum(linear.weight.numel() for linear in linears), head.weight.numel(), attention)
