@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from chorus.adapters import lora_shape
+from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
-from chorus.base import load_model, load_tokenizer
+from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine
@@ -37,6 +37,7 @@ def main(config: Config) -> None:
     # Everything the user gave is checked before the base is loaded.
     problems = read_problems(config)
     tokenizer = load_tokenizer(config.model_name)
+    check_targets(load_skeleton(config.model_name), config.lora_target_modules)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
     output_dir = prepare_output_dir(config.output_dir, accelerator)

@@ -4,24 +4,35 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, toy_batch
+from toy import ALPHA, RANK, TARGETS, VOCABULARY, max_difference, tiny_gemma, toy_agents, toy_batch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from chorus import adapters as adapters_module
 from chorus import agents as agents_module
-from chorus.adapters import Noise, Routing, TensorId, adapter_name, lora_layers, take_turn
-from chorus.agents import AgentOutput, Agents, GroupedAgents, Mode, ParallelAgents, decide_execution
+from chorus.adapters import LoraShape, Noise, Routing, TensorId, adapter_name, lora_layers, take_turn
+from chorus.agents import (
+    AgentOutput,
+    Agents,
+    Execution,
+    GroupedAgents,
+    Mode,
+    NoiseRates,
+    ParallelAgents,
+    build_agents,
+    decide_execution,
+)
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.errors import InputError
@@ -59,10 +70,13 @@ def run(agents: Agents, batch: Batch, step: int | None = 3, lambda_sw: float = 0
     return output, {identity: tensor.grad for identity, tensor in agents.adapter_tensors().items()}
 
 
-def lone_run(agents: Agents, agent: int, batch: Batch) -> dict[str, Tensor]:
+def lone_run(
+    agents: Agents, agent: int, batch: Batch, base: Callable = tiny_gemma, targets: Sequence[str] | str = TARGETS
+) -> dict[str, Tensor]:
     """Gradients of one agent by stock PEFT and stock loss, in a model of its own: no Chorus code."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_gemma(), config)
+    targets = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(base(), config)
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     for identity, tensor in agents.adapter_tensors().items():
         if identity.agent == agent:
@@ -72,11 +86,11 @@ def lone_run(agents: Agents, agent: int, batch: Batch) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in parameters.items()}
 
 
-def assert_every_agent_gets_the_gradient_of_a_lone_run(agents: Agents) -> None:
+def assert_every_agent_gets_the_gradient_of_a_lone_run(agents: Agents, *stock: Any) -> None:
     batch = toy_batch()
     _, gradients = run(agents, batch, lambda_sw=0)
     for agent in agents.agents:
-        for name, expected in lone_run(agents, agent, batch).items():
+        for name, expected in lone_run(agents, agent, batch, *stock).items():
             path, matrix = name.removesuffix(".default.weight").rsplit(".lora_", 1)
             own = gradients[TensorId(agent, path, matrix)]
             assert own is not None, f"agent {agent} got no gradient at {path}"
@@ -142,6 +156,34 @@ def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode
 @CHECKPOINTING
 def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: bool):
     assert_every_agent_gets_the_gradient_of_a_lone_run(toy_agents(mode, gradient_checkpointing=checkpointing))
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def small_llama() -> PreTrainedModel:
+    return seeded(LlamaForCausalLM, LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2))
+
+
+def small_gpt_neox() -> PreTrainedModel:
+    """Biases, one linear for query, key and value, attention beside the MLP."""
+    return seeded(GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL, num_attention_heads=4))
+
+
+def seeded(kind: Callable, config: object) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(config).requires_grad_(False)
+
+
+@EVERY_MODE
+@CHECKPOINTING
+@pytest.mark.parametrize("base", [small_llama, small_gpt_neox])
+def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, checkpointing: bool, base: Callable):
+    shape = LoraShape(RANK, ALPHA, "all-linear", random_init=True, seed=0)
+    execution = Execution(recompute=checkpointing)
+    agents = build_agents(mode, base(), 2, shape, NoiseRates(0, 0, 0), execution)
+    assert_every_agent_gets_the_gradient_of_a_lone_run(agents, base, "all-linear")
 
 
 @EVERY_MODE

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from chorus.base import base_tensors, head_of, load_model, load_tokenizer, trunk_of
+from chorus.base import base_tensors, head_of, load_model, load_skeleton, load_tokenizer, trunk_of
 from chorus.errors import InputError
 
 CPU = torch.device("cpu")
@@ -37,6 +37,14 @@ def test_head_of_trunk_is_the_models_own_logits(make, tmp_path: Path):
     ids_BT = torch.arange(3, 15)[None]
     hidden_BTD = trunk_of(model)(input_ids=ids_BT).last_hidden_state
     assert max_difference(head_of(model).logits(hidden_BTD), model(input_ids=ids_BT).logits) < 1e-6
+
+
+def test_the_skeleton_has_every_module_and_no_weight(tmp_path: Path):
+    folder = saved(tiny_gemma(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # not needed for it
+    skeleton = load_skeleton(folder)
+    assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in tiny_gemma().named_modules()]
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
 def test_a_sharded_folder_loads_frozen_and_in_the_dtype_asked_for(tmp_path: Path):

@@ -203,7 +203,7 @@ def attach_agents(model: PreTrainedModel, agents: Sequence[int], shape: LoraShap
     Raises:
         InputError: `lora_target_modules` names no linear layer of the model, or one that is no nn.Linear.
     """
-    _check_targets(model, shape.target_modules)
+    check_targets(model, shape.target_modules)
     peft_model: PeftModel | None = None
     for agent in agents:
         lora_config = shape.peft_config(model.name_or_path or None)
@@ -233,7 +233,8 @@ def _fill_normal(weight: Tensor, identity: TensorId, seed: int) -> None:
         weight.copy_(torch.randn(weight.shape, generator=generator) * RANDOM_INITIAL_STD)
 
 
-def _check_targets(model: PreTrainedModel, target_modules: Sequence[str] | Literal["all-linear"]) -> None:
+def check_targets(model: PreTrainedModel, target_modules: Sequence[str] | Literal["all-linear"]) -> None:
+    """Raises InputError where a target module is no nn.Linear of the model, and names those that are."""
     if isinstance(target_modules, str):
         return
     modules = dict(model.named_modules())

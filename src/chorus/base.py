@@ -54,6 +54,17 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
 
 
+def load_skeleton(model_name: str) -> PreTrainedModel:
+    """The base's modules without weights, on the meta device: a second's work, which tells what the base has.
+
+    Raises:
+        InputError: no such model, or one with custom code.
+    """
+    with _named(model_name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_model(
     model_name: str, dtype: torch.dtype, device: torch.device, attn_implementation: str = "auto"
 ) -> PreTrainedModel:
