@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, toy_batch
 
-from chorus import checkpoint
+from chorus import export
 from chorus.adapters import TensorId
 from chorus.agents import Agents
 from chorus.base import head_of
-from chorus.checkpoint import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble, write_text
 from chorus.config import Config, load_config
 from chorus.errors import InputError, RunError
+from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble, write_text
 
 WEIGHTS = [0.5, 0.3, 0.2]
 CONFIG = Config(
@@ -165,7 +165,7 @@ def test_a_save_that_fails_leaves_the_earlier_one_as_it_was(
     save(tmp_path, agents)
     before = contents(tmp_path)
     left = iter(range(writes))
-    real = checkpoint.save_file
+    real = export.save_file
 
     def disk_is_full(tensors: dict[str, Tensor], path: Path, **more: Any) -> None:
         if next(left, None) is None:
@@ -175,14 +175,14 @@ def test_a_save_that_fails_leaves_the_earlier_one_as_it_was(
 
     for tensor in agents.adapter_tensors().values():
         tensor.data += 1
-    monkeypatch.setattr(checkpoint, "save_file", disk_is_full)
+    monkeypatch.setattr(export, "save_file", disk_is_full)
     with pytest.raises(RuntimeError, match="No space left"):
         save(tmp_path, agents)
     after = contents(tmp_path)
     assert before.items() <= after.items()
     assert all(name.startswith("agents.new/") for name in after.keys() - before.keys())
     # and it is not in the way of the next save
-    monkeypatch.setattr(checkpoint, "save_file", real)
+    monkeypatch.setattr(export, "save_file", real)
     save(tmp_path, agents)
     assert contents(tmp_path).keys() == before.keys()
 
@@ -191,7 +191,7 @@ def test_a_first_save_that_fails_leaves_no_agents_folder(tmp_path: Path, monkeyp
     def disk_is_full(*_: Any, **__: Any) -> None:
         raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", disk_is_full)
+    monkeypatch.setattr(export, "save_file", disk_is_full)
     with pytest.raises(RuntimeError):
         save(tmp_path, toy_agents("parallel"))
     assert not (tmp_path / "agents").exists()
@@ -217,7 +217,7 @@ def save_until_killed(folder: Path, num_acts: int, value: float, monkeypatch: py
     tensors = {TensorId(k, "base_model.model.x", m): torch.full((2, 2), value) for k in range(2) for m in ("A", "B")}
     with monkeypatch.context() as patched:
         for owner, name in (
-            *((checkpoint, "save_file"), (checkpoint, "_sync"), (checkpoint.shutil, "rmtree")),
+            *((export, "save_file"), (export, "sync"), (export.shutil, "rmtree")),
             *((Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "write_text")),
         ):
             patched.setattr(owner, name, mortal(getattr(owner, name)))
