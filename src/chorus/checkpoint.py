@@ -77,7 +77,7 @@ def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str,
         tensor.nbytes for tensors in (state.weights, *state.moments.values()) for tensor in tensors.values()
     )
     with _as_run_errors(folder, num_bytes):
-        folder.parent.mkdir(exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(f"*{HALF_DONE}"):
             shutil.rmtree(left)
         half_done.mkdir()
@@ -200,7 +200,7 @@ def _as_run_errors(folder: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder.parent.parent).free
+        free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
         raise RunError(
             f"{folder} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); earlier checkpoints "
             "are whole; make room and start the same command again"

@@ -7,6 +7,7 @@ how it is carried out (mode, engine, processes, logging) may change.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chorus.agreement import on_first_process
-from chorus.checkpoint import Damaged, checkpoints, read_tensors, set_aside_later, verify
+from chorus.checkpoint import MANIFEST, Damaged, checkpoints, read_tensors, set_aside_later, verify
 from chorus.config import Config
 from chorus.engine import Engine
 from chorus.errors import InputError
@@ -118,7 +119,7 @@ def _find(config: Config, run: Mapping[str, Any]) -> Start:
         return Start()
     if config.resume_from_checkpoint != "auto":
         folder = Path(config.resume_from_checkpoint)
-        if not (folder / "state.json").is_file() and not (folder / "MANIFEST.json").is_file():
+        if not any(os.path.isfile(folder / name) for name in (MANIFEST, "state.json")):
             example = next(iter(checkpoints(folder)), Path(output_dir, "checkpoints", "step_000100"))
             raise InputError(
                 f"key 'resume_from_checkpoint': {folder} is no checkpoint; name a folder such as {example}, or "

@@ -89,9 +89,11 @@ def _restore_zero(engine: Engine, state: TrainingState) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     zero: Any = engine.module.optimizer
-    for flat in zero.single_partition_of_fp32_groups:
+    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.optimizer.param_groups, strict=True):
+        on_device = group.get("fused") or group.get("capturable")  # where these kinds of AdamW keep their count
+        step = torch.tensor(float(state.optimizer_step), device=flat.device if on_device else "cpu")
         moments = {name: torch.zeros_like(flat) for name in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(state.optimizer_step)), **moments}
+        zero.optimizer.state[flat] = {"step": step, **moments}
     zero._lazy_init_hp_params_optimizer_state()
     for identity, tensor in engine.agents.adapter_tensors().items():
         safe_set_full_fp32_param(tensor, state.weights[identity])
