@@ -47,6 +47,7 @@ def main(config: Config) -> None:
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
         accelerator.print(begin.finished_message(config.output_dir))
+        accelerator.end_training()
         return
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with closing(open_journal(accelerator, output_dir, config.model_dump())) as journal:
@@ -154,6 +155,7 @@ def train(
             if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
                 keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
+                engine.accelerator.end_training()  # a process group left open may abort, under another exit code
                 raise Preempted(f"stopped and saved after step {done}; the same command goes on from there")
 
 
