@@ -156,7 +156,7 @@ def train(
                 keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
                 engine.accelerator.end_training()  # a process group left open may abort, under another exit code
-                raise Preempted(f"stopped and saved after step {done}; the same command goes on from there")
+                raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 
 def save(engine: Engine, config: Config, output_dir: Path) -> None:

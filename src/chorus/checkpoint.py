@@ -203,5 +203,5 @@ def _as_run_errors(folder: Path, num_bytes: int) -> Iterator[None]:
         free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
         raise RunError(
             f"{folder} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); earlier checkpoints "
-            "are whole; make room and start the same command again"
+            "are whole; make room and go on with resume_from_checkpoint=auto"
         ) from error
