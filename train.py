@@ -19,13 +19,17 @@ from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
+from chorus.agreement import StopRequest, on_first_process
 from chorus.base import load_model, load_skeleton, load_tokenizer
-from chorus.checkpoint import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
+from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine
+from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
+from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
 from chorus.objective import SwdSettings, objective
+from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
 from chorus.rows import read_problems
 from chorus.schedule import learning_rate
 
@@ -40,8 +44,15 @@ def main(config: Config) -> None:
     check_targets(load_skeleton(config.model_name), config.lora_target_modules)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
-    output_dir = prepare_output_dir(config.output_dir, accelerator)
+    run = describe_run(config, problems.train, tokenizer, precision, accelerator)
+    begin = find_start(config, run, accelerator)
+    if begin.is_finished:
+        accelerator.print(begin.finished_message(config.output_dir))
+        accelerator.end_training()
+        return
+    output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with closing(open_journal(accelerator, output_dir, config.model_dump())) as journal:
+        begin.log()
         samples = tokenise(problems.train, tokenizer, config.max_seq_length)
         held_out = held_out_share(
             problems.validation[: config.eval_samples],
@@ -63,10 +74,13 @@ def main(config: Config) -> None:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             num_steps=num_steps,
+            start_step=begin.step,
         )
 
         execution = decide_execution(config, accelerator.device)
         model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
+        run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
+        refuse_another_base(begin, run)
         agents = build_agents(
             config.parallel_mode,
             model,
@@ -81,8 +95,9 @@ def main(config: Config) -> None:
             "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
         )
 
-        before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
-        train(engine, steps, num_steps, config, output_dir, journal)
+        before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
+        take_up(engine, begin, output_dir)
+        train(engine, steps, begin.step, num_steps, config, Keeper(output_dir, config, run), journal)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
         after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
         if accelerator.is_main_process:
@@ -94,9 +109,19 @@ def main(config: Config) -> None:
 
 
 def train(
-    engine: Engine, steps: Iterator[StepBatch], num_steps: int, config: Config, output_dir: Path, journal: Journal
+    engine: Engine,
+    steps: Iterator[StepBatch],
+    start_step: int,
+    num_steps: int,
+    config: Config,
+    keeper: Keeper,
+    journal: Journal,
 ) -> None:
-    """Take `num_steps` optimiser steps, the same loop in every mode and under every engine."""
+    """Take the optimiser steps from `start_step` to `num_steps` - 1: one loop for every mode and every engine.
+
+    Raises:
+        Preempted: SIGTERM or SIGINT has come, and the step that was under way is saved.
+    """
     device = engine.accelerator.device
     accumulation = config.gradient_accumulation_steps
     lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
@@ -109,8 +134,8 @@ def train(
         gather=engine.gather,
     )
     meter = Meter(config.num_agents, device, config.log_memory_usage)
-    with journal.training(num_steps):
-        for step, step_batch in enumerate(steps):
+    with journal.training(num_steps, start_step), StopRequest(engine.accelerator) as stop:
+        for step, step_batch in enumerate(steps, start_step):
             engine.set_lr(lr_at(step))
             for micro_step, batch in enumerate(step_batch.micro_batches):
                 batch = batch.to(device)
@@ -128,17 +153,20 @@ def train(
             done = step + 1
             is_logged = done in (1, num_steps) or done % config.logging_steps == 0
             journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
-            if config.save_steps and done % config.save_steps == 0:
-                save(engine, config, output_dir)
+            is_stopped = stop.is_agreed()
+            if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
+                keeper.save(engine, done, step_batch.epoch)
+            if is_stopped:
+                engine.accelerator.end_training()  # a process group left open may abort, under another exit code
+                raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 
 def save(engine: Engine, config: Config, output_dir: Path) -> None:
     """Write the adapters and `ensemble.json`. Every process takes part; the first one writes."""
     tensors = engine.adapter_values()
     refuse_non_finite(tensors)
-    if engine.accelerator.is_main_process:
-        save_ensemble(output_dir, tensors, [1 / config.num_agents] * config.num_agents, config, {})
-    engine.accelerator.wait_for_everyone()
+    weights = [1 / config.num_agents] * config.num_agents
+    on_first_process(engine.accelerator, lambda: save_ensemble(output_dir, tensors, weights, config, {}))
 
 
 if __name__ == "__main__":

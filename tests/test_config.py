@@ -49,7 +49,6 @@ ACCEPTED_AND_REFUSED = {
     ),
     "prompt": (['""', "a", '"{a}"'], [*NOT_TEXT[:5], "null", '"{"', '"{0}"']),
     "completion": (['"{a}"'], [*NOT_TEXT, "null", "a", '"{{a}}"', '"{a"']),
-    "not yet, null": (["null"], ["0", "true", '""', "runs/a"]),
     "not yet, 0": (["0"], [*NOT_A_NUMBER, "1", "-1", "0.0"]),
 }
 KIND = {
@@ -61,6 +60,7 @@ KIND = {
     **dict.fromkeys(["max_train_steps"], "count or zero, or null"),
     **dict.fromkeys(["num_agents"], "agents"),
     **dict.fromkeys(["max_seq_length"], "two or more"),
+    **dict.fromkeys(["save_total_limit"], "two or more, or null"),
     **dict.fromkeys(["seed"], "seed"),
     **dict.fromkeys(["lr", "lora_alpha"], "positive"),
     **dict.fromkeys(["dirichlet_alpha_aggregator"], "positive, or null"),
@@ -71,13 +71,12 @@ KIND = {
     **dict.fromkeys(["shuffle", "log_memory_usage"], "flag"),
     **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
     **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
-    **dict.fromkeys(["dataset_subset", "deepspeed_config_file"], "text, or null"),
+    **dict.fromkeys(["dataset_subset", "deepspeed_config_file", "resume_from_checkpoint"], "text, or null"),
     **dict.fromkeys(["attn_implementation", "parallel_mode", "swd_representation"], "choice"),
     **dict.fromkeys(["lr_scheduler_type", "mixed_precision"], "choice"),
     **dict.fromkeys(["lora_target_modules"], "modules"),
     **dict.fromkeys(["prompt_template"], "prompt"),
     **dict.fromkeys(["completion_template"], "completion"),
-    **dict.fromkeys(["resume_from_checkpoint"], "not yet, null"),
     **dict.fromkeys(["profile_steps"], "not yet, 0"),
 }
 
@@ -163,7 +162,6 @@ def test_a_duplicate_key_is_refused_at_its_second_line(key):
         ("model_name: 2", "put it in quotes"),
         ("lora_target_modules: q_proj", "write [one, another]"),
         ("lora_target_modules: [a, a]", "name each one once"),
-        ("resume_from_checkpoint: runs/a", " is runs/a; resuming is not available yet; set it to null"),
         ("profile_steps: 3", " is 3; the profiler is not available yet; set it to 0"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from chorus.errors import InputError, RunError, input_errors_end_the_program
 
 PROGRAM = """
-from chorus.errors import InputError, RunError, input_errors_end_the_program
+from chorus.errors import InputError, Preempted, RunError, input_errors_end_the_program
 with input_errors_end_the_program():
     try:
         {}
@@ -26,6 +26,7 @@ def run(statement: str) -> subprocess.CompletedProcess[str]:
         ("raise InputError(\"configs.yaml: key 'lr' is 0\")", 2, "error: configs.yaml: key 'lr' is 0\n"),
         ("1 / 0", 2, "error: configs.yaml: key 'lr' is 0; give more\n"),  # its cause is not shown either
         ("raise RunError('agent 1: loss is nan')", 3, "error: agent 1: loss is nan\n"),
+        ("raise Preempted('stopped and saved after step 7')", 4, "stopped and saved after step 7\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
         ("pass", 0, ""),
     ],

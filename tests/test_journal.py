@@ -185,6 +185,20 @@ def test_every_logged_step_is_one_json_object_a_line(journal: Journal, tmp_path:
     assert [list(row) for row in rows] == [KEYS, KEYS]
 
 
+def test_a_run_that_goes_on_keeps_the_rows_before_it_and_drops_those_it_takes_again(journal: Journal, tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    with journal.training(4):
+        for step in (1, 2, 3):
+            journal.advance(metrics(step))
+    with file.open("a") as cut_short:
+        cut_short.write('{"step": 2, "lo')
+    with journal.training(4, start_step=2):
+        journal.advance(metrics(3, loss=0.5))
+    journal.close()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == [metrics(1), metrics(2), metrics(3, loss=0.5)]
+
+
 def test_a_gradient_norm_that_is_no_number_is_null_because_json_has_no_other_word(journal: Journal, tmp_path: Path):
     """As in fp16's first steps, while the loss scale falls."""
 

@@ -133,6 +133,7 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
     from transformers import AutoTokenizer
 
     import train as script
+    from chorus.checkpoint import Keeper
     from chorus.data import tokenise, training_steps
     from chorus.engine import start_engine
     from chorus.journal import Journal
@@ -146,7 +147,7 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
     samples = tokenise(read_problems(config).train, AutoTokenizer.from_pretrained(config.model_name), 128)
     steps = training_steps(samples, config, pad_id=0, process_index=0, num_processes=1, num_steps=3)
     initial = {identity: tensor.detach().clone() for identity, tensor in agents.adapter_tensors().items()}
-    script.train(engine, steps, 3, config, tmp_path, Journal())
+    script.train(engine, steps, 0, 3, config, Keeper(tmp_path, config, {}), Journal())
     assert all(not torch.equal(initial[identity], tensor) for identity, tensor in agents.adapter_tensors().items())
     frozen = {name.replace(".base_layer", ""): tensor for name, tensor in agents.frozen_tensors().items()}
     compared = 0

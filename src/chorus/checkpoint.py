@@ -1,146 +1,207 @@
-"""What a run leaves behind: ordinary PEFT adapter folders and one file that says how they make an ensemble."""
+"""A checkpoint: all that a run needs to go on, in a folder that is whole or absent, and readable without pickle.
 
+    output_dir/checkpoints/step_000200/
+      agents/agent_0/ ...     ordinary PEFT adapter folders in fp32: the master weights
+      optimizer.safetensors   AdamW's two moments of every adapter tensor, in fp32
+      state.json              step, epoch, AdamW's step count, how it was trained, fingerprints
+      MANIFEST.json           size and SHA-256 of every other file; written last
+
+It is written under a name that no reader looks at, brought to the disk, then renamed. What a kill leaves behind under
+such a name is removed by the next save.
+"""
+
+import hashlib
 import json
 import os
+import re
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
-from itertools import count
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chorus.adapters import TensorId, adapter_name, lora_shape
-from chorus.config import Config, render
+from chorus.adapters import TensorId, adapter_name
+from chorus.agreement import on_first_process
+from chorus.config import Config
+from chorus.engine import Engine
 from chorus.errors import InputError, RunError
+from chorus.export import ADAPTER_FILE, refuse_non_finite, sync, write_adapters
+from chorus.state import MOMENTS, TrainingState, read_state
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+NAME = re.compile(r"step_(\d{6,})")
+HALF_DONE = ".half-done"  # ends the name of a folder that is being written or removed
 
 
-def prepare_output_dir(name: str, accelerator: Accelerator) -> Path:
-    """Make `output_dir`, empty. A folder that an earlier run filled steps aside to `NAME.1`, `NAME.2`, ...
+class Damaged(InputError):
+    """A checkpoint that is not as it was written. The message names the file."""
+
+
+@dataclass
+class Keeper:
+    """Writes this run's checkpoints. `facts` are the entries of `state.json` that hold for the whole run."""
+
+    output_dir: Path
+    config: Config
+    facts: dict[str, Any]
+
+    def save(self, engine: Engine, step: int, epoch: int) -> None:
+        """Write the checkpoint after `step` optimiser steps. A collective call; the first process writes.
+
+        Raises:
+            RunError: on every process alike: it could not be written, or a number in it is none.
+        """
+        state = read_state(engine)
+        for tensors in (state.weights, *state.moments.values()):
+            refuse_non_finite(tensors)
+        facts = {"format": FORMAT, "step": step, "epoch": epoch, "optimizer_step": state.optimizer_step, **self.facts}
+        on_first_process(engine.accelerator, lambda: write_checkpoint(self.output_dir, state, facts, self.config))
+
+
+def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str, Any], config: Config) -> Path:
+    """Write a checkpoint, then remove the oldest ones beyond `save_total_limit`. One process calls it.
 
     Raises:
-        InputError: it is a file, cannot be made or written, or holds what no run has written.
+        RunError: the disk did not take it; earlier checkpoints are as they were.
     """
-    folder = Path(name)
-    try:
-        _refuse_unusable(folder)  # on every process alike, before one of them changes anything
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _step_aside(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a name too long, a mount point that cannot step aside, a link to nothing
-        raise InputError(f"key 'output_dir': {name}: {error.strerror}; name a folder that can be made") from error
-    accelerator.wait_for_everyone()
+    folder = output_dir / "checkpoints" / f"step_{facts['step']:06d}"
+    half_done = folder.with_name(folder.name + HALF_DONE)
+    num_bytes = sum(
+        tensor.nbytes for tensors in (state.weights, *state.moments.values()) for tensor in tensors.values()
+    )
+    with _as_run_errors(folder, num_bytes):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f"*{HALF_DONE}"):
+            shutil.rmtree(left)
+        half_done.mkdir()
+        write_adapters(half_done / "agents", state.weights, config)
+        moments = {
+            moment_key(name, identity): tensor for name in MOMENTS for identity, tensor in state.moments[name].items()
+        }
+        save_file(moments, half_done / "optimizer.safetensors")
+        (half_done / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for name in ("optimizer.safetensors", "state.json"):
+            sync(half_done / name)
+        files = sorted(str(file.relative_to(half_done)) for file in half_done.rglob("*") if file.is_file())
+        (half_done / MANIFEST).write_text(_manifest(half_done, files), encoding="utf-8")
+        sync(half_done / MANIFEST)
+        sync(half_done)
+        half_done.rename(folder)
+        sync(folder.parent)
+        sync(output_dir)
+        _prune(output_dir, config.save_total_limit)
     return folder
 
 
-def _refuse_unusable(folder: Path) -> None:
-    if Path.cwd().is_relative_to(os.path.realpath(folder)):
-        raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "cannot be written" if nearest.is_dir() else "is a file"
-        raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
-    if nearest == folder and any(folder.iterdir()) and not (folder / "metrics.jsonl").exists():
-        raise InputError(f"key 'output_dir': {folder}: it holds files that are no run's; name a folder of its own")
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders of finished saves, whole or damaged since, newest first."""
+    place = output_dir / "checkpoints"
+    if not os.path.isdir(place):  # False also for a name that is too long
+        return []
+    return sorted((path for path in place.iterdir() if NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
-def _step_aside(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.{number}"))
-        print(f"{folder} held an earlier run, which is now {folder}.{number}", file=sys.stderr)
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
-def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
-    """Raises RunError, on every process alike, where an adapter holds a NaN or an infinity: it must not be saved."""
-    for identity, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise RunError(
-                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite and was not saved; lower lr"
-            )
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare every file with the manifest; the entries of `state.json`.
 
-
-def save_ensemble(
-    output_dir: Path,
-    tensors: Mapping[TensorId, Tensor],
-    weights: Sequence[float],
-    config: Config,
-    more: Mapping[str, Any],
-) -> None:
-    """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
-
-    Everything is written beside its place first and then renamed into it: a crash leaves no half-written file. Between
-    two renames the older adapters are in `agents.old`, the newer in `agents.new`. One process calls it.
-
-    Args:
-        tensors: every adapter tensor under its identity, fp32, on the CPU.
-        weights: the mixture's, one an agent.
-        more: further entries of `ensemble.json`.
+    Raises:
+        Damaged: a file is missing, cannot be read or has other bytes.
+        InputError: another Chorus wrote it, in a format that this one does not know.
     """
-    lora_config = lora_shape(config).peft_config(config.model_name)
-    lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
-    new = output_dir / "agents.new"
-    shutil.rmtree(new, ignore_errors=True)
-    agents = sorted({identity.agent for identity in tensors})
-    for agent in agents:
-        folder = new / adapter_name(agent)
-        folder.mkdir(parents=True)
-        own = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}
-        save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        lora_config.save_pretrained(str(folder))
-        for file in folder.iterdir():
-            _sync(file)
-    _swap(new, output_dir / "agents")
-    write_ensemble(output_dir, weights, config, more)
-
-
-def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:
-    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`."""
-    ensemble = {
-        "agents": [f"agents/{adapter_name(agent)}" for agent in range(len(weights))],
-        "weights": list(weights),
-        "base_model": config.model_name,
-        "parallel_mode": config.parallel_mode,
-        "config": config.model_dump(),
-        **more,
-    }
-    write_text(output_dir / "ensemble.json", json.dumps(ensemble, indent=2) + "\n")
-    write_text(output_dir / "config.yaml", render(config))
-
-
-def peft_key(identity: TensorId) -> str:
-    """The tensor's name in PEFT's `adapter_model.safetensors`."""
-    return f"{identity.path}.lora_{identity.matrix}.weight"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    _sync(new)
-    new.replace(path)
-
-
-def _swap(new: Path, place: Path) -> None:
-    """Put folder `new` in `place`. A folder cannot be renamed over a full one, so the old one steps aside first."""
-    old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
-    _sync(place.parent)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or folder onto the disk: a rename must not overtake what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
+    file = folder / MANIFEST
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        written = file.read_bytes().decode()
+        files = json.loads(written)["files"]
+        for name, of_old in files.items():
+            file = folder / name
+            if _size_and_digest(file) != of_old:
+                raise Damaged(f"{file}: is not as it was written (size or SHA-256 differs)")
+        file = folder / MANIFEST
+        if written != _render(files):  # a byte that changes nothing it says
+            raise Damaged(f"{file}: is not as it was written")
+    except OSError as error:
+        raise Damaged(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"{file}: is not as it was written") from error
+    facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if facts["format"] != FORMAT:
+        raise InputError(f"{folder}: has format {facts['format']}, and this Chorus reads {FORMAT}; use one that fits")
+    return facts
+
+
+def read_tensors(folder: Path, optimizer_step: int) -> TrainingState:
+    """The tensors of a checkpoint that has been verified, on the CPU."""
+    weights: dict[TensorId, Tensor] = {}
+    for agent in range(len(list((folder / "agents").iterdir()))):
+        for key, tensor in load_file(folder / "agents" / adapter_name(agent) / ADAPTER_FILE).items():
+            path, _, matrix = key.removesuffix(".weight").rpartition(".lora_")
+            weights[TensorId(agent, path, "A" if matrix == "A" else "B")] = tensor
+    values = load_file(folder / "optimizer.safetensors")
+    moments = {name: {identity: values[moment_key(name, identity)] for identity in weights} for name in MOMENTS}
+    return TrainingState(weights, moments, optimizer_step)
+
+
+def moment_key(name: str, identity: TensorId) -> str:
+    """A moment's name in `optimizer.safetensors`, such as `exp_avg/0/base_model.model.x/A`."""
+    return "/".join(map(str, (name, *identity)))
+
+
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Move checkpoints beyond `step` out of the way of a run that goes on from there, into `checkpoints/set_aside/`.
+
+    They are damaged, or of the run that the user has taken back. Nothing is deleted.
+    """
+    for folder in checkpoints(output_dir):
+        if step_of(folder) > step:
+            place = folder.parent / "set_aside"
+            place.mkdir(exist_ok=True)
+            names = chain([folder.name], (f"{folder.name}.{number}" for number in count(1)))
+            folder.rename(next(place / name for name in names if not (place / name).exists()))
+
+
+def _prune(output_dir: Path, limit: int | None) -> None:
+    for folder in checkpoints(output_dir)[limit:] if limit is not None else []:
+        condemned = folder.with_name(folder.name + HALF_DONE)
+        folder.rename(condemned)  # a checkpoint that is half removed must not look like a damaged one
+        shutil.rmtree(condemned)
+
+
+def _manifest(folder: Path, files: list[str]) -> str:
+    return _render({name: _size_and_digest(folder / name) for name in files})
+
+
+def _render(files: Mapping[str, Any]) -> str:
+    return json.dumps({"files": files}, indent=2) + "\n"
+
+
+def _size_and_digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"size": stream.tell(), "sha256": digest}
+
+
+@contextmanager
+def _as_run_errors(folder: Path, num_bytes: int) -> Iterator[None]:
+    """A full disk is an OSError to some writers and a RuntimeError or SafetensorError to others."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
+        raise RunError(
+            f"{folder} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); earlier checkpoints "
+            "are whole; make room and go on with resume_from_checkpoint=auto"
+        ) from error

@@ -143,11 +143,15 @@ class Config(BaseModel):
     output_dir: Text = "runs/default"
     """The folder for all that a run writes, relative to the working directory."""
     save_steps: NonNegativeInt = 0
-    """Write the adapters every so many optimiser steps; 0: only at the end."""
+    """Write a checkpoint every so many optimiser steps, into output_dir/checkpoints; 0: only at the end, and when
+    SIGTERM or SIGINT stops the run."""
+    save_total_limit: Annotated[int, Field(ge=2)] | None = 3
+    """Keep so many of the newest checkpoints, at least 2; null keeps all."""
     logging_steps: PositiveInt = 10
     """Log every so many optimiser steps."""
-    resume_from_checkpoint: Text | None = None
-    """Where to resume from. Only null, a fresh start, is available so far."""
+    resume_from_checkpoint: Text | None = "auto"
+    """auto: go on from the newest whole checkpoint of output_dir, if there is one. A folder: go on from that
+    checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "auto"
     """no, fp16, bf16 or auto. auto: bf16 on a GPU that has it, no elsewhere. no also loads the base in fp32."""
@@ -192,11 +196,9 @@ class Config(BaseModel):
             raise ValueError("it must have at least one {column}, such as {answer}")
         return template
 
-    @field_validator("resume_from_checkpoint", "profile_steps")
+    @field_validator("profile_steps")
     @classmethod
-    def _is_not_asked_for_yet(cls, value: str | int | None, info: ValidationInfo) -> str | int | None:
-        if value and info.field_name == "resume_from_checkpoint":
-            raise ValueError("resuming is not available yet; set it to null")
+    def _is_not_asked_for_yet(cls, value: int) -> int:
         if value:
             raise ValueError("the profiler is not available yet; set it to 0")
         return value

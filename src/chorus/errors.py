@@ -1,4 +1,5 @@
-"""What went wrong, said in one line, and the exit codes: 2 bad input, 3 a fault of the run, 130 interrupted."""
+"""What went wrong, said in one line, and the exit codes: 2 bad input, 3 a fault of the run, 4 preempted and saved,
+130 interrupted."""
 
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, such as when a loss is no number. One line: which agent, which step, what to do."""
 
 
+class Preempted(Exception):
+    """A SIGTERM or SIGINT has ended the run after a step, and all of it is saved. One line: where, how to go on."""
+
+
 @contextmanager
 def input_errors_end_the_program() -> Iterator[None]:
     """Print an error that is meant for people as one line on stderr and exit with its code.
@@ -28,6 +33,8 @@ def input_errors_end_the_program() -> Iterator[None]:
         _exit(f"error: {error}", 2)
     except RunError as error:
         _exit(f"error: {error}", 3)
+    except Preempted as preempted:
+        _exit(str(preempted), 4)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
 

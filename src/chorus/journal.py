@@ -21,6 +21,7 @@ from rich.table import Table
 from chorus.engine import Engine
 from chorus.errors import RunError
 from chorus.evaluate import Evaluation
+from chorus.export import write_text
 from chorus.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,11 @@ logger = logging.getLogger(__name__)
 class Journal:
     """Keeps silent, on every process but the first."""
 
-    def training(self, num_steps: int) -> AbstractContextManager[None]:
-        """The context of the training loop: a progress bar of `num_steps`."""
+    def training(self, num_steps: int, start_step: int = 0) -> AbstractContextManager[None]:
+        """The context of the training loop: a progress bar of `num_steps`, of which `start_step` are done.
+
+        What metrics.jsonl holds of later steps is dropped: they are taken again.
+        """
         return nullcontext()
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
@@ -76,10 +80,19 @@ class WritingJournal(Journal):
         accelerator.init_trackers("chorus", config=plain)
 
     @contextmanager
-    def training(self, num_steps: int) -> Iterator[None]:
+    def training(self, num_steps: int, start_step: int = 0) -> Iterator[None]:
+        self._cut_back(start_step)
         with self._progress:
-            self._task = self._progress.add_task("training", total=num_steps)
+            self._task = self._progress.add_task("training", total=num_steps, completed=start_step)
             yield
+
+    def _cut_back(self, start_step: int) -> None:
+        """Keep the rows up to `start_step`. A last line that a kill has cut short goes with the later ones."""
+        self._metrics.close()
+        path = Path(self._metrics.name)
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= start_step]
+        write_text(path, "".join(kept))
+        self._metrics = path.open("a", encoding="utf-8")
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
         self._progress.advance(self._task)
@@ -109,6 +122,13 @@ class WritingJournal(Journal):
         for handler in self._handlers:
             logging.getLogger("chorus").removeHandler(handler)
             handler.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def quiet_libraries() -> None:

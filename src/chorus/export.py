@@ -1,0 +1,156 @@
+"""What a run leaves behind: ordinary PEFT adapter folders and one file that says how they make an ensemble."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chorus.adapters import TensorId, adapter_name, lora_shape
+from chorus.config import Config, render
+from chorus.errors import InputError, RunError
+
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
+
+
+def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = False) -> Path:
+    """Make `output_dir`, empty. A folder that an earlier run filled steps aside to `NAME.1`, `NAME.2`, ...
+
+    A run that is `resumed` from a checkpoint of this very folder goes on in it.
+
+    Raises:
+        InputError: it is a file, cannot be made or written, or holds what no run has written.
+    """
+    folder = Path(name)
+    try:
+        _refuse_unusable(folder, resumed)  # on every process alike, before one of them changes anything
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not resumed:
+            _step_aside(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a name too long, a mount point that cannot step aside, a link to nothing
+        raise InputError(f"key 'output_dir': {name}: {error.strerror}; name a folder that can be made") from error
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _refuse_unusable(folder: Path, resumed: bool) -> None:
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written" if nearest.is_dir() else "is a file"
+        raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
+    is_a_runs = resumed or (folder / "metrics.jsonl").exists()
+    if nearest == folder and any(folder.iterdir()) and not is_a_runs:
+        raise InputError(f"key 'output_dir': {folder}: it holds files that are no run's; name a folder of its own")
+
+
+def _step_aside(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        print(f"{folder} held an earlier run, which is now {folder}.{number}", file=sys.stderr)
+
+
+def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
+    """Raises RunError, on every process alike, where an adapter holds a NaN or an infinity: it must not be saved."""
+    for identity, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite and was not saved; lower lr"
+            )
+
+
+def save_ensemble(
+    output_dir: Path,
+    tensors: Mapping[TensorId, Tensor],
+    weights: Sequence[float],
+    config: Config,
+    more: Mapping[str, Any],
+) -> None:
+    """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
+
+    Everything is written beside its place first and then renamed into it: a crash leaves no half-written file. Between
+    two renames the older adapters are in `agents.old`, the newer in `agents.new`. One process calls it.
+
+    Args:
+        tensors: every adapter tensor under its identity, fp32, on the CPU.
+        weights: the mixture's, one an agent.
+        more: further entries of `ensemble.json`.
+    """
+    new = output_dir / "agents.new"
+    shutil.rmtree(new, ignore_errors=True)
+    write_adapters(new, tensors, config)
+    _swap(new, output_dir / "agents")
+    write_ensemble(output_dir, weights, config, more)
+
+
+def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Config) -> None:
+    """Write an ordinary PEFT folder `agent_k/` for every agent into `place`, which is new, and bring it to the disk."""
+    lora_config = lora_shape(config).peft_config(config.model_name)
+    lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
+    for agent in sorted({identity.agent for identity in tensors}):
+        folder = place / adapter_name(agent)
+        folder.mkdir(parents=True)
+        own = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}
+        save_file(own, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        lora_config.save_pretrained(str(folder))
+        for file in (*folder.iterdir(), folder):
+            sync(file)
+    sync(place)
+
+
+def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:
+    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`."""
+    ensemble = {
+        "agents": [f"agents/{adapter_name(agent)}" for agent in range(len(weights))],
+        "weights": list(weights),
+        "base_model": config.model_name,
+        "parallel_mode": config.parallel_mode,
+        "config": config.model_dump(),
+        **more,
+    }
+    write_text(output_dir / "ensemble.json", json.dumps(ensemble, indent=2) + "\n")
+    write_text(output_dir / "config.yaml", render(config))
+
+
+def peft_key(identity: TensorId) -> str:
+    """The tensor's name in PEFT's `adapter_model.safetensors`."""
+    return f"{identity.path}.lora_{identity.matrix}.weight"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    new.replace(path)
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put folder `new` in `place`. A folder cannot be renamed over a full one, so the old one steps aside first."""
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+    sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder onto the disk: a rename must not overtake what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
