@@ -83,7 +83,8 @@ def evaluate(agents: Agents, held_out: HeldOut, alpha: float | None) -> Evaluati
             symmetric Dirichlet prior, see `aggregate.dirichlet_weights`.
     """
     members: list[int | None] = [None, *agents.agents]
-    logger.info("scoring the base, %d agents and their mixture on held-out problems", len(agents.agents))
+    if held_out.problems:
+        logger.info("scoring the base, %d agents and their mixture on held-out problems", len(agents.agents))
     was_training = agents.training
     agents.eval()
     device = next(agents.parameters()).device

@@ -215,7 +215,7 @@ def peak_memory_gib(device: torch.device) -> float:
 def evaluation_table(before: Evaluation, after: Evaluation) -> Table:
     """Exact match and NLL (nats a completion token) of every answerer, before and after training."""
     if not after.num_problems:
-        return Table(title="no held-out problems, nothing scored")
+        return Table("no held-out problems, nothing scored")
     table = Table(title=f"{after.num_problems} held-out problems")
     table.add_column("")
     for name in ("exact match before", "after", "NLL before", "after"):
