@@ -22,8 +22,9 @@ def zero2(num_processes: int) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a process: two processes of two threads each on two cores wait for each other most of the time."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    """On the CPU, also where there is a GPU, since two processes cannot share one. One thread a process: two of two
+    threads each on two cores wait for each other most of the time."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
 def launch(command: list[str], *settings: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from launching import environment
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -498,7 +499,9 @@ def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Pa
     """Each process holds half of the rows; gradients are read from the engine (deepspeed_worker.py)."""
     worker = Path(__file__).with_name("deepspeed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    result = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*command, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     batch = toy_batch(without_targets=None)
     for mode, checkpointing, dropconnect_p in product(MODES, (False, True), (0.0, 0.4)):
