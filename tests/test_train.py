@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -214,33 +216,51 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_agent_and_step(tmp_pat
     assert not (tmp_path / "run" / "agents").exists()
 
 
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
-    mark = f"CHORUS_TEST_RUN={tmp_path}"
-    command = [*zero2(2), *SMALL, "num_workers=1", "max_train_steps=100000", f"output_dir={tmp_path}/run"]
-    with (tmp_path / "log").open("w") as log:
+@contextmanager
+def running(command: list[str], folder: Path, *settings: str) -> Iterator[subprocess.Popen]:
+    """A run that is taking steps, in a session of its own; whatever is left of it is killed at the end."""
+    with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            command,
+            [*command, *SMALL, "max_train_steps=100000", f"output_dir={folder}/run", *settings],
             cwd=ROOT,
-            env=environment(CHORUS_TEST_RUN=str(tmp_path)),
+            env=environment(CHORUS_TEST_RUN=str(folder)),
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = folder / "run" / "metrics.jsonl"
     try:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120)
-        assert len(processes_with(mark)) >= 5  # launcher, two trainers, their workers
+        yield process
+    finally:
+        for number in processes_of(folder):
+            os.kill(number, signal.SIGKILL)
+        process.wait()
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
+    with running(zero2(2), tmp_path, "num_workers=1") as process:
+        assert len(processes_of(tmp_path)) >= 5  # launcher, two trainers, their workers
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does
         assert process.wait(timeout=60) != 0
-        wait_for(lambda: not processes_with(mark), 30)
-    finally:
-        for number in processes_with(mark):
-            os.kill(number, signal.SIGKILL)
+        wait_for(lambda: not processes_of(tmp_path), 30)
 
 
-def processes_with(mark: str) -> list[int]:
-    """Processes that inherited an environment variable, whatever session or group they moved to."""
-    found = []
+def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes_on(tmp_path: Path):
+    with running([sys.executable, "train.py"], tmp_path, "save_steps=1"):
+        for how in ("auto", "null"):
+            settings = (*SMALL, "max_train_steps=100000", f"output_dir={tmp_path}/run", "save_steps=1")
+            again = launch([sys.executable, "train.py"], *settings, f"resume_from_checkpoint={how}")
+            assert again.returncode == 2
+            assert f"error: key 'output_dir': {tmp_path}/run: another run is at work in it" in again.stderr
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        rows = metrics.read_text().count("\n")
+        wait_for(lambda: metrics.read_text().count("\n") > rows, 30)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes that inherited the run's environment variable, whatever session or group they moved to."""
+    mark, found = f"CHORUS_TEST_RUN={folder}", []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
             if mark.encode() in environ.read_bytes():

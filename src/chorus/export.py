@@ -1,5 +1,6 @@
 """What a run leaves behind: ordinary PEFT adapter folders and one file that says how they make an ensemble."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from chorus.config import Config, render
 from chorus.errors import InputError, RunError
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
+LOG_FILE = "train.log"  # locked by the run that writes it, and freed by the system when that run ends, however it ends
 
 
 def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = False) -> Path:
@@ -27,7 +29,8 @@ def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = Fals
     A run that is `resumed` from a checkpoint of this very folder goes on in it.
 
     Raises:
-        InputError: it is a file, cannot be made or written, or holds what no run has written.
+        InputError: it is a file, cannot be made or written, holds what no run has written, or is being written by
+            another run.
     """
     folder = Path(name)
     try:
@@ -52,6 +55,20 @@ def _refuse_unusable(folder: Path, resumed: bool) -> None:
     is_a_runs = resumed or (folder / "metrics.jsonl").exists()
     if nearest == folder and any(folder.iterdir()) and not is_a_runs:
         raise InputError(f"key 'output_dir': {folder}: it holds files that are no run's; name a folder of its own")
+    if is_at_work(folder):
+        raise InputError(f"key 'output_dir': {folder}: another run is at work in it; wait, or name another folder")
+
+
+def is_at_work(folder: Path) -> bool:
+    """Whether a run of another process, on this machine or another that shares the folder, is writing its log."""
+    if not (folder / LOG_FILE).exists():
+        return False
+    with (folder / LOG_FILE).open("rb") as log:
+        try:
+            fcntl.lockf(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _step_aside(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run tells while it trains: the progress bar, train.log, metrics.jsonl and the tracker."""
 
+import fcntl
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from rich.table import Table
 from chorus.engine import Engine
 from chorus.errors import RunError
 from chorus.evaluate import Evaluation
-from chorus.export import write_text
+from chorus.export import LOG_FILE, write_text
 from chorus.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class WritingJournal(Journal):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
         to_terminal = _ConsoleHandler(self._console)
-        to_file = logging.FileHandler(output_dir / "train.log", encoding="utf-8")
+        to_file = logging.FileHandler(output_dir / LOG_FILE, encoding="utf-8")
+        fcntl.lockf(to_file.stream, fcntl.LOCK_EX)  # pyright: ignore  (`export.is_at_work` asks for it)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._handlers = (to_terminal, to_file)
         for handler in self._handlers:
