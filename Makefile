@@ -20,8 +20,8 @@ install: .venv/.installed
 train: install
 	$(BIN)/accelerate launch train.py
 
-test: .venv/.dev
-	$(BIN)/python -m pytest
+test: .venv/.dev  # two at a time, a file's tests together: they share runs
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

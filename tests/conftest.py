@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy tensors: a second thread only waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
