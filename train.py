@@ -19,7 +19,7 @@ from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
-from chorus.agreement import StopRequest, on_first_process
+from chorus.agreement import StopRequest, end_together, on_first_process
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
@@ -48,7 +48,7 @@ def main(config: Config) -> None:
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
         accelerator.print(begin.finished_message(config.output_dir))
-        accelerator.end_training()
+        end_together(accelerator)
         return
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with closing(open_journal(accelerator, output_dir, config.model_dump())) as journal:
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
             write_ensemble(output_dir, after.weights, config, scores)
         journal.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
-        accelerator.end_training()
+        end_together(accelerator)
 
 
 def train(
@@ -157,7 +157,7 @@ def train(
             if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
                 keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
-                engine.accelerator.end_training()  # a process group left open may abort, under another exit code
+                end_together(engine.accelerator)  # a process group left open may abort, under another exit code
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 
