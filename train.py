@@ -27,6 +27,7 @@ from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, st
 from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
+from chorus.isolation import Skips
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
 from chorus.objective import SwdSettings, objective
 from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
@@ -80,6 +81,7 @@ def main(config: Config) -> None:
         execution = decide_execution(config, accelerator.device)
         model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
+        run["skips_in_a_row"] = begin.facts.get("skips_in_a_row", 0)
         refuse_another_base(begin, run)
         agents = build_agents(
             config.parallel_mode,
@@ -121,6 +123,7 @@ def train(
 
     Raises:
         Preempted: SIGTERM or SIGINT has come, and the step that was under way is saved.
+        RunError: too many steps in a row in which an agent had to be skipped; what they left is saved.
     """
     device = engine.accelerator.device
     accumulation = config.gradient_accumulation_steps
@@ -134,6 +137,7 @@ def train(
         gather=engine.gather,
     )
     meter = Meter(config.num_agents, device, config.log_memory_usage)
+    skips = Skips(config.max_skipped_steps, keeper.facts)
     with journal.training(num_steps, start_step), StopRequest(engine.accelerator) as stop:
         for step, step_batch in enumerate(steps, start_step):
             engine.set_lr(lr_at(step))
@@ -152,12 +156,17 @@ def train(
             meter.end_step()
             done = step + 1
             is_logged = done in (1, num_steps) or done % config.logging_steps == 0
-            journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
             is_stopped = stop.is_agreed()
-            if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
+            is_due = is_stopped or done == num_steps or bool(config.save_steps and done % config.save_steps == 0)
+            is_spent = skips.look(done, engine, at_once=is_logged or is_due)
+            metrics = meter.read(engine, config.lambda_sw, done, lr_at(step), skips.read()) if is_logged else None
+            journal.advance(metrics)
+            if is_due or is_spent:
                 keeper.save(engine, done, step_batch.epoch)
-            if is_stopped:
+            if is_stopped or is_spent:
                 end_together(engine.accelerator)  # a process group left open may abort, under another exit code
+                if is_spent:
+                    raise skips.error(done, output_dir=config.output_dir)
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 

@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from chorus.adapters import LoraShape, TensorId
 from chorus.agents import Execution, NoiseRates, build_agents, copy_sharing_storage
 from chorus.data import Batch, Sample, collate
-from chorus.engine import adamw
 from chorus.objective import SwdSettings, objective
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -118,7 +117,8 @@ def measure(case: Case, base: PreTrainedModel, rank: int, steps: int, profile_to
     """Median ms of a step after warm-up, and the peak memory of those steps."""
     batch = random_batch(case, base.config.vocab_size, base.device)
     step = prepare(case, base, rank)
-    optimizer = adamw(step.parameters, lr=1e-5, weight_decay=0.01)
+    is_fused = base.device.type == "cuda" or None
+    optimizer = torch.optim.AdamW(step.parameters, lr=1e-5, weight_decay=0.01, fused=is_fused)
 
     def run() -> Tensor:
         loss_K = step.backward(batch)

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,12 +25,14 @@ from accelerate.utils import (
     is_tensorboard_available,
 )
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from chorus.adapters import TensorId
 from chorus.agents import Agents
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
+from chorus.isolation import NormsOfAStep, adamw, leave_out
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ class Engine:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     description: str
-    grad_norm: Any = math.nan  # of the latest optimiser step, before clipping
+    grad_norm: Any = math.nan  # of the latest optimiser step, before clipping, over the agents that were stepped
+    norms: NormsOfAStep | None = None  # of each agent in the latest optimiser step; not finite: it was skipped
 
     @property
     def is_deepspeed(self) -> bool:
@@ -141,13 +143,55 @@ class Engine:
         DDP and ZeRO average over processes, and both divide by the accumulation steps: undone here, so that the
         gradient is that of the sum of all shares, however they are spread.
         """
-        self.accelerator.backward(share * (self.num_processes * self.accelerator.gradient_accumulation_steps))
+        loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
+        if not self.is_deepspeed:
+            self.accelerator.backward(loss)
+        else:  # what Accelerate would do, but for DeepSpeed's step
+            self.module.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)  # pyright: ignore
+            self.module.backward(loss)  # pyright: ignore
         if self.accelerator.sync_gradients:
-            # Under DeepSpeed the step, clipping included, has just happened: the norm is read, the rest does nothing.
-            limit = self.max_grad_norm or math.inf
-            self.grad_norm = self.accelerator.clip_grad_norm_(self.agents.adapter_tensors().values(), limit)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.norms = NormsOfAStep(self._step_zero() if self.is_deepspeed else self._step_plain())
+
+    def _step_plain(self) -> Tensor:
+        """Clip, step and zero; each agent's gradient norm. Nothing here waits for the device."""
+        self.accelerator.unscale_gradients()
+        groups = self.optimizer.param_groups  # an agent each
+        norm_K = torch.stack([get_total_norm([tensor.grad for tensor in group["params"]]) for group in groups])
+        self.grad_norm = leave_out(groups, norm_K)
+        if self.max_grad_norm > 0:
+            clip_grads_with_norm_(self.agents.adapter_tensors().values(), self.max_grad_norm, self.grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm_K
+
+    def _step_zero(self) -> Tensor:
+        """The same by DeepSpeed, whose own answer to a gradient that is no number is to step no agent, without a word.
+
+        So it sees none: an agent's partition of such a gradient is zeroed before.
+        """
+        zero: Any = self.module.optimizer
+        if self.loss_scale() > 1:  # fp16, where that answer is the right one
+            norm_K = torch.zeros(len(self.agents.agents), device=self.accelerator.device)
+        else:
+            groups = range(len(zero.optimizer.param_groups))
+            norm_K = torch.stack([get_total_norm(zero.averaged_gradients[group]) for group in groups]).double()
+            squared_K = norm_K.square()
+            torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
+            norm_K = squared_K.sqrt()
+            leave_out(zero.optimizer.param_groups, norm_K)
+            for group, is_sound in enumerate(norm_K.isfinite().tolist()):  # DeepSpeed, too, is about to wait
+                for gradient in zero.averaged_gradients[group] if not is_sound else ():
+                    gradient.zero_()
+        self.module.step()  # pyright: ignore
+        self.grad_norm = self.module.get_global_grad_norm()  # pyright: ignore
+        return norm_K.fill_(math.inf) if zero.overflow else norm_K
+
+    def loss_scale(self) -> float:
+        """fp16's; 1 in other precisions."""
+        if self.is_deepspeed:
+            return float(self.module.optimizer.loss_scale)  # pyright: ignore
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -179,14 +223,9 @@ class Engine:
         return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
 
-def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with torch's defaults besides; on a GPU all tensors in a few launches."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].is_cuda or None)
-
-
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
     """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
-    optimizer = adamw(list(agents.adapter_tensors().values()), config.lr, config.weight_decay)
+    optimizer = adamw(agents.adapter_tensors(), config.lr, config.weight_decay)
     module, optimizer = accelerator.prepare(agents, optimizer)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if accelerator.distributed_type is DistributedType.DEEPSPEED:

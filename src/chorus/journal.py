@@ -20,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from chorus.engine import Engine
-from chorus.errors import RunError
 from chorus.evaluate import Evaluation
 from chorus.export import LOG_FILE, write_text
 from chorus.objective import Objective
@@ -100,9 +99,9 @@ class WritingJournal(Journal):
         self._progress.advance(self._task)
         if metrics is None:
             return
-        # JSON knows no infinity, which in fp16 the first gradient norms are, while the loss scale falls.
-        no_number = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
-        self._metrics.write(json.dumps({**metrics, **dict.fromkeys(no_number)}, allow_nan=False) + "\n")
+        # JSON knows neither infinity, as the first gradient norms are in fp16, nor the NaN of a loss that is skipped.
+        row = {name: _null_where_no_number(value) for name, value in metrics.items()}
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self._metrics.flush()
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
@@ -124,6 +123,12 @@ class WritingJournal(Journal):
         for handler in self._handlers:
             logging.getLogger("chorus").removeHandler(handler)
             handler.close()
+
+
+def _null_where_no_number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_null_where_no_number(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:
@@ -177,18 +182,14 @@ class Meter:
     def end_step(self) -> None:
         self.steps += 1
 
-    def read(self, engine: Engine, lambda_sw: float, step: int, lr: float) -> dict[str, Any]:
+    def read(self, engine: Engine, lambda_sw: float, step: int, lr: float, skipped: int) -> dict[str, Any]:
         """Means over the steps since the last reading, over all processes; a collective call. Starts anew.
 
-        Raises:
-            RunError: an agent's loss is NaN or infinite.
+        `skipped` counts the agents' updates that were skipped since then. A mean is NaN where a loss was no number.
         """
         tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.device)
         *ce, tokens = engine.sum(torch.cat([self.ce_K / self.steps, tokens])).tolist()
         seconds = time.perf_counter() - self.began
-        for agent, loss in enumerate(ce):
-            if not math.isfinite(loss):
-                raise RunError(f"agent {agent}: loss is {loss} by step {step}; nothing was saved since; lower lr")
         swd = float(self.swd) / self.steps if self.has_swd else None
         task_loss = sum(ce) / len(ce)
         metrics = {
@@ -199,6 +200,7 @@ class Meter:
             "task_loss_per_agent": ce,
             "lr": lr,
             "grad_norm": float(engine.grad_norm),
+            "skipped": skipped,
             "agent_tokens_per_second": self.num_agents * tokens / seconds,
         }
         if self.with_memory:

@@ -22,12 +22,13 @@ class TrainingState(NamedTuple):
 
     weights: every adapter tensor: the master weights.
     moments: AdamW's `exp_avg` and `exp_avg_sq`, each of the weights' shapes.
-    optimizer_step: steps that AdamW has taken, for its bias correction.
+    optimizer_step: steps that AdamW has taken, for its bias correction: one number, or one for each agent where a
+        step of some was skipped.
     """
 
     weights: dict[TensorId, Tensor]
     moments: dict[str, dict[TensorId, Tensor]]
-    optimizer_step: int
+    optimizer_step: int | list[int]
 
 
 def read_state(engine: Engine) -> TrainingState:
@@ -36,7 +37,7 @@ def read_state(engine: Engine) -> TrainingState:
     if engine.is_deepspeed:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        states: Any = engine.module.optimizer.optimizer.state.values()  # pyright: ignore
+        adamw: Any = engine.module.optimizer.optimizer  # pyright: ignore
         moments = {
             name: {
                 identity: safe_get_full_optimizer_state(tensor, name).float().cpu()  # pyright: ignore
@@ -45,13 +46,14 @@ def read_state(engine: Engine) -> TrainingState:
             for name in MOMENTS
         }
     else:
-        state = engine.optimizer.state
-        states = state.values()
+        adamw = engine.optimizer
+        state = adamw.state
         moments = {
             name: {identity: state[tensor][name].float().cpu() for identity, tensor in tensors.items()}
             for name in MOMENTS
         }
-    return TrainingState(engine.adapter_values(), moments, int(next(iter(states))["step"]))
+    steps = [int(adamw.state[group["params"][0]]["step"]) for group in adamw.param_groups]
+    return TrainingState(engine.adapter_values(), moments, steps[0] if len(set(steps)) == 1 else steps)
 
 
 def restore_state(engine: Engine, state: TrainingState) -> None:
@@ -75,8 +77,9 @@ def _restore_plain(engine: Engine, state: TrainingState) -> None:
         tensor.copy_(state.weights[identity])
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer  # pyright: ignore  (Accelerate's wrapper)
     in_order = [identities[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]]
+    steps = _steps_by_agent(engine, state)
     own = {
-        place: {"step": torch.tensor(float(state.optimizer_step)), **{m: state.moments[m][identity] for m in MOMENTS}}
+        place: {"step": torch.tensor(steps[identity.agent]), **{m: state.moments[m][identity] for m in MOMENTS}}
         for place, identity in enumerate(in_order)
     }
     # torch's own loading puts each tensor, and the step count, where this kind of AdamW wants it.
@@ -89,17 +92,23 @@ def _restore_zero(engine: Engine, state: TrainingState) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     zero: Any = engine.module.optimizer
-    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.optimizer.param_groups, strict=True):
-        on_device = group.get("fused") or group.get("capturable")  # where these kinds of AdamW keep their count
-        step = torch.tensor(float(state.optimizer_step), device=flat.device if on_device else "cpu")
+    steps = _steps_by_agent(engine, state).values()
+    for flat, step in zip(zero.single_partition_of_fp32_groups, steps, strict=True):
         moments = {name: torch.zeros_like(flat) for name in MOMENTS}
-        zero.optimizer.state[flat] = {"step": step, **moments}
+        own_step = torch.tensor(step, device=flat.device)  # where fused AdamW keeps it
+        zero.optimizer.state[flat] = {"step": own_step, **moments}
     zero._lazy_init_hp_params_optimizer_state()
     for identity, tensor in engine.agents.adapter_tensors().items():
         safe_set_full_fp32_param(tensor, state.weights[identity])
         tensor.copy_(state.weights[identity])
         for name in MOMENTS:
             safe_set_full_optimizer_state(tensor, state.moments[name][identity], name)
+
+
+def _steps_by_agent(engine: Engine, state: TrainingState) -> dict[int, float]:
+    agents, steps = engine.agents.agents, state.optimizer_step
+    steps = [steps] * len(agents) if isinstance(steps, int) else steps
+    return dict(zip(agents, map(float, steps), strict=True))
 
 
 def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[TensorId, Tensor]) -> None:

@@ -1,0 +1,123 @@
+"""Steps of an engine in which one agent's forward, loss or gradient is no number, on one process.
+
+Run by test_isolation.py under the launchers, as one of two processes; writes the states of every run into a folder.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from toy import toy_agents, toy_batch
+
+from chorus.agents import AgentOutput, Mode
+from chorus.config import Config
+from chorus.data import Batch
+from chorus.engine import Engine, make_accelerator, start_engine
+from chorus.isolation import Skips
+from chorus.objective import SwdSettings, objective
+from chorus.state import TrainingState, read_state
+
+BROKEN = 1  # the agent
+STEPS, BROKEN_STEP = 3, 1  # of 0, 1, 2
+
+
+def fault(kind: str, engine: Engine) -> None:
+    """From now on the agent's part of a forward pass of this process is broken in this way."""
+    tensors = [tensor for identity, tensor in engine.agents.adapter_tensors().items() if identity.agent == BROKEN]
+
+    def output_of(output: AgentOutput) -> AgentOutput:
+        nll_BT, hidden_BTD = (of_all[BROKEN] for of_all in output)
+        if kind == "forward":
+            nll_BT, hidden_BTD = math.nan * nll_BT, math.nan * hidden_BTD
+        elif kind == "loss":  # infinite, with a gradient that is finite
+            nll_BT = nll_BT + math.inf
+        elif kind == "x 1000":
+            nll_BT = 1000 * nll_BT
+        parts = zip(output, (nll_BT, hidden_BTD), strict=True)
+        return AgentOutput(*(torch.stack([*of_all[:BROKEN], own, *of_all[BROKEN + 1 :]]) for of_all, own in parts))
+
+    hooks: list[Any] = [engine.agents.register_forward_hook(lambda _module, _inputs, output: output_of(output))]
+    if kind == "gradient":
+        hooks.append(tensors[len(tensors) // 2].register_hook(lambda gradient: gradient / 0))
+    engine.agents.hooks_of_a_fault = hooks  # pyright: ignore
+
+
+def mend(engine: Engine) -> None:
+    for hook in getattr(engine.agents, "hooks_of_a_fault", ()):
+        hook.remove()
+
+
+def part_of(engine: Engine, whole: Batch) -> Batch:
+    """The rows of this process."""
+    B = len(whole.input_BT) // engine.num_processes
+    rows = slice(engine.process_index * B, (engine.process_index + 1) * B)
+    input_BT, target_BT, mask_BT, points_BM = (tensor[rows] for tensor in (*whole[:3], whole.points_BM))
+    return Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_BM)
+
+
+def take_step(engine: Engine, config: Config, step: int) -> None:
+    whole = toy_batch(seed=step, without_targets=None)
+    batch = part_of(engine, whole)
+    with engine.micro_batch():
+        part = objective(
+            *engine.module(batch, step=step),
+            batch,
+            num_targets=len(whole.target_rows_N),
+            num_micro_batches=1,
+            lambda_sw=config.lambda_sw,
+            swd=SwdSettings(5, "tokens", 0),
+            step=step,
+            rows_per_process=len(batch.input_BT),
+            gather=engine.gather,
+        )
+        engine.backward(part.share)
+
+
+def run(engine: Engine, config: Config, kind: str | None = None) -> tuple[list[TrainingState], dict[str, Any]]:
+    """The state after each step, with the fault in one of them on the last process; and what is kept of it."""
+    states, facts = [], {}
+    skips = Skips(config.max_skipped_steps, facts)
+    for step in range(STEPS):
+        if kind is not None and step == BROKEN_STEP and engine.process_index == engine.num_processes - 1:
+            fault(kind, engine)
+        take_step(engine, config, step)
+        mend(engine)
+        skips.look(step + 1, engine, at_once=True)
+        states.append(clone(read_state(engine)))
+    return states, facts | {"skipped": skips.read(), "grad_norm": float(engine.grad_norm)}
+
+
+def clone(state: TrainingState) -> TrainingState:
+    def of(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        return {identity: tensor.clone() for identity, tensor in tensors.items()}
+
+    return TrainingState(
+        of(state.weights), {name: of(own) for name, own in state.moments.items()}, state.optimizer_step
+    )
+
+
+def main(folder: Path) -> None:
+    for precision in ("no", "bf16"):
+        config = Config(
+            num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, batch_size=2, mixed_precision=precision
+        )
+        for mode in get_args(Mode) if precision == "no" else ("fused",):
+            for kind in (None, "forward", "loss", "gradient", "x 1000"):
+                AcceleratorState._reset_state()
+                accelerator = make_accelerator(config)
+                dtype = torch.float32 if precision == "no" else torch.bfloat16
+                engine = start_engine(accelerator, toy_agents(mode, dtype=dtype), config)
+                assert accelerator.num_processes == 2
+                results = run(engine, config, kind)
+                if accelerator.is_main_process:
+                    torch.save(results, folder / f"{precision}-{mode}-{kind}.pt")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
