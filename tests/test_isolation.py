@@ -241,10 +241,10 @@ def test_only_more_steps_in_a_row_than_allowed_end_the_run_also_over_a_resume(al
 
 def test_fp16s_overflow_skips_all_agents_shrinks_the_scale_and_is_not_counted_until_the_scale_is_1():
     """With torch's own scaler, given to Accelerate, which makes one on a GPU only."""
-    engine, facts = plain_engine(), {}
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    engine.accelerator.scaler = engine.optimizer.scaler = scaler  # pyright: ignore
-    engine.accelerator.native_amp, engine.accelerator.state._mixed_precision = True, "fp16"
+    accelerator, facts = Accelerator(cpu=True), {}
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    engine = start_engine(accelerator, toy_agents("fused"), CONFIG)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # now, or it would cast the forward
     skips = Skips(10, facts)
     take_step(engine, CONFIG, 0)
     before = clone(read_state(engine))

@@ -32,7 +32,7 @@ from chorus.agents import Agents
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
-from chorus.isolation import NormsOfAStep, adamw, leave_out
+from chorus.isolation import MOMENTS, NormsOfAStep, adamw, leave_out
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +223,15 @@ class Engine:
         return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
 
+def _make_moments(zero: Any) -> None:
+    """AdamW's state in DeepSpeed's partitions, before the first step: DeepSpeed links it to the adapters' tensors once,
+    after its first group has stepped, when that of the other groups would not be there yet."""
+    for flat in zero.single_partition_of_fp32_groups:
+        moments = {name: torch.zeros_like(flat) for name in MOMENTS}
+        zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+    zero._lazy_init_hp_params_optimizer_state()
+
+
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
     """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
     optimizer = adamw(agents.adapter_tensors(), config.lr, config.weight_decay)
@@ -232,6 +241,7 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
         stage = module.zero_optimization_stage()
         partitions = getattr(module.optimizer, "single_partition_of_fp32_groups", None)
         assert partitions, "DeepSpeed was asked for, and is not active"
+        _make_moments(module.optimizer)
         description = (
             f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
             f"{sum(map(torch.numel, partitions)):,} of "

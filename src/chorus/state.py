@@ -13,8 +13,7 @@ from torch import Tensor
 from chorus.adapters import TensorId
 from chorus.engine import Engine
 from chorus.errors import InputError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+from chorus.isolation import MOMENTS
 
 
 class TrainingState(NamedTuple):
@@ -88,16 +87,12 @@ def _restore_plain(engine: Engine, state: TrainingState) -> None:
 
 @torch.no_grad()
 def _restore_zero(engine: Engine, state: TrainingState) -> None:
-    """DeepSpeed makes its flat optimizer state at the first step; here it is made before, and filled."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     zero: Any = engine.module.optimizer
     steps = _steps_by_agent(engine, state).values()
     for flat, step in zip(zero.single_partition_of_fp32_groups, steps, strict=True):
-        moments = {name: torch.zeros_like(flat) for name in MOMENTS}
-        own_step = torch.tensor(step, device=flat.device)  # where fused AdamW keeps it
-        zero.optimizer.state[flat] = {"step": own_step, **moments}
-    zero._lazy_init_hp_params_optimizer_state()
+        zero.optimizer.state[flat]["step"].fill_(step)
     for identity, tensor in engine.agents.adapter_tensors().items():
         safe_set_full_fp32_param(tensor, state.weights[identity])
         tensor.copy_(state.weights[identity])
