@@ -6,14 +6,15 @@ Run by test_isolation.py under the launchers, as one of two processes; writes th
 import math
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from toy import toy_agents, toy_batch
 
-from chorus.agents import AgentOutput, Mode
+from chorus.agents import AgentOutput
+from chorus.agreement import end_together
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.engine import Engine, make_accelerator, start_engine
@@ -23,6 +24,13 @@ from chorus.state import TrainingState, read_state
 
 BROKEN = 1  # the agent
 STEPS, BROKEN_STEP = 3, 1  # of 0, 1, 2
+CONFIG = Config(num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, batch_size=2, mixed_precision="no")
+CASES = (
+    ("no", "fused", ("forward", "loss", "gradient", "x 1000")),
+    ("no", "sequential", ("forward",)),
+    ("no", "parallel", ("gradient",)),
+    ("bf16", "fused", ("loss",)),
+)
 
 
 def fault(kind: str, engine: Engine) -> None:
@@ -101,22 +109,18 @@ def clone(state: TrainingState) -> TrainingState:
 
 
 def main(folder: Path) -> None:
-    for precision in ("no", "bf16"):
-        config = Config(
-            num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, batch_size=2, mixed_precision=precision
-        )
-        for mode in get_args(Mode) if precision == "no" else ("fused",):
-            for kind in (None, "forward", "loss", "gradient", "x 1000"):
-                AcceleratorState._reset_state()
-                accelerator = make_accelerator(config)
-                dtype = torch.float32 if precision == "no" else torch.bfloat16
-                engine = start_engine(accelerator, toy_agents(mode, dtype=dtype), config)
-                assert accelerator.num_processes == 2
-                results = run(engine, config, kind)
-                if accelerator.is_main_process:
-                    torch.save(results, folder / f"{precision}-{mode}-{kind}.pt")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for precision, mode, kinds in CASES:
+        config = CONFIG.model_copy(update={"mixed_precision": precision})
+        for kind in (None, *kinds):
+            AcceleratorState._reset_state()
+            accelerator = make_accelerator(config)
+            dtype = torch.float32 if precision == "no" else torch.bfloat16
+            engine = start_engine(accelerator, toy_agents(mode, dtype=dtype), config)
+            assert accelerator.num_processes == 2
+            results = run(engine, config, kind)
+            if accelerator.is_main_process:
+                torch.save(results, folder / f"{precision}-{mode}-{kind}.pt")
+    end_together(accelerator)
 
 
 if __name__ == "__main__":

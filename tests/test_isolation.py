@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from isolation_worker import BROKEN, BROKEN_STEP, STEPS, clone, fault, mend, run, take_step
+from isolation_worker import BROKEN, BROKEN_STEP, CASES, CONFIG, STEPS, clone, fault, mend, run, take_step
 from launching import ddp, launch, zero2
 from torch import Tensor
 from toy import toy_agents, toy_batch
@@ -20,7 +20,6 @@ from chorus.engine import Engine, start_engine
 from chorus.isolation import Skips
 from chorus.state import TrainingState, read_state, restore_state
 
-CONFIG = Config(num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01)
 MODES = ["fused", "sequential", "parallel"]
 FAULTS = ["forward", "loss", "gradient"]
 
@@ -143,20 +142,19 @@ def test_the_norm_and_the_clipping_are_those_of_the_agents_that_are_stepped():
 
 def test_with_the_distance_a_fault_takes_only_its_own_pairs_away():
     """The step without the agent's pairs: their weight stays, so lambda is that of 3 pairs, of which one is left."""
-    config = CONFIG.model_copy(update={"lambda_sw": 0.3})
+    config, three = CONFIG.model_copy(update={"lambda_sw": 0.3}), toy_agents("fused").adapter_tensors()
     for kind in ("forward", "loss"):
         engine = plain_engine("fused", config)
         fault(kind, engine)
         take_step(engine, config, 0)
-        two = plain_engine("fused", config.model_copy(update={"lambda_sw": 0.3 * 3 / 2 / 3}), num_agents=2)
+        two = plain_engine("fused", config, num_agents=2)
         for identity, tensor in two.agents.adapter_tensors().items():
-            both = toy_agents("fused").adapter_tensors()
-            tensor.data.copy_(both[identity._replace(agent=0 if identity.agent == 0 else 2)])
-        # K · lambda / pairs of K = 3 is 0.3; of K = 2 it is 2 · lambda
+            tensor.data.copy_(three[identity._replace(agent=2 * identity.agent)])
+        # A pair's weight in the objective is K · lambda / pairs: 3 · 0.3 / 3 there, 2 · lambda / 1 here.
         take_step(two, config.model_copy(update={"lambda_sw": 0.15}), 0)
         ours, theirs = read_state(engine).moments["exp_avg"], read_state(two).moments["exp_avg"]
         for identity, tensor in theirs.items():
-            own = ours[identity._replace(agent=0 if identity.agent == 0 else 2)]
+            own = ours[identity._replace(agent=2 * identity.agent)]
             assert torch.allclose(own, tensor, rtol=0, atol=1e-7), (kind, identity)
 
 
@@ -165,10 +163,9 @@ def test_with_the_distance_a_fault_takes_only_its_own_pairs_away():
 def test_a_fault_on_one_of_two_processes_is_every_process_s(command: list[str], tmp_path: Path):
     result = launch([*command[:-1], "tests/isolation_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
-    for precision, mode in [*(("no", mode) for mode in MODES), ("bf16", "fused")]:
+    for precision, mode, kinds in CASES:
         runs = {
-            kind: torch.load(tmp_path / f"{precision}-{mode}-{kind}.pt", weights_only=False)
-            for kind in (None, *FAULTS, "x 1000")
+            kind: torch.load(tmp_path / f"{precision}-{mode}-{kind}.pt", weights_only=False) for kind in (None, *kinds)
         }
         sound, _ = runs.pop(None)
         for kind, (states, facts) in runs.items():
