@@ -19,7 +19,7 @@ from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
-from chorus.agreement import StopRequest, end_together, on_first_process
+from chorus.agreement import StopRequest, end_together, lost_processes_named, on_first_process
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
@@ -138,7 +138,7 @@ def train(
     )
     meter = Meter(config.num_agents, device, config.log_memory_usage)
     skips = Skips(config.max_skipped_steps, keeper.facts)
-    with journal.training(num_steps, start_step), StopRequest(engine.accelerator) as stop:
+    with journal.training(num_steps, start_step), StopRequest(engine.accelerator, config.collective_timeout_s) as stop:
         for step, step_batch in enumerate(steps, start_step):
             engine.set_lr(lr_at(step))
             for micro_step, batch in enumerate(step_batch.micro_batches):
@@ -179,5 +179,5 @@ def save(engine: Engine, config: Config, output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    with input_errors_end_the_program():
+    with input_errors_end_the_program(), lost_processes_named(CONFIG.collective_timeout_s):  # pyright: ignore
         main(CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

@@ -3,6 +3,7 @@
 Run by test_isolation.py under the launchers, as one of two processes; writes the states of every run into a folder.
 """
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from toy import toy_agents, toy_batch
 
 from chorus.agents import AgentOutput
-from chorus.agreement import end_together
+from chorus.agreement import StopRequest, end_together
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.engine import Engine, make_accelerator, start_engine
@@ -24,7 +26,7 @@ from chorus.state import TrainingState, read_state
 
 BROKEN = 1  # the agent
 STEPS, BROKEN_STEP = 3, 1  # of 0, 1, 2
-CONFIG = Config(num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, batch_size=2, mixed_precision="no")
+CONFIG = Config(num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, batch_size=2, collective_timeout_s=777)
 CASES = (
     ("no", "fused", ("forward", "loss", "gradient", "x 1000")),
     ("no", "sequential", ("forward",)),
@@ -120,7 +122,17 @@ def main(folder: Path) -> None:
             results = run(engine, config, kind)
             if accelerator.is_main_process:
                 torch.save(results, folder / f"{precision}-{mode}-{kind}.pt")
+    with StopRequest(accelerator, config.collective_timeout_s) as stop:
+        assert not stop.is_agreed()
+    write_timeouts(folder / f"timeouts_{accelerator.process_index}.json")
     end_together(accelerator)
+
+
+def write_timeouts(file: Path) -> None:
+    """Those of all process groups that exist, in seconds, by the group's name."""
+    groups = distributed_c10d._world.pg_map
+    backends = {group.group_name: group._get_backend(torch.device("cpu")) for group in groups}
+    file.write_text(json.dumps({name: own.options._timeout.total_seconds() for name, own in backends.items()}))
 
 
 if __name__ == "__main__":

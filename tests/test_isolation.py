@@ -1,5 +1,6 @@
 """What is no number in one agent, and what becomes of the others: what it would have been without."""
 
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -163,6 +164,10 @@ def test_with_the_distance_a_fault_takes_only_its_own_pairs_away():
 def test_a_fault_on_one_of_two_processes_is_every_process_s(command: list[str], tmp_path: Path):
     result = launch([*command[:-1], "tests/isolation_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
+    for process in (0, 1):  # beside, since it takes a launch: every process group has the timeout that was asked for
+        timeouts = json.loads((tmp_path / f"timeouts_{process}.json").read_text())
+        assert len(timeouts) >= (2 if "--config_file" in command else 1)  # ZeRO-2 has groups of its own
+        assert set(timeouts.values()) == {777.0}, timeouts
     for precision, mode, kinds in CASES:
         runs = {
             kind: torch.load(tmp_path / f"{precision}-{mode}-{kind}.pt", weights_only=False) for kind in (None, *kinds)

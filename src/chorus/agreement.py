@@ -1,17 +1,24 @@
-"""What all processes must know alike: how an act of the first one ended, and whether the run shall stop."""
+"""What all processes must know alike: how an act of the first one ended, whether the run shall stop, and that one of
+them is gone."""
 
 import os
+import re
 import signal
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.distributed import distributed_c10d
 
-from chorus.errors import InputError, RunError
+from chorus.errors import InputError, LostProcess, RunError
 
 T = TypeVar("T")
 
@@ -47,16 +54,49 @@ def end_together(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
+def limit_waiting(seconds: int) -> None:
+    """Give every process group that exists this timeout: libraries make some of their own, with a default of theirs.
+
+    Under gloo a collective call then raises. Under NCCL its watchdog ends the process.
+    """
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def lost_processes_named(timeout_s: int) -> Iterator[None]:
+    """Raise LostProcess, a RunError, where a collective call fails because another process is gone or silent."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        is_silent = re.search(r"gloo.*time(d )?out|wait timeout", text, re.DOTALL | re.IGNORECASE)
+        is_gone = re.search(r"gloo.*(closed|reset by peer|broken pipe|refused)", text, re.DOTALL | re.IGNORECASE)
+        if not (is_silent or is_gone or isinstance(error, torch.distributed.DistError)):
+            raise
+        place = next(frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if _is_ours(frame.filename))
+        what = f"did not answer within {timeout_s} s, key 'collective_timeout_s'," if is_silent else "has ended"
+        raise LostProcess(
+            f"process {os.environ.get('RANK', 0)}: another process {what} while this one waited for it in {place.name} "
+            f"({Path(place.filename).name}:{place.lineno}); see what that one said last, then go on with "
+            "resume_from_checkpoint=auto"
+        ) from error
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).parent == Path(__file__).parent or Path(file).name == "train.py"
+
+
 class StopRequest:
     """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, timeout_s: int = 1800):
         self._received: float | None = None
         self._group = None
         self._has_others = accelerator.num_processes > 1
         if self._has_others and torch.distributed.get_backend() != "gloo":
             # Over the CPU: asking on the GPU would wait for all that is queued there, at every step.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}

@@ -10,6 +10,7 @@ import os
 import socket
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from chorus.adapters import TensorId
 from chorus.agents import Agents
+from chorus.agreement import limit_waiting
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
@@ -66,14 +68,14 @@ def make_accelerator(config: Config) -> Accelerator:
         AutocastKwargs(enabled=False),  # every dtype in the forward is explicit; autocast would add casts
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
+    # Unnamed, Accelerate sees one process where DeepSpeed sees several on CPUs. None leaves it to Accelerate.
+    backend = "gloo" if with_deepspeed and not on_gpu else None
+    handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.collective_timeout_s)))
     plugin = None
     if with_deepspeed:
         _single_process_rendezvous()
         num_processes = int(os.environ["WORLD_SIZE"])
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False)
-        if not on_gpu:
-            # Without it Accelerate sees one process where DeepSpeed sees several.
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
         # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
@@ -88,6 +90,7 @@ def make_accelerator(config: Config) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
     assert (accelerator.distributed_type is DistributedType.DEEPSPEED) == with_deepspeed
+    limit_waiting(config.collective_timeout_s)
     return accelerator
 
 
@@ -236,6 +239,7 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
     """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
     optimizer = adamw(agents.adapter_tensors(), config.lr, config.weight_decay)
     module, optimizer = accelerator.prepare(agents, optimizer)
+    limit_waiting(config.collective_timeout_s)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if accelerator.distributed_type is DistributedType.DEEPSPEED:
         stage = module.zero_optimization_stage()
