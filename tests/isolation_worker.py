@@ -9,17 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from toy import toy_agents, toy_batch
 
-from chorus.agents import AgentOutput
+import chorus.agents
+from chorus.agents import AgentOutput, Agents
 from chorus.agreement import StopRequest, end_together
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.engine import Engine, make_accelerator, start_engine
+from chorus.errors import RunError
 from chorus.isolation import Skips
 from chorus.objective import SwdSettings, objective
 from chorus.state import TrainingState, read_state
@@ -122,17 +126,36 @@ def main(folder: Path) -> None:
             results = run(engine, config, kind)
             if accelerator.is_main_process:
                 torch.save(results, folder / f"{precision}-{mode}-{kind}.pt")
-    with StopRequest(accelerator, config.collective_timeout_s) as stop:
-        assert not stop.is_agreed()
-    write_timeouts(folder / f"timeouts_{accelerator.process_index}.json")
+    write_timeouts(folder / f"timeouts_{accelerator.process_index}.json", accelerator)
+    for unlike in ("order", "adapter", "base"):
+        agents = agents_unlike(unlike if accelerator.process_index == 1 else None)
+        with pytest.raises(RunError) as caught:
+            start_engine(accelerator, agents, config)
+        (folder / f"{unlike}_{accelerator.process_index}").write_text(str(caught.value))
     end_together(accelerator)
 
 
-def write_timeouts(file: Path) -> None:
+def write_timeouts(file: Path, accelerator: Accelerator) -> None:
     """Those of all process groups that exist, in seconds, by the group's name."""
+    get_backend, torch.distributed.get_backend = torch.distributed.get_backend, lambda: "nccl"
+    StopRequest(accelerator, CONFIG.collective_timeout_s)  # makes the group of its own that it has beside NCCL
+    torch.distributed.get_backend = get_backend
     groups = distributed_c10d._world.pg_map
     backends = {group.group_name: group._get_backend(torch.device("cpu")) for group in groups}
     file.write_text(json.dumps({name: own.options._timeout.total_seconds() for name, own in backends.items()}))
+
+
+def agents_unlike(what: str | None) -> Agents:
+    """Agents of another order, or with one other value, in an adapter or in the base."""
+    held = chorus.agents.held_agents
+    chorus.agents.held_agents = (lambda num_agents: (0, 2, 1)) if what == "order" else held
+    agents = toy_agents("fused")
+    chorus.agents.held_agents = held
+    names = {"adapter": "layers.1.mlp.down_proj.lora_B.agent_2.weight", "base": "model.model.norm.weight"}
+    for name, parameter in agents.named_parameters():
+        if what in names and name.endswith(names[what]):
+            parameter.data.view(-1)[-1] += 1
+    return agents
 
 
 if __name__ == "__main__":

@@ -164,10 +164,7 @@ def test_with_the_distance_a_fault_takes_only_its_own_pairs_away():
 def test_a_fault_on_one_of_two_processes_is_every_process_s(command: list[str], tmp_path: Path):
     result = launch([*command[:-1], "tests/isolation_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
-    for process in (0, 1):  # beside, since it takes a launch: every process group has the timeout that was asked for
-        timeouts = json.loads((tmp_path / f"timeouts_{process}.json").read_text())
-        assert len(timeouts) >= (2 if "--config_file" in command else 1)  # ZeRO-2 has groups of its own
-        assert set(timeouts.values()) == {777.0}, timeouts
+    check_beside(tmp_path, num_groups=2 if "--config_file" in command else 1)
     for precision, mode, kinds in CASES:
         runs = {
             kind: torch.load(tmp_path / f"{precision}-{mode}-{kind}.pt", weights_only=False) for kind in (None, *kinds)
@@ -180,6 +177,22 @@ def test_a_fault_on_one_of_two_processes_is_every_process_s(command: list[str], 
             elif kind != "x 1000":
                 assert are_equal(states[BROKEN_STEP], states[BROKEN_STEP - 1], BROKEN), (mode, kind)
                 assert states[-1].optimizer_step == [STEPS, STEPS - 1, STEPS]
+
+
+def check_beside(folder: Path, num_groups: int) -> None:
+    """What else the worker has looked at, of agreement.py, since it takes a launch: every process group has the timeout
+    that was asked for, and processes that do not hold the same are refused, on both with the same words."""
+    for process in (0, 1):
+        timeouts = json.loads((folder / f"timeouts_{process}.json").read_text())
+        assert len(timeouts) == num_groups + 1  # ZeRO-2 has groups of its own, and `StopRequest` one beside NCCL
+        assert set(timeouts.values()) == {777.0}, timeouts
+        order, adapter, base = ((folder / f"{what}_{process}").read_text() for what in ("order", "adapter", "base"))
+        q_proj = "base_model.model.model.layers.0.self_attn.q_proj (A) [3, 32]"
+        assert order.startswith(f"process 1: agent 2, {q_proj} stands where process 0 has agent 1, {q_proj}; ")
+        assert adapter.startswith(
+            "process 1: agent 2, base_model.model.model.layers.1.mlp.down_proj (B) has other values"
+        )
+        assert base.startswith("process 1: peft_models.0.base_model.model.model.norm.weight has other values")
 
 
 # ---- what is kept, said and allowed ----

@@ -1,21 +1,23 @@
-"""What all processes must know alike: how an act of the first one ended, whether the run shall stop, and that one of
-them is gone."""
+"""What all processes must know alike: the tensors they start from, how an act of the first one ended, whether the run
+shall stop, and that one of them is gone."""
 
 import os
 import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from chorus.errors import InputError, LostProcess, RunError
@@ -52,6 +54,45 @@ def end_together(accelerator: Accelerator) -> None:
     """
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def refuse_unlike(accelerator: Accelerator, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Compare the named tensors of all processes: names, order, shapes and 16 values of each. A collective call.
+
+    Later is too late: DDP and DeepSpeed overwrite all processes' tensors with the first one's, in their order.
+
+    Raises:
+        RunError: on every process, where one differs from the first process: it names the tensor.
+    """
+    if accelerator.num_processes == 1:
+        return
+    named = list(tensors)
+    values = sampled([tensor for _, tensor in named])
+    own = [(name, tuple(tensor.shape), value) for (name, tensor), value in zip(named, values, strict=True)]
+    first = [own]
+    broadcast_object_list(first)
+    pairs = zip_longest(own, first[0], fillvalue=("nothing", (), b""))
+    unlike = next((_difference(*ours, *theirs) for ours, theirs in pairs if ours != theirs), None)
+    for process, difference in enumerate(gather_object([unlike])):
+        if difference is not None:
+            raise RunError(
+                f"process {process}: {difference}; start all processes with the same files, versions and settings"
+            )
+
+
+def _difference(name: str, shape: Sequence[int], _: bytes, name_0: str, shape_0: Sequence[int], __: bytes) -> str:
+    if (name, shape) != (name_0, shape_0):
+        return f"{name} {list(shape)} stands where process 0 has {name_0} {list(shape_0)}"
+    return f"{name} has other values than on process 0"
+
+
+def sampled(tensors: Sequence[Tensor]) -> list[bytes]:
+    """16 evenly spaced values of each tensor, as the bytes of fp32. One copy from the device for all of them."""
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    places = [torch.arange(16, device=one.device) * max(len(one) - 1, 0) // 15 for one in flat]
+    values = [one[place].float() if len(one) else one.float() for one, place in zip(flat, places, strict=True)]
+    pieces = torch.cat(values).cpu().split([len(value) for value in values])
+    return [piece.numpy().tobytes() for piece in pieces]
 
 
 def limit_waiting(seconds: int) -> None:

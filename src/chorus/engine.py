@@ -11,6 +11,7 @@ import socket
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from chorus.adapters import TensorId
 from chorus.agents import Agents
-from chorus.agreement import limit_waiting
+from chorus.agreement import limit_waiting, refuse_unlike
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
@@ -236,7 +237,13 @@ def _make_moments(zero: Any) -> None:
 
 
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
-    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
+    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
+
+    Raises:
+        RunError: processes hold other agents, in another order, or another base.
+    """
+    adapters = ((f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items())
+    refuse_unlike(accelerator, chain(adapters, agents.named_parameters(), agents.named_buffers()))
     optimizer = adamw(agents.adapter_tensors(), config.lr, config.weight_decay)
     module, optimizer = accelerator.prepare(agents, optimizer)
     limit_waiting(config.collective_timeout_s)

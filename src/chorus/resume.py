@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chorus.agreement import on_first_process
+from chorus.agreement import on_first_process, sampled
 from chorus.checkpoint import MANIFEST, Damaged, checkpoints, read_tensors, set_aside_later, verify
 from chorus.config import Config
 from chorus.engine import Engine
@@ -234,11 +233,8 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     beside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in beside}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    samples = []
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        flat = parameter.detach().flatten()
-        places = torch.arange(16, device=flat.device) * max(len(flat) - 1, 0) // 15
-        samples.append(flat[places].float() if len(flat) else flat.float())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    for values in sampled(list(model.parameters())):
+        digest.update(values)
     return digest.hexdigest()
