@@ -12,14 +12,14 @@ if __name__ == "__main__":
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
-from chorus.agreement import StopRequest, end_together, on_first_process
+from chorus.agreement import StopRequest, on_first_process
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
@@ -48,10 +48,11 @@ def main(config: Config) -> None:
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
         accelerator.print(begin.finished_message(config.output_dir))
-        end_together(accelerator)
+        accelerator.end_training()
         return
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
-    with closing(open_journal(accelerator, output_dir, config.model_dump())) as journal:
+    with ExitStack() as at_exit:
+        journal = at_exit.enter_context(closing(open_journal(accelerator, output_dir, config.model_dump())))
         begin.log()
         samples = tokenise(problems.train, tokenizer, config.max_seq_length)
         held_out = held_out_share(
@@ -89,7 +90,7 @@ def main(config: Config) -> None:
             NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed),
             execution,
         )
-        engine = start_engine(accelerator, agents, config)
+        engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         logger.info(
             "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
@@ -105,7 +106,7 @@ def main(config: Config) -> None:
             write_ensemble(output_dir, after.weights, config, scores)
         journal.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
-        end_together(accelerator)
+        accelerator.wait_for_everyone()
 
 
 def train(
@@ -157,7 +158,7 @@ def train(
             if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
                 keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
-                end_together(engine.accelerator)  # a process group left open may abort, under another exit code
+                engine.accelerator.wait_for_everyone()
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 

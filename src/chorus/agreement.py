@@ -37,16 +37,6 @@ def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return result
 
 
-def end_together(accelerator: Accelerator) -> None:
-    """Close the process group and the trackers, after every process has come here. A collective call.
-
-    The barrier is not for order alone. While it waits, this thread lets go of Python's lock, which gloo's own threads
-    need to drop the tensors of the last collective; a group that is closed before they have hangs for good.
-    """
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
 class StopRequest:
     """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once."""
 

@@ -178,6 +178,16 @@ class Engine:
         """The sum of `own` over processes."""
         return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
+    def close(self) -> None:
+        """End training: close the trackers and the process group. Nothing waits for the other processes here.
+
+        The wrapper goes first. DDP's C++ part holds the process group too; were it the last to let go, it would
+        destroy the group while it holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
+        """
+        self.module = self.agents
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
 
 def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) with torch's defaults besides; on a GPU all tensors in a few launches."""
