@@ -100,7 +100,7 @@ def test_an_error_of_any_process_is_every_processs_and_names_its_host(
 
 def test_an_error_that_all_processes_have_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(agreement, "gather_object", lambda outcomes: outcomes * 2)
-    with pytest.raises(RunError, match="^disk full$"):
+    with pytest.raises(RunError, match=r"^disk full$"):
         on_every_process(lambda: (_ for _ in ()).throw(RunError("disk full")))
 
 
@@ -110,5 +110,5 @@ def test_what_differs_from_the_first_process_is_refused_with_both_values(monkeyp
 
     monkeypatch.setattr(agreement, "broadcast_object_list", broadcast)
     refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.13"})
-    with pytest.raises(InputError, match="the version of torch is 2.11, but 2.13 on the first process"):
+    with pytest.raises(InputError, match=r"the version of torch is 2.11, but 2.13 on the first process"):
         refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.11"})
