@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chorus.agreement import on_every_process, on_first_process, refuse_differences
 from chorus.checkpoint import MANIFEST, Damaged, checkpoints, read_tensors, set_aside_later, verify
 from chorus.config import Config
-from chorus.engine import Engine
+from chorus.engine import Engine, zero_stage
 from chorus.errors import InputError
 from chorus.rows import Problem
 from chorus.state import restore_state
@@ -101,7 +100,8 @@ def describe_run(
     Raises:
         InputError: on every process alike: they are others on another host.
     """
-    engine = {DistributedType.NO: "plain", DistributedType.DEEPSPEED: "zero2"}.get(accelerator.distributed_type, "ddp")
+    stage = zero_stage(accelerator)
+    engine = f"zero{stage}" if stage else "plain" if accelerator.num_processes == 1 else "ddp"
     fingerprints = {"tokenizer": tokenizer_fingerprint(tokenizer), "data": data_fingerprint(rows)}
     keys = {f"key '{key}'": value for key, value in config.model_dump().items()}
     refuse_differences(
