@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test lint check bench clean
+.PHONY: install train test lint check bench table clean
 
 install: .venv/.installed
 
@@ -33,6 +33,9 @@ check: lint
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/modes.py
+
+table: .venv/.dev
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache

@@ -23,7 +23,7 @@ from chorus.agreement import StopRequest, on_first_process
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
-from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine
+from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
             start_step=begin.step,
         )
 
-        execution = decide_execution(config, accelerator.device)
+        execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
         refuse_another_base(begin, run)
@@ -96,11 +96,13 @@ def main(config: Config) -> None:
             "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
         )
 
-        before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
+        with engine.whole():
+            before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
         take_up(engine, begin, output_dir)
         train(engine, steps, begin.step, num_steps, config, Keeper(output_dir, config, run), journal)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
-        after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
+        with engine.whole():
+            after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
         if accelerator.is_main_process:
             scores = {"evaluation": {"before": before.report(), "after": after.report()}}
             write_ensemble(output_dir, after.weights, config, scores)
