@@ -12,6 +12,7 @@ such a name is removed by the next save.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,8 @@ from chorus.engine import Engine
 from chorus.errors import InputError, RunError
 from chorus.export import ADAPTER_FILE, refuse_non_finite, sync, write_adapters
 from chorus.state import MOMENTS, TrainingState, read_state
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -62,7 +65,10 @@ class Keeper:
         for tensors in (state.weights, *state.moments.values()):
             refuse_non_finite(tensors)
         facts = {"format": FORMAT, "step": step, "epoch": epoch, "optimizer_step": state.optimizer_step, **self.facts}
-        on_first_process(engine.accelerator, lambda: write_checkpoint(self.output_dir, state, facts, self.config))
+        folder = on_first_process(
+            engine.accelerator, lambda: write_checkpoint(self.output_dir, state, facts, self.config)
+        )
+        logger.info("saved %s", folder)
 
 
 def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str, Any], config: Config) -> Path:

@@ -115,6 +115,8 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
     """Write an ordinary PEFT folder `agent_k/` for every agent into `place`, which is new, and bring it to the disk."""
     lora_config = lora_shape(config).peft_config(config.model_name)
     lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
+    if not isinstance(lora_config.target_modules, str):
+        lora_config.target_modules = sorted(lora_config.target_modules or ())  # a set: other bytes in every process
     for agent in sorted({identity.agent for identity in tensors}):
         folder = place / adapter_name(agent)
         folder.mkdir(parents=True)
