@@ -14,31 +14,27 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
-import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launching import BIN, PLAIN, ROOT, environment
+from launching import BIN, PLAIN
+from lives import PATIENCE_S, Life, Pace, Plan, Run, draw, start
 
-from chorus.checkpoint import HALF_DONE, Damaged, checkpoints, step_of, verify
+from chorus.checkpoint import Damaged, checkpoints, step_of, verify
 from chorus.errors import InputError
 
 LIMIT = 3  # save_total_limit
 KILLS_OF_A_TASK = 50
 STEPS = 60  # what 50 lives come to
-PATIENCE_S = 900.0  # a life that shows nothing for so long has failed
 
 ENGINES = {
     "plain": ([*PLAIN], ("batch_size=4",)),
@@ -51,30 +47,6 @@ SETTINGS = (
     *("num_agents=2", "lora_rank=2", "lora_target_modules=[q_proj, down_proj]", "dropconnect_p=0.1", "lambda_sw=0.2"),
     *("eval_samples=0", "logging_steps=1", "save_steps=1", "num_warmup_steps_ratio=0.3"),
 )
-
-
-class Plan(NamedTuple):
-    """Kill a life after the `count`-th "save" of it has begun, or "step" to be saved has, or "start" of the program.
-
-    fraction: how far into it, by what it usually takes.
-    """
-
-    moment: str
-    count: int
-    fraction: float
-
-
-def draw(rng: random.Random) -> Plan:
-    (moment,) = rng.choices(["save", "step", "start"], [75, 20, 5])
-    return Plan(moment, rng.randint(1, 3), 1.1 * rng.random())
-
-
-class Run(NamedTuple):
-    """One output folder, and the command that starts or resumes the run in it."""
-
-    engine: str
-    folder: Path
-    command: Sequence[str]
 
 
 class Uninterrupted(NamedTuple):
@@ -93,13 +65,7 @@ class Tally:
     finished: int = 0
     faults: list[str] = field(default_factory=list)
     lost: int = 0
-    durations: dict[str, deque[float]] = field(
-        default_factory=lambda: {
-            "save": deque([0.1], maxlen=30),
-            "step": deque([0.1], maxlen=30),
-            "start": deque([8.0], maxlen=30),
-        }
-    )
+    pace: Pace = field(default_factory=Pace)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -164,129 +130,12 @@ def faults_after_a_kill(run: Run, announced: set[int], truth: Uninterrupted) -> 
     return faults
 
 
-# ---- one life ----
-
-
-def start(run: Run) -> subprocess.Popen:
-    with Path(f"{run.folder}.log").open("a") as log:
-        mark = environment(CHORUS_SOAK=str(run.folder))
-        return subprocess.Popen(run.command, cwd=ROOT, env=mark, stdout=log, stderr=log, start_new_session=True)
-
-
-def groups_of(run: Run) -> list[int]:
-    """The process groups of all that has this run's mark: torchrun gives every worker one of its own."""
-    mark, groups = f"CHORUS_SOAK={run.folder}\0".encode(), set()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in environ.read_bytes():
-                groups.add(os.getpgid(int(environ.parent.name)))
-        except OSError:  # it has ended meanwhile
-            continue
-    return sorted(groups)
-
-
-def kill(run: Run, groups: list[int], process: subprocess.Popen) -> None:
-    """SIGKILL to every process group, and wait until nothing is left of them."""
-    while groups:
-        for group in groups:
-            try:
-                os.killpg(group, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        process.poll()
-        groups = groups_of(run)
-    process.wait()
-
-
-def entries(run: Run) -> dict[str, int]:
-    """Name and time of change of each folder in `checkpoints/`."""
-    try:
-        with os.scandir(run.folder / "checkpoints") as found:
-            return {entry.name: entry.stat().st_ctime_ns for entry in found}
-    except FileNotFoundError:  # also one that was renamed while we looked
-        return {}
-
-
-class Life:
-    """From a start of the run to its kill, or to its end. It looks at the folder alone, as any onlooker could."""
-
-    def __init__(self, run: Run, tally: Tally):
-        self.run, self.tally = run, tally
-        self.found = entries(run)  # what earlier lives have left
-        self.newest = max((step_of(folder) for folder in checkpoints(run.folder)), default=0)
-        self.log_file = run.folder / "train.log"
-        self.log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
-        self.begun: dict[int, float] = {}  # saves, and when they were seen
-        self.done: dict[int, float] = {}
-        self.started = time.monotonic()
-
-    def look(self) -> None:
-        now = time.monotonic()
-        for name, changed in entries(self.run).items():
-            step = int("".join(filter(str.isdigit, name)) or 0)
-            if name.endswith(HALF_DONE) and self.found.get(name) != changed and step > max(self.done, default=0):
-                if step > self.newest and step not in self.begun:
-                    self.begun[step] = now
-                    since = self.done.get(step - 1)
-                    self._took("start" if not self.done else "step", self.started if since is None else since, now)
-            elif not name.endswith(HALF_DONE) and step > self.newest and step not in self.done:
-                self.done[step] = now
-                if step in self.begun:
-                    self._took("save", self.begun[step], now)
-
-    def _took(self, what: str, since: float, now: float) -> None:
-        with self.tally.lock:
-            self.tally.durations[what].append(now - since)
-
-    def usually(self, what: str) -> float:
-        with self.tally.lock:
-            return statistics.median(self.tally.durations[what])
-
-    def until(self, plan: Plan | None) -> int | None:
-        """Let it live until it is to be killed; its exit code where it has ended before."""
-        process, moment = start(self.run), None
-        groups: list[int] = []
-        while (code := process.poll()) is None and (moment is None or time.monotonic() < moment):
-            self.look()
-            if moment is None and plan is not None and self._has_come(plan):
-                moment = time.monotonic() + plan.fraction * self.usually(plan.moment)
-                groups = groups_of(self.run)
-            assert time.monotonic() < self.started + PATIENCE_S, f"nothing happens; see {self.run.folder}.log"
-            time.sleep(0.001 if self.begun else 0.004)
-        if code is None:
-            kill(self.run, groups or groups_of(self.run), process)
-        return code
-
-    def _has_come(self, plan: Plan) -> bool:
-        if plan.moment == "start":
-            return True
-        return len(self.begun if plan.moment == "save" else self.done) >= plan.count
-
-    def said(self) -> str:
-        if not self.log_file.exists():
-            return ""
-        with self.log_file.open() as log:
-            log.seek(self.log_offset)
-            return log.read()
-
-    def announced(self) -> set[int]:
-        self.look()
-        return {int(step) for step in re.findall(r"saved \S+/step_(\d+)\n", self.said())} | self.done.keys()
-
-    def phase(self) -> str:
-        """Where the kill has hit, by what lies on the disk."""
-        newest = max(self.done, default=self.newest)
-        for name, changed in entries(self.run).items():
-            if name.endswith(HALF_DONE) and self.found.get(name) != changed:
-                return "in a save" if int(name[5 : -len(HALF_DONE)]) > newest else "in pruning"
-        if self.done and f"step_{newest:06d}\n" not in self.said():
-            return "in a save"  # renamed, and not yet said
-        return "in training" if " steps\n" in self.said() else "at the start"
+# ---- one life, and many ----
 
 
 def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, announced: set[int]) -> bool:
     """Whether the run has reached its end."""
-    life = Life(run, tally)
+    life = Life(run, tally.pace)
     code = life.until(plan)
     before = set(announced)
     announced |= life.announced()
@@ -294,9 +143,8 @@ def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, an
     with tally.lock:
         tally.lost += len(faults)
         tally.announced += len(announced - before)
-    going_on = re.search(r"going on from \S+/step_(\d+),", life.said())
-    if (int(going_on[1]) if going_on else 0) != life.newest and "rows," in life.said():
-        faults.append(f"{run.folder}: went on from {going_on and going_on[1]}, not from step {life.newest}")
+    if life.went_on_from() not in (None, life.newest):
+        faults.append(f"{run.folder}: went on from step {life.went_on_from()}, not from {life.newest}")
     if code is not None:
         if code != 0:
             faults.append(f"{run.folder}: exit code {code} without a kill; see {run.folder}.log")
@@ -311,9 +159,6 @@ def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, an
     if faults:
         raise RuntimeError("\n".join(faults))
     return code is not None
-
-
-# ---- many ----
 
 
 def soak(engine: str, place: Path, kills: int, steps: int, seed: Any, truth: Uninterrupted, tally: Tally) -> None:
