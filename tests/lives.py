@@ -21,13 +21,13 @@ PATIENCE_S = 900.0  # a life that shows nothing for so long has failed
 
 
 class Plan(NamedTuple):
-    """Kill a life after the `count`-th "save" of it has begun, or "step" to be saved has, or "start" of the program.
+    """Kill a life after the `number`-th "save" of it has begun, or "step" to be saved has, or "start" of the program.
 
     fraction: how far into it, by what it usually takes.
     """
 
     moment: str
-    count: int
+    number: int
     fraction: float
 
 
@@ -127,7 +127,7 @@ class Life:
                 assert time.monotonic() < self.started + PATIENCE_S, f"nothing happens; see {self.run.folder}.log"
                 time.sleep(0.001 if self.begun else 0.004)
         finally:
-            kill(self.run, groups or groups_of(self.run), process)
+            kill(self.run, groups if groups and process.poll() is None else groups_of(self.run), process)
         return code
 
     def look(self) -> None:
@@ -187,4 +187,4 @@ class Life:
     def _has_come(self, plan: Plan) -> bool:
         if plan.moment == "start":
             return True
-        return len(self.begun if plan.moment == "save" else self.done) >= plan.count
+        return len(self.begun if plan.moment == "save" else self.done) >= plan.number

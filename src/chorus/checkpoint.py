@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from chorus.adapters import TensorId, adapter_name
 from chorus.agreement import on_first_process
 from chorus.config import Config
 from chorus.engine import Engine
-from chorus.errors import InputError, RunError
+from chorus.errors import InputError, RunError, input_errors_end_the_program
 from chorus.export import ADAPTER_FILE, refuse_non_finite, sync, write_adapters
 from chorus.state import MOMENTS, TrainingState, read_state
 
@@ -211,3 +212,10 @@ def _as_run_errors(folder: Path, num_bytes: int) -> Iterator[None]:
             f"{folder} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); earlier checkpoints "
             "are whole; make room and go on with resume_from_checkpoint=auto"
         ) from error
+
+
+if __name__ == "__main__":
+    from chorus.older_layout import main
+
+    with input_errors_end_the_program():
+        main(sys.argv[1:])
