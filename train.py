@@ -106,9 +106,8 @@ def main(config: Config) -> None:
         train(engine, steps, begin.step, num_steps, config, Keeper(output_dir, config, run), journal)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
         after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
-        if accelerator.is_main_process:
-            scores = {"evaluation": {"before": before.report(), "after": after.report()}}
-            write_ensemble(output_dir, after.weights, config, scores)
+        scores = {"evaluation": {"before": before.report(), "after": after.report()}}
+        on_first_process(accelerator, lambda: write_ensemble(output_dir, after.weights, config, scores))
         journal.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
         end_together(accelerator)

@@ -17,14 +17,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,8 +30,8 @@ from chorus.adapters import TensorId, adapter_name
 from chorus.agreement import on_first_process
 from chorus.config import Config
 from chorus.engine import Engine
-from chorus.errors import InputError, RunError, input_errors_end_the_program
-from chorus.export import ADAPTER_FILE, refuse_non_finite, sync, write_adapters
+from chorus.errors import InputError, input_errors_end_the_program
+from chorus.export import ADAPTER_FILE, disk_errors, refuse_non_finite, sync, write_adapters
 from chorus.state import MOMENTS, TrainingState, read_state
 
 logger = logging.getLogger(__name__)
@@ -41,6 +39,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step_(\d{6,})")
+REMEDY = "earlier checkpoints are whole; make room and go on with resume_from_checkpoint=auto"
 HALF_DONE = ".half-done"  # ends the name of a folder that is being written or removed
 
 
@@ -83,7 +82,7 @@ def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str,
     num_bytes = sum(
         tensor.nbytes for tensors in (state.weights, *state.moments.values()) for tensor in tensors.values()
     )
-    with _as_run_errors(folder, num_bytes):
+    with disk_errors(folder, num_bytes, REMEDY):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(f"*{HALF_DONE}"):
             shutil.rmtree(left)
@@ -199,19 +198,6 @@ def _size_and_digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"size": stream.tell(), "sha256": digest}
-
-
-@contextmanager
-def _as_run_errors(folder: Path, num_bytes: int) -> Iterator[None]:
-    """A full disk is an OSError to some writers and a RuntimeError or SafetensorError to others."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
-        raise RunError(
-            f"{folder} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); earlier checkpoints "
-            "are whole; make room and go on with resume_from_checkpoint=auto"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from chorus.adapters import TensorId, check_targets, lora_shape
@@ -46,7 +45,8 @@ def import_older(old: Path, new: Path, model_name: str | None = None) -> list[st
         model_name: the base, of which the configuration is read. None where `ci_llm_meta_config.json` names it.
 
     Raises:
-        InputError: something is missing, is not what it should be, or would run code. Nothing has been written then.
+        InputError: something is missing, is not what it should be, or would run code.
+        RunError: the disk is full. In either case `new` is as it was.
     """
     if new.exists() and (not new.is_dir() or any(new.iterdir())):
         raise InputError(f"{new}: is there already; name a folder that is not, or an empty one")
@@ -67,8 +67,8 @@ def import_older(old: Path, new: Path, model_name: str | None = None) -> list[st
         half_done.mkdir(parents=True)
         save_ensemble(half_done, tensors, [1 / config.num_agents] * config.num_agents, config, more)
         half_done.replace(new)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{new}: cannot be written ({error}); name another folder") from error
+    except OSError as error:
+        raise InputError(f"{new}: cannot be made ({error.strerror}); name another folder") from error
     return [
         f"agent {agent}: every B is zero, so it answers as the base does: it was never trained"
         for agent in range(config.num_agents)
