@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ PATIENCE_S = 900.0  # a life that shows nothing for so long has failed
 
 
 class Plan(NamedTuple):
-    """Kill a life after the `number`-th "save" of it has begun, or "step" to be saved has, or "start" of the program.
+    """When to strike: in the `number`-th "save" of a life, in the "step" after that save, at the "start" of the
+    program, in the "first step", or in the "evaluation" at the end.
 
     fraction: how far into it, by what it usually takes.
     """
@@ -48,7 +49,7 @@ class Pace:
     """How long a save, the step after it and a start take of late: the median, in seconds."""
 
     def __init__(self) -> None:
-        first_guess = {"save": 0.1, "step": 0.1, "start": 8.0}
+        first_guess = {"save": 0.1, "step": 0.1, "start": 8.0, "first step": 0.05, "evaluation": 0.2}
         self._durations = {what: deque([seconds], maxlen=30) for what, seconds in first_guess.items()}
         self._lock = threading.Lock()
 
@@ -79,6 +80,19 @@ def groups_of(run: Run) -> list[int]:
     return sorted(groups)
 
 
+def worker_of(run: Run, local_rank: int) -> int:
+    """The process that trains as this rank, and none of its DataLoader's."""
+    marks = (f"CHORUS_SOAK={run.folder}\0".encode(), f"\0LOCAL_RANK={local_rank}\0".encode())
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if all(mark in b"\0" + environ.read_bytes() for mark in marks):
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return min(found)  # the others are its children
+
+
 def kill(run: Run, groups: list[int], process: subprocess.Popen) -> None:
     """SIGKILL to every process group, and wait until nothing is left of them."""
     while groups:
@@ -101,6 +115,9 @@ def entries(run: Run) -> dict[str, int]:
         return {}
 
 
+Strike = Callable[[Run, list[int], subprocess.Popen], None]
+
+
 class Life:
     """From a start of the run to its kill, or to its end. It looks at the folder alone, as any onlooker could."""
 
@@ -114,11 +131,11 @@ class Life:
         self.done: dict[int, float] = {}
         self.started = time.monotonic()
 
-    def until(self, plan: Plan | None) -> int | None:
-        """Let it live until it is to be killed; its exit code where it has ended before."""
+    def until(self, plan: Plan | None, strike: Strike = kill) -> int | None:
+        """Let it live until it is to be struck; its exit code, None where it was struck. Nothing is left of it then."""
         process, moment, groups = start(self.run), None, []
         try:
-            while (code := process.poll()) is None and (moment is None or time.monotonic() < moment):
+            while process.poll() is None and (moment is None or time.monotonic() < moment):
                 self.look()
                 if not groups and self._log_size() > self.log_offset:
                     groups = groups_of(self.run)  # looked up before it is urgent; by now every process is there
@@ -126,9 +143,12 @@ class Life:
                     moment = time.monotonic() + plan.fraction * self.pace.usually(plan.moment)
                 assert time.monotonic() < self.started + PATIENCE_S, f"nothing happens; see {self.run.folder}.log"
                 time.sleep(0.001 if self.begun else 0.004)
+            code = process.poll()
+            if code is None:
+                strike(self.run, groups or groups_of(self.run), process)
+            return code
         finally:
-            kill(self.run, groups if groups and process.poll() is None else groups_of(self.run), process)
-        return code
+            kill(self.run, groups_of(self.run), process)
 
     def look(self) -> None:
         now = time.monotonic()
@@ -185,6 +205,11 @@ class Life:
         return re.search(r"\d+ rows, \d+ steps\n", self.said()) is not None
 
     def _has_come(self, plan: Plan) -> bool:
-        if plan.moment == "start":
-            return True
+        match plan.moment:
+            case "start":
+                return True
+            case "first step":
+                return self._came_to_training()
+            case "evaluation":
+                return (self.run.folder / "agents").exists()
         return len(self.begun if plan.moment == "save" else self.done) >= plan.number

@@ -20,17 +20,18 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from launching import BIN, PLAIN
 from lives import PATIENCE_S, Life, Pace, Plan, Run, draw, start
 
 from chorus.checkpoint import Damaged, checkpoints, step_of, verify
 from chorus.errors import InputError
+from chorus.resume import COMPARED_BY_EFFECT, MAY_CHANGE
 
 LIMIT = 3  # save_total_limit
 KILLS_OF_A_TASK = 50
@@ -83,9 +84,12 @@ def run_in(place: Path, name: str, engine: str, steps: int, *more: str) -> Run:
 
 
 def digest_of(checkpoint: Path) -> str:
-    """Of adapters, moments, step, position in the data and all else, but for what may differ between two folders."""
+    """Of adapters, moments, step, position in the data and all else, but for what may differ between two folders.
+
+    Base, rows and tokenizer are in it by their fingerprints.
+    """
     facts = json.loads((checkpoint / "state.json").read_text())
-    facts["config"] = {key: facts["config"][key] for key in facts["config"].keys() - {"output_dir", "save_total_limit"}}
+    facts["config"] = {key: facts["config"][key] for key in facts["config"].keys() - MAY_CHANGE - COMPARED_BY_EFFECT}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file() and file.name not in ("state.json", "MANIFEST.json"):
@@ -161,16 +165,15 @@ def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, an
     return code is not None
 
 
-def soak(engine: str, place: Path, kills: int, steps: int, seed: Any, truth: Uninterrupted, tally: Tally) -> None:
-    """Spend so many kills on one run after the other, and let the last one end."""
-    rng = random.Random(f"{seed} {engine}")
-    number = 0
-    while kills > 0:
+def soak(engine: str, place: Path, steps: int, plans: Sequence[Plan], truth: Uninterrupted, tally: Tally) -> None:
+    """Kill one run after the other as planned, and let the last one end."""
+    plans, number = list(plans), 0
+    while plans:
         number += 1
-        run = run_in(place, f"{engine}-{seed}-{number}", engine, steps, f"save_total_limit={LIMIT}")
+        run = run_in(place, f"{number}", engine, steps, f"save_total_limit={LIMIT}")
         announced: set[int] = set()
-        while not one_life(run, draw(rng) if kills > 0 else None, truth, tally, announced):
-            kills -= 1
+        while not one_life(run, plans[0] if plans else None, truth, tally, announced):
+            plans.pop(0)
             with tally.lock:
                 if sum(tally.kills.values()) % 10 == 0:
                     print(line_of(engine, tally), flush=True)
@@ -199,15 +202,14 @@ def main() -> int:
         truths = dict(
             zip(options.engines, pool.map(lambda engine: uninterrupted(place, engine, STEPS), tallies), strict=True)
         )
-        shares = [
-            (engine, first, min(KILLS_OF_A_TASK, options.kills - first))
-            for first in range(0, options.kills, KILLS_OF_A_TASK)
-            for engine in reversed(options.engines)  # the slower one first
-        ]
-        tasks = [
-            pool.submit(soak, engine, place, kills, STEPS, options.seed + first, truths[engine], tallies[engine])
-            for engine, first, kills in shares
-        ]
+        tasks = []
+        for first in range(0, options.kills, KILLS_OF_A_TASK):
+            for engine in reversed(options.engines):  # the slower one first
+                rng = random.Random(f"{options.seed} {engine} {first}")
+                plans = [draw(rng) for _ in range(min(KILLS_OF_A_TASK, options.kills - first))]
+                own = place / f"{engine}-{first}"
+                own.mkdir()
+                tasks.append(pool.submit(soak, engine, own, STEPS, plans, truths[engine], tallies[engine]))
         broken = [task.exception() for task in tasks]
     print(f"\nafter {(time.monotonic() - began) / 60:.0f} minutes, {options.workers} runs at a time:")
     for engine, tally in tallies.items():
