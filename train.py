@@ -1,5 +1,6 @@
 """Train K LoRA agents over one frozen base: `accelerate launch train.py [--config FILE] [key=value ...]`."""
 
+import gc
 import sys
 
 from chorus.config import Config, load_config
@@ -9,6 +10,8 @@ if __name__ == "__main__":
     # Before the heavy imports: a misspelt key is answered at once, not after ten seconds of loading libraries.
     with input_errors_end_the_program():
         CONFIG = load_config(sys.argv[1:])
+
+gc.disable()  # the libraries make a million objects, and all of them stay: looking for garbage costs a second
 
 import logging
 from collections.abc import Iterator
@@ -32,6 +35,9 @@ from chorus.objective import SwdSettings, objective
 from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
 from chorus.rows import read_problems
 from chorus.schedule import learning_rate
+
+gc.freeze()  # nor is it looked for among them later, in the midst of a step
+gc.enable()
 
 logger = logging.getLogger("chorus.train")
 
@@ -103,9 +109,8 @@ def main(config: Config) -> None:
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
         with engine.whole():
             after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
-        if accelerator.is_main_process:
-            scores = {"evaluation": {"before": before.report(), "after": after.report()}}
-            write_ensemble(output_dir, after.weights, config, scores)
+        scores = {"evaluation": {"before": before.report(), "after": after.report()}}
+        on_first_process(accelerator, lambda: write_ensemble(output_dir, after.weights, config, scores))
         journal.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
         accelerator.wait_for_everyone()

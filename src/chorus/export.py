@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from chorus.config import Config, render
 from chorus.errors import InputError, RunError
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
+AGAIN = "make room and run the same command again"
 LOG_FILE = "train.log"  # locked by the run that writes it, and freed by the system when that run ends, however it ends
 SHARED_WITHIN_S = 60.0  # a client of a network file system may believe for so long that a new file does not exist
 
@@ -140,11 +142,15 @@ def save_ensemble(
         tensors: every adapter tensor under its identity, fp32, on the CPU.
         weights: the mixture's, one an agent.
         more: further entries of `ensemble.json`.
+
+    Raises:
+        RunError: the disk did not take it.
     """
-    new = output_dir / "agents.new"
-    shutil.rmtree(new, ignore_errors=True)
-    write_adapters(new, tensors, config)
-    _swap(new, output_dir / "agents")
+    place, new = output_dir / "agents", output_dir / "agents.new"
+    with disk_errors(place, sum(tensor.nbytes for tensor in tensors.values()), AGAIN):
+        shutil.rmtree(new, ignore_errors=True)
+        write_adapters(new, tensors, config)
+        _swap(new, place)
     write_ensemble(output_dir, weights, config, more)
 
 
@@ -152,6 +158,8 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
     """Write an ordinary PEFT folder `agent_k/` for every agent into `place`, which is new, and bring it to the disk."""
     lora_config = lora_shape(config).peft_config(config.model_name)
     lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
+    if not isinstance(lora_config.target_modules, str):
+        lora_config.target_modules = sorted(lora_config.target_modules or ())  # a set: other bytes in every process
     for agent in sorted({identity.agent for identity in tensors}):
         folder = place / adapter_name(agent)
         folder.mkdir(parents=True)
@@ -164,7 +172,11 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
 
 
 def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:
-    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`."""
+    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`.
+
+    Raises:
+        RunError: the disk did not take it.
+    """
     ensemble = {
         "agents": [f"agents/{adapter_name(agent)}" for agent in range(len(weights))],
         "weights": list(weights),
@@ -173,8 +185,24 @@ def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, m
         "config": config.model_dump(),
         **more,
     }
-    write_text(output_dir / "ensemble.json", json.dumps(ensemble, indent=2) + "\n")
-    write_text(output_dir / "config.yaml", render(config))
+    for name, text in (("ensemble.json", json.dumps(ensemble, indent=2) + "\n"), ("config.yaml", render(config))):
+        with disk_errors(output_dir / name, len(text), AGAIN):
+            write_text(output_dir / name, text)
+
+
+@contextmanager
+def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
+    """Within it, what the disk refuses is a RunError that names the bytes that `place` needs and those that are free.
+
+    A full disk is an OSError to some writers and a RuntimeError or SafetensorError to others.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(next(path for path in place.parents if path.exists())).free
+        raise RunError(
+            f"{place} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); {remedy}"
+        ) from error
 
 
 def peft_key(identity: TensorId) -> str:
