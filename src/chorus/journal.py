@@ -7,7 +7,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ class Journal:
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
         """One optimiser step is done; `metrics` on logged steps: a row of metrics.jsonl."""
+
+    def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """What the profiler has measured by `step`, as a row of metrics.jsonl of its own, and in lines for people."""
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -102,8 +105,7 @@ class WritingJournal(Journal):
             return
         # JSON knows no infinity, which in fp16 the first gradient norms are, while the loss scale falls.
         no_number = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
-        self._metrics.write(json.dumps({**metrics, **dict.fromkeys(no_number)}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._write({**metrics, **dict.fromkeys(no_number)})
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self._accelerator.log(numbers, step=metrics["step"])
@@ -113,8 +115,19 @@ class WritingJournal(Journal):
         logger.info(
             f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr {metrics['lr']:.2e}  "
             f"grad norm {metrics['grad_norm']:.2f}  {metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
-            + (f"  peak {metrics['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in metrics else "")
         )
+        if "peak_memory_gib" in metrics:
+            device = self._accelerator.device
+            logger.info(memory_line(metrics["step"], device, memory_usage(device)))
+
+    def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+        self._write({"step": step, "profile": report})
+        self._accelerator.log(dict(_flat("profile", report)), step=step)
+        logger.info("profiled\n%s", "\n".join(lines))
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+        self._metrics.flush()
 
     def table(self, table: Table) -> None:
         self._console.print(table)
@@ -124,6 +137,15 @@ class WritingJournal(Journal):
         for handler in self._handlers:
             logging.getLogger("chorus").removeHandler(handler)
             handler.close()
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers of a nested report, by path, as trackers want them."""
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for name, inner in value.items():
+        yield from _flat(f"{path}/{name}", inner)
 
 
 def _step_of(line: str) -> float:
@@ -212,6 +234,23 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_usage(device: torch.device) -> dict[str, float]:
+    """Memory of this process in GB (10^9 bytes), now and at most so far: the GPU's, or resident where there is none."""
+    if device.type == "cuda":
+        held = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)
+        names = ("allocated", "max_allocated", "reserved")
+        return {name: of(device) / 1e9 for name, of in zip(names, held, strict=True)}
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"resident": pages * resource.getpagesize() / 1e9, "max_resident": most / 1e9}
+
+
+def memory_line(step: int, device: torch.device, usage: Mapping[str, float]) -> str:
+    """`[Step 5] GPU Memory - Allocated: 28.45GB, Max Allocated: 32.10GB, Reserved: 35.00GB`"""
+    told = ", ".join(f"{name.replace('_', ' ').title()}: {amount:.2f}GB" for name, amount in usage.items())
+    return f"[Step {step}] {'GPU' if device.type == 'cuda' else 'CPU'} Memory - {told}"
 
 
 def evaluation_table(before: Evaluation, after: Evaluation) -> Table:
