@@ -139,7 +139,7 @@ def train(
     with (
         journal.training(num_steps, start_step),
         StopRequest(engine.accelerator) as stop,
-        profiled(steps, start_step, engine, config, journal) as profiled_steps,
+        profiled(steps, start_step, num_steps, engine, config, journal) as profiled_steps,
     ):
         for step, step_batch in enumerate(profiled_steps, start_step):
             engine.set_lr(lr_at(step))

@@ -1,83 +1,16 @@
-"""A flame graph of a trace: one page, readable in any browser, with nothing to load from elsewhere.
+"""A flame graph: one page, readable in any browser, with nothing to load from elsewhere.
 
-A box is as wide as its time; below it lies what ran inside of it (Gregg 2016, https://queue.acm.org/detail.cfm?id=2927301,
-hanging). Boxes of the same name in the same place are one. A click widens a box, a click on the top one goes back.
+A box is as wide as its time; below it lies what ran inside of it (Gregg 2016, hanging,
+https://queue.acm.org/detail.cfm?id=2927301). Boxes of the same name in the same place are one. A click widens a box, a
+click on the top one goes back.
 """
 
 import html
 import json
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
-
-HOST, DEVICE = ("user_annotation", "cpu_op", "cuda_runtime", "cuda_driver"), ("kernel", "gpu_memcpy", "gpu_memset")
-MODULE = "nn.Module: "
+from collections.abc import Mapping
+from typing import Any
 
 Stack = tuple[str, ...]
-
-
-class _Event(NamedTuple):
-    begin: float
-    end: float
-    name: str
-    correlation: Any
-
-
-def stacks(events: Sequence[Mapping[str, Any]], clock: Literal["host", "device"]) -> dict[Stack, float]:
-    """Microseconds of each stack itself, without what it holds, from the events of PyTorch's Chrome trace.
-
-    Spans, modules and operators nest as they lie in time. Backward's threads are taken for a part of the one that waits
-    for them. On the clock `device` a stack has the time of the kernels that it launched, and ends in the kernel.
-    """
-    own: dict[Stack, float] = defaultdict(float)
-    launched: dict[Any, Stack] = {}
-    for stack, event, time in _nested(sorted(_host_events(events), key=lambda event: (event.begin, -event.end))):
-        if event.correlation is not None:
-            launched[event.correlation] = stack
-        if clock == "host":
-            own[stack] += time
-    if clock == "device":
-        for event in events:
-            stack = launched.get(event.get("args", {}).get("correlation"))
-            if event.get("cat") in DEVICE and stack is not None:
-                own[(*stack, event["name"])] += event["dur"]
-    return dict(own)
-
-
-def _host_events(events: Sequence[Mapping[str, Any]]) -> Iterator[_Event]:
-    """Of the thread that takes the steps and of those that work for its backward."""
-    threads = {event["tid"] for event in events if event.get("cat") == "user_annotation" or _is_a_node(event)}
-    for event in events:
-        is_module = event.get("cat") == "python_function" and event["name"].startswith(MODULE)
-        is_shown = is_module or (event.get("cat") in HOST and not _is_a_node(event))
-        if is_shown and event["ph"] == "X" and event["tid"] in threads:
-            # The layers of a model, and its steps, are told apart in the trace; here they are added up.
-            name = re.sub(rf"^({MODULE})(.*)_\d+$|^(step) \d+$", r"\2\3", event["name"])
-            yield _Event(event["ts"], event["ts"] + event["dur"], name, event.get("args", {}).get("correlation"))
-
-
-def _is_a_node(event: Mapping[str, Any]) -> bool:
-    """Autograd's frame around an operator of backward: it says in which threads backward runs, and no more."""
-    return event.get("name", "").startswith("autograd::engine::evaluate_function: ")
-
-
-def _nested(events: Sequence[_Event]) -> Iterator[tuple[Stack, _Event, float]]:
-    """Each event with its stack and the time that is its own. Of two that overlap, the later one is cut short."""
-    held: list[list[Any]] = []  # stack, event, end, own time
-
-    def closed(until: float) -> Iterator[tuple[Stack, _Event, float]]:
-        while held and held[-1][2] <= until:
-            stack, event, _, own = held.pop()
-            yield stack, event, own
-
-    for event in events:
-        yield from closed(event.begin)
-        end = min(event.end, held[-1][2]) if held else event.end
-        if held:
-            held[-1][3] -= end - event.begin
-        held.append([(*(held[-1][0] if held else ()), event.name), event, end, end - event.begin])
-    yield from closed(float("inf"))
 
 
 def flame_graph(microseconds: Mapping[Stack, float], title: str) -> str:

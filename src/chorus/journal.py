@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -242,9 +243,7 @@ def memory_usage(device: torch.device) -> dict[str, float]:
         held = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)
         names = ("allocated", "max_allocated", "reserved")
         return {name: of(device) / 1e9 for name, of in zip(names, held, strict=True)}
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"resident": pages * resource.getpagesize() / 1e9, "max_resident": most / 1e9}
+    return {"resident": psutil.Process().memory_info().rss / 1e9, "max_resident": peak_memory_gib(device) * 2**30 / 1e9}
 
 
 def memory_line(step: int, device: torch.device, usage: Mapping[str, float]) -> str:

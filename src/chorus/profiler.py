@@ -47,7 +47,7 @@ class ProfiledStep(NamedTuple):
 
 
 def profiled(
-    steps: Iterator[StepBatch], start_step: int, engine: Engine, config: Config, journal: Journal
+    steps: Iterator[StepBatch], start_step: int, num_steps: int, engine: Engine, config: Config, journal: Journal
 ) -> AbstractContextManager[Iterator[StepBatch]]:
     """A context that gives the steps, profiled in passing as `config` asks; the same iterator where it does not.
 
@@ -56,41 +56,43 @@ def profiled(
     """
     if not config.profile_steps and not config.profile_trace:
         return nullcontext(steps)
-    return closing(_profiled(steps, start_step, engine, config, journal))  # so that a failed run stops listening
+    wanted = 1 + config.profile_steps + config.profile_trace
+    if num_steps - start_step < wanted:
+        left = max(num_steps - start_step, 0)
+        logger.warning("profiling needs %d steps, one to warm up, and %d are left: it will be short", wanted, left)
+    return closing(
+        _profiled(steps, start_step, num_steps, engine, config, journal)
+    )  # so that a failed run stops listening
 
 
 def _profiled(
-    steps: Iterator[StepBatch], start_step: int, engine: Engine, config: Config, journal: Journal
+    steps: Iterator[StepBatch], start_step: int, num_steps: int, engine: Engine, config: Config, journal: Journal
 ) -> Generator[StepBatch]:
-    accelerator, done = engine.accelerator, start_step
+    accelerator = engine.accelerator
+    timed_until = min(start_step + 1 + config.profile_steps, num_steps)
+    traced_until = min(timed_until + config.profile_trace * TRACED_STEPS, num_steps)
     watched: list[ProfiledStep] = []
     work = work_of(causal_lm(engine.agents.peft_model(engine.agents.agents[0])))
     stopwatch = Stopwatch(accelerator.device)
     with listening(stopwatch):
-        for _ in range(1 + config.profile_steps):
+        for _ in range(start_step, timed_until):
             compiled = counters["stats"]["unique_graphs"]
             with stopwatch("step") as timed:
                 with span("data_loading"):
-                    batch = next(steps, None)
-                if batch is None:
-                    break
-                yield batch
-            done += 1
+                    step_batch = next(steps)
+                yield step_batch
             is_warm = bool(watched) and compiled == counters["stats"]["unique_graphs"]
-            watched.append(_profiled_step(timed, batch, config.num_agents, work, is_warm))
+            watched.append(_profiled_step(timed, step_batch, config.num_agents, work, is_warm))
     if config.profile_steps:
-        _report(watched, done, engine, journal)
-    if config.profile_trace:
+        _report(watched, timed_until, engine, journal)
+    if traced_until > timed_until:
         folder = Path(config.output_dir, "profile")
         with traced(folder, accelerator.device) if accelerator.is_main_process else nullcontext():
-            for _ in range(TRACED_STEPS):
-                done += 1
-                with span(f"step {done}"):
+            for step in range(timed_until, traced_until):
+                with span(f"step {step + 1}"):
                     with span("data_loading"):
-                        batch = next(steps, None)
-                    if batch is None:
-                        break
-                    yield batch
+                        step_batch = next(steps)
+                    yield step_batch
     yield from steps
 
 
@@ -111,11 +113,7 @@ def _report(watched: Sequence[ProfiledStep], step: int, engine: Engine, journal:
         torch.cuda.synchronize(device)
     report = summarise(watched, engine)
     if report is None:
-        logger.warning(
-            "nothing was profiled: in each of %d steps something was loaded, compiled or recorded for the first time; "
-            "raise profile_steps or max_train_steps",
-            len(watched),
-        )
+        logger.warning("nothing was profiled: all of %d steps warmed up; raise profile_steps", len(watched))
         return
     usage = memory_usage(device)
     journal.profile(step, {**report, "memory_gb": usage}, [*summary(report, step), memory_line(step, device, usage)])
