@@ -243,7 +243,8 @@ def memory_usage(device: torch.device) -> dict[str, float]:
         held = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)
         names = ("allocated", "max_allocated", "reserved")
         return {name: of(device) / 1e9 for name, of in zip(names, held, strict=True)}
-    return {"resident": psutil.Process().memory_info().rss / 1e9, "max_resident": peak_memory_gib(device) * 2**30 / 1e9}
+    resident, most = psutil.Process().memory_info().rss, peak_memory_gib(device) * 2**30
+    return {"resident": resident / 1e9, "max_resident": max(resident, most) / 1e9}  # the kernel's peak may lag behind
 
 
 def memory_line(step: int, device: torch.device, usage: Mapping[str, float]) -> str:

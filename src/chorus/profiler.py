@@ -60,9 +60,8 @@ def profiled(
     if num_steps - start_step < wanted:
         left = max(num_steps - start_step, 0)
         logger.warning("profiling needs %d steps, one to warm up, and %d are left: it will be short", wanted, left)
-    return closing(
-        _profiled(steps, start_step, num_steps, engine, config, journal)
-    )  # so that a failed run stops listening
+    # Closed also when the run fails, so that nobody listens any more.
+    return closing(_profiled(steps, start_step, num_steps, engine, config, journal))
 
 
 def _profiled(
