@@ -32,9 +32,11 @@ from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
 from chorus.objective import SwdSettings, objective
+from chorus.profiler import profiled
 from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
 from chorus.rows import read_problems
 from chorus.schedule import learning_rate
+from chorus.spans import span
 
 gc.freeze()  # nor is it looked for among them later, in the midst of a step
 gc.enable()
@@ -142,15 +144,21 @@ def train(
         gather=engine.gather,
     )
     meter = Meter(config.num_agents, device, config.log_memory_usage)
-    with journal.training(num_steps, start_step), StopRequest(engine.accelerator) as stop:
-        for step, step_batch in enumerate(steps, start_step):
+    with (
+        journal.training(num_steps, start_step),
+        StopRequest(engine.accelerator) as stop,
+        profiled(steps, start_step, num_steps, engine, config, journal) as profiled_steps,
+    ):
+        for step, step_batch in enumerate(profiled_steps, start_step):
             engine.set_lr(lr_at(step))
             for micro_step, batch in enumerate(step_batch.micro_batches):
-                batch = batch.to(device)
+                with span("data_transfer"):
+                    batch = batch.to(device)
                 slot = micro_step * engine.num_processes + engine.process_index
                 # ---- forward and backward; after the last micro-batch also clip, step and zero ----
                 with engine.micro_batch():
-                    output = engine.module(batch, step=step, slot=slot)
+                    with span("forward_pass"):
+                        output = engine.module(batch, step=step, slot=slot)
                     part = share_of(
                         output.nll_KBT, output.hidden_KBTD, batch, num_targets=step_batch.num_targets, step=step
                     )
@@ -163,7 +171,8 @@ def train(
             journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
             is_stopped = stop.is_agreed()
             if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
-                keeper.save(engine, done, step_batch.epoch)
+                with span("checkpoint"):
+                    keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
                 engine.accelerator.wait_for_everyone()
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
