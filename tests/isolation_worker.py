@@ -1,6 +1,7 @@
 """Steps of an engine in which one agent's forward, loss or gradient is no number, on one process.
 
-Run by test_isolation.py under the launchers, as one of two processes; writes the states of every run into a folder.
+Run by test_isolation.py and test_partitions.py under the launchers, as one of two processes; writes the states of every
+run into a folder. A DeepSpeed JSON may follow.
 """
 
 import json
@@ -19,11 +20,11 @@ from toy import toy_agents, toy_batch
 
 import chorus.agents
 from chorus.agents import AgentOutput, Agents
-from chorus.agreement import StopRequest, end_together
+from chorus.agreement import StopRequest
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.engine import Engine, make_accelerator, start_engine
-from chorus.errors import RunError
+from chorus.errors import InputError
 from chorus.isolation import Skips
 from chorus.objective import SwdSettings, objective
 from chorus.state import TrainingState, read_state
@@ -114,9 +115,15 @@ def clone(state: TrainingState) -> TrainingState:
     )
 
 
-def main(folder: Path) -> None:
-    for precision, mode, kinds in CASES:
-        config = CONFIG.model_copy(update={"mixed_precision": precision})
+def main(folder: Path, json_file: str | None = None) -> None:
+    accelerator = engine = None
+    for precision, mode, kinds in CASES if json_file is None else CASES[:1]:
+        config = CONFIG.model_copy(
+            update={
+                "mixed_precision": precision,
+                **({"deepspeed_config_file": json_file, "use_deepspeed": True} if json_file else {}),
+            }
+        )
         for kind in (None, *kinds):
             AcceleratorState._reset_state()
             accelerator = make_accelerator(config)
@@ -126,13 +133,16 @@ def main(folder: Path) -> None:
             results = run(engine, config, kind)
             if accelerator.is_main_process:
                 torch.save(results, folder / f"{precision}-{mode}-{kind}.pt")
-    write_timeouts(folder / f"timeouts_{accelerator.process_index}.json", accelerator)
+    assert accelerator is not None
+    assert engine is not None
+    process = accelerator.process_index
+    write_timeouts(folder / f"timeouts_{process}.json", accelerator)
     for unlike in ("order", "adapter", "base"):
-        agents = agents_unlike(unlike if accelerator.process_index == 1 else None)
-        with pytest.raises(RunError) as caught:
-            start_engine(accelerator, agents, config)
-        (folder / f"{unlike}_{accelerator.process_index}").write_text(str(caught.value))
-    end_together(accelerator)
+        with pytest.raises(InputError) as caught:
+            start_engine(accelerator, agents_unlike(unlike if process == 1 else None), CONFIG)
+        (folder / f"{unlike}_{process}").write_text(str(caught.value))
+    accelerator.wait_for_everyone()
+    engine.close()
 
 
 def write_timeouts(file: Path, accelerator: Accelerator) -> None:
@@ -159,4 +169,4 @@ def agents_unlike(what: str | None) -> Agents:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

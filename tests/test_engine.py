@@ -1,12 +1,15 @@
-"""Precision, launchers, clipping and partitions. test_agents.py and test_train.py compare gradients under engines."""
+"""Precision, launchers, clipping, partitions, the end. test_agents.py and test_train.py compare gradients."""
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from launching import launch, zero2
+from torch.nn.parallel import DistributedDataParallel
 from toy import toy_agents, toy_batch
 
 from chorus.config import Config
@@ -34,7 +37,10 @@ def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: flo
     engine = start_engine(Accelerator(cpu=True), agents, Config(max_grad_norm=max_grad_norm))
     seen: list[torch.Tensor] = []
     engine.optimizer.optimizer.register_step_pre_hook(  # pyright: ignore
-        lambda *_: seen.extend(tensor.grad.clone() for tensor in agents.adapter_tensors().values())  # pyright: ignore
+        lambda *_: seen.__setitem__(  # it may be called for each agent
+            slice(None),
+            [tensor.grad.clone() for tensor in agents.adapter_tensors().values()],  # pyright: ignore
+        )
     )
     with engine.micro_batch():
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.sum())
@@ -52,6 +58,20 @@ def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults
         assert list(map(id, group["params"])) == list(map(id, own))
         assert {key: group[key] for key in stock.defaults} == stock.defaults
     assert len(engine.optimizer.param_groups) == 3
+
+
+def test_ddp_does_not_outlive_the_process_group():
+    """DDP that is freed later destroys the group under Python's lock: one exit in some tens then hangs for good."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    engine = start_engine(Accelerator(cpu=True), toy_agents("fused"), Config())
+    wrapped = DistributedDataParallel(engine.agents)
+    engine.accelerator._models[:] = [wrapped]  # as Accelerate keeps it
+    engine = replace(engine, module=wrapped)
+    wrapped(toy_batch(), step=0).nll_KBT.sum().backward()
+    wrapped = weakref.ref(wrapped)
+    engine.close()
+    assert wrapped() is None
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.launch

@@ -1,18 +1,18 @@
-"""What all processes must know alike: the tensors they start from, how an act of the first one ended, whether the run
-shall stop, and that one of them is gone."""
+"""What all processes must know alike: how an act ended, what the run is, whether it shall stop, that one is gone."""
 
+import hashlib
 import os
 import re
 import signal
+import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from chorus.errors import InputError, LostProcess, RunError
+from chorus.spans import span
 
 T = TypeVar("T")
 
@@ -46,44 +47,51 @@ def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return result
 
 
-def end_together(accelerator: Accelerator) -> None:
-    """Close the process group and the trackers, after every process has come here. A collective call.
+def on_every_process(act: Callable[[], None]) -> None:
+    """Run `act` on every process; where any raises an InputError or RunError, all raise the first. A collective call.
 
-    The barrier is not for order alone. While it waits, this thread lets go of Python's lock, which gloo's own threads
-    need to drop the tensors of the last collective; a group that is closed before they have hangs for good.
+    Hosts differ in what they see, and one that gave up alone would leave the others waiting for it.
     """
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    error = None
+    try:
+        act()
+    except (InputError, RunError) as raised:
+        error = raised
+    outcomes: list[tuple[InputError | RunError | None, str]] = gather_object([(error, socket.gethostname())])
+    of_all = all(error is not None for error, _ in outcomes)
+    for error, host in outcomes:
+        if error is not None:
+            raise error if of_all else type(error)(f"{error} (on host {host})")
 
 
-def refuse_unlike(accelerator: Accelerator, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Compare the named tensors of all processes: names, order, shapes and 16 values of each. A collective call.
+def refuse_differences(own: Mapping[str, Any]) -> None:
+    """Raise InputError, on every process alike, where one of them has another value than the first. A collective call.
 
-    Later is too late: DDP and DeepSpeed overwrite all processes' tensors with the first one's, in their order.
+    Hosts have files of their own: where those differ, a mixture of two runs would be trained, without a word.
 
-    Raises:
-        RunError: on every process, where one differs from the first process: it names the tensor.
+    Args:
+        own: this process's values, by what they are called in the message.
     """
-    if accelerator.num_processes == 1:
-        return
+    firsts: list = [own]
+    broadcast_object_list(firsts)
+
+    def compare() -> None:
+        for name, value in firsts[0].items():
+            if own.get(name) != value:
+                raise InputError(
+                    f"{name} is {own.get(name)}, but {value} on the first process; start every host with the same "
+                    "command, files and versions"
+                )
+
+    on_every_process(compare)
+
+
+def described(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """Named tensors in their order, for `refuse_differences`: name, shape and a digest of 16 values of each."""
     named = list(tensors)
-    values = sampled([tensor for _, tensor in named])
-    own = [(name, tuple(tensor.shape), value) for (name, tensor), value in zip(named, values, strict=True)]
-    first = [own]
-    broadcast_object_list(first)
-    pairs = zip_longest(own, first[0], fillvalue=("nothing", (), b""))
-    unlike = next((_difference(*ours, *theirs) for ours, theirs in pairs if ours != theirs), None)
-    for process, difference in enumerate(gather_object([unlike])):
-        if difference is not None:
-            raise RunError(
-                f"process {process}: {difference}; start all processes with the same files, versions and settings"
-            )
-
-
-def _difference(name: str, shape: Sequence[int], _: bytes, name_0: str, shape_0: Sequence[int], __: bytes) -> str:
-    if (name, shape) != (name_0, shape_0):
-        return f"{name} {list(shape)} stands where process 0 has {name_0} {list(shape_0)}"
-    return f"{name} has other values than on process 0"
+    digests = [hashlib.sha256(values).hexdigest()[:8] for values in sampled([tensor for _, tensor in named])]
+    lines = [f"{name} {list(own.shape)} of values {digest}" for (name, own), digest in zip(named, digests, strict=True)]
+    return {"the number of tensors": len(lines)} | {f"tensor {place}": line for place, line in enumerate(lines)}
 
 
 def sampled(tensors: Sequence[Tensor]) -> list[bytes]:
@@ -160,5 +168,6 @@ class StopRequest:
         if not self._has_others:
             return self._received is not None
         received = torch.tensor([self._received is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
+        with span("communication"):
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(received)

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import socket
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -28,14 +28,17 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from chorus import partitions, sharding
 from chorus.adapters import TensorId
 from chorus.agents import Agents
-from chorus.agreement import limit_waiting, refuse_unlike
+from chorus.agreement import described, limit_waiting, refuse_differences
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
-from chorus.isolation import MOMENTS, NormsOfAStep, adamw, leave_out
+from chorus.isolation import NormsOfAStep, adamw, leave_out
+from chorus.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,14 @@ def make_accelerator(config: Config) -> Accelerator:
     )
     assert (accelerator.distributed_type is DistributedType.DEEPSPEED) == with_deepspeed
     limit_waiting(config.collective_timeout_s)
+    unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
     return accelerator
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's stage: 3 has the base in shards; 0 is no DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
 
 
 def _single_process_rendezvous() -> None:
@@ -148,12 +158,17 @@ class Engine:
         gradient is that of the sum of all shares, however they are spread.
         """
         loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
-        if not self.is_deepspeed:
-            self.accelerator.backward(loss)
-        else:  # what Accelerate would do, but for DeepSpeed's step
-            self.module.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)  # pyright: ignore
-            self.module.backward(loss)  # pyright: ignore
-        if self.accelerator.sync_gradients:
+        is_last = self.accelerator.sync_gradients
+        with span("backward_pass"):
+            if self.is_deepspeed:  # in two calls, where `accelerator.backward` would also step
+                engine = cast(Any, self.module)
+                engine.set_gradient_accumulation_boundary(is_last)
+                engine.backward(loss)
+            else:
+                self.accelerator.backward(loss)
+        if not is_last:
+            return
+        with span("optimizer_step"):
             self.norms = NormsOfAStep(self._step_zero() if self.is_deepspeed else self._step_plain())
 
     def _step_plain(self) -> Tensor:
@@ -171,31 +186,36 @@ class Engine:
     def _step_zero(self) -> Tensor:
         """The same by DeepSpeed, whose own answer to a gradient that is no number is to step no agent, without a word.
 
-        So it sees none: an agent's partition of such a gradient is zeroed before.
+        So it is shown none, but for fp16, where that answer is the right one.
         """
         zero: Any = self.module.optimizer
-        if self.loss_scale() > 1:  # fp16, where that answer is the right one
-            norm_K = torch.zeros(len(self.agents.agents), device=self.accelerator.device)
-        else:
-            groups = range(len(zero.optimizer.param_groups))
-            norm_K = torch.stack([get_total_norm(zero.averaged_gradients[group]) for group in groups]).double()
+        norm_K = torch.zeros(len(self.agents.agents), dtype=torch.float64, device=self.accelerator.device)
+        if self.loss_scale() <= 1:
+            gradients = partitions.gradients(zero)
+            norm_K = torch.stack([get_total_norm(own).to(norm_K) for own in gradients])
             squared_K = norm_K.square()
             torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
-            norm_K = squared_K.sqrt()
+            norm_K = squared_K.sqrt().to(gradients[0][0].device)
             leave_out(zero.optimizer.param_groups, norm_K)
-            for group, is_sound in enumerate(norm_K.isfinite().tolist()):  # DeepSpeed, too, is about to wait
-                for gradient in zero.averaged_gradients[group] if not is_sound else ():
-                    gradient.zero_()
-        self.module.step()  # pyright: ignore
-        self.grad_norm = self.module.get_global_grad_norm()  # pyright: ignore
+            for own, is_sound in zip(gradients, norm_K.isfinite().tolist(), strict=True):  # DeepSpeed waits as well
+                if not is_sound:
+                    partitions.clear_gradient(zero, own)
+        cast(Any, self.module).step()
+        self.grad_norm = cast(Any, self.module).get_global_grad_norm()
         return norm_K.fill_(math.inf) if zero.overflow else norm_K
 
     def loss_scale(self) -> float:
         """fp16's; 1 in other precisions."""
         if self.is_deepspeed:
-            return float(self.module.optimizer.loss_scale)  # pyright: ignore
+            return float(cast(Any, self.module.optimizer).loss_scale)
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else scaler.get_scale()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """The context of passes beside training, in which processes need not keep step. Collective at both ends."""
+        if zero_stage(self.accelerator) < 3:
+            return nullcontext()
+        return sharding.whole(self.module, list(self.agents.adapter_tensors().values()))
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -208,7 +228,8 @@ class Engine:
         """
         if self.num_processes == 1:
             return own
-        parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
+        with span("communication"):
+            parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
         parts[self.process_index] = own
         return torch.cat(parts)
 
@@ -224,38 +245,49 @@ class Engine:
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum of `own` over processes."""
-        return cast(Tensor, self.accelerator.reduce(own, "sum"))
+        if self.num_processes == 1:
+            return own
+        with span("communication"):
+            return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
+    def close(self) -> None:
+        """End training: close the trackers and the process group. Nothing waits for the other processes here.
 
-def _make_moments(zero: Any) -> None:
-    """AdamW's state in DeepSpeed's partitions, before the first step: DeepSpeed links it to the adapters' tensors once,
-    after its first group has stepped, when that of the other groups would not be there yet."""
-    for flat in zero.single_partition_of_fp32_groups:
-        moments = {name: torch.zeros_like(flat) for name in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
-    zero._lazy_init_hp_params_optimizer_state()
+        The wrapper goes first. DDP's C++ part holds the process group too; were it the last to let go, it would
+        destroy the group while it holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
+        """
+        self.module = self.agents
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
 
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
     """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
 
     Raises:
-        RunError: processes hold other agents, in another order, or another base.
+        InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would overwrite
+            all tensors with the first process's, one after the other, whatever they are.
     """
-    adapters = ((f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items())
-    refuse_unlike(accelerator, chain(adapters, agents.named_parameters(), agents.named_buffers()))
+    named = ((f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items())
+    refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
+    adapters = list(agents.adapter_tensors().values())
+    num_elements = sum(map(torch.numel, adapters))
     optimizer = adamw(agents.adapter_tensors(), config.lr, config.weight_decay)
+    plugin, stage = accelerator.state.deepspeed_plugin, zero_stage(accelerator)
+    if plugin is not None and stage == 3:
+        sharding.leave_adapters_whole(plugin.deepspeed_config["zero_optimization"], adapters)
     module, optimizer = accelerator.prepare(agents, optimizer)
     limit_waiting(config.collective_timeout_s)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        stage = module.zero_optimization_stage()
-        partitions = getattr(module.optimizer, "single_partition_of_fp32_groups", None)
-        assert partitions, "DeepSpeed was asked for, and is not active"
-        _make_moments(module.optimizer)
+    if stage > 0:
+        assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
+        partitions.make_state(module.optimizer)
+        num_own = sum(flat.numel() for _, flat in partitions.partitions(module.optimizer))
         description = (
             f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
-            f"{sum(map(torch.numel, partitions)):,} of "
-            f"{sum(map(torch.numel, agents.adapter_tensors().values())):,} optimizer elements on this process"
+            f"{num_own:,} of {num_elements:,} optimizer elements on this process"
         )
+    if stage == 3:
+        sharding.announce_reads(agents)
+        sharding.make_whole(adapters)
     return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
-
 
 class AgentwiseAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) over a parameter group for each agent, one that leaves a group as it was while

@@ -5,15 +5,16 @@ fp16 there is also the loss scale, which starts anew.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from chorus.adapters import TensorId
-from chorus.engine import Engine
+from chorus.engine import Engine, zero_stage
 from chorus.errors import InputError
-from chorus.isolation import MOMENTS
+from chorus.partitions import MOMENTS, set_steps_taken, steps_taken
+from chorus.sharding import make_whole
 
 
 class TrainingState(NamedTuple):
@@ -36,7 +37,7 @@ def read_state(engine: Engine) -> TrainingState:
     if engine.is_deepspeed:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        adamw: Any = engine.module.optimizer.optimizer  # pyright: ignore
+        steps = steps_taken(engine.module.optimizer)
         moments = {
             name: {
                 identity: safe_get_full_optimizer_state(tensor, name).float().cpu()  # pyright: ignore
@@ -45,13 +46,12 @@ def read_state(engine: Engine) -> TrainingState:
             for name in MOMENTS
         }
     else:
-        adamw = engine.optimizer
-        state = adamw.state
+        state = engine.optimizer.state
+        steps = [int(state[group["params"][0]]["step"]) for group in engine.optimizer.param_groups]
         moments = {
             name: {identity: state[tensor][name].float().cpu() for identity, tensor in tensors.items()}
             for name in MOMENTS
         }
-    steps = [int(adamw.state[group["params"][0]]["step"]) for group in adamw.param_groups]
     return TrainingState(engine.adapter_values(), moments, steps[0] if len(set(steps)) == 1 else steps)
 
 
@@ -62,7 +62,9 @@ def restore_state(engine: Engine, state: TrainingState) -> None:
         InputError: it has other tensors, or other shapes, than the agents.
     """
     _refuse_other_tensors(engine.agents.adapter_tensors(), state.weights)
-    if engine.is_deepspeed:
+    if zero_stage(engine.accelerator) == 3:
+        _restore_shards(engine, state)
+    elif engine.is_deepspeed:
         _restore_zero(engine, state)
     else:
         _restore_plain(engine, state)
@@ -76,9 +78,12 @@ def _restore_plain(engine: Engine, state: TrainingState) -> None:
         tensor.copy_(state.weights[identity])
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer  # pyright: ignore  (Accelerate's wrapper)
     in_order = [identities[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]]
-    steps = _steps_by_agent(engine, state)
+    steps = dict(zip(engine.agents.agents, _steps_by_agent(engine, state), strict=True))
     own = {
-        place: {"step": torch.tensor(steps[identity.agent]), **{m: state.moments[m][identity] for m in MOMENTS}}
+        place: {
+            "step": torch.tensor(float(steps[identity.agent])),
+            **{name: state.moments[name][identity] for name in MOMENTS},
+        }
         for place, identity in enumerate(in_order)
     }
     # torch's own loading puts each tensor, and the step count, where this kind of AdamW wants it.
@@ -89,10 +94,7 @@ def _restore_plain(engine: Engine, state: TrainingState) -> None:
 def _restore_zero(engine: Engine, state: TrainingState) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    zero: Any = engine.module.optimizer
-    steps = _steps_by_agent(engine, state).values()
-    for flat, step in zip(zero.single_partition_of_fp32_groups, steps, strict=True):
-        zero.optimizer.state[flat]["step"].fill_(step)
+    set_steps_taken(engine.module.optimizer, _steps_by_agent(engine, state))
     for identity, tensor in engine.agents.adapter_tensors().items():
         safe_set_full_fp32_param(tensor, state.weights[identity])
         tensor.copy_(state.weights[identity])
@@ -100,10 +102,33 @@ def _restore_zero(engine: Engine, state: TrainingState) -> None:
             safe_set_full_optimizer_state(tensor, state.moments[name][identity], name)
 
 
-def _steps_by_agent(engine: Engine, state: TrainingState) -> dict[int, float]:
-    agents, steps = engine.agents.agents, state.optimizer_step
-    steps = [steps] * len(agents) if isinstance(steps, int) else steps
-    return dict(zip(agents, map(float, steps), strict=True))
+@torch.no_grad()
+def _restore_shards(engine: Engine, state: TrainingState) -> None:
+    """The same under stage 3, which cuts each tensor by itself into as many shards as there are processes."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    set_steps_taken(engine.module.optimizer, _steps_by_agent(engine, state))
+    tensors = engine.agents.adapter_tensors()
+    with GatheredParameters(tensors.values(), modifier_rank=0):
+        for identity, tensor in tensors.items():
+            tensor.copy_(state.weights[identity])
+    for identity, tensor in tensors.items():
+        size = cast(Any, tensor).ds_tensor.numel()  # of a shard, the last of which is padded
+
+        def own(whole: Tensor, size: int = size) -> Tensor:
+            padded = torch.nn.functional.pad(whole.flatten(), (0, size * engine.num_processes - whole.numel()))
+            return padded.narrow(0, size * engine.process_index, size)
+
+        safe_set_local_fp32_param(tensor, own(state.weights[identity]))
+        for name in MOMENTS:
+            safe_set_local_optimizer_state(tensor, own(state.moments[name][identity]), name)
+    make_whole(list(tensors.values()))
+
+
+def _steps_by_agent(engine: Engine, state: TrainingState) -> list[int]:
+    steps = state.optimizer_step
+    return [steps] * len(engine.agents.agents) if isinstance(steps, int) else steps
 
 
 def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[TensorId, Tensor]) -> None:
