@@ -54,15 +54,24 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
 
 
-def load_skeleton(model_name: str) -> PreTrainedModel:
+def load_skeleton(
+    model_name: str, dtype: torch.dtype | None = None, attn_implementation: str = "auto"
+) -> PreTrainedModel:
     """The base's modules without weights, on the meta device: a second's work, which tells what the base has.
+
+    Otherwise as `load_model` would make it. Without a dtype it is that of the weights.
 
     Raises:
         InputError: no such model, or one with custom code.
     """
     with _named(model_name), torch.device("meta"):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _switch_dropout_off(config)
+        attention = _attention(config, attn_implementation)
+        more = {} if dtype is None else {"dtype": dtype}
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation=attention, **more
+        )
 
 
 def load_model(
