@@ -34,7 +34,7 @@ def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = Fals
     """
     folder = Path(name)
     try:
-        _refuse_unusable(folder, resumed)  # on every process alike, before one of them changes anything
+        refuse_unusable(folder, resumed)  # on every process alike, before one of them changes anything
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not resumed:
             _step_aside(folder)
@@ -45,7 +45,8 @@ def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = Fals
     return folder
 
 
-def _refuse_unusable(folder: Path, resumed: bool) -> None:
+def refuse_unusable(folder: Path, resumed: bool) -> None:
+    """Raises InputError where a run could not write `folder`, or must not."""
     if Path.cwd().is_relative_to(os.path.realpath(folder)):
         raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
     nearest = next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,10 +1,10 @@
 """What a run will need of each device's memory, told before a weight is read.
 
 No architecture has a formula here: one micro-batch runs through the real code, every layer of it, on torch's meta
-device, where tensors have shapes and no values, and the bytes of the storages that live at a time are counted. So modes,
-groups of agents, gradient checkpointing, compiled layers and the attention's scores need what the code makes of them.
-Added by count is what that pass does not hold: optimizer state and its sharding, an engine's buffers, the loss as a
-GPU computes it.
+device, where tensors have shapes and no values, and the bytes of the storages that live at a time are counted. So
+modes, groups of agents, gradient checkpointing, compiled layers and the attention's scores need what the code makes of
+them. Added by count is what that pass does not hold: optimizer state and its sharding, an engine's buffers, the loss
+as a GPU computes it.
 """
 
 import weakref
@@ -39,7 +39,7 @@ FUSED_ATTENTION = "chorus_forecast"
 
 
 class Machine(NamedTuple):
-    """Where a process runs: the kind of its device, how many processes there are, and DeepSpeed's JSON if it is active."""
+    """Where a process runs: the kind of its device, how many processes there are, and DeepSpeed's JSON if active."""
 
     device_type: str
     num_processes: int = 1
@@ -55,6 +55,7 @@ class Forecast(NamedTuple):
         loss: beside them, while the logits of a chunk exist.
         backward: beside them, in the backward pass; gradients included.
         evaluation: beside what stands, while held-out rows are scored; 0 without any.
+        trainable: numbers that are trained, of all agents.
     """
 
     standing: dict[str, int]
@@ -62,6 +63,7 @@ class Forecast(NamedTuple):
     loss: int
     backward: int
     evaluation: int
+    trainable: int
 
     @property
     def training(self) -> int:
@@ -73,27 +75,32 @@ class Forecast(NamedTuple):
 
     def report(self) -> dict[str, float]:
         """GiB by part, for JSON."""
-        parts = {**self.standing, **{name: getattr(self, name) for name in self._fields[1:]}}
+        parts = {**self.standing, **{name: getattr(self, name) for name in self._fields[1:5]}}
         return {name: round(size / GIB, 3) for name, size in {**parts, "peak": self.peak}.items()}
 
     def table(self) -> Table:
-        table = Table(title="memory forecast, GiB on each process's device")
+        table = Table(title="memory forecast, for each process", title_justify="left")
         table.add_column("part")
-        table.add_column("GiB", justify="right")
+        table.add_column("needs", justify="right")
         table.add_column("when")
         for name, size in self.standing.items():
-            table.add_row(name, f"{size / GIB:.2f}", "always")
-        table.add_row("activations", f"{self.activations / GIB:.2f}", "from forward to backward")
+            table.add_row(name, in_words(size), "always")
+        table.add_row("activations", in_words(self.activations), "from forward to backward")
         for name, size in (("loss", self.loss), ("backward", self.backward)):
             what = f"while {'the loss is computed' if name == 'loss' else 'backward runs, gradients included'}"
             is_peak = size == max(self.loss, self.backward) and self.training == self.peak
-            table.add_row(name, f"{size / GIB:.2f}", what if is_peak else f"{what} (not at the peak)")
+            table.add_row(name, in_words(size), what if is_peak else f"{what} (not at the peak)")
         if self.evaluation:
             beside = "in place of the three above" + ("" if self.peak > self.training else " (not at the peak)")
-            table.add_row("evaluation", f"{self.evaluation / GIB:.2f}", beside)
+            table.add_row("evaluation", in_words(self.evaluation), beside)
         table.add_section()
-        table.add_row("peak", f"{self.peak / GIB:.2f}", "")
+        table.add_row("peak", in_words(self.peak), "")
         return table
+
+
+def in_words(size: int) -> str:
+    """A number of bytes for people: `9.31 GiB`, or `5.0 MiB` where it is little."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def forecast(config: Config, precision: str, machine: Machine, length: int | None = None) -> Forecast:
@@ -107,7 +114,7 @@ def forecast(config: Config, precision: str, machine: Machine, length: int | Non
         InputError: no such model, or target modules, checkpointing or compilation that it does not have.
     """
     dtype = DTYPES[precision]
-    length = length or ceil((config.max_seq_length - 1) / config.pad_to_multiple_of) * config.pad_to_multiple_of
+    length = length or longest_batch(config)
     execution = decide_execution(config, torch.device(machine.device_type))
     agents = _agents_without_values(config, dtype, execution)
     elements = sum(map(torch.numel, agents.adapter_tensors().values()))
@@ -124,7 +131,13 @@ def forecast(config: Config, precision: str, machine: Machine, length: int | Non
     loss, gradient = loss_bytes(agents.head(), rows, dtype, machine.device_type)
     activations = max(at_loss) + (passes - 1) * gradient
     backward = step_peak + passes * gradient - activations
-    return Forecast(standing, activations, loss, backward, _scoring_bytes(config, agents, length, machine))
+    scoring = _scoring_bytes(config, agents, length, machine)
+    return Forecast(standing, activations, loss, backward, scoring, elements)
+
+
+def longest_batch(config: Config) -> int:
+    """T of the longest batch that the configuration allows."""
+    return ceil((config.max_seq_length - 1) / config.pad_to_multiple_of) * config.pad_to_multiple_of
 
 
 def agents_of_a_pass(config: Config) -> int:
@@ -287,9 +300,7 @@ def _agents_without_values(config: Config, dtype: torch.dtype, execution: Execut
     partitioned = replace(execution, recorded=False, compiled=PARTITIONED_ONLY if execution.compiled else False)
     rates = NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed)
     with torch.device("meta"):
-        agents = build_agents(
-            config.parallel_mode, skeleton, config.num_agents, lora_shape(config), rates, partitioned
-        )
+        agents = build_agents(config.parallel_mode, skeleton, config.num_agents, lora_shape(config), rates, partitioned)
     if rates.dropconnect_p > 0 or rates.dropout_p > 0:
         weights = agents.adapter_tensors().items() if rates.dropconnect_p > 0 else ()
         keep = {identity: torch.empty_like(weight, dtype=torch.bool) for identity, weight in weights}
@@ -298,8 +309,7 @@ def _agents_without_values(config: Config, dtype: torch.dtype, execution: Execut
 
 
 def _micro_batch(agents: Agents, rows: int, length: int, execution: Execution) -> tuple[list[int], int]:
-    """Bytes that live before each loss of a micro-batch, and their peak. Its targets are none: the loss is counted apart.
-    """
+    """Bytes that live before each loss of a micro-batch, and their peak. It has no targets: loss is counted apart."""
     batch, live, head, at_loss = _batch(rows, length), LiveBytes(), agents.head, []
 
     def noted() -> Head:
@@ -339,12 +349,13 @@ def _scoring_bytes(config: Config, agents: Agents, length: int, machine: Machine
     with torch.no_grad():
         with LiveBytes() as live:
             agents.agent_pass(0, _batch(rows, length))
-        scoring = live.peak + loss_bytes(head, rows * length, dtype, machine.device_type)[0]
+        scoring = live.peak
         ids_BT = torch.empty(rows, config.max_seq_length + config.max_new_tokens_eval, dtype=torch.int64, device="meta")
         with LiveBytes() as live, agents.trunk(0) as trunk:
             output = trunk(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
             cache = live.now - output.last_hidden_state.nbytes
     logits = 3 * 4 * rows * len(head.weight_VD)  # as computed, as log-probabilities, and in their mixture; fp32
+    scoring += loss_bytes(head, rows * length, dtype, machine.device_type)[0]
     return max(scoring, live.peak + (config.num_agents - 1) * cache + config.num_agents * logits)
 
 
