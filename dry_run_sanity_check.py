@@ -6,28 +6,31 @@ failed. --json prints one JSON object on stdout, and nothing else there.
 """
 
 import json
+import os
 import sys
 
 from chorus.config import load_config
 from chorus.errors import InputError, input_errors_end_the_program
 
 if __name__ == "__main__":
-    AS_JSON = "--json" in sys.argv
     if "--help" in sys.argv or "-h" in sys.argv:
         print(__doc__)
+    JSON_TO = None
+    if "--json" in sys.argv:
+        sys.argv.remove("--json")
+        JSON_TO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)  # what libraries print, some of them while they are imported, goes to stderr
     # Before the heavy imports, as in train.py.
     with input_errors_end_the_program():
         try:
-            CONFIG = load_config([argument for argument in sys.argv[1:] if argument != "--json"])
+            CONFIG = load_config(sys.argv[1:])
         except InputError as error:
-            if AS_JSON:
-                print(json.dumps({"passed": False, "exit_code": 2, "checks": [], "error": str(error)}))
+            if JSON_TO is not None and os.environ.get("RANK", "0") == "0":
+                print(json.dumps({"passed": False, "exit_code": 2, "error": str(error)}), file=JSON_TO, flush=True)
             raise
 
     from chorus.dry_run import dry_run
-    from chorus.report import open_report
+    from chorus.report import report_of_this_process
     from train import train
 
-    with open_report(AS_JSON) as report:
-        code = dry_run(CONFIG, train, report)
-    sys.exit(code)
+    sys.exit(dry_run(CONFIG, train, report_of_this_process(JSON_TO)))

@@ -25,7 +25,7 @@ from chorus.deepspeed_config import deepspeed_json, deepspeed_wanted
 from chorus.engine import DTYPES, decide_precision, make_accelerator
 from chorus.errors import InputError
 from chorus.export import refuse_unusable
-from chorus.forecast import GIB, Forecast, Machine, forecast
+from chorus.forecast import GIB, Forecast, Machine, forecast, in_words
 from chorus.journal import quiet_libraries
 from chorus.memory import memory_limit
 from chorus.plan import Plan, Rows, place_of, plan, read_rows, sample_tokens

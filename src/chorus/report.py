@@ -113,25 +113,13 @@ class Report:
             print(json.dumps(whole, allow_nan=False), file=self.out, flush=True)
 
 
-@contextmanager
-def open_report(as_json: bool) -> Iterator[Report]:
-    """The report of this process: that of the first one speaks.
-
-    With `as_json` stdout is kept for the one object: what libraries print goes to stderr meanwhile.
-    """
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not as_json:
-        width = None if sys.stdout.isatty() else 100
-        yield Report(Console(width=width) if is_first else None)
-        return
-    sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
-        os.dup2(2, 1)
-        try:
-            yield Report(None, out if is_first else None)
-        finally:
-            sys.stdout.flush()
-            os.dup2(out.fileno(), 1)
+def report_of_this_process(json_to: TextIO | None) -> Report:
+    """That of the first process speaks: as tables on stdout, or as one JSON object on `json_to`."""
+    if os.environ.get("RANK", "0") != "0":
+        return Report(None)
+    if json_to is not None:
+        return Report(None, json_to)
+    return Report(Console(width=None if sys.stdout.isatty() else 100))
 
 
 def check_table(checks: Sequence[Check]) -> Table:
