@@ -26,7 +26,8 @@ if __name__ == "__main__":
             CONFIG = load_config(sys.argv[1:])
         except InputError as error:
             if JSON_TO is not None and os.environ.get("RANK", "0") == "0":
-                print(json.dumps({"passed": False, "exit_code": 2, "error": str(error)}), file=JSON_TO, flush=True)
+                refused = {"name": "configuration", "status": "FAIL", "found": str(error), "remedy": ""}
+                print(json.dumps({"passed": False, "exit_code": 2, "checks": [refused]}), file=JSON_TO, flush=True)
             raise
 
     from chorus.dry_run import dry_run

@@ -154,7 +154,8 @@ def _two_steps(model: PreTrainedModel, config: Config, precision: str, machine: 
     for step in range(2):
         output = agents(batch, step=step)
         part = objective(
-            *output,
+            output.nll_KBT,
+            output.hidden_KBTD,
             batch,
             num_targets=len(batch.target_rows_N),
             num_micro_batches=1,

@@ -21,6 +21,7 @@ from chorus.agreement import end_together, on_first_process
 from chorus.auto_agents import WAYS_OUT, decide_num_agents, machine_of
 from chorus.base import load_model, load_skeleton, load_tokenizer, write_toy_like
 from chorus.config import Config
+from chorus.data import Sample
 from chorus.deepspeed_config import deepspeed_json, deepspeed_wanted
 from chorus.engine import DTYPES, decide_precision, make_accelerator
 from chorus.errors import InputError
@@ -37,6 +38,7 @@ MODES = ("fused", "sequential", "parallel")
 SETTINGS = "settings agree"
 # Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of it.
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
+TOY_TOKENS = 256  # of a row, on a base that stands in for one that does not fit
 ROOM_TO_MAKE = (  # from the cheapest in time to the dearest
     {"use_gradient_checkpointing": True},
     {"parallel_mode": "sequential"},
@@ -117,9 +119,11 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             if not fits:
                 toy = folder / "toy"
                 on_first_process(accelerator, lambda: write_toy_like(config.model_name, tokenizer, toy))
-                config = config.model_copy(update={"model_name": str(toy)})
+                config = config.model_copy(update={"model_name": str(toy), "batch_size": min(2, config.batch_size)})
             base = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
         samples = sorted(rows.samples, key=lambda sample: -len(sample.ids))  # the longest decide what fits
+        if not fits:
+            samples = [Sample(ids[-TOY_TOKENS:], is_target[-TOY_TOKENS:]) for ids, is_target in samples]
         setting = Setting(config, accelerator, base, samples, cast(int, tokenizer.eos_token_id), loop, folder)
         _check_modes(report, setting, precision, is_real=fits)
 
