@@ -50,10 +50,7 @@ class Plan(NamedTuple):
             ("base", f"{config.model_name}, {self.base_parameters:,} parameters, frozen"),
             ("trainable", f"{self.trainable:,} parameters, {self.trainable // self.agents:,} an agent"),
             ("rows", f"{self.rows:,} to train on, the longest of {self.longest_row} tokens"),
-            (
-                "rows of a step",
-                f"{self.rows_of_a_step} = {split} x processes {self.num_processes}, seen by every agent",
-            ),
+            ("a step", f"{self.rows_of_a_step} rows = {split} x processes {self.num_processes}; every agent sees all"),
             ("steps", f"{self.steps:,} ({self.steps_of_an_epoch:,} an epoch, {epochs:.2f} epochs)"),
             ("disk", f"{megabytes:,.1f} MB a checkpoint, at most {self.checkpoints} at a time"),
         ]
