@@ -49,8 +49,8 @@ class Config(BaseModel):
     """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
     that a measured step confirms; a run that goes on keeps its checkpoint's."""
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and above which the
-    dry run warns; above 0, up to 1."""
+    """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and beyond
+    which the dry run fails; above 0, up to 1."""
     parallel_mode: Literal["fused", "sequential", "parallel"] = "fused"
     """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
     agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""

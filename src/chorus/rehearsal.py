@@ -20,9 +20,10 @@ from chorus.aggregate import dirichlet_weights, mixture_log_prob, uniform_weight
 from chorus.base import base_tensors
 from chorus.checkpoint import Keeper, checkpoints, read_tensors, verify
 from chorus.config import Config
+from chorus.counting import bytes_of
 from chorus.data import Batch, Sample, collate, training_steps
 from chorus.engine import Engine, start_engine
-from chorus.forecast import GIB, bytes_of
+from chorus.forecast import GIB
 from chorus.journal import Journal
 from chorus.memory import peak_bytes, reset_peak
 

@@ -129,7 +129,7 @@ def check_table(checks: Sequence[Check]) -> Table:
     table.add_column("found")
     for name, status, found, remedy in checks:
         text = escape(found) + (f"\n[bold]remedy:[/] {escape(remedy)}" if remedy else "")
-        table.add_row(f"[{STYLE[status]}]{status}[/]", name, text)
+        table.add_row(f"[{STYLE[status]}]{status}[/]", escape(name), text)
     return table
 
 
