@@ -154,7 +154,7 @@ def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(t
     assert code == 3
     assert failed(checks) == [
         *("parallel: every agent learns", "parallel: the base is shared"),
-        *("fused: every agent learns", "sequential: every agent learns", "what agents learn changes their answers"),
+        *("fused: every agent learns", "sequential: every agent learns", "learning changes the answers"),
     ]
     assert checks["fused: every agent learns"].found == "unmoved B: agent 1 (28 matrices)"
     assert "tensors of their own (agent 1: " in checks["parallel: the base is shared"].found

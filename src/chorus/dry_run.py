@@ -259,8 +259,7 @@ def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool
     report.add(
         "modes agree",
         worst <= TOLERANCE[precision],
-        f"losses of {', '.join(run.mode for run in runs)} differ by {worst:.1e} at most, relative; "
-        f"{TOLERANCE[precision]:g} is rounding in {precision if precision != 'no' else 'fp32'}",
+        f"losses differ by {worst:.1e} at most in {len(runs)} modes; {TOLERANCE[precision]:g} is rounding",
         f"train in {own} alone, and report it: the modes promise equal gradients",
     )
     _check_reload(report, runs[0], precision)
@@ -283,10 +282,10 @@ def _check_mode(report: Report, run: ModeRun, config: Config) -> None:
         "report it: the base must be frozen",
     )
     shared = not run.not_shared and run.growth == 0
-    found = "one storage for all agents; one agent more takes its adapters and nothing else"
+    found = "one storage; an agent more takes its adapters alone"
     if not shared:
         found = f"{len(run.not_shared)} tensors of their own ({', '.join(run.not_shared[:2])}); "
-        found += f"one agent more takes {run.growth / 2**20:,.1f} MiB beside its adapters"
+        found += f"an agent more takes {run.growth / 2**20:,.1f} MiB beside its adapters"
     report.add(
         f"{run.mode}: the base is shared", shared, found, "report it; until then set parallel_mode to another mode"
     )
@@ -302,7 +301,7 @@ def _check_reload(report: Report, run: ModeRun, precision: str) -> None:
     assert run.reload is not None, "the mode of the run is the first"
     deaf, differs, peft_differs, probability, weights = run.reload
     report.add(
-        "what agents learn changes their answers",
+        "learning changes the answers",
         not deaf,
         "the loss of every agent changed" if not deaf else f"to the bit the same: agents {', '.join(map(str, deaf))}",
         "raise lr: the steps are lost in rounding",
@@ -322,7 +321,7 @@ def _check_reload(report: Report, run: ModeRun, precision: str) -> None:
     report.add(
         "the mixture is normalised",
         abs(probability - 1) < 1e-4 and abs(weights - 1) < 1e-5,
-        f"next-token probabilities sum to {probability:.6f}, weights to {weights:.6f}",
+        f"probabilities sum to {probability:.6f}, weights to {weights:.6f}",
         "report it, with dirichlet_alpha_aggregator",
     )
 
