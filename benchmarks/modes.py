@@ -3,13 +3,11 @@
     python benchmarks/modes.py --model gemma-2-2b --shapes 4x1x512 4x4x512 --modes fused switching
 
 prints a table and writes modes.md and modes.json to --out. A shape is K x B x T. Weights and token ids are random,
-every token is a target. One step is forward, backward, clipping and AdamW. What counts as useful work: shapes.py.
+every token is a target. One step is forward, backward, clipping and AdamW. What counts as useful work: chorus.flops.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -18,9 +16,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from baselines import Switching, fuse_norms
-from shapes import random_base, work_of
+from conditions import conditions
+from shapes import random_base
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -29,6 +27,7 @@ from chorus.adapters import LoraShape, TensorId
 from chorus.agents import Execution, NoiseRates, build_agents, copy_sharing_storage
 from chorus.data import Batch, Sample, collate
 from chorus.engine import adamw
+from chorus.flops import work_of
 from chorus.objective import SwdSettings, objective
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -243,20 +242,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def conditions(device: torch.device, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": matmul,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": git.stdout.strip() or "unknown",
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def write(out: Path, rows: list[dict[str, Any]], about: dict[str, Any], equality: str) -> None:
     text = f"""# Modes
 
@@ -326,7 +311,7 @@ def main() -> None:
             torch._dynamo.reset()
             measured = measure(case, base, options.rank, options.steps, options.out if options.profile else None)
             seconds = measured["ms_per_step"] / 1000
-            useful = work.useful_flops(case.K * case.B, case.T) / seconds / 1e12
+            useful = work.useful_flops(case.K * case.B, case.T, case.K * case.B * case.T) / seconds / 1e12
             measured |= {
                 "agent_tokens_per_second": case.K * case.B * case.T / seconds,
                 "useful_tflops": useful,

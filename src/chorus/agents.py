@@ -48,6 +48,7 @@ from chorus.data import Batch
 from chorus.errors import InputError
 from chorus.graphs import MAX_RECORDINGS, RecordedPasses
 from chorus.layers import prepare_layers
+from chorus.spans import span
 from chorus.token_nll import token_nll
 
 logger = logging.getLogger(__name__)
@@ -97,18 +98,23 @@ class Execution:
 PLAIN = Execution()
 
 
-def decide_execution(config: Config, device: torch.device) -> Execution:
+def decide_execution(config: Config, device: torch.device, base_in_shards: bool = False) -> Execution:
     """What a configuration asks for, with `auto` decided and said in the log.
 
     Raises:
-        InputError: graphs without a GPU.
+        InputError: graphs without a GPU; compilation or graphs of a base in shards.
     """
+    for key, wanted in (("compile", config.compile), ("cuda_graphs", config.cuda_graphs)):
+        if base_in_shards and wanted is True:
+            raise InputError(f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2")
     if config.cuda_graphs is True and device.type != "cuda":
         raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
     lengths = ceil(config.max_seq_length / config.pad_to_multiple_of)
     because = ""
     if device.type != "cuda":
         because = f"; auto: no GPU ({device})"
+    elif base_in_shards:
+        because = "; auto: ZeRO stage 3 fetches weights inside of a pass"
     elif config.lora_dropout > 0:
         because = "; auto: lora_dropout is above 0"
     elif lengths > MAX_RECORDINGS:
@@ -256,15 +262,17 @@ class Agents(nn.Module):
             with self._turn(agents, flat_KF, ids_NT.numel(), noise) as trunk:
                 return trunk(input_ids=ids_NT, attention_mask=masks, use_cache=False).last_hidden_state
 
-        ids_NT, flat_KF = batch.input_BT.repeat(K, 1), self._weights(agents, noise)
-        if self.recorded is not None and self.training and flat_KF is not None:
-            # The agents' weights are an argument: one recording serves every group of as many agents of a model.
-            hidden_NTD = self.recorded((self.peft_model(agents[0]), K, B, T), run, ids_NT, flat_KF)
-        else:
-            hidden_NTD = run(ids_NT, flat_KF, None)
-        first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
-        rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
-        nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
+        with span("_".join(["forward_pass.agent", *map(str, agents)])):
+            ids_NT, flat_KF = batch.input_BT.repeat(K, 1), self._weights(agents, noise)
+            if self.recorded is not None and self.training and flat_KF is not None:
+                # The agents' weights are an argument: one recording serves every group of as many agents of a model.
+                hidden_NTD = self.recorded((self.peft_model(agents[0]), K, B, T), run, ids_NT, flat_KF)
+            else:
+                hidden_NTD = run(ids_NT, flat_KF, None)
+        with span("task_loss"):
+            first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
+            rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
+            nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
         return AgentOutput(nll_NT.view(K, B, T), hidden_NTD.unflatten(0, (K, B)))
 
     def _noise_of(self, step: int | None, slot: int) -> Noise | None:

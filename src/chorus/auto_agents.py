@@ -136,7 +136,7 @@ def measured_step(
 
 def _two_steps(model: PreTrainedModel, config: Config, precision: str, machine: Machine, device: torch.device) -> None:
     rates = NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed)
-    execution = decide_execution(config, device)
+    execution = decide_execution(config, device, machine.base_in_shards)
     agents = build_agents(config.parallel_mode, model, config.num_agents, lora_shape(config), rates, execution)
     shares = 1
     if machine.deepspeed is not None:

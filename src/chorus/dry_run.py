@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import cast
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from chorus.adapters import check_targets
-from chorus.agreement import end_together, on_first_process
+from chorus.agreement import on_every_process, on_first_process, refuse_differences
 from chorus.auto_agents import WAYS_OUT, decide_num_agents, machine_of
 from chorus.base import load_model, load_skeleton, load_tokenizer, write_toy_like
 from chorus.config import Config
@@ -25,7 +26,7 @@ from chorus.data import Sample
 from chorus.deepspeed_config import deepspeed_json, deepspeed_wanted
 from chorus.engine import DTYPES, decide_precision, make_accelerator
 from chorus.errors import InputError
-from chorus.export import refuse_unusable
+from chorus.export import refuse_unshared, refuse_unusable
 from chorus.forecast import GIB, Forecast, Machine, forecast, in_words
 from chorus.journal import quiet_libraries
 from chorus.memory import memory_limit
@@ -66,7 +67,8 @@ def dry_run(config: Config, loop: Loop, report: Report) -> int:
         pass
     if accelerator is not None and not report.is_alone:
         report.join(gather_object([report.failures()]))
-        end_together(accelerator)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     report.conclude()
     return report.exit_code
 
@@ -120,11 +122,15 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
                 toy = folder / "toy"
                 on_first_process(accelerator, lambda: write_toy_like(config.model_name, tokenizer, toy))
                 config = config.model_copy(update={"model_name": str(toy), "batch_size": min(2, config.batch_size)})
-            base = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
+            where = (config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
+            load_base = partial(load_model, *where)
+            base = None if machine_of(accelerator).base_in_shards else load_base()
         samples = sorted(rows.samples, key=lambda sample: -len(sample.ids))  # the longest decide what fits
         if not fits:
             samples = [Sample(ids[-TOY_TOKENS:], is_target[-TOY_TOKENS:]) for ids, is_target in samples]
-        setting = Setting(config, accelerator, base, samples, cast(int, tokenizer.eos_token_id), loop, folder)
+        setting = Setting(
+            config, accelerator, base, load_base, samples, cast(int, tokenizer.eos_token_id), loop, folder
+        )
         _check_modes(report, setting, precision, is_real=fits)
 
 
@@ -133,7 +139,7 @@ def _folder_beside_output(report: Report, config: Config, accelerator: Accelerat
     """A folder on the disk of `output_dir`, gone at the end. Nothing is written into `output_dir` itself."""
     output_dir = Path(config.output_dir)
     with report.trying("output_dir can be written"):
-        refuse_unusable(output_dir, resumed=False)
+        on_every_process(partial(refuse_unusable, output_dir, resumed=False))
         beside = next(path for path in output_dir.absolute().parents if path.exists())
         made = on_first_process(accelerator, lambda: _make_folder(beside))
     report.add("output_dir can be written", True, f"{config.output_dir} itself is left alone")
@@ -152,28 +158,20 @@ def _make_folder(beside: Path) -> Path:
 
 
 def _check_processes(report: Report, config: Config, accelerator: Accelerator, folder: Path) -> None:
-    own = sha256(f"{config.model_dump_json()} {torch.__version__}".encode()).hexdigest()
-    digests = gather_object([own])
-    report.add(
-        "processes have one configuration",
-        len(set(digests)) == 1,
-        f"{len(set(digests))} digest(s) of configuration and torch version in {len(digests)} processes",
-        "give every host the same configs.yaml, command line and libraries",
-    )
     count = accelerator.num_processes
+    with report.trying("processes have one configuration"):
+        own = sha256(config.model_dump_json().encode()).hexdigest()
+        refuse_differences({"the digest of the configuration": own, "torch's version": str(torch.__version__)})
+        report.add("processes have one configuration", True, f"as has the first of {count}, and one version of torch")
+    with report.trying("processes see one output_dir"):
+        on_every_process(partial(refuse_unshared, folder))
+        report.add("processes see one output_dir", True, f"{count} of {count} see what the first one makes there")
     summed = accelerator.reduce(torch.tensor([accelerator.process_index + 1.0], device=accelerator.device), "sum")
     report.add(
         "an all-reduce gives the right sum",
         float(cast(torch.Tensor, summed)) == count * (count + 1) / 2,
         f"1 + ... + {count} = {float(cast(torch.Tensor, summed)):g}",
         "look at the network between the processes: NCCL_DEBUG=INFO tells more",
-    )
-    sees = gather_object([folder.is_dir()])
-    report.add(
-        "processes see one output_dir",
-        all(sees),
-        f"{sum(sees)} of {count} see a folder that the first one made beside it",
-        "put output_dir on a disk that all hosts share",
     )
 
 

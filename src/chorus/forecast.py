@@ -40,6 +40,10 @@ class Machine(NamedTuple):
     num_processes: int = 1
     deepspeed: Mapping[str, Any] | None = None
 
+    @property
+    def base_in_shards(self) -> bool:
+        return self.deepspeed is not None and self.deepspeed["zero_optimization"]["stage"] == 3
+
 
 class Forecast(NamedTuple):
     """Bytes on each device. At the peak of a training step: `standing` + activations + the larger of loss and backward.
@@ -110,10 +114,10 @@ def forecast(config: Config, precision: str, machine: Machine, length: int | Non
     """
     dtype = DTYPES[precision]
     length = length or longest_batch(config)
-    execution = decide_execution(config, torch.device(machine.device_type))
+    execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
     agents = _agents_without_values(config, dtype, execution)
     elements = sum(map(torch.numel, agents.adapter_tensors().values()))
-    standing = {"base": bytes_of(agents.frozen_tensors().values())}
+    standing = base_bytes(bytes_of(agents.frozen_tensors().values()), dtype, machine)
     standing |= trained_bytes(elements, config, dtype, machine)
     if machine.device_type == "cpu":
         standing = {"Python and its libraries": psutil.Process().memory_info().rss} | standing
@@ -140,6 +144,17 @@ def agents_of_a_pass(config: Config) -> int:
     return min(config.agents_per_pass or config.num_agents, config.num_agents) if config.parallel_mode == "fused" else 1
 
 
+def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
+    """What stands for a base of so many bytes: all of it, or under stage 3 a share and what is put together for use."""
+    if not machine.base_in_shards:
+        return {"base": whole}
+    zero = (machine.deepspeed or {})["zero_optimization"]
+    at_once = _number(zero, "stage3_max_live_parameters", 1e9) + _number(zero, "stage3_prefetch_bucket_size", 5e7)
+    is_offloaded = ((zero.get("offload_param") or {}).get("device") or "none") != "none"
+    share = 0 if is_offloaded else ceil(whole / machine.num_processes)
+    return {"base, its share": share, "base, put together": min(whole - share, dtype.itemsize * at_once)}
+
+
 def trained_bytes(elements: int, config: Config, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
     """What stands for `elements` trainable numbers: weights, AdamW's two moments, and what the engine holds beside.
 
@@ -159,12 +174,18 @@ def trained_bytes(elements: int, config: Config, dtype: torch.dtype, machine: Ma
     gradients = elements if zero["stage"] == 1 else share
     buckets = 0
     if zero.get("contiguous_gradients", True):
-        buckets = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
+        buckets = _number(zero, "reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm") else 1)
     return {
         "adapters": dtype.itemsize * elements,
         "optimizer, its share": 0 if is_offloaded else 12 * share,
         "gradients and buckets of ZeRO": dtype.itemsize * (gradients + buckets),
     }
+
+
+def _number(zero: Mapping[str, Any], key: str, default: float) -> int:
+    """DeepSpeed's own default where the JSON leaves it open."""
+    value = zero.get(key, "auto")
+    return int(default if value == "auto" else value)
 
 
 def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from chorus.checkpoint import Keeper, checkpoints, read_tensors, verify
 from chorus.config import Config
 from chorus.counting import bytes_of
 from chorus.data import Batch, Sample, collate, training_steps
-from chorus.engine import Engine, start_engine
+from chorus.engine import Engine, start_engine, zero_stage
 from chorus.forecast import GIB
 from chorus.journal import Journal
 from chorus.memory import peak_bytes, reset_peak
@@ -34,11 +34,17 @@ Loop = Callable[..., None]  # train.py's own loop
 
 
 class Setting(NamedTuple):
-    """All that a rehearsal needs; `base` lies on its device, frozen, and no mode changes it."""
+    """All that a rehearsal needs.
+
+    Attributes:
+        base: on its device, frozen; no mode changes it. None: each mode loads its own, which DeepSpeed cuts into shards.
+        pad_id: any id of the vocabulary.
+    """
 
     config: Config
     accelerator: Accelerator
-    base: PreTrainedModel
+    base: PreTrainedModel | None
+    load_base: Callable[[], PreTrainedModel]
     samples: Sequence[Sample]
     pad_id: int
     loop: Loop
@@ -105,6 +111,7 @@ class _Recorder(Journal):
     """Keeps the logged rows, and when each step was done."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.rows: list[Mapping[str, Any]] = []
         self.done: list[float] = []
 
@@ -133,17 +140,21 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
             **{"parallel_mode": mode, "max_train_steps": STEPS, "logging_steps": 1, "save_steps": 0, "shuffle": False},
             # Without warm-up, which would make the first step one of lr 0, after which all agents are still the base.
             **{"num_workers": 0, "output_dir": str(setting.folder), "num_warmup_steps_ratio": 0.0},
+            **{"profile_steps": 0, "profile_trace": False},
         }
     )
     accelerator, device = setting.accelerator, setting.accelerator.device
+    base = setting.base or setting.load_base()
     reset_peak(device)
-    agents = agents_of(config, setting.base, config.num_agents, decide_execution(config, device))
-    not_shared = elsewhere(agents)
+    execution = decide_execution(config, device, base_in_shards=zero_stage(accelerator) == 3)
+    agents = agents_of(config, base, config.num_agents, execution)
+    not_shared, more = elsewhere(agents), growth(config, base, agents)
     engine = start_engine(accelerator, agents, config)
     weights = {identity: tensor.clone() for identity, tensor in engine.adapter_values().items()}
-    checksums = checksums_of(agents)
     batch = collate(setting.samples[: config.batch_size], setting.pad_id).to(device)
-    nll_before_K = answers(agents, batch)[0] if is_own else None
+    with engine.whole():
+        checksums = checksums_of(agents)
+        nll_before_K = answers(agents, batch)[0] if is_own else None
     recorder = _Recorder()
     steps = training_steps(
         setting.samples,
@@ -162,15 +173,18 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
         peak=peak_bytes(device),
         engine=engine.description,
         still=still(weights, engine.adapter_values()),
-        changed=[name for name, value in checksums_of(agents).items() if value != checksums[name]],
+        changed=[],
         not_shared=not_shared,
-        growth=growth(config, setting.base, agents),
+        growth=more,
     )
-    if nll_before_K is not None:
-        accelerator.wait_for_everyone()  # the first process has written it
-        run.reload = reload(setting, config, agents, batch, nll_before_K)
-    del engine, agents, steps
+    accelerator.wait_for_everyone()  # the first process has written the checkpoint
+    with engine.whole():
+        run.changed = [name for name, value in checksums_of(agents).items() if value != checksums[name]]
+        if nll_before_K is not None:
+            run.reload = reload(setting.folder, base, config, agents, batch, nll_before_K)
+    engine.module = agents  # DDP must not be the last to hold the process group; see Engine.close
     accelerator.free_memory()
+    del engine, agents, steps, base
     gc.collect()
     return run
 
@@ -237,12 +251,14 @@ def evaluating(agents: Agents):
 
 
 @torch.no_grad()
-def reload(setting: Setting, config: Config, agents: Agents, batch: Batch, nll_before_K: Tensor) -> Reload:
+def reload(
+    place: Path, base: PreTrainedModel, config: Config, agents: Agents, batch: Batch, nll_before_K: Tensor
+) -> Reload:
     """Read the checkpoint into fresh agents, and each agent's folder with stock PEFT; mix their answers."""
     nll_K, hidden_KBTD = answers(agents, batch)
-    folder = checkpoints(setting.folder)[0]
+    folder = checkpoints(place)[0]
     state = read_tensors(folder, verify(folder)["optimizer_step"])
-    again = agents_of(config, setting.base, config.num_agents, Execution())
+    again = agents_of(config, base, config.num_agents, Execution())
     for identity, tensor in again.adapter_tensors().items():
         tensor.copy_(state.weights[identity])
     differs = float((answers(again, batch)[1].float() - hidden_KBTD.float()).abs().max())
@@ -253,7 +269,7 @@ def reload(setting: Setting, config: Config, agents: Agents, batch: Batch, nll_b
     for agent in agents.agents:
         ours_TV = head.logits(hidden_KBTD[agent, :1, :PEFT_TOKENS].to(device))[0]
         stock = PeftModel.from_pretrained(
-            copy_sharing_storage(setting.base),  # pyright: ignore[reportArgumentType]
+            copy_sharing_storage(base),  # pyright: ignore[reportArgumentType]
             str(folder / "agents" / adapter_name(agent)),
         )
         stock.eval()
