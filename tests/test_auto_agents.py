@@ -102,8 +102,8 @@ def test_a_run_that_goes_on_keeps_its_number(tmp_path: Path, accelerator: Accele
 
 @pytest.mark.launch
 def test_a_run_says_in_its_log_how_many_agents_it_took_and_why(tmp_path: Path):
-    settings = ("num_agents=auto", "lora_target_modules=[q_proj]", "batch_size=1", "debug_subset_size=20")
-    train(PLAIN, tmp_path / "run", *settings, "eval_samples=0", "max_train_steps=1")
+    few = ("lora_target_modules=[layers.0.self_attn.q_proj]", "batch_size=1", "debug_subset_size=20")
+    train(PLAIN, tmp_path / "run", "num_agents=auto", *few, "eval_samples=0", "max_train_steps=1")
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"num_agents auto: {MOST_AGENTS} (auto takes no more; name a number to have them); a step took" in log
     assert len(list((tmp_path / "run" / "agents").iterdir())) == MOST_AGENTS

@@ -77,7 +77,8 @@ def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator
     """What was agreed on. DeepSpeed's JSON is checked also where this launch does not ask for DeepSpeed."""
     path = config.deepspeed_config_file
     if deepspeed_wanted(config):
-        return f"DeepSpeed by {path or 'its built-in settings'}, precision {precision}"
+        path = path or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "its built-in settings")
+        return f"DeepSpeed by {path}, precision {precision}"
     if path is None or not Path(path).exists():
         return f"no DeepSpeed, precision {precision}"
     num_processes = accelerator.num_processes

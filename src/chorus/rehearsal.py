@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     """All that a rehearsal needs.
 
     Attributes:
-        base: on its device, frozen; no mode changes it. None: each mode loads its own, which DeepSpeed cuts into shards.
+        base: on its device, frozen; no mode changes it. None: each mode loads its own, which ZeRO-3 cuts up.
         pad_id: any id of the vocabulary.
     """
 
