@@ -8,7 +8,8 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from chorus.agreement import on_first_process
+from chorus.checkpoint import REMEDY
 from chorus.engine import Engine
 from chorus.errors import RunError
 from chorus.evaluate import Evaluation
-from chorus.export import LOG_FILE, write_text
+from chorus.export import LOG_FILE, disk_errors, write_text
 from chorus.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 class Journal:
     """Keeps silent, on every process but the first."""
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self._accelerator = accelerator
 
     def training(self, num_steps: int, start_step: int = 0) -> AbstractContextManager[None]:
         """The context of the training loop: a progress bar of `num_steps`, of which `start_step` are done.
@@ -40,10 +46,27 @@ class Journal:
         return nullcontext()
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
-        """One optimiser step is done; `metrics` on logged steps: a row of metrics.jsonl."""
+        """One optimiser step is done; `metrics` on logged steps: a row of metrics.jsonl, and a collective call.
+
+        Raises:
+            RunError: on every process alike: the first one's disk did not take the row.
+        """
+        if metrics is not None and self._accelerator is not None:
+            on_first_process(self._accelerator, partial(self._write, metrics))
+
+    def _write(self, metrics: Mapping[str, Any]) -> None:
+        """The first process' part of `advance`."""
 
     def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
-        """What the profiler has measured by `step`, as a row of metrics.jsonl of its own, and in lines for people."""
+        """What the profiler has measured by `step`, as a row of metrics.jsonl of its own, and in lines for people.
+
+        A collective call; raises as `advance` does.
+        """
+        if self._accelerator is not None:
+            on_first_process(self._accelerator, partial(self._write_profile, step, report, lines))
+
+    def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """The first process' part of `profile`."""
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -65,17 +88,26 @@ class _ConsoleHandler(logging.Handler):
         self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+class _LogFile(logging.FileHandler):
+    """train.log. logging's own way with a full disk is a traceback for every line, and to go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with disk_errors(Path(self.baseFilename), len(record.getMessage()), REMEDY):
+            raise  # what is being handled
+
+
 class WritingJournal(Journal):
     """Writes to the terminal, to train.log and metrics.jsonl in `output_dir`, and to Accelerate's trackers."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]):
-        self._accelerator = accelerator
+        super().__init__(accelerator)
+        self._track, self._device = accelerator.log, accelerator.device
         self._console = Console(stderr=True)
         self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
         to_terminal = _ConsoleHandler(self._console)
-        to_file = logging.FileHandler(output_dir / LOG_FILE, encoding="utf-8")
+        to_file = _LogFile(output_dir / LOG_FILE, encoding="utf-8")
         fcntl.lockf(to_file.stream, fcntl.LOCK_EX)  # pyright: ignore  (`export.is_at_work` asks for it)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._handlers = (to_terminal, to_file)
@@ -102,14 +134,14 @@ class WritingJournal(Journal):
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
         self._progress.advance(self._task)
-        if metrics is None:
-            return
+        super().advance(metrics)
+
+    def _write(self, metrics: Mapping[str, Any]) -> None:
         # JSON knows no infinity, which in fp16 the first gradient norms are, while the loss scale falls.
         no_number = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
-        self._write({**metrics, **dict.fromkeys(no_number)})
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        self._accelerator.log(numbers, step=metrics["step"])
+        self._add({**metrics, **dict.fromkeys(no_number)}, numbers)
         self._progress.update(self._task, description=f"loss {metrics['loss']:.4f}")
         swd = "" if metrics["swd"] is None else f"  swd {metrics['swd']:.4f}"
         losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
@@ -118,26 +150,29 @@ class WritingJournal(Journal):
             f"grad norm {metrics['grad_norm']:.2f}  {metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
         )
         if "peak_memory_gib" in metrics:
-            device = self._accelerator.device
-            logger.info(memory_line(metrics["step"], device, memory_usage(device)))
+            logger.info(memory_line(metrics["step"], self._device, memory_usage(self._device)))
 
-    def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
-        self._write({"step": step, "profile": report})
-        self._accelerator.log(dict(_flat("profile", report)), step=step)
+    def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+        self._add({"step": step, "profile": report}, dict(_flat("profile", report)))
         logger.info("profiled\n%s", "\n".join(lines))
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self._metrics.flush()
+    def _add(self, row: Mapping[str, Any], numbers: dict[str, float]) -> None:
+        """A row to metrics.jsonl, and its numbers to the trackers."""
+        line = json.dumps(row, allow_nan=False) + "\n"
+        with disk_errors(Path(self._metrics.name), len(line), REMEDY):
+            self._metrics.write(line)
+            self._metrics.flush()
+            self._track(numbers, step=row["step"])
 
     def table(self, table: Table) -> None:
         self._console.print(table)
 
     def close(self) -> None:
-        self._metrics.close()
-        for handler in self._handlers:
-            logging.getLogger("chorus").removeHandler(handler)
-            handler.close()
+        for file in (self._metrics, *self._handlers):
+            if isinstance(file, logging.Handler):
+                logging.getLogger("chorus").removeHandler(file)
+            with suppress(OSError):  # what a full disk has refused is tried once more, and has been spoken of
+                file.close()
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -169,7 +204,7 @@ def open_journal(accelerator: Accelerator, output_dir: Path, settings: Mapping[s
     if accelerator.is_main_process:
         return WritingJournal(accelerator, output_dir, settings)
     logging.getLogger("chorus").addHandler(logging.NullHandler())
-    return Journal()
+    return Journal(accelerator)
 
 
 class Meter:
