@@ -33,6 +33,7 @@ class Told(Journal):
     """Keeps what the profiler tells."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.reports: list[tuple[int, Mapping[str, Any], Sequence[str]]] = []
 
     def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
