@@ -32,8 +32,7 @@ def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
             outcome = [act(), None]
         except (InputError, RunError) as error:
             outcome = [None, error]
-    with span("communication"):
-        broadcast_object_list(outcome)
+    broadcast_object_list(outcome)
     result, error = outcome
     if error is not None:
         raise error
