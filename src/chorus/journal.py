@@ -54,9 +54,6 @@ class Journal:
         if metrics is not None and self._accelerator is not None:
             on_first_process(self._accelerator, partial(self._write, metrics))
 
-    def _write(self, metrics: Mapping[str, Any]) -> None:
-        """The first process' part of `advance`."""
-
     def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
         """What the profiler has measured by `step`, as a row of metrics.jsonl of its own, and in lines for people.
 
@@ -64,6 +61,9 @@ class Journal:
         """
         if self._accelerator is not None:
             on_first_process(self._accelerator, partial(self._write_profile, step, report, lines))
+
+    def _write(self, metrics: Mapping[str, Any]) -> None:
+        """The first process' part of `advance`."""
 
     def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
         """The first process' part of `profile`."""
@@ -139,9 +139,10 @@ class WritingJournal(Journal):
     def _write(self, metrics: Mapping[str, Any]) -> None:
         # JSON knows no infinity, which in fp16 the first gradient norms are, while the loss scale falls.
         no_number = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+        row = {**metrics, **dict.fromkeys(no_number)}
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        self._add({**metrics, **dict.fromkeys(no_number)}, numbers)
+        self._append(row, numbers)
         self._progress.update(self._task, description=f"loss {metrics['loss']:.4f}")
         swd = "" if metrics["swd"] is None else f"  swd {metrics['swd']:.4f}"
         losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
@@ -153,16 +154,15 @@ class WritingJournal(Journal):
             logger.info(memory_line(metrics["step"], self._device, memory_usage(self._device)))
 
     def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
-        self._add({"step": step, "profile": report}, dict(_flat("profile", report)))
+        self._append({"step": step, "profile": report}, dict(_flat("profile", report)))
         logger.info("profiled\n%s", "\n".join(lines))
 
-    def _add(self, row: Mapping[str, Any], numbers: dict[str, float]) -> None:
-        """A row to metrics.jsonl, and its numbers to the trackers."""
+    def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         line = json.dumps(row, allow_nan=False) + "\n"
         with disk_errors(Path(self._metrics.name), len(line), REMEDY):
             self._metrics.write(line)
             self._metrics.flush()
-            self._track(numbers, step=row["step"])
+            self._track(dict(numbers), step=row["step"])
 
     def table(self, table: Table) -> None:
         self._console.print(table)
