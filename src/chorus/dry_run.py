@@ -4,6 +4,7 @@ Each check says what was found and, where it fails, what to do. Every process ta
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
