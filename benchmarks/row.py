@@ -104,7 +104,7 @@ def measure(row: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         "about": conditions(device, DTYPES[precision], matmul),
     }
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    engine.close()
     return figures
 
 

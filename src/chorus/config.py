@@ -164,10 +164,11 @@ class Config(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "auto"
     """no, fp16, bf16 or auto. auto: bf16 on a GPU that has it, no elsewhere. no also loads the base in fp32."""
     use_deepspeed: Literal["auto"] | bool = "auto"
-    """auto: as the launcher says. true: DeepSpeed ZeRO-2, even where the launcher does not ask for it. false: no
-    DeepSpeed, and a launcher that asks for it is refused."""
+    """auto: as the launcher says. true: DeepSpeed, even where the launcher does not ask for it. false: no DeepSpeed,
+    and a launcher that asks for it is refused."""
     deepspeed_config_file: Text | None = "ds_config_zero2.json"
-    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters."""
+    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters. recipes/deepspeed has
+    others, for where memory is short."""
 
     profile_steps: NonNegativeInt = 0
     """Time so many optimiser steps part by part, after a first one that warms up, and print a summary; 0 is off."""
