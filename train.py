@@ -23,6 +23,7 @@ from typing import cast
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
 from chorus.agreement import StopRequest, lost_processes_named, on_first_process
+from chorus.auto_agents import decide_num_agents
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
@@ -53,6 +54,7 @@ def main(config: Config) -> None:
     check_targets(load_skeleton(config.model_name), config.lora_target_modules)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
+    config, agents_note = decide_num_agents(config, precision, accelerator)
     run = describe_run(config, problems.train, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
@@ -63,6 +65,8 @@ def main(config: Config) -> None:
     with ExitStack() as at_exit:
         journal = at_exit.enter_context(closing(open_journal(accelerator, output_dir, config.model_dump())))
         begin.log()
+        if agents_note:
+            logger.info(agents_note)
         samples = tokenise(problems.train, tokenizer, config.max_seq_length)
         held_out = held_out_share(
             problems.validation[: config.eval_samples],

@@ -31,7 +31,7 @@ NOT_A_NUMBER = [
 NOT_TEXT = ["1", "true", "[a]", "2020-01-01", '"\\ud800"', '""']
 ACCEPTED_AND_REFUSED = {
     "count": (["1", "7"], [*NOT_A_NUMBER, "0", "-1", "1.0", "1.5", "1e3"]),
-    "agents": (["2", "7"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
+    "agents": (["2", "7", "auto"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
     "seconds": (["1", "7"], [*NOT_A_NUMBER, "0", "-1", "1.5", "31536001"]),
     "count or zero": (["0", "7"], [*NOT_A_NUMBER, "-1", "0.0", "1.5"]),
     "two or more": (["2", "7"], [*NOT_A_NUMBER, "1", "-1", "2.0"]),
@@ -39,6 +39,7 @@ ACCEPTED_AND_REFUSED = {
     "positive": (["3e-5", "1", "1e9"], [*NOT_A_NUMBER, "0", "0.0", "-1e-9"]),
     "positive or zero": (["0", "3e-5", "1e9"], [*NOT_A_NUMBER, "-1e-9"]),
     "below one": (["0", "0.999"], [*NOT_A_NUMBER, "1", "-1e-9"]),
+    "above zero, up to one": (["1e-9", "0.5", "1"], [*NOT_A_NUMBER, "0", "1.001"]),
     "up to one": (["0", "0.5", "1"], [*NOT_A_NUMBER, "1.001", "-1e-9"]),
     "flag": (["true", "false"], ["1", "0", "yes", '"true"', "null", "[true]", ".nan"]),
     "flag or auto": (["true", "false", "auto"], ["1", "0", "yes", '"true"', "null", "[auto]", ".nan"]),
@@ -69,6 +70,7 @@ KIND = {
     **dict.fromkeys(["lambda_sw", "weight_decay", "max_grad_norm"], "positive or zero"),
     **dict.fromkeys(["lora_dropout", "dropconnect_p", "validation_split"], "below one"),
     **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
+    **dict.fromkeys(["memory_fraction"], "above zero, up to one"),
     **dict.fromkeys(["initialize_adapters_rand", "use_gradient_checkpointing", "skip_bad_rows"], "flag"),
     **dict.fromkeys(["shuffle", "profile_trace", "log_memory_usage"], "flag"),
     **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
@@ -158,7 +160,7 @@ def test_a_duplicate_key_is_refused_at_its_second_line(key):
         ("num_agents: 0", "greater than 0"),
         ("lora_dropout: 1", "less than 1"),
         ('lr: "1e-4"', "a valid number; write a number, without quotes"),
-        ("num_agents: true", "a valid integer; write a whole number"),
+        ("lora_rank: true", "a valid integer; write a whole number"),
         ("shuffle: yes", "write true or false"),
         ("model_name: 2", "put it in quotes"),
         ("lora_target_modules: q_proj", "write [one, another]"),
@@ -174,8 +176,8 @@ def test_an_unknown_key_is_named_before_other_mistakes():
 
 
 def test_of_two_bad_values_one_is_named():
-    message = refusal("lr: fast\nnum_agents: true")
-    assert message.startswith("configs.yaml: key 'num_agents' (line 2) is true; it should be a valid integer; ")
+    message = refusal("lr: fast\nlora_rank: true")
+    assert message.startswith("configs.yaml: key 'lora_rank' (line 2) is true; it should be a valid integer; ")
     assert "number," not in message.replace("whole number,", "")
 
 

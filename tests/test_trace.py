@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from chorus.errors import RunError
 from chorus.spans import span
-from chorus.trace import operator_table, stacks, traced
+from chorus.trace import operator_table, stacks, tracing, write_trace
 
 
 def event(category: str, name: str, begin: float, end: float, thread: int = 1, **args: Any) -> dict[str, Any]:
@@ -76,15 +77,26 @@ def test_the_table_has_operators_or_kernels_by_their_own_time_and_the_share_of_i
     assert len(operator_table(EVENTS, "host", rows=1).splitlines()) == 2
 
 
+def test_a_disk_that_does_not_take_the_trace_is_one_line_with_the_remedy(tmp_path: Path):
+    with tracing(torch.device("cpu")) as trace, span("step 1"):
+        torch.ones(1)
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(
+        RunError, match=r"run/profile: the trace could not be written: .*; make room, or set profile_tr"
+    ):
+        write_trace(trace, tmp_path / "run" / "profile")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_the_kernels_are_traced_under_their_spans_and_the_memory_is_told(tmp_path: Path):
     a = torch.randn(512, 512, device="cuda", requires_grad=True)
-    with traced(tmp_path / "profile", a.device), span("step 1"):
+    with tracing(a.device) as trace, span("step 1"):
         with span("forward_pass"):
             product = (a @ a).sum()
         with span("backward_pass"):
             product.backward()
+    write_trace(trace, tmp_path / "profile")
     written = {path.name: path for path in (tmp_path / "profile").iterdir()}
     assert set(written) == {
         *("trace.json.gz", "flame_graph.html", "flame_graph_gpu.html", "top_operators.txt", "memory.html")

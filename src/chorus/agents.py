@@ -84,14 +84,14 @@ class Execution:
     Attributes:
         recompute: make each decoder layer's activations again in backward.
         agents_per_pass: fused mode's groups; None takes all agents together.
-        compiled: torch.compile the decoder layers.
+        compiled: torch.compile the decoder layers; a word is the name of another backend than inductor.
         recorded: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a recording
             would repeat.
     """
 
     recompute: bool = False
     agents_per_pass: int | None = None
-    compiled: bool = False
+    compiled: bool | str = False
     recorded: bool = False
 
 

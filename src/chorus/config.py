@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -21,6 +21,10 @@ from chorus.strict_yaml import Setting, as_yaml, refuse, settings_of_command_lin
 
 Text = Annotated[str, Field(min_length=1)]  # any min_length also refuses a lone surrogate, which YAML can spell
 Probability = Annotated[float, Field(ge=0, lt=1)]
+if TYPE_CHECKING:
+    AgentCount = int  # "auto" is decided at the very start of a run: whoever reads the key finds a number
+else:
+    AgentCount = PositiveInt | Literal["auto"]
 Modules = Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"]
 
 
@@ -41,8 +45,12 @@ class Config(BaseModel):
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
     """auto, eager, sdpa, flex_attention or flash_attention_2. auto leaves it to transformers: eager for Gemma-2."""
 
-    num_agents: PositiveInt = 4
-    """K, the number of LoRA agents trained together over the one base."""
+    num_agents: AgentCount = 4
+    """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
+    that a measured step confirms; a run that goes on keeps its checkpoint's."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and beyond
+    which the dry run fails; above 0, up to 1."""
     parallel_mode: Literal["fused", "sequential", "parallel"] = "fused"
     """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
     agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""
@@ -159,10 +167,11 @@ class Config(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "auto"
     """no, fp16, bf16 or auto. auto: bf16 on a GPU that has it, no elsewhere. no also loads the base in fp32."""
     use_deepspeed: Literal["auto"] | bool = "auto"
-    """auto: as the launcher says. true: DeepSpeed ZeRO-2, even where the launcher does not ask for it. false: no
-    DeepSpeed, and a launcher that asks for it is refused."""
+    """auto: as the launcher says. true: DeepSpeed, even where the launcher does not ask for it. false: no DeepSpeed,
+    and a launcher that asks for it is refused."""
     deepspeed_config_file: Text | None = "ds_config_zero2.json"
-    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters."""
+    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters. recipes/deepspeed has
+    others, for where memory is short."""
     collective_timeout_s: Annotated[int, Field(ge=1, le=31_536_000)] = 1800
     """Seconds that a process waits for the others before it ends the run; more than the slowest save or evaluation of
     one of them takes."""

@@ -28,8 +28,9 @@ def work_of(model: PreTrainedModel) -> Work:
     """Counted from the frozen linear layers: adapters that the model carries are not among them."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    body = sum(linear.weight.numel() for linear in linears if not linear.weight.requires_grad)
+    # By their shapes: ZeRO-3's weights are empty while they are in shards.
+    body = sum(linear.in_features * linear.out_features for linear in linears if not linear.weight.requires_grad)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * head_dim
-    assert head is not None, "a language model without a head"
-    return Work(body, head.weight.numel(), attention)
+    assert isinstance(head, nn.Linear), "a language model without a linear head"
+    return Work(body, head.in_features * head.out_features, attention)

@@ -12,19 +12,20 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch._dynamo.utils import counters
 
 from chorus.agents import causal_lm
+from chorus.agreement import on_first_process
 from chorus.config import Config
 from chorus.data import StepBatch
 from chorus.engine import Engine
 from chorus.flops import Work, work_of
 from chorus.journal import Journal, memory_line, memory_usage
 from chorus.spans import Span, Stopwatch, listening, span
-from chorus.trace import traced
+from chorus.trace import Trace, tracing, write_trace
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +86,14 @@ def _profiled(
     if config.profile_steps:
         _report(watched, timed_until, engine, journal)
     if traced_until > timed_until:
-        folder = Path(config.output_dir, "profile")
-        with traced(folder, accelerator.device) if accelerator.is_main_process else nullcontext():
+        with tracing(accelerator.device) if accelerator.is_main_process else nullcontext() as trace:
             for step in range(timed_until, traced_until):
                 with span(f"step {step + 1}"):
                     with span("data_loading"):
                         step_batch = next(steps)
                     yield step_batch
+        folder = Path(config.output_dir, "profile")
+        on_first_process(accelerator, lambda: write_trace(cast(Trace, trace), folder))
     yield from steps
 
 
@@ -106,7 +108,7 @@ def _profiled_step(timed: Span, step_batch: StepBatch, num_agents: int, work: Wo
 
 
 def _report(watched: Sequence[ProfiledStep], step: int, engine: Engine, journal: Journal) -> None:
-    """Tell the journal. A collective call."""
+    """Tell the journal. A collective call, in which every process does the same."""
     device = engine.accelerator.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -119,7 +121,7 @@ def _report(watched: Sequence[ProfiledStep], step: int, engine: Engine, journal:
 
 
 def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any] | None:
-    """Averages over the warm steps, as they go to metrics.jsonl; None where there is none. A collective call.
+    """Averages over the warm steps, as they go to metrics.jsonl; None where a process has none. A collective call.
 
     parts: by name, in order of appearance: seconds (a call), calls, share of the step, and over all processes
         slowest_process_seconds (a call).
@@ -140,13 +142,13 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
                 total[inner.name] += inner.own_seconds()
                 calls[inner.name] += 1
     seconds = max(total["step"], 1e-12)
-    rates = [sum(step.tokens for step in warm) / seconds, sum(step.flops for step in warm) / seconds]
+    rates = [len(warm), sum(step.tokens for step in warm) / seconds, sum(step.flops for step in warm) / seconds]
     per_call = [total[name] / max(calls[name], 1) for name in names]
     own = torch.tensor([*rates, *per_call], dtype=torch.float64, device=engine.accelerator.device)
     all_PN = engine.gather(own[None]).cpu()  # of every process
-    if not warm:
+    if not all_PN[:, 0].all():
         return None
-    slowest = dict(zip(names, all_PN[:, 2:].amax(0).tolist(), strict=True))
+    slowest = dict(zip(names, all_PN[:, 3:].amax(0).tolist(), strict=True))
     parts = {
         name: {
             "seconds": of_one_call,
@@ -164,8 +166,8 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
         "step": parts.pop("step"),
         "parts": parts,
         "processes": len(all_PN),
-        "agent_tokens_per_second": float(all_PN[:, 0].sum()),
-        "useful_tflops_per_process": float(all_PN[:, 1].mean()) / 1e12,
+        "agent_tokens_per_second": float(all_PN[:, 1].sum()),
+        "useful_tflops_per_process": float(all_PN[:, 2].mean()) / 1e12,
     }
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = frozenset(
     {
         *("parallel_mode", "agents_per_pass", "use_gradient_checkpointing", "compile", "cuda_graphs"),
-        *("attn_implementation", "pad_to_multiple_of", "num_workers"),
+        *("memory_fraction", "attn_implementation", "pad_to_multiple_of", "num_workers"),
         *("use_deepspeed", "deepspeed_config_file", "profile_steps", "profile_trace"),
         *("log_memory_usage", "max_skipped_steps", "collective_timeout_s"),
         *("eval_batch_size", "eval_samples", "max_new_tokens_eval", "dirichlet_alpha_aggregator"),

@@ -14,55 +14,81 @@ import torch
 from torch.cuda._memory_viz import trace_plot
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from chorus.errors import RunError
 from chorus.flame_graph import Stack, flame_graph
 from chorus.spans import listening
 
 logger = logging.getLogger(__name__)
 
 Clock = Literal["host", "device"]
-TRACE, OPERATORS, MEMORY = "trace.json.gz", "top_operators.txt", "memory.html"
+TRACE, OPERATORS = "trace.json.gz", "top_operators.txt"
+MEMORY = "memory.html"  # torch's own viewer, which the page loads from the web
 FLAMES = {"host": "flame_graph.html", "device": "flame_graph_gpu.html"}
 SPAN, OPERATOR, MODULE = "user_annotation", ("cpu_op", "cuda_runtime", "cuda_driver"), "nn.Module: "
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
+class Trace(NamedTuple):
+    """What was traced, and (on a GPU, once it has ended) the allocator's snapshot: none or one."""
+
+    profiler: profile
+    snapshots: list[Any]
+
+
 @contextmanager
-def traced(folder: Path, device: torch.device) -> Iterator[None]:
-    """Trace what runs in this context, spans named, and write the files into `folder` at its end; not if it fails."""
+def tracing(device: torch.device) -> Iterator[Trace]:
+    """Trace what runs in this context, spans named. `write_trace` then makes files of it."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    snapshots: list[Any] = []
     with (
         listening(record_function),
-        _memory_history(folder / MEMORY) if on_gpu else nullcontext(),
+        _memory_history(snapshots) if on_gpu else nullcontext(),
         profile(activities=activities, with_stack=True) as profiler,  # with stacks, for the names of modules
     ):
-        yield
+        yield Trace(profiler, snapshots)
         if on_gpu:
             torch.cuda.synchronize(device)
-    folder.mkdir(exist_ok=True)
-    profiler.export_chrome_trace(str(folder / TRACE))
-    with gzip.open(folder / TRACE, "rt", encoding="utf-8") as file:
-        events = json.load(file)["traceEvents"]
+
+
+def write_trace(trace: Trace, folder: Path) -> None:
+    """The files of a trace.
+
+    Raises:
+        RunError: the disk does not take them.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        trace.profiler.export_chrome_trace(str(folder / TRACE))
+        with gzip.open(folder / TRACE, "rt", encoding="utf-8") as file:
+            _write_readable(json.load(file)["traceEvents"], folder)
+        for snapshot in trace.snapshots:
+            (folder / MEMORY).write_text(trace_plot(snapshot), encoding="utf-8")
+    except OSError as error:
+        remedy = "make room, or set profile_trace to false"
+        raise RunError(f"{folder}: the trace could not be written: {error}; {remedy}") from error
+    logger.info("the trace is written; %s shows where the time of its steps went", folder / FLAMES["host"])
+
+
+def _write_readable(events: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    on_gpu = any(event.get("cat") in ON_DEVICE for event in events)
     clocks: tuple[Clock, ...] = ("device", "host") if on_gpu else ("host",)
     for clock in clocks:
         page = flame_graph(stacks(events, clock), "GPU time" if clock == "device" else "Host time")
         (folder / FLAMES[clock]).write_text(page, encoding="utf-8")
     tables = [operator_table(events, clock) for clock in clocks]
     (folder / OPERATORS).write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    logger.info("two steps are traced; %s shows where their time went", folder / FLAMES["host"])
 
 
 @contextmanager
-def _memory_history(page: Path) -> Iterator[None]:
-    """A page on what the GPU's allocator did in this context, and who called it. Its viewer comes from the web."""
+def _memory_history(snapshots: list[Any]) -> Iterator[None]:
+    """Append what the GPU's allocator does in this context, and who called it."""
     torch.cuda.memory._record_memory_history(max_entries=1_000_000)
     try:
         yield
-        snapshot = torch.cuda.memory._snapshot()
+        snapshots.append(torch.cuda.memory._snapshot())
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-    page.parent.mkdir(exist_ok=True)
-    page.write_text(trace_plot(snapshot), encoding="utf-8")
 
 
 class Event(NamedTuple):
