@@ -19,6 +19,7 @@ from chorus.agents import Mode
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.deepspeed_config import deepspeed_json
+from chorus.layers import Recompute
 from chorus.objective import SwdSettings, objective
 
 
@@ -39,7 +40,7 @@ def main(folder: Path) -> None:
     batch = Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_BM)
     # No clipping: the norm of all agents would come between an agent and its own gradient.
     settings = deepspeed_json(Config(max_grad_norm=0.0, batch_size=B // 2), "no", num_processes=2)
-    for mode, checkpointing, dropconnect_p in product(get_args(Mode), (False, True), (0.0, 0.4)):
+    for mode, checkpointing, dropconnect_p in product(get_args(Mode), get_args(Recompute), (0.0, 0.4)):
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         optimizer = torch.optim.AdamW(agents.adapter_tensors().values())
         engine, *_ = deepspeed.initialize(model=agents, optimizer=optimizer, config=settings)

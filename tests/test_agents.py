@@ -37,12 +37,13 @@ from chorus.agents import (
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.errors import InputError
+from chorus.layers import Recompute
 from chorus.lora_linear import flatten
 from chorus.objective import SwdSettings, objective
 
 MODES = get_args(Mode)
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", get_args(Recompute))
 DROPCONNECT = pytest.mark.parametrize("dropconnect_p", [0.0, 0.4], ids=["", "dropconnect"])
 # fp32 rounding: sums of a few hundred terms in another order
 EXACT = 2e-5
@@ -139,7 +140,7 @@ def test_the_agents_come_in_order(mode: Mode):
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode, checkpointing: bool):
+def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode, checkpointing: Recompute):
     agents = toy_agents(mode, gradient_checkpointing=checkpointing)
     _, gradients = run(agents, toy_batch())
     assert len(gradients) == 3 * 2 * len(TARGETS) * 2
@@ -155,7 +156,7 @@ def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: bool):
+def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: Recompute):
     assert_every_agent_gets_the_gradient_of_a_lone_run(toy_agents(mode, gradient_checkpointing=checkpointing))
 
 
@@ -180,7 +181,7 @@ def seeded(kind: Callable, config: object) -> PreTrainedModel:
 @EVERY_MODE
 @CHECKPOINTING
 @pytest.mark.parametrize("base", [small_llama, small_gpt_neox])
-def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, checkpointing: bool, base: Callable):
+def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, checkpointing: Recompute, base: Callable):
     shape = LoraShape(RANK, ALPHA, "all-linear", random_init=True, seed=0)
     execution = Execution(recompute=checkpointing)
     agents = build_agents(mode, base(), 2, shape, NoiseRates(0, 0, 0), execution)
@@ -192,7 +193,7 @@ def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, chec
 @DROPCONNECT
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
 def test_every_mode_gives_the_same_values_and_gradients(
-    mode: Mode, checkpointing: bool, dropconnect_p: float, dropout_p: float
+    mode: Mode, checkpointing: Recompute, dropconnect_p: float, dropout_p: float
 ):
     noise = {"dropconnect_p": dropconnect_p, "dropout_p": dropout_p}
     batch = toy_batch()
@@ -206,7 +207,7 @@ def test_every_mode_gives_the_same_values_and_gradients(
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: bool):
+def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: Recompute):
     batch = toy_batch()
     expected, expected_gradients = run(toy_agents("parallel", dtype=torch.bfloat16), batch)
     output, gradients = run(toy_agents(mode, dtype=torch.bfloat16, gradient_checkpointing=checkpointing), batch)
@@ -219,7 +220,7 @@ def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: boo
 @DROPCONNECT
 @pytest.mark.parametrize("agents_per_pass", [1, 2])
 def test_groups_of_fused_agents_give_what_all_of_them_give(
-    agents_per_pass: int, checkpointing: bool, dropconnect_p: float
+    agents_per_pass: int, checkpointing: Recompute, dropconnect_p: float
 ):
     noise = {"dropconnect_p": dropconnect_p, "dropout_p": 0.3, "gradient_checkpointing": checkpointing}
     batch = toy_batch()
@@ -240,7 +241,7 @@ def test_groups_of_fused_agents_give_what_all_of_them_give(
     "execution", [{}, {"compiled": True}, {"recorded": True}, {"compiled": True, "recorded": True}], ids=str
 )
 def test_every_mode_and_execution_is_exact_on_the_gpu(
-    mode: Mode, checkpointing: bool, dropconnect_p: float, dtype: torch.dtype, execution: dict
+    mode: Mode, checkpointing: Recompute, dropconnect_p: float, dtype: torch.dtype, execution: dict
 ):
     """Against fp32, uncompiled; in bf16 to twice what bf16 itself costs there.
 
@@ -296,7 +297,9 @@ def test_random_draws_differ_between_steps_and_agents_and_are_off_in_evaluation(
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_draws(mode: Mode, checkpointing: bool):
+def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_draws(
+    mode: Mode, checkpointing: Recompute
+):
     """A recomputation that read the latest draw instead of its own would mix the two."""
     batches = [toy_batch(seed=1), toy_batch(seed=2)]
 
@@ -350,7 +353,7 @@ def test_fused_agents_refuse_a_layer_that_is_given_other_rows_than_the_batchs():
 @EVERY_MODE
 @CHECKPOINTING
 @DROPCONNECT
-def test_a_forward_leaves_no_trace(mode: Mode, checkpointing: bool, dropconnect_p: float):
+def test_a_forward_leaves_no_trace(mode: Mode, checkpointing: Recompute, dropconnect_p: float):
     noise = {"dropconnect_p": dropconnect_p, "dropout_p": 0.3}
     assert_a_forward_leaves_no_trace(toy_agents(mode, gradient_checkpointing=checkpointing, **noise))
 
@@ -440,7 +443,7 @@ def switching_adapters_before_one_backward(monkeypatch: pytest.MonkeyPatch) -> A
 def recomputing_under_the_adapter_of_backward(monkeypatch: pytest.MonkeyPatch) -> Agents:
     monkeypatch.setattr(Routing, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
     monkeypatch.setattr(agents_module, "recomputed", lambda run, parameters: run())
-    agents = toy_agents("sequential", gradient_checkpointing=True)
+    agents = toy_agents("sequential", gradient_checkpointing="full")
     layers, weights = lora_layers(agents.peft_model(2)), agents._weights((2,), None)
     assert weights is not None
     agents.routing._take(take_turn(layers, (2,), weights, 0, None))  # the last adapter switched to stays active
@@ -504,7 +507,7 @@ def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Pa
     )
     assert result.returncode == 0, result.stderr[-3000:]
     batch = toy_batch(without_targets=None)
-    for mode, checkpointing, dropconnect_p in product(MODES, (False, True), (0.0, 0.4)):
+    for mode, checkpointing, dropconnect_p in product(MODES, get_args(Recompute), (0.0, 0.4)):
         plain = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         _, expected = run(plain, batch)
         found = torch.load(tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}.pt", weights_only=True)

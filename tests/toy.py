@@ -9,6 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from chorus.adapters import LoraShape
 from chorus.agents import Agents, Execution, Mode, NoiseRates, build_agents
 from chorus.data import Batch
+from chorus.layers import Recompute
 
 VOCABULARY = 61
 RANK = 3
@@ -64,7 +65,7 @@ def toy_agents(
     mode: Mode,
     *,
     num_agents: int = 3,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Recompute = "none",
     dropconnect_p: float = 0.0,
     dropout_p: float = 0.0,
     dtype: torch.dtype = torch.float32,

@@ -47,7 +47,7 @@ from chorus.config import Config
 from chorus.data import Batch
 from chorus.errors import InputError
 from chorus.graphs import MAX_RECORDINGS, RecordedPasses
-from chorus.layers import prepare_layers
+from chorus.layers import Recompute, prepare_layers
 from chorus.token_nll import token_nll
 
 logger = logging.getLogger(__name__)
@@ -81,14 +81,14 @@ class Execution:
     """How passes are carried out. None of it changes a result, beyond rounding.
 
     Attributes:
-        recompute: make each decoder layer's activations again in backward.
+        recompute: what of each decoder layer's activations is made again in backward.
         agents_per_pass: fused mode's groups; None takes all agents together.
         compiled: torch.compile the decoder layers.
         recorded: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a recording
             would repeat.
     """
 
-    recompute: bool = False
+    recompute: Recompute = "none"
     agents_per_pass: int | None = None
     compiled: bool = False
     recorded: bool = False
@@ -116,7 +116,7 @@ def decide_execution(config: Config, device: torch.device) -> Execution:
         because = f"; auto: batches of up to {lengths} lengths; pad_to_multiple_of {fewer} would do"
     compiled, recorded = (not because if key == "auto" else key for key in (config.compile, config.cuda_graphs))
     logger.info("layers compiled: %s; passes recorded: %s%s", compiled, recorded, because)
-    return Execution(config.use_gradient_checkpointing, config.agents_per_pass, compiled, recorded)
+    return Execution(config.recomputation, config.agents_per_pass, compiled, recorded)
 
 
 def held_agents(num_agents: int) -> tuple[int, ...]:

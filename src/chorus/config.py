@@ -62,8 +62,12 @@ class Config(BaseModel):
     dropconnect_p: Probability = 0.0
     """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by 1/(1-p); from 0
     (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never in a saved file."""
-    use_gradient_checkpointing: bool = False
-    """true: recompute activations in the backward pass, for less memory and more time."""
+    gradient_checkpointing: Literal["none", "selective", "full"] | None = None
+    """What of each decoder layer is computed again in the backward pass, for less memory and more time. none: nothing.
+    selective: all but the results of its products with weights. full: the whole layer. null: none, or what
+    use_gradient_checkpointing says."""
+    use_gradient_checkpointing: bool | None = None
+    """The older spelling of gradient_checkpointing: true is full, false is none; null leaves it to the other key."""
     compile: Literal["auto"] | bool = "auto"
     """true: have torch compile the decoder layers for training, once for every length that occurs. auto: on a GPU,
     where pad_to_multiple_of leaves at most 8 lengths and lora_dropout is 0."""
@@ -179,6 +183,19 @@ class Config(BaseModel):
         if wanted is True and info.data.get("lora_dropout"):
             raise ValueError("dropout draws anew in every pass, and lora_dropout is above 0; set it to auto")
         return wanted
+
+    @field_validator("use_gradient_checkpointing")
+    @classmethod
+    def _says_what_the_other_spelling_says(cls, wanted: bool | None, info: ValidationInfo) -> bool | None:
+        said = info.data.get("gradient_checkpointing")
+        if None not in (wanted, said) and said != ("full" if wanted else "none"):
+            raise ValueError(f"gradient_checkpointing, the same in more words, is {said}; set one of them to null")
+        return wanted
+
+    @property
+    def recomputation(self) -> Literal["none", "selective", "full"]:
+        """What `gradient_checkpointing` and its older spelling come to."""
+        return self.gradient_checkpointing or ("full" if self.use_gradient_checkpointing else "none")
 
     @field_validator("lambda_sw")
     @classmethod

@@ -1,47 +1,91 @@
 """How each decoder layer runs in training: compiled, recomputed in backward, both or neither."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chorus.adapters import Routing
 from chorus.errors import InputError
 
+Recompute = Literal["none", "selective", "full"]
 
-def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: bool, compiled: bool) -> None:
+# What selective recomputation keeps: the results of products with the base's weights, which take nearly all of a
+# forward pass's time. Those of attention's own products grow with the square of the length and are made again.
+KEPT = frozenset(
+    {torch.ops.chorus.lora_linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+)  # the latter two: of linears without an adapter
+
+
+def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: Recompute, compiled: bool) -> None:
     """Have torch compile each decoder layer, and recompute it in backward under the turn of its forward pass.
 
     A layer is wrapped and not the model: equal layers are compiled once, for all of them. In evaluation mode the layers
     run as they are: its shapes change with every batch. The recomputation is not transformers' own, which lies inside
     of a layer's forward, where it would be compiled with it.
 
+    Args:
+        recompute: none of a layer; selective: all but the results of its products with weights; full: all of it.
+
     Raises:
         InputError: the architecture does not mark its layers as ones that may be recomputed.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for key, wanted in (("use_gradient_checkpointing", recompute), ("compile", compiled)):
+    for key, wanted, off in (
+        ("gradient_checkpointing", recompute != "none", "none"),
+        ("compile", compiled, "false"),
+    ):
         if wanted and not layers:
-            raise InputError(f"key {key!r}: {type(model).__name__} does not support it; set it to false")
+            raise InputError(f"key {key!r}: {type(model).__name__} does not support it; set it to {off}")
     if compiled:
         # Kinds of layers x shapes; running out of it would be a silent return to uncompiled layers.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in layers:
-        plain = run = layer.forward
-        if compiled:
-            run = torch.compile(run)
-        if recompute:
-            # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
-            context_fn = routing.checkpoint_contexts
-            run = partial(checkpoint, run, use_reentrant=False, context_fn=context_fn, preserve_rng_state=False)
-        if recompute or compiled:
-            layer.forward = partial(_run, layer, plain, run)
+        if compiled or recompute != "none":
+            layer.forward = partial(
+                _run, layer, layer.forward, _in_training(layer.forward, routing, recompute, compiled)
+            )
+
+
+def _in_training(plain: Callable, routing: Routing, recompute: Recompute, compiled: bool) -> Callable:
+    # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
+    recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if recompute == "selective" and compiled:
+        # Inside, where the compiler sees what is to be kept: its backward needs no layer, and so no turn.
+        return torch.compile(partial(recomputed, plain, context_fn=_selective_contexts))
+    run = torch.compile(plain) if compiled else plain
+    match recompute:
+        case "none":
+            return run
+        case "selective":
+            return partial(recomputed, run, context_fn=partial(_selective_contexts, routing))
+        case "full":
+            return partial(recomputed, run, context_fn=routing.checkpoint_contexts)
+
+
+def _selective_contexts(routing: Routing | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` for torch's checkpoint: what is in `KEPT` is kept, the rest made again under the forward's turn."""
+    keeping, taking = create_selective_checkpoint_contexts(_policy)
+    if routing is None:
+        return keeping, taking
+    return keeping, _both(routing.checkpoint_contexts()[1], taking)
+
+
+def _policy(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _run(layer: nn.Module, plain: Callable, in_training: Callable, *args: Any, **kwargs: Any) -> Any:
