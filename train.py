@@ -78,7 +78,15 @@ def main(config: Config) -> None:
         )
 
         execution = decide_execution(config, accelerator.device)
-        model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
+        model = load_model(
+            config.model_name,
+            DTYPES[precision],
+            accelerator.device,
+            config.attn_implementation,
+            length=config.max_seq_length,
+            compiled=execution.compiled,
+            packing=config.packing,
+        )
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
         refuse_another_base(begin, run)
         agents = build_agents(

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +16,18 @@ from launching import environment
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from toy import ALPHA, RANK, TARGETS, VOCABULARY, max_difference, tiny_gemma, toy_agents, toy_batch
+from toy import (
+    ALPHA,
+    RANK,
+    TARGETS,
+    VOCABULARY,
+    ZERO2_CASES,
+    max_difference,
+    tiny_gemma,
+    toy_agents,
+    toy_batch,
+    toy_samples,
+)
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from chorus import adapters as adapters_module
@@ -35,7 +45,7 @@ from chorus.agents import (
     decide_execution,
 )
 from chorus.config import Config
-from chorus.data import Batch
+from chorus.data import Batch, collate
 from chorus.errors import InputError
 from chorus.layers import Recompute
 from chorus.lora_linear import flatten
@@ -59,7 +69,7 @@ def coupled_objective(output: AgentOutput, batch: Batch, lambda_sw: float = 0.5)
         lambda_sw=lambda_sw,
         swd=SwdSettings(5, "tokens", 0),
         step=3,
-        rows_per_process=len(batch.input_BT),
+        rows_per_process=len(batch.points_SM),
         gather=lambda own: own,
     ).share
 
@@ -323,6 +333,7 @@ def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_dra
         ("cpu", {}, (False, False)),
         ("cuda", {}, (False, False)),  # 128 lengths
         ("cuda", {"pad_to_multiple_of": 16}, (True, True)),
+        ("cuda", {"packing": True}, (True, True)),
         ("cuda", {"pad_to_multiple_of": 16, "lora_dropout": 0.1}, (False, False)),
         ("cuda", {"pad_to_multiple_of": 16, "cuda_graphs": False}, (True, False)),
         ("cpu", {"compile": True}, (True, False)),
@@ -499,18 +510,23 @@ def test_the_trace_check_catches_dropconnect_in_place(monkeypatch: pytest.Monkey
 
 @pytest.mark.launch
 def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Path):
-    """Each process holds half of the rows; gradients are read from the engine (deepspeed_worker.py)."""
+    """Each process holds half of the samples; gradients are read from the engine (deepspeed_worker.py)."""
     worker = Path(__file__).with_name("deepspeed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     result = subprocess.run(
         [*command, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    batch = toy_batch(without_targets=None)
-    for mode, checkpointing, dropconnect_p in product(MODES, get_args(Recompute), (0.0, 0.4)):
+    batch = collate(toy_samples(8), 0, points_per_row=3)
+    for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
         plain = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         _, expected = run(plain, batch)
-        found = torch.load(tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}.pt", weights_only=True)
+        found = torch.load(tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}-{packing}.pt", weights_only=True)
         assert len(found) == len(expected)
         for identity, gradient in expected.items():
-            assert max_difference(found[json.dumps(identity)], gradient) < EXACT, (mode, checkpointing, identity)
+            assert max_difference(found[json.dumps(identity)], gradient) < EXACT, (
+                mode,
+                checkpointing,
+                packing,
+                identity,
+            )

@@ -69,7 +69,7 @@ KIND = {
     **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
     **dict.fromkeys(["initialize_adapters_rand", "skip_bad_rows"], "flag"),
     **dict.fromkeys(["use_gradient_checkpointing"], "flag, or null"),
-    **dict.fromkeys(["shuffle", "log_memory_usage"], "flag"),
+    **dict.fromkeys(["shuffle", "packing", "log_memory_usage"], "flag"),
     **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
     **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
     **dict.fromkeys(["dataset_subset", "deepspeed_config_file", "resume_from_checkpoint"], "text, or null"),

@@ -12,7 +12,7 @@ from toy import RANK, max_difference, tiny_gemma, toy_agents, toy_batch
 from transformers import PreTrainedModel
 
 from chorus.adapters import Routing, lora_layers
-from chorus.errors import InputError
+from chorus.errors import InputError, RunError
 from chorus.layers import Recompute, prepare_layers
 
 
@@ -55,6 +55,20 @@ def test_equal_layers_are_compiled_once_and_without_a_break(recompute: Recompute
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     assert compilations(6) == compilations(2) > 0
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_what_cannot_be_compiled_is_an_error_and_no_silent_return_to_slow_layers(monkeypatch: pytest.MonkeyPatch):
+    agents = toy_agents("fused", compiled=True)
+    agents(toy_batch(length=6))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # a sliding and a full layer
+    with pytest.raises(RunError, match="key 'compile': more than 2 kinds of layers and lengths"):
+        agents(toy_batch(length=7))
+    base = tiny_gemma().train()
+    base.model.layers[0].mlp.forward = lambda x: torch._dynamo.graph_break() or x
+    prepare_layers(base, Routing(), recompute="none", compiled=True)
+    with pytest.raises(RunError, match=r"'compile': Gemma2DecoderLayer cannot be compiled whole: .+; set it to false"):
+        base(input_ids=toy_batch().input_BT, use_cache=False)
 
 
 @pytest.mark.usefixtures("_quick_compiler")

@@ -42,12 +42,14 @@ from chorus.adapters import (
     lora_layers,
     take_turn,
 )
-from chorus.base import Head, attention_masks, base_tensors, head_of, trunk_of
+from chorus.attention import attention_masks
+from chorus.base import Head, base_tensors, head_of, trunk_of
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.errors import InputError
-from chorus.graphs import MAX_RECORDINGS, RecordedPasses
+from chorus.graphs import MAX_RECORDINGS, RecordedPasses, Rows
 from chorus.layers import Recompute, prepare_layers
+from chorus.packing import MAX_SHAPES
 from chorus.token_nll import token_nll
 
 logger = logging.getLogger(__name__)
@@ -105,15 +107,17 @@ def decide_execution(config: Config, device: torch.device) -> Execution:
     """
     if config.cuda_graphs is True and device.type != "cuda":
         raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
-    lengths = ceil(config.max_seq_length / config.pad_to_multiple_of)
+    shapes = ceil(config.max_seq_length / config.pad_to_multiple_of)
+    if config.packing:
+        shapes = MAX_SHAPES
     because = ""
     if device.type != "cuda":
         because = f"; auto: no GPU ({device})"
     elif config.lora_dropout > 0:
         because = "; auto: lora_dropout is above 0"
-    elif lengths > MAX_RECORDINGS:
+    elif shapes > MAX_RECORDINGS:
         fewer = ceil(config.max_seq_length / MAX_RECORDINGS)
-        because = f"; auto: batches of up to {lengths} lengths; pad_to_multiple_of {fewer} would do"
+        because = f"; auto: batches of up to {shapes} lengths; pad_to_multiple_of {fewer} would do"
     compiled, recorded = (not because if key == "auto" else key for key in (config.compile, config.cuda_graphs))
     logger.info("layers compiled: %s; passes recorded: %s%s", compiled, recorded, because)
     return Execution(config.recomputation, config.agents_per_pass, compiled, recorded)
@@ -152,7 +156,7 @@ def build_agents(
             built = ParallelAgents(agents, peft_models, routing, rates)
     for peft_model in peft_models:
         prepare_layers(causal_lm(peft_model), routing, recompute=execution.recompute, compiled=execution.compiled)
-    built.recorded = RecordedPasses(partial(attention_masks, model)) if execution.recorded else None
+    built.recorded = RecordedPasses(partial(masks_of, model)) if execution.recorded else None
     return built
 
 
@@ -160,6 +164,10 @@ def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same parameters and buffers: its own adapters, no memory for the base."""
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+
+
+def masks_of(model: PreTrainedModel, rows: Rows) -> Any:
+    return attention_masks(model, rows.ids_NT, rows.sample_NT)
 
 
 def causal_lm(peft_model: PeftModel) -> PreTrainedModel:
@@ -247,21 +255,27 @@ class Agents(nn.Module):
     def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
         """One pass of these agents together through one trunk, agent-major; of the base, as if one, for no agent.
 
-        There is no attention mask: the padding is on the right, behind every target.
+        One sample a row, there is no attention mask: the padding is on the right, behind every target.
         """
         B, T = batch.input_BT.shape
         K = max(len(agents), 1)
 
-        def run(ids_NT: Tensor, flat_KF: Tensor | None, masks: Any) -> Tensor:
-            with self._turn(agents, flat_KF, ids_NT.numel(), noise) as trunk:
-                return trunk(input_ids=ids_NT, attention_mask=masks, use_cache=False).last_hidden_state
+        def run(rows: Rows, flat_KF: Tensor | None, masks: Any) -> Tensor:
+            places = {} if rows.position_NT is None else {"position_ids": rows.position_NT}
+            if masks is None and rows.sample_NT is not None:
+                masks = masks_of(causal_lm(self.peft_model(self.agents[0])), rows)
+            with self._turn(agents, flat_KF, rows.ids_NT.numel(), noise) as trunk:
+                output = trunk(input_ids=rows.ids_NT, attention_mask=masks, use_cache=False, **places)
+            return output.last_hidden_state
 
-        ids_NT, flat_KF = batch.input_BT.repeat(K, 1), self._weights(agents, noise)
+        rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
+        flat_KF = self._weights(agents, noise)
         if self.recorded is not None and self.training and flat_KF is not None:
             # The agents' weights are an argument: one recording serves every group of as many agents of a model.
-            hidden_NTD = self.recorded((self.peft_model(agents[0]), K, B, T), run, ids_NT, flat_KF)
+            key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
+            hidden_NTD = self.recorded(key, run, rows, flat_KF)
         else:
-            hidden_NTD = run(ids_NT, flat_KF, None)
+            hidden_NTD = run(rows, flat_KF, None)
         first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
         rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
         nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())

@@ -39,7 +39,9 @@ class Config(BaseModel):
     model_name: Text = "assets/tiny-gemma-2"
     """The frozen base: a hub id, or a folder, relative to the working directory. assets/tiny-gemma-2 is bundled."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
-    """auto, eager, sdpa, flex_attention or flash_attention_2. auto leaves it to transformers: eager for Gemma-2."""
+    """auto, eager, sdpa, flex_attention or flash_attention_2. auto: with a soft-cap (Gemma-2) eager, and on a GPU, for
+    rows of 1,024 tokens or more, flash_attention_2 where it is installed or flex_attention in compiled layers; without
+    a soft-cap what transformers takes. The log says what was chosen, and why."""
 
     num_agents: PositiveInt = 4
     """K, the number of LoRA agents trained together over the one base."""
@@ -69,8 +71,9 @@ class Config(BaseModel):
     use_gradient_checkpointing: bool | None = None
     """The older spelling of gradient_checkpointing: true is full, false is none; null leaves it to the other key."""
     compile: Literal["auto"] | bool = "auto"
-    """true: have torch compile the decoder layers for training, once for every length that occurs. auto: on a GPU,
-    where pad_to_multiple_of leaves at most 8 lengths and lora_dropout is 0."""
+    """true: have torch compile the decoder layers for training, once for every length that occurs; what it cannot
+    compile is an error. auto: on a GPU, where packing or pad_to_multiple_of leaves at most 8 shapes and lora_dropout
+    is 0."""
     cuda_graphs: Literal["auto"] | bool = "auto"
     """true: record a training pass and replay it whole, which spares the host most of its work. It keeps the
     memory of a pass for itself. auto: as for compile."""
@@ -98,6 +101,10 @@ class Config(BaseModel):
     """Most tokens of a row, prompt, completion and end token together."""
     pad_to_multiple_of: PositiveInt = 1
     """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row."""
+    packing: bool = False
+    """true: put several samples into one row of max_seq_length tokens, each with positions of its own and without sight
+    of the others. batch_size still counts samples; losses and gradients are the same. It pays where most samples are
+    much shorter than max_seq_length."""
     validation_split: Probability = 0.05
     """Fraction of the rows held out from training, where the data bring no held-out rows; from 0 to below 1."""
     skip_bad_rows: bool = False

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chorus.adapters import Routing
-from chorus.errors import InputError
+from chorus.errors import InputError, RunError
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -43,8 +44,8 @@ def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: Recom
     ):
         if wanted and not layers:
             raise InputError(f"key {key!r}: {type(model).__name__} does not support it; set it to {off}")
-    if compiled:
-        # Kinds of layers x shapes; running out of it would be a silent return to uncompiled layers.
+    if compiled or model.config._attn_implementation == "flex_attention":
+        # Kinds of layers x shapes; running out of it is not to be a silent return to what is uncompiled.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in layers:
@@ -59,8 +60,8 @@ def _in_training(plain: Callable, routing: Routing, recompute: Recompute, compil
     recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if recompute == "selective" and compiled:
         # Inside, where the compiler sees what is to be kept: its backward needs no layer, and so no turn.
-        return torch.compile(partial(recomputed, plain, context_fn=_selective_contexts))
-    run = torch.compile(plain) if compiled else plain
+        return torch.compile(partial(recomputed, plain, context_fn=_selective_contexts), fullgraph=True)
+    run = torch.compile(plain, fullgraph=True) if compiled else plain
     match recompute:
         case "none":
             return run
@@ -89,4 +90,15 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
 
 
 def _run(layer: nn.Module, plain: Callable, in_training: Callable, *args: Any, **kwargs: Any) -> Any:
-    return (in_training if layer.training else plain)(*args, **kwargs)
+    try:
+        return (in_training if layer.training else plain)(*args, **kwargs)
+    except FailOnRecompileLimitHit as error:
+        raise RunError(
+            f"key 'compile': more than {torch._dynamo.config.recompile_limit} kinds of layers and lengths to compile; "
+            "set a larger pad_to_multiple_of, or compile to false"
+        ) from error
+    except TorchDynamoException as error:
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise RunError(
+            f"key 'compile': {type(layer).__name__} cannot be compiled whole: {reason}; set it to false"
+        ) from error
