@@ -1,5 +1,6 @@
 """One row of the benchmarks' table: a step of one mode, on one base, timed in a process of its own."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -168,6 +169,8 @@ def measure(case: Case, rank: int, steps: int, expected_loss_K: list[float] | No
         raise ValueError(f"losses {first_loss_K} differ by {worst:.1e} from {expected_loss_K} of the same agents")
     for _ in range(2):
         run()
+    gc.collect()
+    gc.freeze()  # as in train.py
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -240,70 +239,6 @@ def test_groups_of_fused_agents_give_what_all_of_them_give(
     assert max_difference(output.nll_KBT, expected.nll_KBT) < EXACT
     for identity, gradient in expected_gradients.items():
         assert max_difference(gradients[identity], gradient) < EXACT, identity
-
-
-UNCOMPILED = [*product(MODES, get_args(Recompute), (0.0, 0.4), ({}, {"recorded": True}))]
-COMPILED = [  # each compiles for some ten seconds
-    *product(["fused"], get_args(Recompute), (0.4,), ({"compiled": True}, {"compiled": True, "recorded": True})),
-    *product(["sequential", "parallel"], ["full"], (0.0,), ({"compiled": True, "recorded": True},)),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("mode", "checkpointing", "dropconnect_p", "execution"), [*UNCOMPILED, *COMPILED], ids=str)
-def test_every_mode_and_execution_is_exact_on_the_gpu(
-    mode: Mode, checkpointing: Recompute, dropconnect_p: float, dtype: torch.dtype, execution: dict
-):
-    """Against fp32, uncompiled; in bf16 to twice what bf16 itself costs there.
-
-    Two steps, so that a recording is also replayed, on other rows than those that it was recorded with.
-    """
-    settings = {"device": "cuda", "dropconnect_p": dropconnect_p}
-    agents = toy_agents(mode, dtype=dtype, gradient_checkpointing=checkpointing, **settings, **execution)
-    assert_exact_beside_plain_bf16(agents, dtype, settings, [(toy_batch(seed=step),) * 2 for step in (3, 4)])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-@pytest.mark.parametrize("execution", [{}, {"compiled": True, "recorded": True}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_samples_are_exact_on_the_gpu(attention: str, execution: dict, dtype: torch.dtype):
-    """The same samples one a row are the reference: what is compared are gradients alone, as the rows differ."""
-    agents = toy_agents("fused", dtype=dtype, device="cuda", attention=attention, **execution)
-    batches = []
-    for seed in (3, 4):
-        samples = toy_samples(6, longest=60, seed=seed)
-        apart, packed = (collate(samples, 0, 1, 3, packing) for packing in (None, (130, 1)))
-        batches.append((apart, packed))
-    assert_exact_beside_plain_bf16(agents, dtype, {"device": "cuda"}, batches)
-
-
-def assert_exact_beside_plain_bf16(
-    agents: Agents, dtype: torch.dtype, settings: dict, batches: list[tuple[Batch, Batch]]
-) -> None:
-    """Losses and gradients of `agents` over the second batch of each pair, beside plain agents over the first."""
-    exact, rounded = toy_agents("parallel", **settings), toy_agents("parallel", dtype=dtype, **settings)
-    for step, (plain, own) in enumerate(batches):
-        plain, own = plain.to(settings["device"]), own.to(settings["device"])
-        expected, allowed = (flat(*run(one, plain, step)) for one in (exact, rounded))
-        found = flat(*run(agents, own, step))
-        for name, error in distances(found, expected).items():
-            assert error < 2 * distances(allowed, expected)[name] + 1e-4, name
-
-
-def flat(output: AgentOutput, gradients: dict) -> dict[str, Tensor]:
-    """Each agent's loss and, agent by agent, all gradients in one."""
-    of_agents = {
-        f"agent {k}": [g.flatten() for identity, g in gradients.items() if identity.agent == k] for k in range(3)
-    }
-    return {"loss": output.nll_KBT.detach().sum((1, 2))} | {name: torch.cat(own) for name, own in of_agents.items()}
-
-
-def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
 
 
 @EVERY_MODE
