@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test lint check bench clean
+.PHONY: install train test lint check bench table soak clean
 
 install: .venv/.installed
 
@@ -29,10 +29,18 @@ lint: .venv/.dev
 	$(BIN)/pyright
 
 check: lint
-	$(BIN)/python -m pytest -q -m "not launch"
+	$(BIN)/python -m pytest -q -m "not launch and not slow"
+
+KILLS ?= 300
+soak: .venv/.dev  # so many SIGKILLs in each engine, through the real launchers: an hour or two; then the slow tests
+	$(BIN)/python tests/soak.py --kills $(KILLS)
+	$(BIN)/python -m pytest -m slow
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/modes.py
+
+table: .venv/.dev
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache

@@ -1,5 +1,6 @@
 """Train K LoRA agents over one frozen base: `accelerate launch train.py [--config FILE] [key=value ...]`."""
 
+import gc
 import sys
 
 from chorus.config import Config, load_config
@@ -10,29 +11,35 @@ if __name__ == "__main__":
     with input_errors_end_the_program():
         CONFIG = load_config(sys.argv[1:])
 
-import gc
+gc.disable()  # the libraries make a million objects, and all of them stay: looking for garbage costs a second
+
 import logging
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
-from chorus.agreement import StopRequest, end_together, on_first_process
+from chorus.agreement import StopRequest, on_first_process
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
-from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine
+from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
 from chorus.objective import SwdSettings, objective
+from chorus.profiler import profiled
 from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
 from chorus.rows import read_problems
 from chorus.schedule import learning_rate
+from chorus.spans import span
+
+gc.freeze()  # nor is it looked for among them later, in the midst of a step
+gc.enable()
 
 logger = logging.getLogger("chorus.train")
 
@@ -49,10 +56,11 @@ def main(config: Config) -> None:
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
         accelerator.print(begin.finished_message(config.output_dir))
-        end_together(accelerator)
+        accelerator.end_training()
         return
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
-    with closing(open_journal(accelerator, output_dir, config.model_dump())) as journal:
+    with ExitStack() as at_exit:
+        journal = at_exit.enter_context(closing(open_journal(accelerator, output_dir, config.model_dump())))
         begin.log()
         samples = tokenise(problems.train, tokenizer, config.max_seq_length)
         held_out = held_out_share(
@@ -78,7 +86,7 @@ def main(config: Config) -> None:
             start_step=begin.step,
         )
 
-        execution = decide_execution(config, accelerator.device)
+        execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_model(
             config.model_name,
             DTYPES[precision],
@@ -98,25 +106,25 @@ def main(config: Config) -> None:
             NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed),
             execution,
         )
-        engine = start_engine(accelerator, agents, config)
+        engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         logger.info(
             "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
         )
 
-        before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
+        with engine.whole():
+            before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
         take_up(engine, begin, output_dir)
-        gc.collect()
-        gc.freeze()  # else Python's collector walks half a million lasting objects now and then: 0.3 s in one step
+        gc.freeze()  # the agents last, too
         train(engine, steps, begin.step, num_steps, config, Keeper(output_dir, config, run), journal)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
-        after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
-        if accelerator.is_main_process:
-            scores = {"evaluation": {"before": before.report(), "after": after.report()}}
-            write_ensemble(output_dir, after.weights, config, scores)
+        with engine.whole():
+            after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
+        scores = {"evaluation": {"before": before.report(), "after": after.report()}}
+        on_first_process(accelerator, lambda: write_ensemble(output_dir, after.weights, config, scores))
         journal.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
-        end_together(accelerator)
+        accelerator.wait_for_everyone()
 
 
 def train(
@@ -145,15 +153,21 @@ def train(
         gather=engine.gather,
     )
     meter = Meter(config.num_agents, device, config.log_memory_usage)
-    with journal.training(num_steps, start_step), StopRequest(engine.accelerator) as stop:
-        for step, step_batch in enumerate(steps, start_step):
+    with (
+        journal.training(num_steps, start_step),
+        StopRequest(engine.accelerator) as stop,
+        profiled(steps, start_step, num_steps, engine, config, journal) as profiled_steps,
+    ):
+        for step, step_batch in enumerate(profiled_steps, start_step):
             engine.set_lr(lr_at(step))
             for micro_step, batch in enumerate(step_batch.micro_batches):
-                batch = batch.to(device)
+                with span("data_transfer"):
+                    batch = batch.to(device)
                 slot = micro_step * engine.num_processes + engine.process_index
                 # ---- forward and backward; after the last micro-batch also clip, step and zero ----
                 with engine.micro_batch():
-                    output = engine.module(batch, step=step, slot=slot)
+                    with span("forward_pass"):
+                        output = engine.module(batch, step=step, slot=slot)
                     part = share_of(
                         output.nll_KBT, output.hidden_KBTD, batch, num_targets=step_batch.num_targets, step=step
                     )
@@ -166,9 +180,10 @@ def train(
             journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
             is_stopped = stop.is_agreed()
             if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
-                keeper.save(engine, done, step_batch.epoch)
+                with span("checkpoint"):
+                    keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
-                end_together(engine.accelerator)  # a process group left open may abort, under another exit code
+                engine.accelerator.wait_for_everyone()
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 

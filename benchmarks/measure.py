@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from baselines import Switching, fuse_norms
-from shapes import config_of, random_base, work_of
+from shapes import config_of, random_base
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -20,12 +20,14 @@ from chorus.agents import Execution, NoiseRates, build_agents, copy_sharing_stor
 from chorus.attention import choose_attention
 from chorus.data import Batch, Sample, collate
 from chorus.engine import adamw
+from chorus.flops import work_of
 from chorus.layers import Recompute
 from chorus.objective import SwdSettings, objective
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
 LAMBDA_SW = 0.01
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of device types
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, of losses of the same agents in another mode
 
 
@@ -70,16 +72,22 @@ class Step(NamedTuple):
     notes: str
 
 
-def random_samples(case: Case, vocabulary: int) -> list[Sample]:
-    """B samples of T positions, each a target; mixed: from T / 8 to T positions, evenly spread."""
+def lengths_of(case: Case) -> list[int]:
+    """Of B samples; mixed: from T / 8 to T, evenly spread."""
+    share_B = torch.linspace(1 / 8, 1, case.B) if case.mixed else torch.ones(case.B)
+    return [round(case.T * share) for share in share_B.tolist()]
+
+
+def random_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
+    """B samples, each of whose positions is a target; 16 points a sample for the sliced distance."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(3, vocabulary, (case.B, case.T + 1), generator=generator)
-    share_B = torch.linspace(1 / 8, 1, case.B) if case.mixed else torch.ones(case.B)
-    lengths = [round(case.T * share) + 1 for share in share_B.tolist()]
-    return [
-        Sample(ids_T[:length], torch.ones(length, dtype=torch.bool))
-        for ids_T, length in zip(ids_BT, lengths, strict=True)
+    samples = [
+        Sample(ids_T[: length + 1], torch.ones(length + 1, dtype=torch.bool))
+        for ids_T, length in zip(ids_BT, lengths_of(case), strict=True)
     ]
+    packing = (case.T + 1, case.B) if case.packing else None
+    return collate(samples, pad_id=0, points_per_row=16, packing=packing).to(device)
 
 
 def attention_of(case: Case, device: torch.device, dtype: torch.dtype) -> str:
@@ -144,13 +152,12 @@ def measure(case: Case, rank: int, steps: int, expected_loss_K: list[float] | No
         ValueError: an agent's first loss is not the expected one; then nothing is timed.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = DTYPES[device.type]
     matmul = matmul_tflops(device, dtype)
     torch.manual_seed(0)  # of the base's weights
     base = random_base(case.model, device, dtype, attention_of(case, device, dtype))
-    work, samples = work_of(base), random_samples(case, base.config.vocab_size)
-    packing = (case.T + 1, case.B) if case.packing else None
-    batch = collate(samples, pad_id=0, points_per_row=16, packing=packing).to(device)
+    work, lengths = work_of(base), lengths_of(case)
+    batch = random_batch(case, base.config.vocab_size, device)
     step = prepare(case, base, rank)
     optimizer = adamw(step.parameters, lr=1e-5, weight_decay=0.01)
 
@@ -178,8 +185,8 @@ def measure(case: Case, rank: int, steps: int, expected_loss_K: list[float] | No
     times = list(timed(run, steps, on_gpu))
     if profile_to is not None:
         write_profile(run, profile_to / f"profile-{case.name.replace(' ', '-').replace('/', '-')}.txt", on_gpu)
-    seconds, lengths = median(times) / 1000, [len(sample.ids) - 1 for sample in samples]
-    useful = sum(work.useful_flops(case.K, length) for length in lengths) / seconds / 1e12
+    seconds = median(times) / 1000
+    useful = sum(work.useful_flops(case.K, length, case.K * length) for length in lengths) / seconds / 1e12
     return {
         "ms_per_step": 1000 * seconds,
         "ms_min": min(times),

@@ -11,10 +11,9 @@ and AdamW. Every row runs in a process of its own, so that one which runs out of
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import transformers
-from measure import MODES, Case, measure
+from conditions import conditions
+from measure import DTYPES, MODES, Case, measure
 
 from chorus.layers import Recompute
 
@@ -138,23 +137,6 @@ def _case(row: dict[str, Any]) -> Case:
     return Case(**{field: row[field] for field in Case._fields})
 
 
-def conditions(commit: str | None) -> dict[str, Any]:
-    on_gpu = torch.cuda.is_available()
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = commit or subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    smi = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(smi, capture_output=True, text=True, check=False).stdout.split("\n")[0] if on_gpu else ""
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "driver": driver or "none",
-        "dtype": "bfloat16" if on_gpu else "float32",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit or "unknown",
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def write(out: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any], left_out: Sequence[str]) -> str:
     matmuls = [f"{row['matmul_tflops']:.0f}" for row in rows if "failed" not in row]
     text = f"""# Modes
@@ -197,7 +179,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="write a profiler table of a step of each row")
-    parser.add_argument("--commit", help="what is measured, where the repository itself is not at hand")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     options.model = options.model or ["gemma-2-2b" if on_gpu else "tiny"]
@@ -214,7 +195,9 @@ def main() -> None:
         print(*(case.name for case in cases), sep="\n")
         return
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    about, file = conditions(options.commit), options.out / "modes.json"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about, file = conditions(device, DTYPES[device.type], math.nan), options.out / "modes.json"
+    del about["matmul_tflops"]  # each row has its own
     of_this_run = {key: about[key] for key in ("device", "dtype", "torch", "commit")}
     before = json.loads(file.read_text())["rows"] if file.exists() else []
     rows, left_out = {_case(row): row for row in before}, [case.name for case in cases]

@@ -271,11 +271,14 @@ def test_nothing_that_runs_code_from_a_file_is_in_the_source():
         r"torch\.load|\bpickle\b(?!\.$)|yaml\.load\b|(?<![.\w])eval\(|(?<![.\w])exec\(|shell=True|trust_remote_code=True"
         r"|use_safetensors=False|weights_only=False|load_state\(|os\.system"
     )
+    allowed = {  # it has its own test, in test_older_layout.py, with a file that would run code
+        ROOT / "src" / "chorus" / "older_layout.py": 'torch.load(file, map_location="cpu", weights_only=True)'
+    }
     sources = [*sorted((ROOT / "src").rglob("*.py")), ROOT / "train.py"]
     assert len(sources) > 15
     for source in sources:
         for number, line in enumerate(source.read_text().splitlines(), 1):
-            found = forbidden.search(line)
+            found = forbidden.search(line.replace(allowed[source], "") if source in allowed else line)
             assert not found or "without pickle" in line, f"{source}:{number}: {line}"
 
 

@@ -49,13 +49,12 @@ ACCEPTED_AND_REFUSED = {
     ),
     "prompt": (['""', "a", '"{a}"'], [*NOT_TEXT[:5], "null", '"{"', '"{0}"']),
     "completion": (['"{a}"'], [*NOT_TEXT, "null", "a", '"{{a}}"', '"{a"']),
-    "not yet, 0": (["0"], [*NOT_A_NUMBER, "1", "-1", "0.0"]),
 }
 KIND = {
     **dict.fromkeys(["lora_rank", "swd_num_projections", "swd_points_per_row"], "count"),
     **dict.fromkeys(["pad_to_multiple_of", "epochs", "batch_size", "gradient_accumulation_steps"], "count"),
     **dict.fromkeys(["eval_batch_size", "max_new_tokens_eval", "logging_steps"], "count"),
-    **dict.fromkeys(["num_workers", "eval_samples", "save_steps"], "count or zero"),
+    **dict.fromkeys(["num_workers", "eval_samples", "save_steps", "profile_steps"], "count or zero"),
     **dict.fromkeys(["debug_subset_size", "agents_per_pass"], "count, or null"),
     **dict.fromkeys(["max_train_steps"], "count or zero, or null"),
     **dict.fromkeys(["num_agents"], "agents"),
@@ -69,7 +68,7 @@ KIND = {
     **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
     **dict.fromkeys(["initialize_adapters_rand", "skip_bad_rows"], "flag"),
     **dict.fromkeys(["use_gradient_checkpointing"], "flag, or null"),
-    **dict.fromkeys(["shuffle", "packing", "log_memory_usage"], "flag"),
+    **dict.fromkeys(["shuffle", "packing", "profile_trace", "log_memory_usage"], "flag"),
     **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
     **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
     **dict.fromkeys(["dataset_subset", "deepspeed_config_file", "resume_from_checkpoint"], "text, or null"),
@@ -79,7 +78,6 @@ KIND = {
     **dict.fromkeys(["lora_target_modules"], "modules"),
     **dict.fromkeys(["prompt_template"], "prompt"),
     **dict.fromkeys(["completion_template"], "completion"),
-    **dict.fromkeys(["profile_steps"], "not yet, 0"),
 }
 
 
@@ -164,7 +162,6 @@ def test_a_duplicate_key_is_refused_at_its_second_line(key):
         ("model_name: 2", "put it in quotes"),
         ("lora_target_modules: q_proj", "write [one, another]"),
         ("lora_target_modules: [a, a]", "name each one once"),
-        ("profile_steps: 3", " is 3; the profiler is not available yet; set it to 0"),
     ],
 )
 def test_a_refusal_says_what_to_write(written, remedy):

@@ -16,7 +16,7 @@ Every mode keeps five promises (tests/test_agents.py holds them):
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from chorus.adapters import (
@@ -48,8 +47,9 @@ from chorus.config import Config
 from chorus.data import Batch
 from chorus.errors import InputError
 from chorus.graphs import MAX_RECORDINGS, RecordedPasses, Rows
-from chorus.layers import Recompute, prepare_layers
+from chorus.layers import Recompute, prepare_layers, recomputed
 from chorus.packing import MAX_SHAPES
+from chorus.spans import span
 from chorus.token_nll import token_nll
 
 logger = logging.getLogger(__name__)
@@ -99,12 +99,17 @@ class Execution:
 PLAIN = Execution()
 
 
-def decide_execution(config: Config, device: torch.device) -> Execution:
+def decide_execution(config: Config, device: torch.device, base_in_shards: bool = False) -> Execution:
     """What a configuration asks for, with `auto` decided and said in the log.
 
     Raises:
-        InputError: graphs without a GPU.
+        InputError: graphs without a GPU; compilation, graphs or selective recomputation of a base in shards.
     """
+    for key, wanted in (("compile", config.compile), ("cuda_graphs", config.cuda_graphs)):
+        if base_in_shards and wanted is True:
+            raise InputError(f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2")
+    if base_in_shards and config.recomputation == "selective":
+        raise InputError("gradient checkpointing is selective, which ZeRO stage 3 does not allow; set it to full")
     if config.cuda_graphs is True and device.type != "cuda":
         raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
     shapes = ceil(config.max_seq_length / config.pad_to_multiple_of)
@@ -113,6 +118,8 @@ def decide_execution(config: Config, device: torch.device) -> Execution:
     because = ""
     if device.type != "cuda":
         because = f"; auto: no GPU ({device})"
+    elif base_in_shards:
+        because = "; auto: ZeRO stage 3 fetches weights inside of a pass"
     elif config.lora_dropout > 0:
         because = "; auto: lora_dropout is above 0"
     elif shapes > MAX_RECORDINGS:
@@ -268,17 +275,19 @@ class Agents(nn.Module):
                 output = trunk(input_ids=rows.ids_NT, attention_mask=masks, use_cache=False, **places)
             return output.last_hidden_state
 
-        rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
-        flat_KF = self._weights(agents, noise)
-        if self.recorded is not None and self.training and flat_KF is not None:
-            # The agents' weights are an argument: one recording serves every group of as many agents of a model.
-            key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
-            hidden_NTD = self.recorded(key, run, rows, flat_KF)
-        else:
-            hidden_NTD = run(rows, flat_KF, None)
-        first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
-        rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
-        nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
+        with span("_".join(["forward_pass.agent", *map(str, agents)])):
+            rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
+            flat_KF = self._weights(agents, noise)
+            if self.recorded is not None and self.training and flat_KF is not None:
+                # The agents' weights are an argument: one recording serves every group of as many agents of a model.
+                key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
+                hidden_NTD = self.recorded(key, run, rows, flat_KF)
+            else:
+                hidden_NTD = run(rows, flat_KF, None)
+        with span("task_loss"):
+            first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
+            rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
+            nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
         return AgentOutput(nll_NT.view(K, B, T), hidden_NTD.unflatten(0, (K, B)))
 
     def _noise_of(self, step: int | None, slot: int) -> Noise | None:
@@ -323,30 +332,3 @@ class ParallelAgents(Agents):
         noise = self._noise_of(step, slot)
         outputs = [self.joint_pass((agent,), batch, noise) for agent in self.agents]
         return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))
-
-
-def recomputed(run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-    """`run()` without its activations: forward keeps the outputs alone, backward runs it again.
-
-    The parameters are arguments of one autograd node, so their gradients leave it as ordinary outputs: a single
-    backward serves all agents, and the hooks by which DDP and DeepSpeed reduce gradients see each of them once.
-    """
-    return _Recomputed.apply(run, *parameters)  # pyright: ignore[reportReturnType]
-
-
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Callable[[], tuple[Tensor, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-        ctx.run = run
-        ctx.set_materialize_grads(False)  # without the diversity term no gradient comes through the hidden states
-        ctx.save_for_backward(*parameters)
-        return run()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        with torch.enable_grad():
-            outputs = ctx.run()
-        due = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
-        outputs, gradients = zip(*due, strict=True)
-        return None, *torch.autograd.grad(outputs, ctx.saved_tensors, gradients)

@@ -12,17 +12,17 @@ such a name is removed by the next save.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,13 +30,16 @@ from chorus.adapters import TensorId, adapter_name
 from chorus.agreement import on_first_process
 from chorus.config import Config
 from chorus.engine import Engine
-from chorus.errors import InputError, RunError
-from chorus.export import ADAPTER_FILE, refuse_non_finite, sync, write_adapters
+from chorus.errors import InputError, input_errors_end_the_program
+from chorus.export import ADAPTER_FILE, disk_errors, refuse_non_finite, sync, write_adapters
 from chorus.state import MOMENTS, TrainingState, read_state
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 NAME = re.compile(r"step_(\d{6,})")
+REMEDY = "earlier checkpoints are whole; make room and go on with resume_from_checkpoint=auto"
 HALF_DONE = ".half-done"  # ends the name of a folder that is being written or removed
 
 
@@ -62,7 +65,10 @@ class Keeper:
         for tensors in (state.weights, *state.moments.values()):
             refuse_non_finite(tensors)
         facts = {"format": FORMAT, "step": step, "epoch": epoch, "optimizer_step": state.optimizer_step, **self.facts}
-        on_first_process(engine.accelerator, lambda: write_checkpoint(self.output_dir, state, facts, self.config))
+        folder = on_first_process(
+            engine.accelerator, lambda: write_checkpoint(self.output_dir, state, facts, self.config)
+        )
+        logger.info("saved %s", folder)
 
 
 def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str, Any], config: Config) -> Path:
@@ -76,7 +82,7 @@ def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str,
     num_bytes = sum(
         tensor.nbytes for tensors in (state.weights, *state.moments.values()) for tensor in tensors.values()
     )
-    with _as_run_errors(folder, num_bytes):
+    with disk_errors(folder, num_bytes, REMEDY):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(f"*{HALF_DONE}"):
             shutil.rmtree(left)
@@ -194,14 +200,8 @@ def _size_and_digest(file: Path) -> dict[str, Any]:
         return {"size": stream.tell(), "sha256": digest}
 
 
-@contextmanager
-def _as_run_errors(folder: Path, num_bytes: int) -> Iterator[None]:
-    """A full disk is an OSError to some writers and a RuntimeError or SafetensorError to others."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(next(path for path in folder.parents if path.exists())).free
-        raise RunError(
-            f"{folder} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); earlier checkpoints "
-            "are whole; make room and go on with resume_from_checkpoint=auto"
-        ) from error
+if __name__ == "__main__":
+    from chorus.older_layout import main
+
+    with input_errors_end_the_program():
+        main(sys.argv[1:])

@@ -9,7 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,12 +26,15 @@ from accelerate.utils import (
     is_tensorboard_available,
 )
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from chorus import sharding
 from chorus.adapters import TensorId
 from chorus.agents import Agents
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
+from chorus.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +90,14 @@ def make_accelerator(config: Config) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
     assert (accelerator.distributed_type is DistributedType.DEEPSPEED) == with_deepspeed
+    unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
     return accelerator
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's stage: 3 has the base in shards; 0 is no DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
 
 
 def _single_process_rendezvous() -> None:
@@ -141,13 +151,31 @@ class Engine:
         DDP and ZeRO average over processes, and both divide by the accumulation steps: undone here, so that the
         gradient is that of the sum of all shares, however they are spread.
         """
-        self.accelerator.backward(share * (self.num_processes * self.accelerator.gradient_accumulation_steps))
-        if self.accelerator.sync_gradients:
-            # Under DeepSpeed the step, clipping included, has just happened: the norm is read, the rest does nothing.
+        loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
+        is_last = self.accelerator.sync_gradients
+        with span("backward_pass"):
+            if self.is_deepspeed:  # in two calls, where `accelerator.backward` would also step
+                engine = cast(Any, self.module)
+                engine.set_gradient_accumulation_boundary(is_last)
+                engine.backward(loss)
+            else:
+                self.accelerator.backward(loss)
+        if not is_last:
+            return
+        with span("optimizer_step"):
+            if self.is_deepspeed:
+                cast(Any, self.module).step()
+            # After DeepSpeed's step, which clips, the norm is read here, and the rest does nothing.
             limit = self.max_grad_norm or math.inf
             self.grad_norm = self.accelerator.clip_grad_norm_(self.agents.adapter_tensors().values(), limit)
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """The context of passes beside training, in which processes need not keep step. Collective at both ends."""
+        if zero_stage(self.accelerator) < 3:
+            return nullcontext()
+        return sharding.whole(self.module, list(self.agents.adapter_tensors().values()))
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -160,7 +188,8 @@ class Engine:
         """
         if self.num_processes == 1:
             return own
-        parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
+        with span("communication"):
+            parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
         parts[self.process_index] = own
         return torch.cat(parts)
 
@@ -176,7 +205,20 @@ class Engine:
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum of `own` over processes."""
-        return cast(Tensor, self.accelerator.reduce(own, "sum"))
+        if self.num_processes == 1:
+            return own
+        with span("communication"):
+            return cast(Tensor, self.accelerator.reduce(own, "sum"))
+
+    def close(self) -> None:
+        """End training: close the trackers and the process group. Nothing waits for the other processes here.
+
+        The wrapper goes first. DDP's C++ part holds the process group too; were it the last to let go, it would
+        destroy the group while it holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
+        """
+        self.module = self.agents
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
 
 def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -186,16 +228,23 @@ def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch
 
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
     """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
-    optimizer = adamw(list(agents.adapter_tensors().values()), config.lr, config.weight_decay)
+    adapters = list(agents.adapter_tensors().values())
+    num_elements = sum(map(torch.numel, adapters))
+    optimizer = adamw(adapters, config.lr, config.weight_decay)
+    plugin, stage = accelerator.state.deepspeed_plugin, zero_stage(accelerator)
+    if plugin is not None and stage == 3:
+        sharding.leave_adapters_whole(plugin.deepspeed_config["zero_optimization"], adapters)
     module, optimizer = accelerator.prepare(agents, optimizer)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        stage = module.zero_optimization_stage()
-        partitions = getattr(module.optimizer, "single_partition_of_fp32_groups", None)
-        assert partitions, "DeepSpeed was asked for, and is not active"
+    if stage > 0:
+        assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
+        zero = module.optimizer
+        partitions = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
         description = (
             f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
-            f"{sum(map(torch.numel, partitions)):,} of "
-            f"{sum(map(torch.numel, agents.adapter_tensors().values())):,} optimizer elements on this process"
+            f"{sum(map(torch.numel, partitions)):,} of {num_elements:,} optimizer elements on this process"
         )
+    if stage == 3:
+        sharding.announce_reads(agents)
+        sharding.make_whole(adapters)
     return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
+from chorus.spans import span
+
 MAX_RECORDINGS = 8  # each keeps its rows' inputs and outputs; other shapes run unrecorded
 
 
@@ -63,7 +65,8 @@ class RecordedPasses:
             return run(rows, flat_KF, None)
         if key not in self.recordings:
             pool = next((recording.forward.pool() for recording in self.recordings.values()), None)
-            self.recordings[key] = _record(run, rows.repeated(1), flat_KF, self.masks_of, pool)
+            with span("recording"):
+                self.recordings[key] = _record(run, rows.repeated(1), flat_KF, self.masks_of, pool)
         hidden_NTD: Tensor = _Replayed.apply(self, self.recordings[key], rows, flat_KF)  # pyright: ignore
         if hidden_NTD.requires_grad:
             self.awaiting = weakref.ref(hidden_NTD)

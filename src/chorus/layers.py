@@ -1,13 +1,14 @@
-"""How each decoder layer runs in training: compiled, recomputed in backward, both or neither."""
+"""How decoder layers run in training, compiled, recomputed in backward, both or neither; and passes, recomputed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -102,3 +103,30 @@ def _run(layer: nn.Module, plain: Callable, in_training: Callable, *args: Any, *
         raise RunError(
             f"key 'compile': {type(layer).__name__} cannot be compiled whole: {reason}; set it to false"
         ) from error
+
+
+def recomputed(run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    """`run()` without its activations: forward keeps the outputs alone, backward runs it again.
+
+    The parameters are arguments of one autograd node, so their gradients leave it as ordinary outputs: a single
+    backward serves all agents, and the hooks by which DDP and DeepSpeed reduce gradients see each of them once.
+    """
+    return _Recomputed.apply(run, *parameters)  # pyright: ignore[reportReturnType]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[], tuple[Tensor, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.set_materialize_grads(False)  # without the diversity term no gradient comes through the hidden states
+        ctx.save_for_backward(*parameters)
+        return run()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        with torch.enable_grad():
+            outputs = ctx.run()
+        due = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+        outputs, gradients = zip(*due, strict=True)
+        return None, *torch.autograd.grad(outputs, ctx.saved_tensors, gradients)

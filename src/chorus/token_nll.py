@@ -5,6 +5,8 @@ is due are computed, a chunk at a time, and each chunk's gradient with respect t
 logits exist: they are not made a second time in backward, which only scales rows.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ class _ChunkedNLL(torch.autograd.Function):
 def _nll_and_slope(hidden_CD: Tensor, target_C: Tensor, head: Head, need_slope: bool) -> tuple[Tensor, Tensor]:
     """One chunk: nll_C in fp32 and, if needed, d nll / d (head output), slope_CV in the dtype of the hidden states."""
     logits_CV = torch.nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V)
-    of_logits = _compiled_of_logits if logits_CV.is_cuda else _of_logits
+    of_logits = _compiled_of_logits() if logits_CV.is_cuda else _of_logits
     return of_logits(logits_CV, target_C, head.softcap, need_slope), logits_CV
 
 
@@ -87,5 +89,8 @@ def _of_logits(logits_CV: Tensor, target_C: Tensor, softcap: float | None, need_
     return nll_C
 
 
-# Two passes over the logits, where PyTorch's own operators take a dozen.
-_compiled_of_logits = torch.compile(_of_logits)
+@cache
+def _compiled_of_logits() -> Callable[..., Tensor]:
+    """Two passes over the logits, where PyTorch's own operators take a dozen. Made at its first use: torch.compile
+    imports for a second, and a run without a GPU never needs it."""
+    return torch.compile(_of_logits)
