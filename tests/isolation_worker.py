@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from toy import toy_agents, toy_batch
+from toy import toy_agents, toy_samples
 
 import chorus.agents
 from chorus.agents import AgentOutput, Agents
 from chorus.agreement import StopRequest
 from chorus.config import Config
-from chorus.data import Batch
+from chorus.data import Batch, collate
 from chorus.engine import Engine, make_accelerator, start_engine
 from chorus.errors import InputError
 from chorus.isolation import Skips
@@ -66,17 +66,13 @@ def mend(engine: Engine) -> None:
         hook.remove()
 
 
-def part_of(engine: Engine, whole: Batch) -> Batch:
-    """The rows of this process."""
-    B = len(whole.input_BT) // engine.num_processes
-    rows = slice(engine.process_index * B, (engine.process_index + 1) * B)
-    input_BT, target_BT, mask_BT, points_BM = (tensor[rows] for tensor in (*whole[:3], whole.points_BM))
-    return Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_BM)
+def rows_of_step(step: int, share: slice = slice(None)) -> Batch:
+    return collate(toy_samples(4, seed=step)[share], pad_id=0, points_per_row=3)
 
 
 def take_step(engine: Engine, config: Config, step: int) -> None:
-    whole = toy_batch(seed=step, without_targets=None)
-    batch = part_of(engine, whole)
+    whole, own = rows_of_step(step), 4 // engine.num_processes
+    batch = rows_of_step(step, slice(engine.process_index * own, (engine.process_index + 1) * own))
     with engine.micro_batch():
         part = objective(
             *engine.module(batch, step=step),
@@ -86,7 +82,7 @@ def take_step(engine: Engine, config: Config, step: int) -> None:
             lambda_sw=config.lambda_sw,
             swd=SwdSettings(5, "tokens", 0),
             step=step,
-            rows_per_process=len(batch.input_BT),
+            rows_per_process=own,
             gather=engine.gather,
         )
         engine.backward(part.share)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from isolation_worker import BROKEN, BROKEN_STEP, CASES, CONFIG, STEPS, clone, fault, mend, run, take_step
+from isolation_worker import BROKEN, BROKEN_STEP, CASES, CONFIG, STEPS, clone, fault, mend, rows_of_step, run, take_step
 from launching import ddp, launch
 from torch import Tensor
-from toy import toy_agents, toy_batch
+from toy import toy_agents
 
 from chorus.adapters import TensorId
 from chorus.config import Config
@@ -63,7 +63,7 @@ def lone_run(agent: int, num_steps: int, leave_out: int | None = None) -> dict[T
     optimizer = torch.optim.AdamW(tensors.values(), lr=CONFIG.lr, weight_decay=CONFIG.weight_decay)
     for step in range(num_steps):
         if step != leave_out:
-            batch = toy_batch(seed=step, without_targets=None)
+            batch = rows_of_step(step)
             (agents(batch, step=step).nll_KBT.sum() / len(batch.target_rows_N)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -125,7 +125,7 @@ def test_the_norm_and_the_clipping_are_those_of_the_agents_that_are_stepped():
     fault("gradient", engine)
     take_step(engine, config, 0)
     tensors = {identity: t for identity, t in toy_agents("fused").adapter_tensors().items() if identity.agent != BROKEN}
-    batch = toy_batch(seed=0, without_targets=None)
+    batch = rows_of_step(0)
     for agent in (0, 2):
         alone = toy_agents("sequential", num_agents=1)
         for identity, tensor in alone.adapter_tensors().items():
