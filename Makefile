@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test lint check bench soak clean
+.PHONY: install train test lint check bench table soak clean
 
 install: .venv/.installed
 
@@ -38,6 +38,9 @@ soak: .venv/.dev  # so many SIGKILLs in each engine, through the real launchers:
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/modes.py
+
+table: .venv/.dev
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache

@@ -15,18 +15,18 @@ gc.disable()  # the libraries make a million objects, and all of them stay: look
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
-from chorus.agreement import StopRequest, end_together, on_first_process
+from chorus.agreement import StopRequest, on_first_process
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
-from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine
+from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
@@ -54,10 +54,11 @@ def main(config: Config) -> None:
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
         accelerator.print(begin.finished_message(config.output_dir))
-        end_together(accelerator)
+        accelerator.end_training()
         return
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
-    with closing(open_journal(accelerator, output_dir, config.model_dump())) as journal:
+    with ExitStack() as at_exit:
+        journal = at_exit.enter_context(closing(open_journal(accelerator, output_dir, config.model_dump())))
         begin.log()
         samples = tokenise(problems.train, tokenizer, config.max_seq_length)
         held_out = held_out_share(
@@ -83,7 +84,7 @@ def main(config: Config) -> None:
             start_step=begin.step,
         )
 
-        execution = decide_execution(config, accelerator.device)
+        execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
         refuse_another_base(begin, run)
@@ -95,22 +96,24 @@ def main(config: Config) -> None:
             NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed),
             execution,
         )
-        engine = start_engine(accelerator, agents, config)
+        engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         logger.info(
             "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
         )
 
-        before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
+        with engine.whole():
+            before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
         take_up(engine, begin, output_dir)
         train(engine, steps, begin.step, num_steps, config, Keeper(output_dir, config, run), journal)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
-        after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
+        with engine.whole():
+            after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
         scores = {"evaluation": {"before": before.report(), "after": after.report()}}
         on_first_process(accelerator, lambda: write_ensemble(output_dir, after.weights, config, scores))
         journal.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
-        end_together(accelerator)
+        accelerator.wait_for_everyone()
 
 
 def train(
@@ -162,7 +165,7 @@ def train(
             if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
                 keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
-                end_together(engine.accelerator)  # a process group left open may abort, under another exit code
+                engine.accelerator.wait_for_everyone()
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 

@@ -8,8 +8,6 @@ every token is a target. One step is forward, backward, clipping and AdamW. What
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -18,8 +16,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from baselines import Switching, fuse_norms
+from conditions import conditions
 from shapes import random_base, work_of
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -241,20 +239,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def conditions(device: torch.device, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "device": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": matmul,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": git.stdout.strip() or "unknown",
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def write(out: Path, rows: list[dict[str, Any]], about: dict[str, Any], equality: str) -> None:

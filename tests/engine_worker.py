@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
         "world": torch.distributed.get_world_size(),
     }
     (folder / f"rank_{accelerator.process_index}.json").write_text(json.dumps(facts))
-    accelerator.end_training()
+    engine.close()
 
 
 if __name__ == "__main__":

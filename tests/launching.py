@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,22 @@ def train(command: list[str], output_dir: Path, *settings: str) -> list[dict[str
     result = launch(command, f"output_dir={output_dir}", *settings)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes that inherited the environment variable of a run, whatever session or group they moved to."""
+    mark, found = f"CHORUS_TEST_RUN={folder}\0", []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.2)

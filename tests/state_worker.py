@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     with engine.micro_batch():
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.mean() / 2)
     Keeper(folder, config, {}).save(engine, step=3, epoch=0)
-    accelerator.end_training()
+    engine.close()
 
 
 if __name__ == "__main__":

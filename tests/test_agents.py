@@ -335,6 +335,14 @@ def test_graphs_without_a_gpu_are_refused():
         decide_execution(Config(cuda_graphs=True), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("key", ["compile", "cuda_graphs"])
+def test_a_base_in_shards_is_neither_compiled_nor_recorded(key: str):
+    with pytest.raises(InputError, match=f"key '{key}' is true, which ZeRO stage 3 does not allow"):
+        decide_execution(Config(**{key: True}), torch.device("cuda"), base_in_shards=True)
+    execution = decide_execution(Config(max_seq_length=8), torch.device("cuda"), base_in_shards=True)
+    assert (execution.compiled, execution.recorded) == (False, False)
+
+
 def test_fused_agents_refuse_a_layer_that_is_given_other_rows_than_the_batchs():
     """Experts are given the tokens sent to them: their rows do not tell whose they are."""
     agents = toy_agents("fused")

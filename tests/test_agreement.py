@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from accelerate import Accelerator
 
 from chorus import agreement
-from chorus.agreement import StopRequest, on_first_process
+from chorus.agreement import StopRequest, on_every_process, on_first_process, refuse_differences
 from chorus.errors import InputError, RunError
 
 
@@ -77,3 +78,37 @@ def test_an_error_of_the_first_process_is_every_process_s(error: Exception, monk
 
 def test_the_result_of_the_act_is_returned():
     assert on_first_process(Accelerator(cpu=True), lambda: 3) == 3
+
+
+@pytest.mark.parametrize("own", [None, InputError("no such folder")])
+def test_an_error_of_any_process_is_every_processs_and_names_its_host(
+    own: Exception | None, monkeypatch: pytest.MonkeyPatch
+):
+    """This process, and another whose outcome arrives by the gathering."""
+    other = InputError("disk full")
+    monkeypatch.setattr(agreement, "gather_object", lambda outcomes: [*outcomes, (other, "far"), (None, "farther")])
+
+    def act() -> None:
+        if own is not None:
+            raise own
+
+    with pytest.raises(InputError) as error:
+        on_every_process(act)
+    expected = "disk full (on host far)" if own is None else f"{own} (on host {socket.gethostname()})"
+    assert str(error.value) == expected
+
+
+def test_an_error_that_all_processes_have_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agreement, "gather_object", lambda outcomes: outcomes * 2)
+    with pytest.raises(RunError, match=r"^disk full$"):
+        on_every_process(lambda: (_ for _ in ()).throw(RunError("disk full")))
+
+
+def test_what_differs_from_the_first_process_is_refused_with_both_values(monkeypatch: pytest.MonkeyPatch):
+    def broadcast(values: list) -> None:
+        values[0] = {"key 'lr'": 0.1, "the version of torch": "2.13"}
+
+    monkeypatch.setattr(agreement, "broadcast_object_list", broadcast)
+    refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.13"})
+    with pytest.raises(InputError, match=r"the version of torch is 2.11, but 2.13 on the first process"):
+        refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.11"})

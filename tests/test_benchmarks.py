@@ -4,10 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from launching import environment
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import table  # noqa: E402
 
 
 def test_every_mode_and_baseline_is_measured_after_their_losses_agreed(tmp_path: Path):
@@ -24,3 +28,39 @@ def test_every_mode_and_baseline_is_measured_after_their_losses_agreed(tmp_path:
         assert row["agent_tokens_per_second"] * row["ms_per_step"] == pytest.approx(1000 * 2 * 1 * 8)
     table = (tmp_path / "modes.md").read_text()
     assert all(f"| tiny | {mode} | 2 | 1 x 8 |" in table for mode in modes)
+
+
+@pytest.mark.launch
+def test_a_row_of_the_table_is_measured_once_by_the_launcher_and_the_engine_it_names(tmp_path: Path):
+    command = [sys.executable, str(BENCHMARKS / "table.py"), "--rows", "fused zero2 x2", "--steps", "1"]
+    for _ in range(2):
+        result = subprocess.run(
+            [*command, "--out", str(tmp_path)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert "tiny K=2 2x16 fused zero2 x2: measured" in result.stdout
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert "failed" not in row, row
+    assert (row["mode"], row["engine"], row["processes"]) == ("fused", "zero2", 2)
+    assert row["agent_tokens_per_second"] * row["ms_per_step"] == pytest.approx(1000 * 2 * 2 * 16 * 2)
+    assert "| tiny | 2 | 2 x 16 |  | fused | ZeRO-2 | 2 |" in (tmp_path / "table.md").read_text()
+
+
+def figures(mode: str, engine: str, processes: int, ms: float) -> dict[str, Any]:
+    row = dict(zip(table.KEY, ("tiny", 2, 2, 16, 16, False, mode, engine, processes), strict=True))
+    return {**row, "ms_per_step": ms, "peak_gib": None, "first_loss": 5.0}
+
+
+def test_rows_are_compared_with_the_plain_engine_and_with_one_process():
+    rows = [figures("fused", *of) for of in (("plain", 1, 100.0), ("zero2", 1, 104.0), ("zero2", 4, 130.0))]
+    one, zero, four = table.with_ratios([*rows, {**rows[0], "mode": "parallel", "failed": "out of memory"}])[:3]
+    assert (one["over_plain"], one["scaling"]) == (None, None)
+    assert (zero["over_plain"], zero["scaling"]) == (pytest.approx(0.04), None)
+    assert (four["over_plain"], four["scaling"]) == (None, pytest.approx(0.8))
+    assert any("+4.0%" in line and line.endswith("reached") for line in table.checks(rows))
+    assert any(line.endswith("missed") for line in table.checks([rows[0], figures("fused", "zero2", 1, 106.0)]))

@@ -358,6 +358,8 @@ from test_data import make_samples, training_steps
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)  # as a trainer that ends its step first
 steps = training_steps(make_samples(9), num_steps=400, batch_size=3, num_workers=2)
+if sys.argv[1:]:
+    os.killpg(0, int(sys.argv[1]))  # the workers have just been forked
 next(steps)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 sys.stdin.readline()
@@ -366,10 +368,10 @@ sys.stdin.readline()
 """
 
 
-def start_trainer() -> tuple[subprocess.Popen, list[int]]:
+def start_trainer(*arguments: str) -> tuple[subprocess.Popen, list[int]]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER], cwd=Path(__file__).parent, start_new_session=True, **pipes
+        [sys.executable, "-c", TRAINER, *arguments], cwd=Path(__file__).parent, start_new_session=True, **pipes
     )
     assert trainer.stdout is not None
     return trainer, [int(pid) for pid in trainer.stdout.readline().split()]
@@ -378,9 +380,8 @@ def start_trainer() -> tuple[subprocess.Popen, list[int]]:
 @pytest.mark.launch
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_workers_outlive_a_signal_to_the_process_group(number: signal.Signals) -> None:
-    trainer, workers = start_trainer()
+    trainer, workers = start_trainer(str(int(number)))
     assert len(workers) == 2
-    os.killpg(trainer.pid, number)
     os.killpg(trainer.pid, number)
     output, _ = trainer.communicate("go\ngo\n", timeout=60)
     assert (trainer.returncode, output) == (0, "400\n")

@@ -8,6 +8,7 @@ import pytest
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
+from chorus.sharding import PERSISTENCE
 
 REPOSITORY = Path(__file__).parents[1]
 ZERO = {"zero_optimization": {"stage": 2}}
@@ -65,6 +66,7 @@ def test_what_the_json_leaves_open_is_filled_from_the_configuration(file: Path, 
         "gradient_accumulation_steps": 4,
         "train_micro_batch_size_per_gpu": 3,
         "train_batch_size": 3 * 4 * 2,
+        "zero_force_ds_cpu_optimizer": False,  # where it keeps the state on the CPU, torch's AdamW stays
     }
 
 
@@ -81,6 +83,7 @@ def test_values_that_agree_are_accepted(file: Path):
         "train_batch_size": 24,
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
+        "zero_force_ds_cpu_optimizer": False,
     }
     assert settled(file, agreeing, "bf16", max_grad_norm=2.0) == agreeing
 
@@ -106,10 +109,12 @@ def test_null_uses_the_built_in_settings_and_never_changes_them():
     assert second["gradient_clipping"] == 0.7
 
 
-def test_the_file_of_the_repository_is_accepted_with_the_configuration_of_the_repository():
-    path = REPOSITORY / "ds_config_zero2.json"
+@pytest.mark.parametrize("name", ["ds_config_zero2", "recipes/deepspeed/zero3", "recipes/deepspeed/zero2_cpu_offload"])
+def test_the_files_of_the_repository_are_accepted_with_the_configuration_of_the_repository(name: str):
+    path = REPOSITORY / f"{name}.json"
     result = deepspeed_json(Config(deepspeed_config_file=str(path)), "bf16", 4, {})
     assert result["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
+    result["zero_optimization"].pop(PERSISTENCE, None)  # known once the adapters are
     assert "auto" not in json.dumps(result)
 
 
@@ -178,10 +183,10 @@ def test_a_precision_that_is_no_section_is_refused(file: Path, section: object):
     assert "enabled" in message
 
 
-@pytest.mark.parametrize("stage", [0, 3, None, "2", True, 1.5, "auto"])
-def test_every_zero_stage_but_1_and_2_is_refused(file: Path, stage: object):
+@pytest.mark.parametrize("stage", [0, 4, None, "2", True, 1.5, "auto"])
+def test_every_zero_stage_but_1_2_and_3_is_refused(file: Path, stage: object):
     message = refusal(file, {"zero_optimization": {"stage": stage}})
-    assert message.startswith(f"{file}: key 'zero_optimization.stage' is {stage}; give 2")
+    assert message.startswith(f"{file}: key 'zero_optimization.stage' is {stage}; give 1, 2 or 3")
 
 
 @pytest.mark.parametrize("content", [{}, {"zero_optimization": {}}, {"zero_optimization": True}])
@@ -324,6 +329,24 @@ def test_a_zero_stage_of_the_launcher_must_be_that_of_the_json(file: Path, conte
     assert settled(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
     message = refusal(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
     assert "key 'zero_optimization.stage' is 2, but the launcher says 3" in message
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "device", "remedy"),
+    [
+        (2, "offload_optimizer", "nvme", "give cpu or none"),
+        (3, "offload_param", "nvme", "give cpu or none"),
+        (2, "offload_param", "cpu", "it needs stage 3"),
+    ],
+)
+def test_an_offload_that_is_not_supported_is_refused(file: Path, stage: int, name: str, device: str, remedy: str):
+    message = refusal(file, {"zero_optimization": {"stage": stage, name: {"device": device}}})
+    assert message == f"{file}: key 'zero_optimization.{name}.device' is '{device}'; {remedy}"
+
+
+def test_deepspeeds_own_adam_is_refused(file: Path):
+    message = refusal(file, {**ZERO, "zero_force_ds_cpu_optimizer": True})
+    assert "key 'zero_force_ds_cpu_optimizer' is True, but configs.yaml makes it False" in message
 
 
 @pytest.mark.parametrize("wrong", [{"overlap_com": True}, {"reduce_bucket_size": -1}, {"overlap_comm": "perhaps"}])

@@ -1,12 +1,15 @@
-"""Precision, launchers, clipping and partitions. test_agents.py and test_train.py compare gradients under engines."""
+"""Precision, launchers, clipping, partitions, the end. test_agents.py and test_train.py compare gradients."""
 
 import json
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from launching import launch, zero2
+from torch.nn.parallel import DistributedDataParallel
 from toy import toy_agents, toy_batch
 
 from chorus.config import Config
@@ -50,6 +53,20 @@ def test_only_adapters_are_optimised_with_torchs_adamw_defaults():
     assert {id(tensor) for tensor in group["params"]} == {id(tensor) for tensor in agents.adapter_tensors().values()}
     stock = torch.optim.AdamW([torch.zeros(1)], lr=0.5, weight_decay=0.25)
     assert {key: group[key] for key in stock.defaults} == stock.defaults
+
+
+def test_ddp_does_not_outlive_the_process_group():
+    """DDP that is freed later destroys the group under Python's lock: one exit in some tens then hangs for good."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    engine = start_engine(Accelerator(cpu=True), toy_agents("fused"), Config())
+    wrapped = DistributedDataParallel(engine.agents)
+    engine.accelerator._models[:] = [wrapped]  # as Accelerate keeps it
+    engine = replace(engine, module=wrapped)
+    wrapped(toy_batch(), step=0).nll_KBT.sum().backward()
+    wrapped = weakref.ref(wrapped)
+    engine.close()
+    assert wrapped() is None
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.launch

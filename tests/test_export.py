@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, toy_batch
 
-from chorus import export
+from chorus import agreement, export
 from chorus.adapters import TensorId
 from chorus.agents import Agents
 from chorus.base import head_of
@@ -344,20 +344,28 @@ def test_a_number_that_is_taken_is_passed_over(tmp_path: Path, accelerator: Acce
     }
 
 
-def test_only_the_first_process_moves_and_makes_the_folder(tmp_path: Path):
-    class SecondProcess:
-        is_main_process = False
-        waited = 0
+class SecondProcess:
+    """Of two, the first of which has left `token` in the folder. It is told so as `on_first_process` is."""
 
-        def wait_for_everyone(self) -> None:
-            self.waited += 1
+    is_main_process = False
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, token: Path):
+        monkeypatch.setattr(agreement, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, token))
+
+
+def test_only_the_first_process_moves_and_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    process: Any = SecondProcess()
+    for name in ("metrics.jsonl", "token"):
+        (tmp_path / "run" / name).write_text("")
+    process: Any = SecondProcess(monkeypatch, tmp_path / "run" / "token")
     assert prepare_output_dir(str(tmp_path / "run"), process) == tmp_path / "run"
-    assert contents(tmp_path) == {"run/metrics.jsonl": b""}
-    assert process.waited == 2, "before the first process changes anything, and until it has"
+    assert contents(tmp_path) == {"run/metrics.jsonl": b"", "run/token": b""}
+
+
+def test_a_folder_that_is_not_the_first_processs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export, "SHARED_WITHIN_S", 0.1)
+    process: Any = SecondProcess(monkeypatch, tmp_path / "run" / "token")
+    assert "what the first process writes there is not seen" in refusal(str(tmp_path / "run"), process)
 
 
 def refusal(name: str, accelerator: Accelerator) -> str:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import PLAIN, ROOT, ddp, environment, launch, train, zero2
+from launching import PLAIN, ROOT, ddp, environment, launch, processes_of, train, wait_for, zero2
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -256,22 +255,3 @@ def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes
         metrics = tmp_path / "run" / "metrics.jsonl"
         rows = metrics.read_text().count("\n")
         wait_for(lambda: metrics.read_text().count("\n") > rows, 30)
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Processes that inherited the run's environment variable, whatever session or group they moved to."""
-    mark, found = f"CHORUS_TEST_RUN={folder}", []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environ.read_bytes():
-                found.append(int(environ.parent.name))
-        except OSError:  # it ended meanwhile
-            continue
-    return found
-
-
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about in time"
-        time.sleep(0.2)

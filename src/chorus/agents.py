@@ -97,18 +97,23 @@ class Execution:
 PLAIN = Execution()
 
 
-def decide_execution(config: Config, device: torch.device) -> Execution:
+def decide_execution(config: Config, device: torch.device, base_in_shards: bool = False) -> Execution:
     """What a configuration asks for, with `auto` decided and said in the log.
 
     Raises:
-        InputError: graphs without a GPU.
+        InputError: graphs without a GPU; compilation or graphs of a base in shards.
     """
+    for key, wanted in (("compile", config.compile), ("cuda_graphs", config.cuda_graphs)):
+        if base_in_shards and wanted is True:
+            raise InputError(f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2")
     if config.cuda_graphs is True and device.type != "cuda":
         raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
     lengths = ceil(config.max_seq_length / config.pad_to_multiple_of)
     because = ""
     if device.type != "cuda":
         because = f"; auto: no GPU ({device})"
+    elif base_in_shards:
+        because = "; auto: ZeRO stage 3 fetches weights inside of a pass"
     elif config.lora_dropout > 0:
         because = "; auto: lora_dropout is above 0"
     elif lengths > MAX_RECORDINGS:

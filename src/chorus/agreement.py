@@ -1,15 +1,16 @@
-"""What all processes must know alike: how an act of the first one ended, and whether the run shall stop."""
+"""What all processes must know alike: how an act ended, what the run is, and whether it shall stop."""
 
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from chorus.errors import InputError, RunError
 
@@ -37,14 +38,43 @@ def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return result
 
 
-def end_together(accelerator: Accelerator) -> None:
-    """Close the process group and the trackers, after every process has come here. A collective call.
+def on_every_process(act: Callable[[], None]) -> None:
+    """Run `act` on every process; where any raises an InputError or RunError, all raise the first. A collective call.
 
-    The barrier is not for order alone. While it waits, this thread lets go of Python's lock, which gloo's own threads
-    need to drop the tensors of the last collective; a group that is closed before they have hangs for good.
+    Hosts differ in what they see, and one that gave up alone would leave the others waiting for it.
     """
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    error = None
+    try:
+        act()
+    except (InputError, RunError) as raised:
+        error = raised
+    outcomes: list[tuple[InputError | RunError | None, str]] = gather_object([(error, socket.gethostname())])
+    of_all = all(error is not None for error, _ in outcomes)
+    for error, host in outcomes:
+        if error is not None:
+            raise error if of_all else type(error)(f"{error} (on host {host})")
+
+
+def refuse_differences(own: Mapping[str, Any]) -> None:
+    """Raise InputError, on every process alike, where one of them has another value than the first. A collective call.
+
+    Hosts have files of their own: where those differ, a mixture of two runs would be trained, without a word.
+
+    Args:
+        own: this process's values, by what they are called in the message.
+    """
+    firsts: list = [own]
+    broadcast_object_list(firsts)
+
+    def compare() -> None:
+        for name, value in firsts[0].items():
+            if own[name] != value:
+                raise InputError(
+                    f"{name} is {own[name]}, but {value} on the first process; start every host with the same command, "
+                    "files and versions"
+                )
+
+    on_every_process(compare)
 
 
 class StopRequest:

@@ -7,6 +7,7 @@ the ones before it.
 
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from chorus.agreement import SIGNALS
 from chorus.config import Config
 from chorus.errors import InputError
 from chorus.rows import Problem
@@ -180,7 +182,12 @@ def training_steps(
         worker_init_fn=_leave_the_process_group,
         generator=torch.Generator(),  # the loader draws a seed, of which nothing here depends: not from the global one
     )
-    return iter(loader)
+    # A worker is born with the signals blocked, and so outlives one that comes before it has left the group.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Steps(Dataset[StepBatch]):
@@ -218,6 +225,9 @@ def _leave_the_process_group(worker: int) -> None:
     """A launcher's SIGTERM and a terminal's SIGINT go to the whole group. A worker that dies of one would fail the step
     that its trainer still wants to end; out of the group, it ends when its trainer does, whatever ends that."""
     os.setpgrp()
+    while signal.sigtimedwait(SIGNALS, 0):
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[bool]]]:

@@ -85,7 +85,7 @@ def deepspeed_json(
         num_processes: of the run.
 
     Raises:
-        InputError: an unreadable file, an unknown key, ZeRO stage 3, or a value that contradicts configs.yaml.
+        InputError: an unreadable file, an unknown key, or a value that is not supported or contradicts configs.yaml.
     """
     path = _json_path(config, environment)
     settings = copy.deepcopy(BUILT_IN) if path is None else _read(path)
@@ -98,14 +98,16 @@ def deepspeed_json(
             raise InputError(f"{path}: key '{key}' is not known" + (f"; did you mean '{near[0]}'?" if near else ""))
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2):  # true is not 1
-        raise InputError(f"{path}: key 'zero_optimization.stage' is {stage}; give 2 (or 1), which Chorus supports")
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2, 3):  # true is not 1
+        raise InputError(f"{path}: key 'zero_optimization.stage' is {stage}; give 1, 2 or 3")
     _check_zero(zero, path, environment)
     step_rows = config.batch_size * config.gradient_accumulation_steps * num_processes
     _settle(settings, "train_micro_batch_size_per_gpu", config.batch_size, path, "batch_size")
     _settle(settings, "gradient_accumulation_steps", config.gradient_accumulation_steps, path)
     _settle(settings, "train_batch_size", step_rows, path, "batch_size x gradient_accumulation_steps x processes")
     _settle(settings, "gradient_clipping", config.max_grad_norm, path, "max_grad_norm")
+    # Where its state is on the CPU, DeepSpeed would have an AdamW of its own, which rounds otherwise.
+    _settle(settings, "zero_force_ds_cpu_optimizer", False, path, "the optimizer is torch's AdamW")
     for name in ("bf16", "fp16"):
         section = settings.setdefault(name, {})
         if not isinstance(section, dict):
@@ -124,6 +126,11 @@ def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str])
         first = error.errors()[0]
         key = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise InputError(f"{path}: key '{key}' is {first['input']!r}: {first['msg']}; correct or remove it") from error
+    for name in ("offload_optimizer", "offload_param"):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device not in ("none", "cpu") or (name == "offload_param" and device == "cpu" and zero["stage"] < 3):
+            remedy = "give cpu or none" if device != "cpu" else "it needs stage 3"
+            raise InputError(f"{path}: key 'zero_optimization.{name}.device' is {device!r}; {remedy}")
     launchers = {
         "stage": environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
         "offload_optimizer.device": environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),

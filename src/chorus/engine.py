@@ -9,7 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +26,9 @@ from accelerate.utils import (
     is_tensorboard_available,
 )
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from chorus import sharding
 from chorus.adapters import TensorId
 from chorus.agents import Agents
 from chorus.config import Config
@@ -87,7 +89,14 @@ def make_accelerator(config: Config) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
     assert (accelerator.distributed_type is DistributedType.DEEPSPEED) == with_deepspeed
+    unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
     return accelerator
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's stage: 3 has the base in shards; 0 is no DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
 
 
 def _single_process_rendezvous() -> None:
@@ -149,6 +158,12 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def whole(self) -> AbstractContextManager[None]:
+        """The context of passes beside training, in which processes need not keep step. Collective at both ends."""
+        if zero_stage(self.accelerator) < 3:
+            return nullcontext()
+        return sharding.whole(self.module, list(self.agents.adapter_tensors().values()))
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -178,6 +193,16 @@ class Engine:
         """The sum of `own` over processes."""
         return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
+    def close(self) -> None:
+        """End training: close the trackers and the process group. Nothing waits for the other processes here.
+
+        The wrapper goes first. DDP's C++ part holds the process group too; were it the last to let go, it would
+        destroy the group while it holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
+        """
+        self.module = self.agents
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
 
 def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) with torch's defaults besides; on a GPU all tensors in a few launches."""
@@ -186,16 +211,23 @@ def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch
 
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
     """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
-    optimizer = adamw(list(agents.adapter_tensors().values()), config.lr, config.weight_decay)
+    adapters = list(agents.adapter_tensors().values())
+    num_elements = sum(map(torch.numel, adapters))
+    optimizer = adamw(adapters, config.lr, config.weight_decay)
+    plugin, stage = accelerator.state.deepspeed_plugin, zero_stage(accelerator)
+    if plugin is not None and stage == 3:
+        sharding.leave_adapters_whole(plugin.deepspeed_config["zero_optimization"], adapters)
     module, optimizer = accelerator.prepare(agents, optimizer)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        stage = module.zero_optimization_stage()
-        partitions = getattr(module.optimizer, "single_partition_of_fp32_groups", None)
-        assert partitions, "DeepSpeed was asked for, and is not active"
+    if stage > 0:
+        assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
+        zero = module.optimizer
+        partitions = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
         description = (
             f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
-            f"{sum(map(torch.numel, partitions)):,} of "
-            f"{sum(map(torch.numel, agents.adapter_tensors().values())):,} optimizer elements on this process"
+            f"{sum(map(torch.numel, partitions)):,} of {num_elements:,} optimizer elements on this process"
         )
+    if stage == 3:
+        sharding.announce_reads(agents)
+        sharding.make_whole(adapters)
     return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)

@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from chorus.adapters import TensorId, adapter_name, lora_shape
+from chorus.agreement import on_every_process, on_first_process
 from chorus.config import Config, render
 from chorus.errors import InputError, RunError
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 AGAIN = "make room and run the same command again"
 LOG_FILE = "train.log"  # locked by the run that writes it, and freed by the system when that run ends, however it ends
+SHARED_WITHIN_S = 60.0  # a client of a network file system may believe for so long that a new file does not exist
 
 
 def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = False) -> Path:
@@ -32,34 +37,65 @@ def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = Fals
     A run that is `resumed` from a checkpoint of this very folder goes on in it.
 
     Raises:
-        InputError: it is a file, cannot be made or written, holds what no run has written, or is being written by
-            another run.
+        InputError: on every process alike: it is a file, cannot be made or written, holds what no run has written, is
+            being written by another run, or is not the same folder for every process.
     """
     folder = Path(name)
+    on_every_process(partial(_refuse_unusable, folder, resumed))  # before one of them changes anything
+    token = on_first_process(accelerator, partial(_make, folder, resumed))
     try:
-        _refuse_unusable(folder, resumed)  # on every process alike, before one of them changes anything
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not resumed:
-            _step_aside(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # a name too long, a mount point that cannot step aside, a link to nothing
-        raise InputError(f"key 'output_dir': {name}: {error.strerror}; name a folder that can be made") from error
-    accelerator.wait_for_everyone()
+        on_every_process(partial(_refuse_unshared, token))
+    finally:
+        if accelerator.is_main_process:
+            token.unlink()
     return folder
 
 
+def _make(folder: Path, resumed: bool) -> Path:
+    """Make the folder, with a file in it that no other folder has."""
+    with _as_input_errors(folder):
+        if not resumed:
+            _step_aside(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        token = folder / f".seen-by-all-{uuid4()}"
+        token.touch()
+        return token
+
+
+def _refuse_unshared(token: Path) -> None:
+    """Raises InputError on a host that has a folder of its own under that name: the first process alone writes."""
+    end = time.monotonic() + SHARED_WITHIN_S
+    while not token.exists():
+        if time.monotonic() > end:
+            raise InputError(
+                f"key 'output_dir': {token.parent}: what the first process writes there is not seen; name a folder "
+                "that all hosts share"
+            )
+        time.sleep(0.2)
+
+
+@contextmanager
+def _as_input_errors(folder: Path) -> Iterator[None]:
+    """A name too long, a mount point that cannot step aside, a link to nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"key 'output_dir': {folder}: {error.strerror}; name a folder that can be made") from error
+
+
 def _refuse_unusable(folder: Path, resumed: bool) -> None:
-    if Path.cwd().is_relative_to(os.path.realpath(folder)):
-        raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "cannot be written" if nearest.is_dir() else "is a file"
-        raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
-    is_a_runs = resumed or (folder / "metrics.jsonl").exists()
-    if nearest == folder and any(folder.iterdir()) and not is_a_runs:
-        raise InputError(f"key 'output_dir': {folder}: it holds files that are no run's; name a folder of its own")
-    if is_at_work(folder):
-        raise InputError(f"key 'output_dir': {folder}: another run is at work in it; wait, or name another folder")
+    with _as_input_errors(folder):
+        if Path.cwd().is_relative_to(os.path.realpath(folder)):
+            raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            what = "cannot be written" if nearest.is_dir() else "is a file"
+            raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
+        is_a_runs = resumed or (folder / "metrics.jsonl").exists()
+        if nearest == folder and any(folder.iterdir()) and not is_a_runs:
+            raise InputError(f"key 'output_dir': {folder}: it holds files that are no run's; name a folder of its own")
+        if is_at_work(folder):
+            raise InputError(f"key 'output_dir': {folder}: another run is at work in it; wait, or name another folder")
 
 
 def is_at_work(folder: Path) -> bool:

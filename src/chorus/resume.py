@@ -9,18 +9,19 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chorus.agreement import on_first_process
+from chorus.agreement import on_every_process, on_first_process, refuse_differences
 from chorus.checkpoint import MANIFEST, Damaged, checkpoints, read_tensors, set_aside_later, verify
 from chorus.config import Config
-from chorus.engine import Engine
+from chorus.engine import Engine, zero_stage
 from chorus.errors import InputError
 from chorus.rows import Problem
 from chorus.state import restore_state
@@ -45,6 +46,7 @@ COMPARED_BY_EFFECT = frozenset(
     }
 )
 # Every other key must be equal: a key that nobody has thought about yet is refused, not overlooked.
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed")  # whose versions every host must have
 START_OVER = "or start over with resume_from_checkpoint=null or another output_dir"
 
 
@@ -93,14 +95,29 @@ def describe_run(
     precision: str,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """The entries of `state.json` that hold for the whole run, but for `num_steps` and the base's fingerprint."""
-    engine = {DistributedType.NO: "plain", DistributedType.DEEPSPEED: "zero2"}.get(accelerator.distributed_type, "ddp")
+    """The entries of `state.json` that hold for the whole run, but for `num_steps` and the base's fingerprint.
+
+    Raises:
+        InputError: on every process alike: they are others on another host.
+    """
+    stage = zero_stage(accelerator)
+    engine = f"zero{stage}" if stage else "plain" if accelerator.num_processes == 1 else "ddp"
+    fingerprints = {"tokenizer": tokenizer_fingerprint(tokenizer), "data": data_fingerprint(rows)}
+    keys = {f"key '{key}'": value for key, value in config.model_dump().items()}
+    refuse_differences(
+        {
+            **keys,
+            "the precision": precision,
+            **{f"the {name} fingerprint": value for name, value in fingerprints.items()},
+            **{f"the version of {name}": version(name) for name in LIBRARIES},
+        }
+    )
     return {
         "parallel_mode": config.parallel_mode,
         "engine": engine,
         "world_size": accelerator.num_processes,
         "precision": precision,
-        "fingerprints": {"tokenizer": tokenizer_fingerprint(tokenizer), "data": data_fingerprint(rows)},
+        "fingerprints": fingerprints,
         "config": config.model_dump(),
     }
 
@@ -111,7 +128,16 @@ def find_start(config: Config, run: Mapping[str, Any], accelerator: Accelerator)
     Raises:
         InputError: the named checkpoint is none or damaged, or the checkpoint is that of another run.
     """
-    return on_first_process(accelerator, lambda: _find(config, run))
+    begin = on_first_process(accelerator, lambda: _find(config, run))
+    if begin.folder is not None:
+        on_every_process(partial(_refuse_unseen, begin.folder))
+    return begin
+
+
+def _refuse_unseen(folder: Path) -> None:
+    """Every process reads the tensors for itself."""
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"key 'resume_from_checkpoint': {folder} is not seen; name a folder that all hosts share")
 
 
 def _find(config: Config, run: Mapping[str, Any]) -> Start:
@@ -178,7 +204,8 @@ def refuse_another_run(facts: Mapping[str, Any], config: Config, run: Mapping[st
 
 
 def refuse_another_base(start: Start, run: Mapping[str, Any]) -> None:
-    """Raises InputError where the base is another than that of the checkpoint."""
+    """Raises InputError where the base is another than that of the checkpoint, or than another host's."""
+    refuse_differences({"key 'model_name': the base's fingerprint": run["fingerprints"]["base"]})
     if start.folder is not None:
         _refuse_other_fingerprint("base", "model_name", start.facts, run, start.folder)
 

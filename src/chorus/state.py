@@ -5,14 +5,15 @@ fp16 there is also the loss scale, which starts anew.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from chorus.adapters import TensorId
-from chorus.engine import Engine
+from chorus.engine import Engine, zero_stage
 from chorus.errors import InputError
+from chorus.sharding import make_whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -61,7 +62,9 @@ def restore_state(engine: Engine, state: TrainingState) -> None:
         InputError: it has other tensors, or other shapes, than the agents.
     """
     _refuse_other_tensors(engine.agents.adapter_tensors(), state.weights)
-    if engine.is_deepspeed:
+    if zero_stage(engine.accelerator) == 3:
+        _restore_shards(engine, state)
+    elif engine.is_deepspeed:
         _restore_zero(engine, state)
     else:
         _restore_plain(engine, state)
@@ -90,16 +93,47 @@ def _restore_zero(engine: Engine, state: TrainingState) -> None:
 
     zero: Any = engine.module.optimizer
     for flat, group in zip(zero.single_partition_of_fp32_groups, zero.optimizer.param_groups, strict=True):
-        on_device = group.get("fused") or group.get("capturable")  # where these kinds of AdamW keep their count
-        step = torch.tensor(float(state.optimizer_step), device=flat.device if on_device else "cpu")
-        moments = {name: torch.zeros_like(flat) for name in MOMENTS}
-        zero.optimizer.state[flat] = {"step": step, **moments}
+        zero.optimizer.state[flat] = _state_of(flat, group, state.optimizer_step)
     zero._lazy_init_hp_params_optimizer_state()
     for identity, tensor in engine.agents.adapter_tensors().items():
         safe_set_full_fp32_param(tensor, state.weights[identity])
         tensor.copy_(state.weights[identity])
         for name in MOMENTS:
             safe_set_full_optimizer_state(tensor, state.moments[name][identity], name)
+
+
+@torch.no_grad()
+def _restore_shards(engine: Engine, state: TrainingState) -> None:
+    """The same under stage 3, which cuts each tensor by itself into as many shards as there are processes."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    zero: Any = engine.module.optimizer
+    for place, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        group = zero.optimizer.param_groups[zero.sub_group_to_group_id[place]]
+        zero.optimizer.state[flat] = _state_of(flat, group, state.optimizer_step)
+    tensors = engine.agents.adapter_tensors()
+    with GatheredParameters(tensors.values(), modifier_rank=0):
+        for identity, tensor in tensors.items():
+            tensor.copy_(state.weights[identity])
+    for identity, tensor in tensors.items():
+        size = cast(Any, tensor).ds_tensor.numel()  # of a shard, the last of which is padded
+
+        def own(whole: Tensor, size: int = size) -> Tensor:
+            padded = torch.nn.functional.pad(whole.flatten(), (0, size * engine.num_processes - whole.numel()))
+            return padded.narrow(0, size * engine.process_index, size)
+
+        safe_set_local_fp32_param(tensor, own(state.weights[identity]))
+        for name in MOMENTS:
+            safe_set_local_optimizer_state(tensor, own(state.moments[name][identity]), name)
+    make_whole(list(tensors.values()))
+
+
+def _state_of(flat: Tensor, group: Mapping[str, Any], optimizer_step: int) -> dict[str, Tensor]:
+    """AdamW's state of a flat partition, the moments still zero."""
+    on_device = group.get("fused") or group.get("capturable")  # where these kinds of AdamW keep their count
+    step = torch.tensor(float(optimizer_step), device=flat.device if on_device else "cpu")
+    return {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
 
 
 def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[TensorId, Tensor]) -> None:

@@ -5,8 +5,8 @@ is due are computed, a chunk at a time, and each chunk's gradient with respect t
 logits exist: they are not made a second time in backward, which only scales rows.
 """
 
-import functools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,8 +89,8 @@ def _of_logits(logits_CV: Tensor, target_C: Tensor, softcap: float | None, need_
     return nll_C
 
 
-@functools.cache
+@cache
 def _compiled_of_logits() -> Callable[..., Tensor]:
-    """Two passes over the logits, where PyTorch's own operators take a dozen. Made when it is first needed: torch's
-    compiler takes a second to import."""
+    """Two passes over the logits, where PyTorch's own operators take a dozen. Made at its first use: torch.compile
+    imports for a second, and a run without a GPU never needs it."""
     return torch.compile(_of_logits)

@@ -1,0 +1,30 @@
+"""What a figure was measured on, and with."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+def conditions(device: torch.device, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_tflops": matmul,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "deepspeed": version("deepspeed"),
+        "driver": driver_version() if device.type == "cuda" else "none",
+        "commit": git.stdout.strip() or "unknown",
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return said[0] if said else "unknown"

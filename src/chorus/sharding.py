@@ -1,0 +1,55 @@
+"""DeepSpeed ZeRO stage 3: the frozen base in shards, a part of each matrix on every process.
+
+DeepSpeed makes a module's own parameters whole while the module is at work. Chorus reads some from elsewhere, and
+announces them: a LoRA layer those of the linear layer inside of it, the loss those of the head. The adapters stay
+whole, because a pass reads all of them at its start; their gradients and optimizer state are in shards, as under stage
+2.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from chorus.adapters import lora_layers
+from chorus.agents import Agents
+
+PERSISTENCE = "stage3_param_persistence_threshold"  # DeepSpeed leaves tensors of at most so many elements whole
+
+
+def leave_adapters_whole(zero: dict[str, Any], adapters: Sequence[Tensor]) -> None:
+    """Set DeepSpeed's limit so that no adapter is cut. The base's matrices are larger, its norms smaller."""
+    largest = max(map(Tensor.numel, adapters))
+    theirs = zero.get(PERSISTENCE, "auto")
+    zero[PERSISTENCE] = largest if theirs == "auto" else max(largest, theirs)
+
+
+def announce_reads(agents: Agents) -> None:
+    """Tell DeepSpeed, which holds the agents by now, which weights a module reads that are another's."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for peft_model in agents.peft_models:
+        for layer in lora_layers(peft_model).values():
+            for weight in layer.base_linear.parameters(recurse=False):
+                register_external_parameter(layer, weight)
+    for weight in agents.head().linear.parameters(recurse=False):
+        register_external_parameter(agents, weight)
+
+
+def make_whole(adapters: Sequence[nn.Parameter]) -> None:
+    """Gather the adapters, as DeepSpeed itself does after every step. A collective call."""
+    cast(Any, adapters[0]).all_gather(list(adapters))
+
+
+@contextmanager
+def whole(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The context in which base and adapters lie whole on every process, which then need not keep step.
+
+    Evaluation takes it: processes have other numbers of batches and of tokens to write. A collective call at both ends.
+    """
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(module):
+        yield
+    make_whole(adapters)
