@@ -23,6 +23,7 @@ from typing import cast
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
 from chorus.agreement import StopRequest, on_first_process
+from chorus.auto_agents import decide_num_agents
 from chorus.base import load_model, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
@@ -32,9 +33,11 @@ from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
 from chorus.objective import SwdSettings, objective
+from chorus.profiler import profiled
 from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
 from chorus.rows import read_problems
 from chorus.schedule import learning_rate
+from chorus.spans import span
 
 gc.freeze()  # nor is it looked for among them later, in the midst of a step
 gc.enable()
@@ -50,6 +53,7 @@ def main(config: Config) -> None:
     check_targets(load_skeleton(config.model_name), config.lora_target_modules)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
+    config, agents_note = decide_num_agents(config, precision, accelerator)
     run = describe_run(config, problems.train, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
@@ -60,6 +64,8 @@ def main(config: Config) -> None:
     with ExitStack() as at_exit:
         journal = at_exit.enter_context(closing(open_journal(accelerator, output_dir, config.model_dump())))
         begin.log()
+        if agents_note:
+            logger.info(agents_note)
         samples = tokenise(problems.train, tokenizer, config.max_seq_length)
         held_out = held_out_share(
             problems.validation[: config.eval_samples],
@@ -142,15 +148,21 @@ def train(
         gather=engine.gather,
     )
     meter = Meter(config.num_agents, device, config.log_memory_usage)
-    with journal.training(num_steps, start_step), StopRequest(engine.accelerator) as stop:
-        for step, step_batch in enumerate(steps, start_step):
+    with (
+        journal.training(num_steps, start_step),
+        StopRequest(engine.accelerator) as stop,
+        profiled(steps, start_step, num_steps, engine, config, journal) as profiled_steps,
+    ):
+        for step, step_batch in enumerate(profiled_steps, start_step):
             engine.set_lr(lr_at(step))
             for micro_step, batch in enumerate(step_batch.micro_batches):
-                batch = batch.to(device)
+                with span("data_transfer"):
+                    batch = batch.to(device)
                 slot = micro_step * engine.num_processes + engine.process_index
                 # ---- forward and backward; after the last micro-batch also clip, step and zero ----
                 with engine.micro_batch():
-                    output = engine.module(batch, step=step, slot=slot)
+                    with span("forward_pass"):
+                        output = engine.module(batch, step=step, slot=slot)
                     part = share_of(
                         output.nll_KBT, output.hidden_KBTD, batch, num_targets=step_batch.num_targets, step=step
                     )
@@ -163,7 +175,8 @@ def train(
             journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
             is_stopped = stop.is_agreed()
             if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
-                keeper.save(engine, done, step_batch.epoch)
+                with span("checkpoint"):
+                    keeper.save(engine, done, step_batch.epoch)
             if is_stopped:
                 engine.accelerator.wait_for_everyone()
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")

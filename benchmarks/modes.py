@@ -3,7 +3,7 @@
     python benchmarks/modes.py --model gemma-2-2b --shapes 4x1x512 4x4x512 --modes fused switching
 
 prints a table and writes modes.md and modes.json to --out. A shape is K x B x T. Weights and token ids are random,
-every token is a target. One step is forward, backward, clipping and AdamW. What counts as useful work: shapes.py.
+every token is a target. One step is forward, backward, clipping and AdamW. What counts as useful work: chorus.flops.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from baselines import Switching, fuse_norms
 from conditions import conditions
-from shapes import random_base, work_of
+from shapes import random_base
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from chorus.adapters import LoraShape, TensorId
 from chorus.agents import Execution, NoiseRates, build_agents, copy_sharing_storage
 from chorus.data import Batch, Sample, collate
 from chorus.engine import adamw
+from chorus.flops import work_of
 from chorus.objective import SwdSettings, objective
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -310,7 +311,7 @@ def main() -> None:
             torch._dynamo.reset()
             measured = measure(case, base, options.rank, options.steps, options.out if options.profile else None)
             seconds = measured["ms_per_step"] / 1000
-            useful = work.useful_flops(case.K * case.B, case.T) / seconds / 1e12
+            useful = work.useful_flops(case.K * case.B, case.T, case.K * case.B * case.T) / seconds / 1e12
             measured |= {
                 "agent_tokens_per_second": case.K * case.B * case.T / seconds,
                 "useful_tflops": useful,

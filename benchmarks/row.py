@@ -16,13 +16,14 @@ import torch
 from accelerate.utils import gather_object
 from conditions import conditions
 from modes import LAMBDA_SW, TARGETS, Case, matmul_tflops, random_batch, timed
-from shapes import random_base, work_of
+from shapes import random_base
 
 from chorus.adapters import lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
 from chorus.config import Config
 from chorus.engine import DTYPES, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.errors import input_errors_end_the_program
+from chorus.flops import work_of
 from chorus.objective import SwdSettings, objective
 
 
@@ -52,7 +53,7 @@ def measure(row: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 
     torch.manual_seed(0)
     base = random_base(row["model"], device, DTYPES[precision], "eager")
-    flops = work_of(base).useful_flops(K * B, T) * accelerator.num_processes
+    flops = work_of(base).useful_flops(K * B, T, K * B * T) * accelerator.num_processes
     execution = decide_execution(config, device)
     agents = build_agents(config.parallel_mode, base, K, lora_shape(config), NoiseRates(0, 0, 0), execution)
     batch = random_batch(Case(row["mode"], K, B, T, False, False, False), base.config.vocab_size, device)

@@ -1,9 +1,6 @@
-"""The bases of the benchmarks, with random weights, and what of their arithmetic counts as useful."""
-
-from typing import NamedTuple
+"""The bases of the benchmarks, with random weights."""
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 GEMMA_2 = {"vocab_size": 256_000, "head_dim": 256, "max_position_embeddings": 8192, "sliding_window": 4096}
@@ -53,29 +50,3 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype, attention: 
             return Gemma2ForCausalLM(config).requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-
-
-class Work(NamedTuple):
-    """Parameters that a token meets, and the layers' attention width."""
-
-    body: int
-    head: int
-    attention: int
-
-    def useful_flops(self, rows: int, length: int) -> float:
-        """Of one step over `rows` rows of all agents together, every token a target.
-
-        Forward 2 FLOP for each weight and token, backward 2 more: the base is frozen, so there is no weight gradient.
-        Attention's two products over the causal half, backward twice the forward. LoRA's own and recomputation do not
-        count.
-        """
-        products = 4.0 * (self.body + self.head) * rows * length
-        return products + 3 * (2.0 * length * length * self.attention) * rows
-
-
-def work_of(model: PreTrainedModel) -> Work:
-    config, head = model.config, model.get_output_embeddings()
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim
-    return Work(sum(linear.weight.numel() for linear in linears), head.weight.numel(), attention)

@@ -31,13 +31,14 @@ NOT_A_NUMBER = [
 NOT_TEXT = ["1", "true", "[a]", "2020-01-01", '"\\ud800"', '""']
 ACCEPTED_AND_REFUSED = {
     "count": (["1", "7"], [*NOT_A_NUMBER, "0", "-1", "1.0", "1.5", "1e3"]),
-    "agents": (["2", "7"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
+    "agents": (["2", "7", "auto"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
     "count or zero": (["0", "7"], [*NOT_A_NUMBER, "-1", "0.0", "1.5"]),
     "two or more": (["2", "7"], [*NOT_A_NUMBER, "1", "-1", "2.0"]),
     "seed": (["0", str(2**63 - 1)], [*NOT_A_NUMBER, "-1", "0.0", str(2**63)]),
     "positive": (["3e-5", "1", "1e9"], [*NOT_A_NUMBER, "0", "0.0", "-1e-9"]),
     "positive or zero": (["0", "3e-5", "1e9"], [*NOT_A_NUMBER, "-1e-9"]),
     "below one": (["0", "0.999"], [*NOT_A_NUMBER, "1", "-1e-9"]),
+    "above zero, up to one": (["1e-9", "0.5", "1"], [*NOT_A_NUMBER, "0", "1.001"]),
     "up to one": (["0", "0.5", "1"], [*NOT_A_NUMBER, "1.001", "-1e-9"]),
     "flag": (["true", "false"], ["1", "0", "yes", '"true"', "null", "[true]", ".nan"]),
     "flag or auto": (["true", "false", "auto"], ["1", "0", "yes", '"true"', "null", "[auto]", ".nan"]),
@@ -49,13 +50,12 @@ ACCEPTED_AND_REFUSED = {
     ),
     "prompt": (['""', "a", '"{a}"'], [*NOT_TEXT[:5], "null", '"{"', '"{0}"']),
     "completion": (['"{a}"'], [*NOT_TEXT, "null", "a", '"{{a}}"', '"{a"']),
-    "not yet, 0": (["0"], [*NOT_A_NUMBER, "1", "-1", "0.0"]),
 }
 KIND = {
     **dict.fromkeys(["lora_rank", "swd_num_projections", "swd_points_per_row"], "count"),
     **dict.fromkeys(["pad_to_multiple_of", "epochs", "batch_size", "gradient_accumulation_steps"], "count"),
     **dict.fromkeys(["eval_batch_size", "max_new_tokens_eval", "logging_steps"], "count"),
-    **dict.fromkeys(["num_workers", "eval_samples", "save_steps"], "count or zero"),
+    **dict.fromkeys(["num_workers", "eval_samples", "save_steps", "profile_steps"], "count or zero"),
     **dict.fromkeys(["debug_subset_size", "agents_per_pass"], "count, or null"),
     **dict.fromkeys(["max_train_steps"], "count or zero, or null"),
     **dict.fromkeys(["num_agents"], "agents"),
@@ -67,8 +67,9 @@ KIND = {
     **dict.fromkeys(["lambda_sw", "weight_decay", "max_grad_norm"], "positive or zero"),
     **dict.fromkeys(["lora_dropout", "dropconnect_p", "validation_split"], "below one"),
     **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
+    **dict.fromkeys(["memory_fraction"], "above zero, up to one"),
     **dict.fromkeys(["initialize_adapters_rand", "use_gradient_checkpointing", "skip_bad_rows"], "flag"),
-    **dict.fromkeys(["shuffle", "log_memory_usage"], "flag"),
+    **dict.fromkeys(["shuffle", "profile_trace", "log_memory_usage"], "flag"),
     **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
     **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
     **dict.fromkeys(["dataset_subset", "deepspeed_config_file", "resume_from_checkpoint"], "text, or null"),
@@ -77,7 +78,6 @@ KIND = {
     **dict.fromkeys(["lora_target_modules"], "modules"),
     **dict.fromkeys(["prompt_template"], "prompt"),
     **dict.fromkeys(["completion_template"], "completion"),
-    **dict.fromkeys(["profile_steps"], "not yet, 0"),
 }
 
 
@@ -157,12 +157,11 @@ def test_a_duplicate_key_is_refused_at_its_second_line(key):
         ("num_agents: 0", "greater than 0"),
         ("lora_dropout: 1", "less than 1"),
         ('lr: "1e-4"', "a valid number; write a number, without quotes"),
-        ("num_agents: true", "a valid integer; write a whole number"),
+        ("lora_rank: true", "a valid integer; write a whole number"),
         ("shuffle: yes", "write true or false"),
         ("model_name: 2", "put it in quotes"),
         ("lora_target_modules: q_proj", "write [one, another]"),
         ("lora_target_modules: [a, a]", "name each one once"),
-        ("profile_steps: 3", " is 3; the profiler is not available yet; set it to 0"),
     ],
 )
 def test_a_refusal_says_what_to_write(written, remedy):
@@ -174,8 +173,8 @@ def test_an_unknown_key_is_named_before_other_mistakes():
 
 
 def test_of_two_bad_values_one_is_named():
-    message = refusal("lr: fast\nnum_agents: true")
-    assert message.startswith("configs.yaml: key 'num_agents' (line 2) is true; it should be a valid integer; ")
+    message = refusal("lr: fast\nlora_rank: true")
+    assert message.startswith("configs.yaml: key 'lora_rank' (line 2) is true; it should be a valid integer; ")
     assert "number," not in message.replace("whole number,", "")
 
 

@@ -19,7 +19,16 @@ from torch import Tensor
 from chorus import journal as journal_module
 from chorus.errors import RunError
 from chorus.evaluate import Evaluation, Score
-from chorus.journal import Journal, Meter, WritingJournal, evaluation_table, open_journal, peak_memory_gib
+from chorus.journal import (
+    Journal,
+    Meter,
+    WritingJournal,
+    evaluation_table,
+    memory_line,
+    memory_usage,
+    open_journal,
+    peak_memory_gib,
+)
 from chorus.objective import Objective
 
 KEYS = ["step", "loss", "task_loss", "swd", "task_loss_per_agent", "lr", "grad_norm", "agent_tokens_per_second"]
@@ -199,6 +208,26 @@ def test_a_run_that_goes_on_keeps_the_rows_before_it_and_drops_those_it_takes_ag
     assert rows == [metrics(1), metrics(2), metrics(3, loss=0.5)]
 
 
+def test_a_profile_is_a_row_of_its_own_numbers_for_the_tracker_and_lines_for_people(
+    journal: Journal, recorder: Recorder, tmp_path: Path
+):
+    report = {"steps": 2, "parts": {"forward_pass": {"seconds": 0.5, "calls": 2}}}
+    with journal.training(3):
+        journal.advance(metrics(1))
+        journal.profile(2, report, ["--- Performance Summary at Step 2 ---", "forward_pass: 0.5000s"])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [metrics(1), {"step": 2, "profile": report}]
+    path = "profile/parts/forward_pass"
+    assert recorder.rows[-1] == (2, {"profile/steps": 2, f"{path}/seconds": 0.5, f"{path}/calls": 2})
+    assert (tmp_path / "train.log").read_text().splitlines()[-2:] == [
+        "--- Performance Summary at Step 2 ---",
+        "forward_pass: 0.5000s",
+    ]
+    with journal.training(3, start_step=1):  # a run that goes on before the profiled steps takes them again
+        pass
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == metrics(1)
+
+
 def test_a_gradient_norm_that_is_no_number_is_null_because_json_has_no_other_word(journal: Journal, tmp_path: Path):
     """As in fp16's first steps, while the loss scale falls."""
 
@@ -220,14 +249,13 @@ def test_the_log_holds_every_logged_step_and_what_the_package_says(journal: Jour
         journal.advance(metrics(1))
         journal.advance(metrics(2, swd=None, peak_memory_gib=1.25))
     journal.close()
-    active, cut, first, second = (tmp_path / "train.log").read_text().splitlines()
+    active, cut, first, second, memory = (tmp_path / "train.log").read_text().splitlines()
     assert active.endswith("INFO chorus.train: DeepSpeed ZeRO-2 is active")
     assert cut.endswith("WARNING chorus.data: cut 3 rows")
     assert "step 1  loss 1.9000  agents 1.5000 2.5000  swd 10.0000  lr 1.00e-03" in first
-    assert "peak" not in first
     assert "step 2 " in second
     assert "swd" not in second
-    assert second.endswith("peak 1.25 GiB")
+    assert re.search(r"\[Step 2\] CPU Memory - Resident: \d+\.\d\dGB, Max Resident: \d+\.\d\dGB$", memory)
 
 
 def test_the_terminal_gets_each_log_line_whole_and_as_it_is(
@@ -311,6 +339,19 @@ def test_the_peak_memory_of_a_process_is_the_most_that_was_resident_in_gib():
     peak = peak_memory_gib(torch.device("cpu"))
     [kib] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak == pytest.approx(int(kib) / 2**20, rel=0.02)
+
+
+def test_memory_is_told_in_gigabytes_now_and_at_most():
+    usage = memory_usage(torch.device("cpu"))
+    kept = torch.ones(50_000_000)  # 0.2 GB
+    more = memory_usage(torch.device("cpu"))
+    assert 0.19 < more["resident"] - usage["resident"] < 0.3
+    assert more["max_resident"] >= more["resident"] > 0
+    assert len(kept)
+    of_a_gpu = {"allocated": 28.45, "max_allocated": 32.1, "reserved": 35.0}
+    assert memory_line(5, torch.device("cuda"), of_a_gpu) == (
+        "[Step 5] GPU Memory - Allocated: 28.45GB, Max Allocated: 32.10GB, Reserved: 35.00GB"
+    )
 
 
 # ---- the table ----

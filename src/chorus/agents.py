@@ -48,6 +48,7 @@ from chorus.data import Batch
 from chorus.errors import InputError
 from chorus.graphs import MAX_RECORDINGS, RecordedPasses
 from chorus.layers import prepare_layers
+from chorus.spans import span
 from chorus.token_nll import token_nll
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,14 @@ class Execution:
     Attributes:
         recompute: make each decoder layer's activations again in backward.
         agents_per_pass: fused mode's groups; None takes all agents together.
-        compiled: torch.compile the decoder layers.
+        compiled: torch.compile the decoder layers; a word is the name of another backend than inductor.
         recorded: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a recording
             would repeat.
     """
 
     recompute: bool = False
     agents_per_pass: int | None = None
-    compiled: bool = False
+    compiled: bool | str = False
     recorded: bool = False
 
 
@@ -261,15 +262,17 @@ class Agents(nn.Module):
             with self._turn(agents, flat_KF, ids_NT.numel(), noise) as trunk:
                 return trunk(input_ids=ids_NT, attention_mask=masks, use_cache=False).last_hidden_state
 
-        ids_NT, flat_KF = batch.input_BT.repeat(K, 1), self._weights(agents, noise)
-        if self.recorded is not None and self.training and flat_KF is not None:
-            # The agents' weights are an argument: one recording serves every group of as many agents of a model.
-            hidden_NTD = self.recorded((self.peft_model(agents[0]), K, B, T), run, ids_NT, flat_KF)
-        else:
-            hidden_NTD = run(ids_NT, flat_KF, None)
-        first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
-        rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
-        nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
+        with span("_".join(["forward_pass.agent", *map(str, agents)])):
+            ids_NT, flat_KF = batch.input_BT.repeat(K, 1), self._weights(agents, noise)
+            if self.recorded is not None and self.training and flat_KF is not None:
+                # The agents' weights are an argument: one recording serves every group of as many agents of a model.
+                hidden_NTD = self.recorded((self.peft_model(agents[0]), K, B, T), run, ids_NT, flat_KF)
+            else:
+                hidden_NTD = run(ids_NT, flat_KF, None)
+        with span("task_loss"):
+            first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
+            rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
+            nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
         return AgentOutput(nll_NT.view(K, B, T), hidden_NTD.unflatten(0, (K, B)))
 
     def _noise_of(self, step: int | None, slot: int) -> Noise | None:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from chorus.errors import InputError, RunError
+from chorus.spans import span
 
 T = TypeVar("T")
 
@@ -109,5 +110,6 @@ class StopRequest:
         if not self._has_others:
             return self._received is not None
         received = torch.tensor([self._received is not None], dtype=torch.int32)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
+        with span("communication"):
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(received)

@@ -54,15 +54,22 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
 
 
-def load_skeleton(model_name: str) -> PreTrainedModel:
+def load_skeleton(
+    model_name: str, dtype: torch.dtype | None = None, attn_implementation: str = "auto"
+) -> PreTrainedModel:
     """The base's modules without weights, on the meta device: a second's work, which tells what the base has.
+
+    Otherwise as `load_model` would make it. Without a dtype it is that of the weights.
 
     Raises:
         InputError: no such model, or one with custom code.
     """
     with _named(model_name), torch.device("meta"):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _switch_dropout_off(config)
+        attention = _attention(config, attn_implementation)
+        more = {} if dtype is None else {"dtype": dtype}
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=attention, **more)
 
 
 def load_model(
@@ -90,6 +97,34 @@ def load_model(
     model.to(device)  # pyright: ignore[reportArgumentType]
     _check_head(model, model_name)
     return model
+
+
+def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a base of the same architecture and vocabulary with two narrow layers of random weights, and its tokenizer.
+
+    Raises:
+        InputError: no such model, or one with custom code.
+    """
+    with _named(model_name):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        inner = config.get_text_config()
+        heads = min(4, inner.num_attention_heads)
+        key_heads = getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
+        small = {
+            "hidden_size": 16 * heads,
+            "intermediate_size": 32 * heads,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads if key_heads == inner.num_attention_heads else heads // 2,
+            "head_dim": 16,
+        }
+        for name in small.keys() & vars(inner).keys():
+            setattr(inner, name, small[name])
+        if getattr(inner, "layer_types", None):
+            inner.layer_types = inner.layer_types[:2]
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -21,6 +21,10 @@ from chorus.strict_yaml import Setting, as_yaml, refuse, settings_of_command_lin
 
 Text = Annotated[str, Field(min_length=1)]  # any min_length also refuses a lone surrogate, which YAML can spell
 Probability = Annotated[float, Field(ge=0, lt=1)]
+if TYPE_CHECKING:
+    AgentCount = int  # "auto" is decided at the very start of a run: whoever reads the key finds a number
+else:
+    AgentCount = PositiveInt | Literal["auto"]
 Modules = Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"]
 
 
@@ -41,8 +45,12 @@ class Config(BaseModel):
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
     """auto, eager, sdpa, flex_attention or flash_attention_2. auto leaves it to transformers: eager for Gemma-2."""
 
-    num_agents: PositiveInt = 4
-    """K, the number of LoRA agents trained together over the one base."""
+    num_agents: AgentCount = 4
+    """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
+    that a measured step confirms; a run that goes on keeps its checkpoint's."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and beyond
+    which the dry run fails; above 0, up to 1."""
     parallel_mode: Literal["fused", "sequential", "parallel"] = "fused"
     """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
     agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""
@@ -162,9 +170,12 @@ class Config(BaseModel):
     """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters."""
 
     profile_steps: NonNegativeInt = 0
-    """Optimiser steps to profile. Only 0, none, is available so far."""
+    """Time so many optimiser steps part by part, after a first one that warms up, and print a summary; 0 is off."""
+    profile_trace: bool = False
+    """true: after those, trace two steps with PyTorch's profiler into output_dir/profile: a trace for
+    https://ui.perfetto.dev, a flame graph for any browser, the most expensive operators. It slows these two down."""
     log_memory_usage: bool = False
-    """true: log the peak memory with every logged step."""
+    """true: log memory with every logged step: the GPU's, or what is resident where there is none."""
 
     @field_validator("lora_target_modules")
     @classmethod
@@ -195,13 +206,6 @@ class Config(BaseModel):
         if info.field_name == "completion_template" and "{" not in template.replace("{{", ""):
             raise ValueError("it must have at least one {column}, such as {answer}")
         return template
-
-    @field_validator("profile_steps")
-    @classmethod
-    def _is_not_asked_for_yet(cls, value: int) -> int:
-        if value:
-            raise ValueError("the profiler is not available yet; set it to 0")
-        return value
 
 
 FIRST_KEY_OF_SECTION = {

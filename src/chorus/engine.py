@@ -34,6 +34,7 @@ from chorus.agents import Agents
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
+from chorus.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,12 @@ def make_accelerator(config: Config) -> Accelerator:
         log_with=["tensorboard"] if is_tensorboard_available() else None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
-    assert (accelerator.distributed_type is DistributedType.DEEPSPEED) == with_deepspeed
+    if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
+        started = accelerator.distributed_type.value
+        raise InputError(
+            f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: Accelerate started "
+            f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed to false"
+        )
     unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
     return accelerator
 
@@ -150,9 +156,21 @@ class Engine:
         DDP and ZeRO average over processes, and both divide by the accumulation steps: undone here, so that the
         gradient is that of the sum of all shares, however they are spread.
         """
-        self.accelerator.backward(share * (self.num_processes * self.accelerator.gradient_accumulation_steps))
-        if self.accelerator.sync_gradients:
-            # Under DeepSpeed the step, clipping included, has just happened: the norm is read, the rest does nothing.
+        loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
+        is_last = self.accelerator.sync_gradients
+        with span("backward_pass"):
+            if self.is_deepspeed:  # in two calls, where `accelerator.backward` would also step
+                engine = cast(Any, self.module)
+                engine.set_gradient_accumulation_boundary(is_last)
+                engine.backward(loss)
+            else:
+                self.accelerator.backward(loss)
+        if not is_last:
+            return
+        with span("optimizer_step"):
+            if self.is_deepspeed:
+                cast(Any, self.module).step()
+            # After DeepSpeed's step, which clips, the norm is read here, and the rest does nothing.
             limit = self.max_grad_norm or math.inf
             self.grad_norm = self.accelerator.clip_grad_norm_(self.agents.adapter_tensors().values(), limit)
             self.optimizer.step()
@@ -175,7 +193,8 @@ class Engine:
         """
         if self.num_processes == 1:
             return own
-        parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
+        with span("communication"):
+            parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
         parts[self.process_index] = own
         return torch.cat(parts)
 
@@ -191,7 +210,10 @@ class Engine:
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum of `own` over processes."""
-        return cast(Tensor, self.accelerator.reduce(own, "sum"))
+        if self.num_processes == 1:
+            return own
+        with span("communication"):
+            return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
     def close(self) -> None:
         """End training: close the trackers and the process group. Nothing waits for the other processes here.

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chorus.spans import span
+
 MAX_RECORDINGS = 8  # each keeps its rows' inputs and outputs; other shapes run unrecorded
 
 Pass = Callable[[Tensor, Tensor, Any], Tensor]  # ids_NT, flat_KF, attention masks (None: the trunk makes them)
@@ -48,7 +50,8 @@ class RecordedPasses:
             return run(ids_NT, flat_KF, None)
         if key not in self.recordings:
             pool = next((recording.forward.pool() for recording in self.recordings.values()), None)
-            self.recordings[key] = _record(run, ids_NT, flat_KF, self.masks_of(ids_NT), pool)
+            with span("recording"):
+                self.recordings[key] = _record(run, ids_NT, flat_KF, self.masks_of(ids_NT), pool)
         hidden_NTD: Tensor = _Replayed.apply(self, self.recordings[key], ids_NT, flat_KF)  # pyright: ignore
         if hidden_NTD.requires_grad:
             self.awaiting = weakref.ref(hidden_NTD)

@@ -7,12 +7,13 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -53,8 +54,19 @@ class Journal:
         if metrics is not None and self._accelerator is not None:
             on_first_process(self._accelerator, partial(self._write, metrics))
 
+    def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """What the profiler has measured by `step`, as a row of metrics.jsonl of its own, and in lines for people.
+
+        A collective call; raises as `advance` does.
+        """
+        if self._accelerator is not None:
+            on_first_process(self._accelerator, partial(self._write_profile, step, report, lines))
+
     def _write(self, metrics: Mapping[str, Any]) -> None:
         """The first process' part of `advance`."""
+
+    def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """The first process' part of `profile`."""
 
     def table(self, table: Table) -> None:
         """Print a table."""
@@ -89,7 +101,7 @@ class WritingJournal(Journal):
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]):
         super().__init__(accelerator)
-        self._track = accelerator.log
+        self._track, self._trackers, self._device = accelerator.log, accelerator.trackers, accelerator.device
         self._console = Console(stderr=True)
         self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -127,21 +139,34 @@ class WritingJournal(Journal):
     def _write(self, metrics: Mapping[str, Any]) -> None:
         # JSON knows no infinity, which in fp16 the first gradient norms are, while the loss scale falls.
         no_number = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
-        row = json.dumps({**metrics, **dict.fromkeys(no_number)}, allow_nan=False) + "\n"
+        row = {**metrics, **dict.fromkeys(no_number)}
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        with disk_errors(Path(self._metrics.name), len(row), REMEDY):
-            self._metrics.write(row)
-            self._metrics.flush()
-            self._track(numbers, step=metrics["step"])
+        self._append(row, numbers)
         self._progress.update(self._task, description=f"loss {metrics['loss']:.4f}")
         swd = "" if metrics["swd"] is None else f"  swd {metrics['swd']:.4f}"
         losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
         logger.info(
             f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr {metrics['lr']:.2e}  "
             f"grad norm {metrics['grad_norm']:.2f}  {metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
-            + (f"  peak {metrics['peak_memory_gib']:.2f} GiB" if "peak_memory_gib" in metrics else "")
         )
+        if "peak_memory_gib" in metrics:
+            logger.info(memory_line(metrics["step"], self._device, memory_usage(self._device)))
+
+    def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
+        self._append({"step": step, "profile": report}, dict(_flat("profile", report)))
+        logger.info("profiled\n%s", "\n".join(lines))
+
+    def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with disk_errors(Path(self._metrics.name), len(line), REMEDY):
+                self._metrics.write(line)
+                self._metrics.flush()
+                self._track(dict(numbers), step=row["step"])
+        except RunError:
+            self._trackers.clear()  # at the end they would try again, and their error would hide this one
+            raise
 
     def table(self, table: Table) -> None:
         self._console.print(table)
@@ -152,6 +177,15 @@ class WritingJournal(Journal):
                 logging.getLogger("chorus").removeHandler(file)
             with suppress(OSError):  # what a full disk has refused is tried once more, and has been spoken of
                 file.close()
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers of a nested report, by path, as trackers want them."""
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for name, inner in value.items():
+        yield from _flat(f"{path}/{name}", inner)
 
 
 def _step_of(line: str) -> float:
@@ -240,6 +274,22 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_usage(device: torch.device) -> dict[str, float]:
+    """Memory of this process in GB (10^9 bytes), now and at most so far: the GPU's, or resident where there is none."""
+    if device.type == "cuda":
+        held = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)
+        names = ("allocated", "max_allocated", "reserved")
+        return {name: of(device) / 1e9 for name, of in zip(names, held, strict=True)}
+    resident, most = psutil.Process().memory_info().rss, peak_memory_gib(device) * 2**30
+    return {"resident": resident / 1e9, "max_resident": max(resident, most) / 1e9}  # the kernel's peak may lag behind
+
+
+def memory_line(step: int, device: torch.device, usage: Mapping[str, float]) -> str:
+    """`[Step 5] GPU Memory - Allocated: 28.45GB, Max Allocated: 32.10GB, Reserved: 35.00GB`"""
+    told = ", ".join(f"{name.replace('_', ' ').title()}: {amount:.2f}GB" for name, amount in usage.items())
+    return f"[Step {step}] {'GPU' if device.type == 'cuda' else 'CPU'} Memory - {told}"
 
 
 def evaluation_table(before: Evaluation, after: Evaluation) -> Table:

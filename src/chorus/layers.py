@@ -14,7 +14,7 @@ from chorus.adapters import Routing
 from chorus.errors import InputError
 
 
-def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: bool, compiled: bool) -> None:
+def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: bool, compiled: bool | str) -> None:
     """Have torch compile each decoder layer, and recompute it in backward under the turn of its forward pass.
 
     A layer is wrapped and not the model: equal layers are compiled once, for all of them. In evaluation mode the layers
@@ -35,7 +35,7 @@ def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: bool,
     for layer in layers:
         plain = run = layer.forward
         if compiled:
-            run = torch.compile(run)
+            run = torch.compile(run, backend=compiled if isinstance(compiled, str) else "inductor")
         if recompute:
             # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
             context_fn = routing.checkpoint_contexts

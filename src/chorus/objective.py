@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chorus.data import Batch
 from chorus.seeding import derive_seed
+from chorus.spans import span
 
 Representation = Literal["tokens", "mean", "last"]
 
@@ -66,12 +67,14 @@ def objective(
     task = nll_K.sum() / num_targets
     if lambda_sw == 0:
         return Objective(task, nll_K.detach(), None)
-    points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
-    slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
-    if points_KNH.is_cuda:
-        slices_HP = slices_HP.pin_memory().to(points_KNH.device, non_blocking=True)  # without waiting for the forward
-    projected_NKP = gather((points_KNH @ slices_HP).transpose(0, 1).contiguous())
-    distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N))
+    with span("swd_loss"):
+        points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
+        slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
+        if points_KNH.is_cuda:
+            # Without waiting for the forward.
+            slices_HP = slices_HP.pin_memory().to(points_KNH.device, non_blocking=True)
+        projected_NKP = gather((points_KNH @ slices_HP).transpose(0, 1).contiguous())
+        distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N))
     num_agents = nll_KBT.shape[0]
     share = task - num_agents * lambda_sw * distance / num_micro_batches
     return Objective(share, nll_K.detach(), distance.detach())

@@ -1,0 +1,27 @@
+"""The count of useful work, beside torch's own count of what a forward pass multiplies."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from toy import tiny_gemma, toy_agents
+
+from chorus.agents import causal_lm
+from chorus.flops import work_of
+
+
+def test_it_is_torchs_count_of_the_base_with_half_of_the_attention_and_a_backward_without_weight_gradients():
+    base, rows, length = tiny_gemma(), 2, 10
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        base(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+    work = work_of(base)
+    products = work._replace(attention=0).useful_flops(rows, length, rows * length)
+    attention = work._replace(body=0, head=0).useful_flops(rows, length, 0)
+    assert counter.get_total_flops() == round(products / 2 + 2 * attention / 3)
+
+
+def test_the_head_counts_for_targets_alone():
+    work = work_of(tiny_gemma())
+    assert work.useful_flops(3, 10, 12) - work.useful_flops(3, 10, 11) == 4 * work.head
+
+
+def test_adapters_are_not_the_bases():
+    assert work_of(causal_lm(toy_agents("fused").peft_model(0))) == work_of(tiny_gemma())
