@@ -68,13 +68,15 @@ KIND = {
     **dict.fromkeys(["lora_dropout", "dropconnect_p", "validation_split"], "below one"),
     **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
     **dict.fromkeys(["memory_fraction"], "above zero, up to one"),
-    **dict.fromkeys(["initialize_adapters_rand", "use_gradient_checkpointing", "skip_bad_rows"], "flag"),
-    **dict.fromkeys(["shuffle", "profile_trace", "log_memory_usage"], "flag"),
+    **dict.fromkeys(["initialize_adapters_rand", "skip_bad_rows"], "flag"),
+    **dict.fromkeys(["use_gradient_checkpointing"], "flag, or null"),
+    **dict.fromkeys(["shuffle", "packing", "profile_trace", "log_memory_usage"], "flag"),
     **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
     **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
     **dict.fromkeys(["dataset_subset", "deepspeed_config_file", "resume_from_checkpoint"], "text, or null"),
     **dict.fromkeys(["attn_implementation", "parallel_mode", "swd_representation"], "choice"),
     **dict.fromkeys(["lr_scheduler_type", "mixed_precision"], "choice"),
+    **dict.fromkeys(["gradient_checkpointing"], "choice, or null"),
     **dict.fromkeys(["lora_target_modules"], "modules"),
     **dict.fromkeys(["prompt_template"], "prompt"),
     **dict.fromkeys(["completion_template"], "completion"),
@@ -224,6 +226,28 @@ def test_what_cannot_carry_dropout_is_refused_with_it_and_auto_is_not(key):
     assert message.startswith(f"configs.yaml: key '{key}' (line 1) is true; ")
     assert message.endswith("lora_dropout is above 0; set it to auto")
     assert load(f"{key}: auto\nlora_dropout: 0.1").lora_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 0", "none"),
+        ("use_gradient_checkpointing: true", "full"),
+        ("use_gradient_checkpointing: false", "none"),
+        ("gradient_checkpointing: selective", "selective"),
+        ("gradient_checkpointing: full\nuse_gradient_checkpointing: true", "full"),
+        ("gradient_checkpointing: none\nuse_gradient_checkpointing: false", "none"),
+    ],
+)
+def test_both_spellings_say_what_is_computed_again(text: str, expected: str):
+    assert load(text).recomputation == expected
+
+
+@pytest.mark.parametrize(("said", "older"), [("none", "true"), ("selective", "true"), ("full", "false")])
+def test_spellings_that_contradict_each_other_are_refused(said: str, older: str):
+    message = refusal(f"gradient_checkpointing: {said}", f"use_gradient_checkpointing={older}")
+    assert message.startswith(f"command line: key 'use_gradient_checkpointing' is {older}; ")
+    assert message.endswith(f"is {said}; set one of them to null")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What is counted as living, and what stands in for what cannot run without values."""
 
+from functools import partial
+
 import pytest
 import torch
 from toy import tiny_gemma, toy_agents, toy_batch
 
-from chorus.base import attention_masks
+from chorus.agents import masks_of
 from chorus.counting import LiveBytes, Recorded, bytes_of, fused_attention
 
 
@@ -31,7 +33,7 @@ def test_a_recorded_pass_holds_the_peak_of_its_forward_and_backward_between_repl
     def peak(recorded: bool) -> tuple[int, int]:
         live = LiveBytes()
         if recorded:
-            agents.recorded = Recorded(live, lambda ids_NT: attention_masks(tiny_gemma(), ids_NT))  # pyright: ignore
+            agents.recorded = Recorded(live, partial(masks_of, tiny_gemma()))  # pyright: ignore
         with live:
             agents(batch, step=0).hidden_KBTD.sum().backward()
         for tensor in agents.adapter_tensors().values():

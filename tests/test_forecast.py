@@ -60,13 +60,13 @@ def allocated_by_a_step(config: Config, precision: str, folder: Path) -> int:
 
 CASES = [  # each mode, each kind of recomputation, both precisions
     ("no", {"parallel_mode": "fused"}),
-    ("bf16", {"parallel_mode": "fused", "use_gradient_checkpointing": True}),
+    ("bf16", {"parallel_mode": "fused", "gradient_checkpointing": "full"}),
     ("bf16", {"parallel_mode": "fused", "agents_per_pass": 2}),
     ("bf16", {"parallel_mode": "fused", "lora_dropout": 0.1, "dropconnect_p": 0.1}),
     ("bf16", {"parallel_mode": "sequential"}),
-    ("no", {"parallel_mode": "sequential", "use_gradient_checkpointing": True}),
+    ("no", {"parallel_mode": "sequential", "gradient_checkpointing": "full"}),
     ("bf16", {"parallel_mode": "parallel"}),
-    ("no", {"parallel_mode": "parallel", "use_gradient_checkpointing": True}),
+    ("no", {"parallel_mode": "parallel", "gradient_checkpointing": "full"}),
 ]
 
 
@@ -164,7 +164,7 @@ MEASURED = [
     ((4, 1, 512), {"compile": True, "cuda_graphs": True}, 14.6 - SECOND_CHUNK),
     ((4, 4, 512), {"compile": True, "cuda_graphs": True}, 31.5 - SECOND_CHUNK),
     ((16, 1, 512), {"compile": True, "cuda_graphs": True}, 36.2 - SECOND_CHUNK),
-    ((4, 1, 512), {"compile": True, "cuda_graphs": True, "use_gradient_checkpointing": True}, 9.6 - SECOND_CHUNK),
+    ((4, 1, 512), {"compile": True, "cuda_graphs": True, "gradient_checkpointing": "full"}, 9.6 - SECOND_CHUNK),
     ((4, 1, 512), {"compile": False, "cuda_graphs": True}, 17.9 - SECOND_CHUNK),
     ((4, 4, 512), {"compile": False, "cuda_graphs": True}, 45.0 - SECOND_CHUNK),
 ]

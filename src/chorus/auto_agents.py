@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from chorus.adapters import lora_shape
 from chorus.agents import NoiseRates, build_agents, copy_sharing_storage, decide_execution
 from chorus.agreement import on_first_process
-from chorus.base import load_model
+from chorus.base import load_base
 from chorus.checkpoint import checkpoints
 from chorus.config import Config
 from chorus.data import Sample, collate
@@ -25,7 +25,7 @@ from chorus.objective import SwdSettings, objective
 
 MOST_AGENTS = 64  # to have more, name a number
 OUT_OF_MEMORY = sys.maxsize
-WAYS_OUT = "use_gradient_checkpointing=true, parallel_mode=sequential, a smaller batch_size or max_seq_length"
+WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller batch_size or max_seq_length"
 
 
 def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[Config, str]:
@@ -46,7 +46,8 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
     machine = machine_of(accelerator)
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
     num_agents, first, each = on_first_process(accelerator, lambda: most_that_fit(config, precision, machine, limit))
-    model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
+    execution = decide_execution(config, accelerator.device, machine.base_in_shards)
+    model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
     while True:
         tried = with_agents(config, num_agents)
         measured = max(gather_object([measured_step(model, tried, precision, machine, accelerator.device)]))

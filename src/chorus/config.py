@@ -43,7 +43,9 @@ class Config(BaseModel):
     model_name: Text = "assets/tiny-gemma-2"
     """The frozen base: a hub id, or a folder, relative to the working directory. assets/tiny-gemma-2 is bundled."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
-    """auto, eager, sdpa, flex_attention or flash_attention_2. auto leaves it to transformers: eager for Gemma-2."""
+    """auto, eager, sdpa, flex_attention or flash_attention_2. auto: with a soft-cap (Gemma-2) eager, and on a GPU, for
+    rows of 1,024 tokens or more, flash_attention_2 where it is installed or flex_attention in compiled layers; without
+    a soft-cap what transformers takes. The log says what was chosen, and why."""
 
     num_agents: AgentCount = 4
     """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
@@ -70,11 +72,16 @@ class Config(BaseModel):
     dropconnect_p: Probability = 0.0
     """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by 1/(1-p); from 0
     (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never in a saved file."""
-    use_gradient_checkpointing: bool = False
-    """true: recompute activations in the backward pass, for less memory and more time."""
+    gradient_checkpointing: Literal["none", "selective", "full"] | None = None
+    """What of each decoder layer is computed again in the backward pass, for less memory and more time. none: nothing.
+    selective: all but the results of its products with weights. full: the whole layer. null: none, or what
+    use_gradient_checkpointing says."""
+    use_gradient_checkpointing: bool | None = None
+    """The older spelling of gradient_checkpointing: true is full, false is none; null leaves it to the other key."""
     compile: Literal["auto"] | bool = "auto"
-    """true: have torch compile the decoder layers for training, once for every length that occurs. auto: on a GPU,
-    where pad_to_multiple_of leaves at most 8 lengths and lora_dropout is 0."""
+    """true: have torch compile the decoder layers for training, once for every length that occurs; what it cannot
+    compile is an error. auto: on a GPU, where packing or pad_to_multiple_of leaves at most 8 shapes and lora_dropout
+    is 0."""
     cuda_graphs: Literal["auto"] | bool = "auto"
     """true: record a training pass and replay it whole, which spares the host most of its work. It keeps the
     memory of a pass for itself. auto: as for compile."""
@@ -102,6 +109,10 @@ class Config(BaseModel):
     """Most tokens of a row, prompt, completion and end token together."""
     pad_to_multiple_of: PositiveInt = 1
     """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row."""
+    packing: bool = False
+    """true: put several samples into one row of max_seq_length tokens, each with positions of its own and without sight
+    of the others. batch_size still counts samples; losses and gradients are the same. It pays where most samples are
+    much shorter than max_seq_length."""
     validation_split: Probability = 0.05
     """Fraction of the rows held out from training, where the data bring no held-out rows; from 0 to below 1."""
     skip_bad_rows: bool = False
@@ -164,10 +175,11 @@ class Config(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "auto"
     """no, fp16, bf16 or auto. auto: bf16 on a GPU that has it, no elsewhere. no also loads the base in fp32."""
     use_deepspeed: Literal["auto"] | bool = "auto"
-    """auto: as the launcher says. true: DeepSpeed ZeRO-2, even where the launcher does not ask for it. false: no
-    DeepSpeed, and a launcher that asks for it is refused."""
+    """auto: as the launcher says. true: DeepSpeed, even where the launcher does not ask for it. false: no DeepSpeed,
+    and a launcher that asks for it is refused."""
     deepspeed_config_file: Text | None = "ds_config_zero2.json"
-    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters."""
+    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters. recipes/deepspeed has
+    others, for where memory is short."""
 
     profile_steps: NonNegativeInt = 0
     """Time so many optimiser steps part by part, after a first one that warms up, and print a summary; 0 is off."""
@@ -190,6 +202,19 @@ class Config(BaseModel):
         if wanted is True and info.data.get("lora_dropout"):
             raise ValueError("dropout draws anew in every pass, and lora_dropout is above 0; set it to auto")
         return wanted
+
+    @field_validator("use_gradient_checkpointing")
+    @classmethod
+    def _says_what_the_other_spelling_says(cls, wanted: bool | None, info: ValidationInfo) -> bool | None:
+        said = info.data.get("gradient_checkpointing")
+        if None not in (wanted, said) and said != ("full" if wanted else "none"):
+            raise ValueError(f"gradient_checkpointing, the same in more words, is {said}; set one of them to null")
+        return wanted
+
+    @property
+    def recomputation(self) -> Literal["none", "selective", "full"]:
+        """What `gradient_checkpointing` and its older spelling come to."""
+        return self.gradient_checkpointing or ("full" if self.use_gradient_checkpointing else "none")
 
     @field_validator("lambda_sw")
     @classmethod

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chorus.adapters import Noise
-from chorus.graphs import Pass
+from chorus.graphs import Pass, Rows
 
 ALLOCATION = 512  # CUDA's allocator hands out multiples of it
 
@@ -83,27 +83,27 @@ class Undrawn(Noise):
 class Recorded:
     """Stands for `graphs.RecordedPasses`: a recorded pass keeps its peak for itself, its inputs and outputs beside."""
 
-    def __init__(self, live: LiveBytes, masks_of: Callable[[Tensor], Any]):
+    def __init__(self, live: LiveBytes, masks_of: Callable[[Rows], Any]):
         self.live, self.masks_of = live, masks_of
         self.held: dict[Hashable, list[Tensor]] = {}
         self.awaiting: weakref.ref[Tensor] | None = None
 
-    def __call__(self, key: Hashable, run: Pass, ids_NT: Tensor, flat_KF: Tensor) -> Tensor:
+    def __call__(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> Tensor:
         if self.awaiting is not None and self.awaiting() is not None:
-            return run(ids_NT, flat_KF, None)
+            return run(rows, flat_KF, None)
         if key not in self.held:
-            self.held[key] = self._record(run, ids_NT, flat_KF)
+            self.held[key] = self._record(run, rows, flat_KF)
         hidden_NTD: Tensor = _Replayed.apply(self.held[key][-1], flat_KF)  # pyright: ignore
         if hidden_NTD.requires_grad:
             self.awaiting = weakref.ref(hidden_NTD)
         return hidden_NTD
 
     @torch.enable_grad()
-    def _record(self, run: Pass, ids_NT: Tensor, flat_KF: Tensor) -> list[Tensor]:
+    def _record(self, run: Pass, rows: Rows, flat_KF: Tensor) -> list[Tensor]:
         flat_KF = flat_KF.detach().clone().requires_grad_()
-        masks = self.masks_of(ids_NT)
+        masks = self.masks_of(rows)
         before, self.live.peak = self.live.now, self.live.now
-        hidden_NTD = run(ids_NT, flat_KF, masks)
+        hidden_NTD = run(rows, flat_KF, masks)
         (gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, torch.empty_like(hidden_NTD))
         inside = self.live.peak - before - hidden_NTD.nbytes
         if self.held:  # they share one pool, but for what leaves it

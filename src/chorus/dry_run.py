@@ -4,6 +4,7 @@ Each check says what was found and, where it fails, what to do. Every process ta
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from chorus.adapters import check_targets
+from chorus.agents import decide_execution
 from chorus.agreement import on_every_process, on_first_process, refuse_differences
 from chorus.auto_agents import WAYS_OUT, decide_num_agents, machine_of
-from chorus.base import load_model, load_skeleton, load_tokenizer, write_toy_like
+from chorus.base import load_base, load_skeleton, load_tokenizer, write_toy_like
 from chorus.config import Config
 from chorus.data import Sample
 from chorus.deepspeed_config import deepspeed_json, deepspeed_wanted
@@ -41,10 +43,10 @@ SETTINGS = "settings agree"
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
 TOY_TOKENS = 256  # of a row, on a base that stands in for one that does not fit
 ROOM_TO_MAKE = (  # from the cheapest in time to the dearest
-    {"use_gradient_checkpointing": True},
+    {"gradient_checkpointing": "full"},
     {"parallel_mode": "sequential"},
-    {"parallel_mode": "sequential", "use_gradient_checkpointing": True},
-    {"parallel_mode": "sequential", "use_gradient_checkpointing": True, "batch_size": 1},
+    {"parallel_mode": "sequential", "gradient_checkpointing": "full"},
+    {"parallel_mode": "sequential", "gradient_checkpointing": "full", "batch_size": 1},
 )
 
 
@@ -123,15 +125,14 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
                 toy = folder / "toy"
                 on_first_process(accelerator, lambda: write_toy_like(config.model_name, tokenizer, toy))
                 config = config.model_copy(update={"model_name": str(toy), "batch_size": min(2, config.batch_size)})
-            where = (config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
-            load_base = partial(load_model, *where)
-            base = None if machine_of(accelerator).base_in_shards else load_base()
+            in_shards = machine_of(accelerator).base_in_shards
+            compiled = decide_execution(config, accelerator.device, in_shards).compiled
+            load = partial(load_base, config, DTYPES[precision], accelerator.device, compiled=compiled)
+            base = None if in_shards else load()
         samples = sorted(rows.samples, key=lambda sample: -len(sample.ids))  # the longest decide what fits
         if not fits:
             samples = [Sample(ids[-TOY_TOKENS:], is_target[-TOY_TOKENS:]) for ids, is_target in samples]
-        setting = Setting(
-            config, accelerator, base, load_base, samples, cast(int, tokenizer.eos_token_id), loop, folder
-        )
+        setting = Setting(config, accelerator, base, load, samples, cast(int, tokenizer.eos_token_id), loop, folder)
         _check_modes(report, setting, precision, is_real=fits)
 
 

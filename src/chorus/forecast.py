@@ -9,19 +9,20 @@ as a GPU computes it.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from rich.table import Table
-from torch import Tensor
 from transformers import AttentionInterface
 
 from chorus import token_nll
 from chorus.adapters import lora_shape
-from chorus.agents import Agents, Execution, NoiseRates, build_agents, decide_execution
-from chorus.base import Head, attention_masks, load_skeleton
+from chorus.agents import Agents, Execution, NoiseRates, build_agents, causal_lm, decide_execution, masks_of
+from chorus.attention import choose_attention
+from chorus.base import Head, load_skeleton
 from chorus.config import Config
 from chorus.counting import LiveBytes, Recorded, Undrawn, bytes_of, fused_attention
 from chorus.data import Batch
@@ -115,7 +116,7 @@ def forecast(config: Config, precision: str, machine: Machine, length: int | Non
     dtype = DTYPES[precision]
     length = length or longest_batch(config)
     execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
-    agents = _agents_without_values(config, dtype, execution)
+    agents = _agents_without_values(config, dtype, execution, machine)
     elements = sum(map(torch.numel, agents.adapter_tensors().values()))
     standing = base_bytes(bytes_of(agents.frozen_tensors().values()), dtype, machine)
     standing |= trained_bytes(elements, config, dtype, machine)
@@ -204,10 +205,19 @@ def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> t
     return live.peak, hidden_ND.nbytes
 
 
-def _agents_without_values(config: Config, dtype: torch.dtype, execution: Execution) -> Agents:
+def _agents_without_values(config: Config, dtype: torch.dtype, execution: Execution, machine: Machine) -> Agents:
     """The agents on the meta device; layers are compiled only as far as it takes to tell what they keep."""
-    skeleton = load_skeleton(config.model_name, dtype, config.attn_implementation).requires_grad_(False)
-    if skeleton.config._attn_implementation != "eager":
+    skeleton = load_skeleton(config.model_name, dtype).requires_grad_(False)
+    attention = choose_attention(
+        config.attn_implementation,
+        skeleton.config,
+        torch.device(machine.device_type),
+        dtype,
+        length=config.max_seq_length,
+        compiled=bool(execution.compiled),
+        packing=config.packing,
+    )
+    if attention != "eager":
         AttentionInterface.register(FUSED_ATTENTION, fused_attention)
         skeleton.set_attn_implementation(FUSED_ATTENTION)
     partitioned = replace(execution, recorded=False, compiled=PARTITIONED_ONLY if execution.compiled else False)
@@ -229,8 +239,7 @@ def _micro_batch(agents: Agents, rows: int, length: int, execution: Execution) -
         at_loss.append(live.now)
         return head()
 
-    def masks_of(ids_NT: Tensor) -> Any:
-        return attention_masks(agents.peft_models[0].get_base_model(), ids_NT)  # pyright: ignore
+    base_masks_of = partial(masks_of, causal_lm(agents.peft_models[0]))  # pyright: ignore[reportArgumentType]
 
     def run() -> None:
         output = agents(batch, step=0)
@@ -238,13 +247,13 @@ def _micro_batch(agents: Agents, rows: int, length: int, execution: Execution) -
 
     if execution.compiled:  # at the first run
         # With masks made beforehand, of which nobody asks a value: counting would keep a layer from being compiled.
-        agents.recorded = lambda key, run, ids_NT, flat_KF: run(ids_NT, flat_KF, masks_of(ids_NT))  # pyright: ignore
+        agents.recorded = lambda key, run, rows, flat_KF: run(rows, flat_KF, base_masks_of(rows))  # pyright: ignore
         run()
         agents.recorded = None
         for tensor in agents.adapter_tensors().values():
             tensor.grad = None
     if execution.recorded:
-        agents.recorded = Recorded(live, masks_of)  # pyright: ignore[reportAttributeAccessIssue]
+        agents.recorded = Recorded(live, base_masks_of)  # pyright: ignore[reportAttributeAccessIssue]
     agents.head = noted
     with live:
         run()
