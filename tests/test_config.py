@@ -474,6 +474,19 @@ def test_importing_the_configuration_imports_nothing_heavy():
     assert not {"torch", "transformers", "numpy", "datasets", "accelerate"} & set(ended.stdout.split())
 
 
+def test_a_mistake_ends_train_py_before_its_heavy_imports():
+    code = """
+import runpy, sys
+sys.argv = ["train.py", "lrr=1"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as ended:
+    print(ended.code, sorted({"torch", "transformers"} & sys.modules.keys()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "2 []\n", ended.stderr
+
+
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
         Config().lr = 1.0

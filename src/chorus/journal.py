@@ -100,7 +100,7 @@ class WritingJournal(Journal):
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]):
         super().__init__(accelerator)
-        self._track, self._device = accelerator.log, accelerator.device
+        self._track, self._trackers, self._device = accelerator.log, accelerator.trackers, accelerator.device
         self._console = Console(stderr=True)
         self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -157,10 +157,14 @@ class WritingJournal(Journal):
 
     def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         line = json.dumps(row, allow_nan=False) + "\n"
-        with disk_errors(Path(self._metrics.name), len(line), REMEDY):
-            self._metrics.write(line)
-            self._metrics.flush()
-            self._track(dict(numbers), step=row["step"])
+        try:
+            with disk_errors(Path(self._metrics.name), len(line), REMEDY):
+                self._metrics.write(line)
+                self._metrics.flush()
+                self._track(dict(numbers), step=row["step"])
+        except RunError:
+            self._trackers.clear()  # at the end they would try again, and their error would hide this one
+            raise
 
     def table(self, table: Table) -> None:
         self._console.print(table)
