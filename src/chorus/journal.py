@@ -25,6 +25,7 @@ from chorus.agreement import on_first_process
 from chorus.checkpoint import REMEDY
 from chorus.engine import Engine
 from chorus.evaluate import Evaluation
+from chorus.errors import RunError
 from chorus.export import LOG_FILE, disk_errors, write_text
 from chorus.objective import Objective
 
