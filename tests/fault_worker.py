@@ -32,7 +32,7 @@ def arrange(where: str, act: str) -> None:
     write, run_backward, steps = checkpoint.save_file, Engine.backward, itertools.count(1)
 
     def end() -> None:
-        Path(os.environ["CHORUS_TEST_FAULT"]).touch()
+        Path(os.environ["CHORUS_TEST_FAULT"]).write_text(str(os.getpid()))
         ENDS[act.split()[0]]()
 
     def save_file(tensors: Any, file: Path, *arguments: Any, **more: Any) -> None:

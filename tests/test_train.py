@@ -226,9 +226,6 @@ def test_losses_that_are_no_number_are_skipped_and_then_end_the_run_with_agents_
     facts = verify(run / "checkpoints" / "step_000004")
     assert (facts["optimizer_step"], facts["skips_in_a_row"]) == (1, 3)
     assert not (run / "agents").exists()
-    again = launch([sys.executable, "train.py"], *settings, f"output_dir={run}")  # going on forgives nothing
-    assert again.returncode == 3, again.stderr[-2000:]
-    assert "no number at step 5" in again.stderr
 
 
 @contextmanager
