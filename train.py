@@ -23,7 +23,8 @@ from typing import cast
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
 from chorus.agreement import StopRequest, on_first_process
-from chorus.base import load_model, load_skeleton, load_tokenizer
+from chorus.auto_agents import decide_num_agents
+from chorus.base import load_base, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
@@ -52,6 +53,7 @@ def main(config: Config) -> None:
     check_targets(load_skeleton(config.model_name), config.lora_target_modules)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
+    config, agents_note = decide_num_agents(config, precision, accelerator)
     run = describe_run(config, problems.train, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
@@ -62,6 +64,8 @@ def main(config: Config) -> None:
     with ExitStack() as at_exit:
         journal = at_exit.enter_context(closing(open_journal(accelerator, output_dir, config.model_dump())))
         begin.log()
+        if agents_note:
+            logger.info(agents_note)
         samples = tokenise(problems.train, tokenizer, config.max_seq_length)
         held_out = held_out_share(
             problems.validation[: config.eval_samples],
@@ -87,7 +91,7 @@ def main(config: Config) -> None:
         )
 
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
-        model = load_model(config.model_name, DTYPES[precision], accelerator.device, config.attn_implementation)
+        model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
         refuse_another_base(begin, run)
         agents = build_agents(
@@ -107,6 +111,7 @@ def main(config: Config) -> None:
         with engine.whole():
             before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
         take_up(engine, begin, output_dir)
+        gc.freeze()  # the agents last, too
         train(engine, steps, begin.step, num_steps, config, Keeper(output_dir, config, run), journal)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
         with engine.whole():

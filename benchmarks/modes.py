@@ -1,326 +1,227 @@
 """Time and memory of one optimiser step in every mode, beside what switching adapters costs with stock PEFT.
 
-    python benchmarks/modes.py --model gemma-2-2b --shapes 4x1x512 4x4x512 --modes fused switching
+    python benchmarks/modes.py                                    # the headline rows: about ten minutes on an H200
+    python benchmarks/modes.py --only 4x4x512 --minutes 5         # those of them whose name has this in it
+    python benchmarks/modes.py --model gemma-2-2b --shapes 4x1x512 --modes fused switching --recompute none full
 
-prints a table and writes modes.md and modes.json to --out. A shape is K x B x T. Weights and token ids are random,
-every token is a target. One step is forward, backward, clipping and AdamW. What counts as useful work: chorus.flops.
+prints a table and writes modes.md and modes.json to --out, where a row that is measured again replaces its old self. A
+shape is K x B x T. Weights and token ids are random, every token is a target. One step is forward, backward, clipping
+and AdamW. Every row runs in a process of its own, so that one which runs out of memory takes no other with it.
 """
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import torch
-from baselines import Switching, fuse_norms
 from conditions import conditions
-from shapes import random_base
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
+from measure import DTYPES, MODES, Case, measure
 
-from chorus.adapters import LoraShape, TensorId
-from chorus.agents import Execution, NoiseRates, build_agents, copy_sharing_storage
-from chorus.data import Batch, Sample, collate
-from chorus.engine import adamw
-from chorus.flops import work_of
-from chorus.objective import SwdSettings, objective
+from chorus.layers import Recompute
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
-LAMBDA_SW = 0.01
+SLOWEST_ROW_S = 150  # a row that takes longer is given up: compiling and recording takes 20 to 60 s, the steps a few
 
 
-class Case(NamedTuple):
-    """One row of the table, before it is measured."""
-
-    mode: str
-    K: int
-    B: int
-    T: int
-    checkpointing: bool
-    compiled: bool
-    recorded: bool
-
-
-class Step(NamedTuple):
-    """What is timed: `backward` gives every agent its gradient and returns loss_K; then the optimiser steps."""
-
-    backward: Callable[[Batch], Tensor]
-    parameters: list[Tensor]
-    notes: str
-
-
-def random_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
-    """B rows of T positions, each a target; 16 points a row for the sliced distance."""
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(3, vocabulary, (case.B, case.T + 1), generator=generator)
-    samples = [Sample(ids_T, torch.ones(case.T + 1, dtype=torch.bool)) for ids_T in ids_BT]
-    return collate(samples, pad_id=0, points_per_row=16).to(device)
-
-
-def chorus_step(case: Case, base: PreTrainedModel, shape: LoraShape) -> tuple[Step, dict[TensorId, Any]]:
-    agents = build_agents(
-        case.mode,  # pyright: ignore[reportArgumentType]
-        base,
-        case.K,
-        shape,
-        NoiseRates(0, 0, 0),
-        Execution(case.checkpointing, None, case.compiled, case.recorded),
-    )
-    step = iter(range(10**9))
-
-    def backward(batch: Batch) -> Tensor:
-        now = next(step)
-        output = agents(batch, step=now)
-        part = objective(
-            *output,
-            batch,
-            num_targets=len(batch.target_rows_N),
-            num_micro_batches=1,
-            lambda_sw=LAMBDA_SW if case.K > 1 else 0.0,
-            swd=SwdSettings(64, "tokens", 0),
-            step=now,
-            rows_per_process=case.B,
-            gather=lambda own: own,
-        )
-        part.share.backward()
-        return part.nll_K / len(batch.target_rows_N)
-
-    tensors = agents.adapter_tensors()
-    return Step(backward, list(tensors.values()), f"{base.config._attn_implementation} attention"), tensors
-
-
-def prepare(case: Case, base: PreTrainedModel, rank: int) -> Step:
-    """The step of a case, on modules of its own over the base's storage, from the same adapters in every mode."""
-    shape = LoraShape(rank, 2.0 * rank, TARGETS, random_init=True, seed=0)
-    own = copy_sharing_storage(base)
-    if "switching" not in case.mode:
-        return chorus_step(case, own, shape)[0]
-    _, initial = chorus_step(
-        case._replace(mode="sequential", compiled=False, recorded=False), copy_sharing_storage(base), shape
-    )
-    tuned = case.mode == "tuned switching"
-    notes = [f"{base.config._attn_implementation} attention"]
-    if tuned:
-        own.set_attn_implementation("flex_attention" if base.device.type == "cuda" else "eager")
-        notes = [f"{own.config._attn_implementation} attention", fuse_norms(own)]
-    switching = Switching(own, shape, {identity: tensor.detach() for identity, tensor in initial.items()}, tuned)
-    return Step(switching.backward, switching.parameters, ", ".join(notes))
-
-
-def measure(case: Case, base: PreTrainedModel, rank: int, steps: int, profile_to: Path | None) -> dict[str, Any]:
-    """Median ms of a step after warm-up, and the peak memory of those steps."""
-    batch = random_batch(case, base.config.vocab_size, base.device)
-    step = prepare(case, base, rank)
-    optimizer = adamw(step.parameters, lr=1e-5, weight_decay=0.01)
-
-    def run() -> Tensor:
-        loss_K = step.backward(batch)
-        torch.nn.utils.clip_grad_norm_(step.parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss_K
-
-    started = time.perf_counter()
-    first_loss_K = run().tolist()
-    warm_up_s = time.perf_counter() - started
-    for _ in range(2):
-        run()
-    on_gpu = base.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    times = list(timed(run, steps, on_gpu))
-    if profile_to is not None:
-        write_profile(run, profile_to / f"profile-{'-'.join(map(str, case)).replace(' ', '-')}.txt", on_gpu)
-    return {
-        "ms_per_step": median(times),
-        "ms_min": min(times),
-        "ms_max": max(times),
-        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        "warm_up_s": warm_up_s,
-        "first_loss": first_loss_K,
-        "notes": step.notes,
-    }
-
-
-def timed(run: Callable[[], object], steps: int, on_gpu: bool) -> Iterator[float]:
-    """Milliseconds from the start of one step to the start of the next: the host may not fall behind unseen."""
-    if not on_gpu:
-        for _ in range(steps):
-            started = time.perf_counter()
-            run()
-            yield 1000 * (time.perf_counter() - started)
-        return
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    for before, after in pairwise(marks):
-        yield before.elapsed_time(after)
-
-
-def write_profile(run: Callable[[], object], path: Path, on_gpu: bool) -> None:
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    averages = profiler.key_averages()
-    key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    by_device = averages.table(sort_by=key, row_limit=60, max_name_column_width=90)
-    path.write_text(f"{by_device}\n{averages.table(sort_by='self_cpu_time_total', row_limit=40)}\n")
-
-
-def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The yardstick: a square matrix product on random data, timed here and now."""
-    size = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    times = list(timed(lambda: a @ b, 20, device.type == "cuda"))
-    return 2 * size**3 / median(times) / 1e9
-
-
-def check_equal_losses(base: PreTrainedModel, modes: list[str], rank: int, compiled: bool, recorded: bool) -> str:
-    """Every mode's loss of every agent on the same rows and adapters, before anything is timed."""
-    tolerance = 1e-4 if base.dtype == torch.float32 else 1e-2
-    losses: dict[str, Tensor] = {}
-    if len(modes) == 1:
-        return "nothing to compare, one mode"
-    for mode in modes:
-        case = Case(mode, 2, 2, 128, False, compiled, recorded)
-        losses[mode] = prepare(case, base, rank).backward(random_batch(case, base.config.vocab_size, base.device))
-    expected = losses[modes[0]]
-    worst = max(float(((loss_K - expected) / expected).abs().max()) for loss_K in losses.values())
-    if not worst <= tolerance:
-        raise SystemExit(f"the modes disagree: relative difference {worst:.1e} of {losses}")
-    return f"losses of {', '.join(modes)} agree to {worst:.1e}"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    head = [
-        "model",
-        "mode",
-        "K",
-        "B x T",
-        "recompute",
-        "compiled",
-        "graphs",
-        "ms/step",
-        "agent-tok/s",
-        "useful TFLOP/s",
+def headline_rows() -> list[Case]:
+    """The table of the README and of the aims, what matters most first: a run may be cut short."""
+    small, large = "gemma-2-2b", "gemma-2-9b"
+    fast = {"compiled": True, "recorded": True}
+    return [
+        Case(small, "fused", 4, 1, 512, **fast),
+        Case(small, "switching", 4, 1, 512, "full"),
+        Case(small, "fused", 4, 4, 512, **fast),
+        Case(small, "tuned switching", 4, 4, 512),
+        Case(small, "fused", 16, 1, 512, **fast),
+        Case(small, "tuned switching", 4, 1, 512),
+        Case(large, "fused", 4, 4, 1024, "full", compiled=True),
+        Case(small, "fused", 4, 1, 512, "full", compiled=True),  # the least memory of all agents together
+        Case(small, "fused", 4, 4, 512, "selective", **fast),
+        Case(small, "fused", 4, 8, 512, **fast, mixed=True),
+        Case(small, "fused", 4, 8, 512, **fast, mixed=True, packing=True),
+        Case(large, "fused", 8, 1, 512, "full", compiled=True),
+        Case(large, "fused", 4, 4, 1024, "selective", compiled=True),
+        Case(small, "switching", 4, 4, 512, "full"),
+        Case(small, "sequential", 4, 4, 512, **fast),
+        Case(small, "parallel", 4, 4, 512, compiled=True),
+        Case(small, "switching", 16, 1, 512, "full"),
     ]
-    lines = [[*head, "of matmul", "peak GiB", "notes"], ["---"] * 13]
+
+
+def chosen_rows(options: argparse.Namespace) -> Iterator[Case]:
+    flags = {"no": [False], "yes": [True], "both": [False, True]}
+    layouts = [(False, False), *([(True, False), (True, True)] if options.mixed else [])]
+    ways = list(product(options.recompute, flags[options.compile], flags[options.graphs], layouts))
+    for model, shape, mode in product(options.model, options.shapes, options.modes):
+        K, B, T = map(int, shape.split("x"))
+        if "switching" in mode:
+            yield Case(model, mode, K, B, T, "full" if mode == "switching" else "none")
+            continue
+        for recompute, compiled, recorded, (mixed, packing) in ways:
+            yield Case(model, mode, K, B, T, recompute, compiled, recorded, mixed, packing)
+
+
+def alone(case: Case, seconds: float, **settings: Any) -> dict[str, Any]:
+    """`measure` in a process of its own: its row, or what it failed of, under `failed`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["measure"])  # each row starts with everything imported, and no GPU touched yet
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_into, args=(theirs, case, settings))
+    process.start()
+    theirs.close()
+    try:
+        outcome = ours.recv() if ours.poll(seconds) else {"failed": f"took longer than {seconds:.0f} s"}
+    except EOFError:
+        process.join()
+        outcome = {"failed": f"its process ended with code {process.exitcode}"}
+    process.kill()
+    process.join()
+    return outcome
+
+
+def _measure_into(pipe: Connection, case: Case, settings: dict[str, Any]) -> None:
+    try:
+        pipe.send(measure(case, **settings))
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        pipe.send({"failed": f"{type(error).__name__}: {first_line}"})
+        raise
+
+
+def table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+    head = ["model", "mode", "K", "B x T", "recompute", "how", "ms/step", "agent-tok/s", "useful TFLOP/s", "of matmul"]
+    lines = [[*head, "peak GiB", "notes"], ["---"] * 12]
     for row in rows:
+        flags = ("compiled", "recorded", "mixed", "packing")
+        lengths = " to ".join(f"{length}" for length in ([row["T"] // 8] if row["mixed"] else []) + [row["T"]])
+        start = [row["model"], row["mode"], str(row["K"]), f"{row['B']} x {lengths}"]
+        start += ["" if row["recompute"] == "none" else row["recompute"], ", ".join(f for f in flags if row[f])]
+        if "failed" in row:
+            lines.append([*start, "failed", *[""] * 4, row["failed"]])
+            continue
+        is_of_another_run = row["about"] != {key: about[key] for key in row["about"]}
         lines.append(
             [
-                row["model"],
-                row["mode"],
-                str(row["K"]),
-                f"{row['B']} x {row['T']}",
-                "yes" if row["checkpointing"] else "",
-                "yes" if row["compiled"] else "",
-                "yes" if row["recorded"] else "",
+                *start,
                 f"{row['ms_per_step']:.1f}",
                 f"{row['agent_tokens_per_second']:,.0f}",
                 f"{row['useful_tflops']:.1f}",
                 f"{row['share_of_matmul']:.0%}",
                 "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}",
-                row["notes"],
+                row["notes"] + (f"; {row['about']['device']}, {row['about']['commit']}" if is_of_another_run else ""),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(out: Path, rows: list[dict[str, Any]], about: dict[str, Any], equality: str) -> None:
+def equality(rows: Sequence[dict[str, Any]]) -> str:
+    """How far first losses of the same agents over the same samples differ; a row that differs more was not timed."""
+    said = []
+    for key in dict.fromkeys(_case(row).same_losses for row in rows if "failed" not in row):
+        same = [row for row in rows if "failed" not in row and _case(row).same_losses == key]
+        modes = list(dict.fromkeys(row["mode"] for row in same))
+        if len(same) > 1:
+            worst = max(row["loss_differs"] for row in same)
+            said.append(f"losses of {', '.join(modes)} agree to {worst:.1e} ({key[0]} {key[1]}x{key[2]}x{key[3]})")
+    return "; ".join(said) or "nothing to compare, one row of each shape"
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return Case(**{field: row[field] for field in Case._fields})
+
+
+def write(out: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any], left_out: Sequence[str]) -> str:
+    matmuls = [f"{row['matmul_tflops']:.0f}" for row in rows if "failed" not in row]
     text = f"""# Modes
 
-{about["device"]}, {about["dtype"]}; torch {about["torch"]}, transformers {about["transformers"]}; commit \
-{about["commit"]}; a large matrix product runs at {about["matmul_tflops"]:.1f} TFLOP/s. Before timing: {equality}.
+{about["device"]}, driver {about["driver"]}, {about["dtype"]}; torch {about["torch"]}, transformers \
+{about["transformers"]}; commit {about["commit"]}; a large matrix product, timed before each row, runs at \
+{min(matmuls, default="?", key=float)} to {max(matmuls, default="?", key=float)} TFLOP/s. Before timing: \
+{equality(rows)}.
 
 `{about["command"]}`
 
-{table(rows)}
-
-Counted for each agent-token: 4 FLOP for each weight of body and head, and causal attention; recomputation and the
-adapters' own products are not useful work. Median of the steps after warm-up. Peak memory of the same steps is what the
-allocator reserved, the graphs' own memory included.
+{table(rows, about)}
+{f"{chr(10)}Not measured, for want of time: {', '.join(left_out)}.{chr(10)}" if left_out else ""}
+Counted for each agent-token: 4 FLOP for each weight of body and head, and causal attention; recomputation, padding and
+the adapters' own products are not useful work. Median of the steps after warm-up. Peak memory of the same steps is what
+the allocator reserved, the graphs' own memory included.
 """
     out.mkdir(parents=True, exist_ok=True)
     (out / "modes.md").write_text(text)
-    (out / "modes.json").write_text(json.dumps({"about": about, "equality": equality, "rows": rows}, indent=1) + "\n")
-    print(text)
+    whole = {"about": about, "equality": equality(rows), "left_out": list(left_out), "rows": list(rows)}
+    (out / "modes.json").write_text(json.dumps(whole, indent=1) + "\n")
+    return text
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--model", nargs="+", default=["gemma-2-2b" if on_gpu else "tiny"])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--shapes", nargs="+", metavar="KxBxT", help="rows of your own, in place of the headline rows")
     parser.add_argument(
-        "--shapes", nargs="+", metavar="KxBxT", default=["4x1x512", "4x4x512"] if on_gpu else ["2x2x16"]
+        "--only", nargs="+", metavar="TEXT", default=[""], help="only rows with one of these in the name"
     )
-    parser.add_argument("--checkpointing", choices=["no", "yes", "both"], default="no", help="for Chorus's own modes")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows, and measure none")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no row later; what is left out is named")
+    parser.add_argument("--model", nargs="+", default=None)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--recompute", nargs="+", choices=get_args(Recompute), default=["none"])
+    on_gpu = torch.cuda.is_available()
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="yes" if on_gpu else "no")
     parser.add_argument("--graphs", choices=["no", "yes", "both"], default="yes" if on_gpu else "no")
-    parser.add_argument("--attention", default="eager", help="of Chorus's own modes and of switching")
+    parser.add_argument("--mixed", action="store_true", help="also samples of T / 8 to T tokens, a row each and packed")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="write a profiler table of a step of each row")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    return parser.parse_args()
-
-
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    choices = {"no": [False], "yes": [True], "both": [False, True]}
-    for shape in options.shapes:
-        K, B, T = map(int, shape.split("x"))
-        for mode in options.modes:
-            if "switching" in mode:
-                yield Case(mode, K, B, T, checkpointing=mode == "switching", compiled=False, recorded=False)
-                continue
-            for checkpointing in choices[options.checkpointing]:
-                for compiled in choices[options.compile]:
-                    for recorded in choices[options.graphs]:
-                        yield Case(mode, K, B, T, checkpointing, compiled, recorded)
+    options = parser.parse_args()
+    options.model = options.model or ["gemma-2-2b" if on_gpu else "tiny"]
+    options.is_headline = options.shapes is None and on_gpu
+    options.shapes = options.shapes or ["2x2x16"]
+    return options
 
 
 def main() -> None:
-    options = arguments()
+    options, started = arguments(), time.monotonic()
+    cases = headline_rows() if options.is_headline or options.list else list(chosen_rows(options))
+    cases = [case for case in cases if any(text in case.name for text in options.only)]
+    if options.list:
+        print(*(case.name for case in cases), sep="\n")
+        return
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    about, rows, equality = conditions(device, dtype, matmul_tflops(device, dtype)), [], ""
-    for name in options.model:
-        base = random_base(name, device, dtype, options.attention)
-        work = work_of(base)
-        equality = check_equal_losses(
-            base, options.modes, options.rank, options.compile != "no", options.graphs != "no"
-        )
-        print(name, equality, flush=True)
-        for case in cases(options):
-            torch._dynamo.reset()
-            measured = measure(case, base, options.rank, options.steps, options.out if options.profile else None)
-            seconds = measured["ms_per_step"] / 1000
-            useful = work.useful_flops(case.K * case.B, case.T, case.K * case.B * case.T) / seconds / 1e12
-            measured |= {
-                "agent_tokens_per_second": case.K * case.B * case.T / seconds,
-                "useful_tflops": useful,
-                "share_of_matmul": useful / about["matmul_tflops"],
-            }
-            rows.append({"model": name, **case._asdict(), **measured})
-            print(table(rows[-1:]).splitlines()[-1], f"first step {measured['warm_up_s']:.0f} s", flush=True)
-        del base
-    write(options.out, rows, about, equality)
+    about, file = conditions(device, DTYPES[device.type], math.nan), options.out / "modes.json"
+    del about["matmul_tflops"]  # each row has its own
+    of_this_run = {key: about[key] for key in ("device", "dtype", "torch", "commit")}
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows, left_out = {_case(row): row for row in before}, [case.name for case in cases]
+    for case in cases:
+
+        def is_reference(other: Case, row: dict[str, Any], same: tuple = case.same_losses) -> bool:
+            return other.same_losses == same and row["about"] == of_this_run and "failed" not in row
+
+        seconds_left = 60 * options.minutes - (time.monotonic() - started)
+        if seconds_left < 20:
+            break
+        left_out.remove(case.name)
+        rows.pop(case, None)
+        expected = next((row["first_loss"] for other, row in rows.items() if is_reference(other, row)), None)
+        out = options.out if options.profile else None
+        how = {"rank": options.rank, "steps": options.steps, "expected_loss_K": expected, "profile_to": out}
+        begun = time.monotonic()
+        row = {**case._asdict(), "about": of_this_run, **alone(case, min(SLOWEST_ROW_S, seconds_left), **how)}
+        rows[case] = row
+        print(f"{time.monotonic() - begun:4.0f} s", table([row], about).splitlines()[-1], flush=True)
+        text = write(options.out, list(rows.values()), about, left_out)
+    print(text)
+    if any("failed" in rows[case] for case in cases if case in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from conditions import conditions
-from modes import LAMBDA_SW, TARGETS, Case, matmul_tflops, random_batch, timed
+from measure import LAMBDA_SW, TARGETS, Case, matmul_tflops, random_batch, timed
 from shapes import random_base
 
 from chorus.adapters import lora_shape
@@ -33,7 +33,7 @@ def measure(row: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     config = Config(
         num_agents=K,
         parallel_mode=row["mode"],
-        use_gradient_checkpointing=row["recompute"],
+        gradient_checkpointing="full" if row["recompute"] else "none",
         lora_rank=row["rank"],
         lora_alpha=2.0 * row["rank"],
         lora_target_modules=list(TARGETS),
@@ -56,7 +56,7 @@ def measure(row: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     flops = work_of(base).useful_flops(K * B, T, K * B * T) * accelerator.num_processes
     execution = decide_execution(config, device)
     agents = build_agents(config.parallel_mode, base, K, lora_shape(config), NoiseRates(0, 0, 0), execution)
-    batch = random_batch(Case(row["mode"], K, B, T, False, False, False), base.config.vocab_size, device)
+    batch = random_batch(Case(row["model"], row["mode"], K, B, T), base.config.vocab_size, device)
     engine = start_engine(accelerator, agents, config)
     steps, losses = count(), []
 
@@ -104,7 +104,7 @@ def measure(row: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         "about": conditions(device, DTYPES[precision], matmul),
     }
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    engine.close()
     return figures
 
 

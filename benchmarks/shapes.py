@@ -1,7 +1,14 @@
 """The bases of the benchmarks, with random weights."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 GEMMA_2 = {"vocab_size": 256_000, "head_dim": 256, "max_position_embeddings": 8192, "sliding_window": 4096}
 SHAPES = {
@@ -34,6 +41,10 @@ SHAPES = {
         "query_pre_attn_scalar": 256,
     },
 }
+
+
+def config_of(name: str) -> PretrainedConfig:
+    return Gemma2Config(**SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(name)
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:

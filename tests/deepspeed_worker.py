@@ -1,23 +1,20 @@
-"""One of two ZeRO-2 processes: the gradients of half the rows in every mode, read from DeepSpeed's engine.
+"""One of two ZeRO-2 processes: the gradients of half the samples in every mode, read from DeepSpeed's engine.
 
 Run by test_agents.py under torch's launcher; writes one file of gradients for each combination into the folder named.
 """
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
-from typing import get_args
 
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import distributed
-from toy import toy_agents, toy_batch
+from toy import ZERO2_CASES, toy_agents, toy_samples
 
-from chorus.agents import Mode
 from chorus.config import Config
-from chorus.data import Batch
+from chorus.data import collate
 from chorus.deepspeed_config import deepspeed_json
 from chorus.objective import SwdSettings, objective
 
@@ -32,26 +29,24 @@ def gather(own: torch.Tensor) -> torch.Tensor:
 def main(folder: Path) -> None:
     deepspeed.init_distributed(dist_backend="gloo")
     rank = distributed.get_rank()
-    whole = toy_batch(without_targets=None)
-    B = len(whole.input_BT)
-    rows = slice(rank * B // 2, (rank + 1) * B // 2)
-    input_BT, target_BT, mask_BT, points_BM = (tensor[rows] for tensor in (*whole[:3], whole.points_BM))
-    batch = Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_BM)
+    samples = toy_samples(8)
+    own = samples[rank * 4 : rank * 4 + 4]
     # No clipping: the norm of all agents would come between an agent and its own gradient.
-    settings = deepspeed_json(Config(max_grad_norm=0.0, batch_size=B // 2), "no", num_processes=2)
-    for mode, checkpointing, dropconnect_p in product(get_args(Mode), (False, True), (0.0, 0.4)):
+    settings = deepspeed_json(Config(max_grad_norm=0.0, batch_size=4), "no", num_processes=2)
+    for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
+        batch = collate(own, 0, points_per_row=3, packing=(20, 4) if packing else None)
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         optimizer = torch.optim.AdamW(agents.adapter_tensors().values())
         engine, *_ = deepspeed.initialize(model=agents, optimizer=optimizer, config=settings)
         part = objective(
             *engine(batch, step=3, slot=1),
             batch,
-            num_targets=len(whole.target_rows_N),
+            num_targets=sum(sample.num_targets for sample in samples),
             num_micro_batches=1,
             lambda_sw=0.5,
             swd=SwdSettings(5, "tokens", 0),
             step=3,
-            rows_per_process=B // 2,
+            rows_per_process=4,
             gather=gather,
         )
         engine.backward(part.share * 2)  # ZeRO averages over the two
@@ -59,7 +54,7 @@ def main(folder: Path) -> None:
             json.dumps(identity): safe_get_full_grad(tensor) for identity, tensor in agents.adapter_tensors().items()
         }
         if rank == 0:
-            torch.save(gradients, folder / f"{mode}-{checkpointing}-{dropconnect_p}.pt")
+            torch.save(gradients, folder / f"{mode}-{checkpointing}-{dropconnect_p}-{packing}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 

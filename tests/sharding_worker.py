@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
     if is_first:
         torch.save(weights, folder / "after.pt")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    engine.close()
 
 
 if __name__ == "__main__":

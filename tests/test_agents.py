@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +16,18 @@ from launching import environment
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from toy import ALPHA, RANK, TARGETS, VOCABULARY, max_difference, tiny_gemma, toy_agents, toy_batch
+from toy import (
+    ALPHA,
+    RANK,
+    TARGETS,
+    VOCABULARY,
+    ZERO2_CASES,
+    max_difference,
+    tiny_gemma,
+    toy_agents,
+    toy_batch,
+    toy_samples,
+)
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from chorus import adapters as adapters_module
@@ -35,14 +45,15 @@ from chorus.agents import (
     decide_execution,
 )
 from chorus.config import Config
-from chorus.data import Batch
+from chorus.data import Batch, collate
 from chorus.errors import InputError
+from chorus.layers import Recompute
 from chorus.lora_linear import flatten
 from chorus.objective import SwdSettings, objective
 
 MODES = get_args(Mode)
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", get_args(Recompute))
 DROPCONNECT = pytest.mark.parametrize("dropconnect_p", [0.0, 0.4], ids=["", "dropconnect"])
 # fp32 rounding: sums of a few hundred terms in another order
 EXACT = 2e-5
@@ -58,7 +69,7 @@ def coupled_objective(output: AgentOutput, batch: Batch, lambda_sw: float = 0.5)
         lambda_sw=lambda_sw,
         swd=SwdSettings(5, "tokens", 0),
         step=3,
-        rows_per_process=len(batch.input_BT),
+        rows_per_process=len(batch.points_SM),
         gather=lambda own: own,
     ).share
 
@@ -139,7 +150,7 @@ def test_the_agents_come_in_order(mode: Mode):
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode, checkpointing: bool):
+def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode, checkpointing: Recompute):
     agents = toy_agents(mode, gradient_checkpointing=checkpointing)
     _, gradients = run(agents, toy_batch())
     assert len(gradients) == 3 * 2 * len(TARGETS) * 2
@@ -155,7 +166,7 @@ def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: bool):
+def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: Recompute):
     assert_every_agent_gets_the_gradient_of_a_lone_run(toy_agents(mode, gradient_checkpointing=checkpointing))
 
 
@@ -180,7 +191,7 @@ def seeded(kind: Callable, config: object) -> PreTrainedModel:
 @EVERY_MODE
 @CHECKPOINTING
 @pytest.mark.parametrize("base", [small_llama, small_gpt_neox])
-def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, checkpointing: bool, base: Callable):
+def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, checkpointing: Recompute, base: Callable):
     shape = LoraShape(RANK, ALPHA, "all-linear", random_init=True, seed=0)
     execution = Execution(recompute=checkpointing)
     agents = build_agents(mode, base(), 2, shape, NoiseRates(0, 0, 0), execution)
@@ -192,7 +203,7 @@ def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, chec
 @DROPCONNECT
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
 def test_every_mode_gives_the_same_values_and_gradients(
-    mode: Mode, checkpointing: bool, dropconnect_p: float, dropout_p: float
+    mode: Mode, checkpointing: Recompute, dropconnect_p: float, dropout_p: float
 ):
     noise = {"dropconnect_p": dropconnect_p, "dropout_p": dropout_p}
     batch = toy_batch()
@@ -206,7 +217,7 @@ def test_every_mode_gives_the_same_values_and_gradients(
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: bool):
+def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: Recompute):
     batch = toy_batch()
     expected, expected_gradients = run(toy_agents("parallel", dtype=torch.bfloat16), batch)
     output, gradients = run(toy_agents(mode, dtype=torch.bfloat16, gradient_checkpointing=checkpointing), batch)
@@ -219,7 +230,7 @@ def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: boo
 @DROPCONNECT
 @pytest.mark.parametrize("agents_per_pass", [1, 2])
 def test_groups_of_fused_agents_give_what_all_of_them_give(
-    agents_per_pass: int, checkpointing: bool, dropconnect_p: float
+    agents_per_pass: int, checkpointing: Recompute, dropconnect_p: float
 ):
     noise = {"dropconnect_p": dropconnect_p, "dropout_p": 0.3, "gradient_checkpointing": checkpointing}
     batch = toy_batch()
@@ -228,44 +239,6 @@ def test_groups_of_fused_agents_give_what_all_of_them_give(
     assert max_difference(output.nll_KBT, expected.nll_KBT) < EXACT
     for identity, gradient in expected_gradients.items():
         assert max_difference(gradients[identity], gradient) < EXACT, identity
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@EVERY_MODE
-@CHECKPOINTING
-@DROPCONNECT
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "execution", [{}, {"compiled": True}, {"recorded": True}, {"compiled": True, "recorded": True}], ids=str
-)
-def test_every_mode_and_execution_is_exact_on_the_gpu(
-    mode: Mode, checkpointing: bool, dropconnect_p: float, dtype: torch.dtype, execution: dict
-):
-    """Against fp32, uncompiled; in bf16 to twice what bf16 itself costs there.
-
-    Two steps, so that a recording is also replayed, on other rows than those that it was recorded with.
-    """
-    settings = {"device": "cuda", "dropconnect_p": dropconnect_p}
-    exact, rounded = toy_agents("parallel", **settings), toy_agents("parallel", dtype=dtype, **settings)
-    agents = toy_agents(mode, dtype=dtype, gradient_checkpointing=checkpointing, **settings, **execution)
-    for step in (3, 4):
-        batch = toy_batch(seed=step).to("cuda")
-        expected, allowed, found = (flat(*run(one, batch, step)) for one in (exact, rounded, agents))
-        for name, error in distances(found, expected).items():
-            assert error < 2 * distances(allowed, expected)[name] + 1e-4, name
-
-
-def flat(output: AgentOutput, gradients: dict) -> dict[str, Tensor]:
-    """The loss and, agent by agent, all gradients in one."""
-    of_agents = {
-        f"agent {k}": [g.flatten() for identity, g in gradients.items() if identity.agent == k] for k in range(3)
-    }
-    return {"loss": output.nll_KBT.detach().flatten()} | {name: torch.cat(own) for name, own in of_agents.items()}
-
-
-def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
 
 
 @EVERY_MODE
@@ -296,7 +269,9 @@ def test_random_draws_differ_between_steps_and_agents_and_are_off_in_evaluation(
 
 @EVERY_MODE
 @CHECKPOINTING
-def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_draws(mode: Mode, checkpointing: bool):
+def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_draws(
+    mode: Mode, checkpointing: Recompute
+):
     """A recomputation that read the latest draw instead of its own would mix the two."""
     batches = [toy_batch(seed=1), toy_batch(seed=2)]
 
@@ -320,6 +295,7 @@ def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_dra
         ("cpu", {}, (False, False)),
         ("cuda", {}, (False, False)),  # 128 lengths
         ("cuda", {"pad_to_multiple_of": 16}, (True, True)),
+        ("cuda", {"packing": True}, (True, True)),
         ("cuda", {"pad_to_multiple_of": 16, "lora_dropout": 0.1}, (False, False)),
         ("cuda", {"pad_to_multiple_of": 16, "cuda_graphs": False}, (True, False)),
         ("cpu", {"compile": True}, (True, False)),
@@ -358,7 +334,7 @@ def test_fused_agents_refuse_a_layer_that_is_given_other_rows_than_the_batchs():
 @EVERY_MODE
 @CHECKPOINTING
 @DROPCONNECT
-def test_a_forward_leaves_no_trace(mode: Mode, checkpointing: bool, dropconnect_p: float):
+def test_a_forward_leaves_no_trace(mode: Mode, checkpointing: Recompute, dropconnect_p: float):
     noise = {"dropconnect_p": dropconnect_p, "dropout_p": 0.3}
     assert_a_forward_leaves_no_trace(toy_agents(mode, gradient_checkpointing=checkpointing, **noise))
 
@@ -448,7 +424,7 @@ def switching_adapters_before_one_backward(monkeypatch: pytest.MonkeyPatch) -> A
 def recomputing_under_the_adapter_of_backward(monkeypatch: pytest.MonkeyPatch) -> Agents:
     monkeypatch.setattr(Routing, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
     monkeypatch.setattr(agents_module, "recomputed", lambda run, parameters: run())
-    agents = toy_agents("sequential", gradient_checkpointing=True)
+    agents = toy_agents("sequential", gradient_checkpointing="full")
     layers, weights = lora_layers(agents.peft_model(2)), agents._weights((2,), None)
     assert weights is not None
     agents.routing._take(take_turn(layers, (2,), weights, 0, None))  # the last adapter switched to stays active
@@ -504,18 +480,23 @@ def test_the_trace_check_catches_dropconnect_in_place(monkeypatch: pytest.Monkey
 
 @pytest.mark.launch
 def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Path):
-    """Each process holds half of the rows; gradients are read from the engine (deepspeed_worker.py)."""
+    """Each process holds half of the samples; gradients are read from the engine (deepspeed_worker.py)."""
     worker = Path(__file__).with_name("deepspeed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     result = subprocess.run(
         [*command, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    batch = toy_batch(without_targets=None)
-    for mode, checkpointing, dropconnect_p in product(MODES, (False, True), (0.0, 0.4)):
+    batch = collate(toy_samples(8), 0, points_per_row=3)
+    for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
         plain = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         _, expected = run(plain, batch)
-        found = torch.load(tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}.pt", weights_only=True)
+        found = torch.load(tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}-{packing}.pt", weights_only=True)
         assert len(found) == len(expected)
         for identity, gradient in expected.items():
-            assert max_difference(found[json.dumps(identity)], gradient) < EXACT, (mode, checkpointing, identity)
+            assert max_difference(found[json.dumps(identity)], gradient) < EXACT, (
+                mode,
+                checkpointing,
+                packing,
+                identity,
+            )

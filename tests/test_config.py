@@ -31,13 +31,14 @@ NOT_A_NUMBER = [
 NOT_TEXT = ["1", "true", "[a]", "2020-01-01", '"\\ud800"', '""']
 ACCEPTED_AND_REFUSED = {
     "count": (["1", "7"], [*NOT_A_NUMBER, "0", "-1", "1.0", "1.5", "1e3"]),
-    "agents": (["2", "7"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
+    "agents": (["2", "7", "auto"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
     "count or zero": (["0", "7"], [*NOT_A_NUMBER, "-1", "0.0", "1.5"]),
     "two or more": (["2", "7"], [*NOT_A_NUMBER, "1", "-1", "2.0"]),
     "seed": (["0", str(2**63 - 1)], [*NOT_A_NUMBER, "-1", "0.0", str(2**63)]),
     "positive": (["3e-5", "1", "1e9"], [*NOT_A_NUMBER, "0", "0.0", "-1e-9"]),
     "positive or zero": (["0", "3e-5", "1e9"], [*NOT_A_NUMBER, "-1e-9"]),
     "below one": (["0", "0.999"], [*NOT_A_NUMBER, "1", "-1e-9"]),
+    "above zero, up to one": (["1e-9", "0.5", "1"], [*NOT_A_NUMBER, "0", "1.001"]),
     "up to one": (["0", "0.5", "1"], [*NOT_A_NUMBER, "1.001", "-1e-9"]),
     "flag": (["true", "false"], ["1", "0", "yes", '"true"', "null", "[true]", ".nan"]),
     "flag or auto": (["true", "false", "auto"], ["1", "0", "yes", '"true"', "null", "[auto]", ".nan"]),
@@ -66,13 +67,16 @@ KIND = {
     **dict.fromkeys(["lambda_sw", "weight_decay", "max_grad_norm"], "positive or zero"),
     **dict.fromkeys(["lora_dropout", "dropconnect_p", "validation_split"], "below one"),
     **dict.fromkeys(["num_warmup_steps_ratio"], "up to one"),
-    **dict.fromkeys(["initialize_adapters_rand", "use_gradient_checkpointing", "skip_bad_rows"], "flag"),
-    **dict.fromkeys(["shuffle", "profile_trace", "log_memory_usage"], "flag"),
+    **dict.fromkeys(["memory_fraction"], "above zero, up to one"),
+    **dict.fromkeys(["initialize_adapters_rand", "skip_bad_rows"], "flag"),
+    **dict.fromkeys(["use_gradient_checkpointing"], "flag, or null"),
+    **dict.fromkeys(["shuffle", "packing", "profile_trace", "log_memory_usage"], "flag"),
     **dict.fromkeys(["use_deepspeed", "compile", "cuda_graphs"], "flag or auto"),
     **dict.fromkeys(["model_name", "dataset_name", "output_dir"], "text"),
     **dict.fromkeys(["dataset_subset", "deepspeed_config_file", "resume_from_checkpoint"], "text, or null"),
     **dict.fromkeys(["attn_implementation", "parallel_mode", "swd_representation"], "choice"),
     **dict.fromkeys(["lr_scheduler_type", "mixed_precision"], "choice"),
+    **dict.fromkeys(["gradient_checkpointing"], "choice, or null"),
     **dict.fromkeys(["lora_target_modules"], "modules"),
     **dict.fromkeys(["prompt_template"], "prompt"),
     **dict.fromkeys(["completion_template"], "completion"),
@@ -155,7 +159,7 @@ def test_a_duplicate_key_is_refused_at_its_second_line(key):
         ("num_agents: 0", "greater than 0"),
         ("lora_dropout: 1", "less than 1"),
         ('lr: "1e-4"', "a valid number; write a number, without quotes"),
-        ("num_agents: true", "a valid integer; write a whole number"),
+        ("lora_rank: true", "a valid integer; write a whole number"),
         ("shuffle: yes", "write true or false"),
         ("model_name: 2", "put it in quotes"),
         ("lora_target_modules: q_proj", "write [one, another]"),
@@ -171,8 +175,8 @@ def test_an_unknown_key_is_named_before_other_mistakes():
 
 
 def test_of_two_bad_values_one_is_named():
-    message = refusal("lr: fast\nnum_agents: true")
-    assert message.startswith("configs.yaml: key 'num_agents' (line 2) is true; it should be a valid integer; ")
+    message = refusal("lr: fast\nlora_rank: true")
+    assert message.startswith("configs.yaml: key 'lora_rank' (line 2) is true; it should be a valid integer; ")
     assert "number," not in message.replace("whole number,", "")
 
 
@@ -222,6 +226,28 @@ def test_what_cannot_carry_dropout_is_refused_with_it_and_auto_is_not(key):
     assert message.startswith(f"configs.yaml: key '{key}' (line 1) is true; ")
     assert message.endswith("lora_dropout is above 0; set it to auto")
     assert load(f"{key}: auto\nlora_dropout: 0.1").lora_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 0", "none"),
+        ("use_gradient_checkpointing: true", "full"),
+        ("use_gradient_checkpointing: false", "none"),
+        ("gradient_checkpointing: selective", "selective"),
+        ("gradient_checkpointing: full\nuse_gradient_checkpointing: true", "full"),
+        ("gradient_checkpointing: none\nuse_gradient_checkpointing: false", "none"),
+    ],
+)
+def test_both_spellings_say_what_is_computed_again(text: str, expected: str):
+    assert load(text).recomputation == expected
+
+
+@pytest.mark.parametrize(("said", "older"), [("none", "true"), ("selective", "true"), ("full", "false")])
+def test_spellings_that_contradict_each_other_are_refused(said: str, older: str):
+    message = refusal(f"gradient_checkpointing: {said}", f"use_gradient_checkpointing={older}")
+    assert message.startswith(f"command line: key 'use_gradient_checkpointing' is {older}; ")
+    assert message.endswith(f"is {said}; set one of them to null")
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def test_an_unknown_key_like_no_other_is_refused_without_a_guess(file: Path):
         ("optimizer", "weight_decay"),
         ("scheduler", "lr_scheduler_type"),
         ("amp", "mixed_precision"),
-        ("activation_checkpointing", "use_gradient_checkpointing"),
+        ("activation_checkpointing", "gradient_checkpointing"),
     ],
 )
 def test_a_section_that_configs_yaml_decides_is_refused_with_the_key_that_does(file: Path, key: str, instead: str):

@@ -1,17 +1,19 @@
 """Compiled layers, in training and out of it. What they compute is held by the promises of test_agents.py."""
 
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 from test_agents import EXACT, run
 from torch import nn
-from toy import max_difference, tiny_gemma, toy_agents, toy_batch
+from torch.profiler import ProfilerActivity, profile
+from toy import RANK, max_difference, tiny_gemma, toy_agents, toy_batch
 from transformers import PreTrainedModel
 
-from chorus.adapters import Routing
-from chorus.errors import InputError
-from chorus.layers import prepare_layers
+from chorus.adapters import Routing, lora_layers
+from chorus.errors import InputError, RunError
+from chorus.layers import Recompute, prepare_layers
 
 
 @pytest.fixture
@@ -22,8 +24,8 @@ def _quick_compiler(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("_quick_compiler")
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointing"])
-def test_compiled_layers_give_the_same_values_and_gradients_at_every_length(recompute: bool):
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_compiled_layers_give_the_same_values_and_gradients_at_every_length(recompute: Recompute):
     plain = toy_agents("fused", dropconnect_p=0.4)
     compiled = toy_agents("fused", dropconnect_p=0.4, gradient_checkpointing=recompute, compiled=True)
     for length in (10, 12):
@@ -35,7 +37,8 @@ def test_compiled_layers_give_the_same_values_and_gradients_at_every_length(reco
 
 
 @pytest.mark.usefixtures("_quick_compiler")
-def test_equal_layers_are_compiled_once_and_without_a_break():
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_equal_layers_are_compiled_once_and_without_a_break(recompute: Recompute):
     """Two layers of the toy differ in their attention; a second pair of them brings no further compilation."""
 
     def compilations(num_layers: int) -> int:
@@ -46,12 +49,26 @@ def test_equal_layers_are_compiled_once_and_without_a_break():
         layers.extend([tiny_gemma(seed=seed).model.layers[seed % 2] for seed in range(2, num_layers)])
         base.config.layer_types = [["sliding_attention", "full_attention"][k % 2] for k in range(num_layers)]
         base.config.num_hidden_layers = num_layers
-        prepare_layers(base, Routing(), recompute=False, compiled=True)
+        prepare_layers(base, Routing(), recompute=recompute, compiled=True)
         base.train()(input_ids=toy_batch().input_BT, use_cache=False)
         assert not torch._dynamo.utils.counters["graph_break"]
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     assert compilations(6) == compilations(2) > 0
+
+
+@pytest.mark.usefixtures("_quick_compiler")
+def test_what_cannot_be_compiled_is_an_error_and_no_silent_return_to_slow_layers(monkeypatch: pytest.MonkeyPatch):
+    agents = toy_agents("fused", compiled=True)
+    agents(toy_batch(length=6))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # a sliding and a full layer
+    with pytest.raises(RunError, match="key 'compile': more than 2 kinds of layers and lengths"):
+        agents(toy_batch(length=7))
+    base = tiny_gemma().train()
+    base.model.layers[0].mlp.forward = lambda x: torch._dynamo.graph_break() or x
+    prepare_layers(base, Routing(), recompute="none", compiled=True)
+    with pytest.raises(RunError, match=r"'compile': Gemma2DecoderLayer cannot be compiled whole: .+; set it to false"):
+        base(input_ids=toy_batch().input_BT, use_cache=False)
 
 
 @pytest.mark.usefixtures("_quick_compiler")
@@ -63,12 +80,34 @@ def test_evaluation_compiles_nothing():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 
-@pytest.mark.parametrize("key", ["use_gradient_checkpointing", "compile"])
-def test_a_base_without_marked_layers_is_refused_by_the_key(key: str):
+def test_selective_keeps_the_results_of_products_and_nothing_more_than_full():
+    """Bytes that a forward pass allocates and does not give back: what its backward pass needs."""
+    batch = toy_batch(rows=2, length=48)
+
+    def kept(recompute: Recompute) -> int:
+        agents = toy_agents("fused", gradient_checkpointing=recompute)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            output = agents(batch)
+        del output
+        return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+
+    linears = lora_layers(toy_agents("fused").peft_model(0)).values()
+    of_a_token = sum(linear.base_linear.out_features + RANK for linear in linears)
+    assert kept("selective") - kept("full") == 4 * 3 * batch.input_BT.numel() * of_a_token
+    assert kept("none") > 2 * kept("selective")
+
+
+@pytest.mark.parametrize(
+    ("key", "off", "wanted"),
+    [
+        ("gradient_checkpointing", "none", {"recompute": "selective", "compiled": False}),
+        ("compile", "false", {"recompute": "none", "compiled": True}),
+    ],
+)
+def test_a_base_without_marked_layers_is_refused_by_the_key(key: str, off: str, wanted: dict):
     class Odd(PreTrainedModel):
         def __init__(self):
             nn.Module.__init__(self)
 
-    wanted = {"recompute": key == "use_gradient_checkpointing", "compiled": key == "compile"}
-    with pytest.raises(InputError, match=f"key '{key}': Odd does not support it; set it to false"):
+    with pytest.raises(InputError, match=f"key '{key}': Odd does not support it; set it to {off}"):
         prepare_layers(Odd(), Routing(), **wanted)

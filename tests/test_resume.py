@@ -122,7 +122,8 @@ OTHER_VALUES = {
     **{"completion_template": "{answer}", "lr_scheduler_type": "cosine", "parallel_mode": "sequential"},
     **{"attn_implementation": "eager", "use_deepspeed": False, "deepspeed_config_file": None},
     **{"dirichlet_alpha_aggregator": 2.0, "save_total_limit": 7, "agents_per_pass": 1},
-    **{"compile": False, "cuda_graphs": False},
+    **{"compile": False, "cuda_graphs": False, "gradient_checkpointing": "selective"},
+    **{"use_gradient_checkpointing": None},
 }
 
 

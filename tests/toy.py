@@ -1,6 +1,7 @@
 """Small things that several test files need: a Gemma-2 with every Gemma-2 feature, a batch, agents that differ."""
 
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -8,15 +9,21 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from chorus.adapters import LoraShape
 from chorus.agents import Agents, Execution, Mode, NoiseRates, build_agents
-from chorus.data import Batch
+from chorus.data import Batch, Sample
+from chorus.layers import Recompute
 
 VOCABULARY = 61
 RANK = 3
 ALPHA = 6.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# mode, gradient checkpointing, dropconnect_p, packing: what two ZeRO-2 processes are compared in
+ZERO2_CASES = [
+    *product(get_args(Mode), get_args(Recompute), (0.0, 0.4), (False,)),
+    *product(get_args(Mode), ("none",), (0.4,), (True,)),
+]
 
 
-def tiny_gemma(seed: int = 0, dtype: torch.dtype = torch.float32) -> Gemma2ForCausalLM:
+def tiny_gemma(seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "eager") -> Gemma2ForCausalLM:
     """Random weights; one sliding and one full layer, grouped queries, both soft-caps, a tied head."""
     config = Gemma2Config(
         vocab_size=VOCABULARY,
@@ -30,7 +37,7 @@ def tiny_gemma(seed: int = 0, dtype: torch.dtype = torch.float32) -> Gemma2ForCa
         query_pre_attn_scalar=8,
         attn_logit_softcapping=2.0,  # low, so that the caps bend what random weights give
         final_logit_softcapping=3.0,
-        attn_implementation="eager",
+        attn_implementation=attention,
         initializer_range=0.3,
         pad_token_id=0,
         eos_token_id=1,
@@ -46,14 +53,22 @@ def toy_batch(rows: int = 4, length: int = 10, seed: int = 0, without_targets: i
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, length + 1), generator=generator)
     mask_BT = torch.zeros(rows, length, dtype=torch.bool)
-    points_BM = torch.full((rows, 3), -1)
+    points_SM = torch.full((rows, 3), -1)
     for row in range(rows):
         end = length - row % 3
         if row != without_targets:
             mask_BT[row, 2 + row % 2 : end] = True
-            points_BM[row] = torch.tensor([2 + row % 2, (2 + row % 2 + end) // 2, end - 1])
+            points_SM[row] = row * length + torch.tensor([2 + row % 2, (2 + row % 2 + end) // 2, end - 1])
         ids[row, end + 1 :] = 0
-    return Batch(ids[:, :-1], ids[:, 1:], mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_BM)
+    return Batch(ids[:, :-1], ids[:, 1:], mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_SM)
+
+
+def toy_samples(count: int = 7, longest: int = 15, seed: int = 0) -> list[Sample]:
+    """Random tokens of 3 to `longest`, so that some go beyond the sliding window; each learns its last half."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, longest + 1, (count,), generator=generator).tolist()
+    ids = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
+    return [Sample(ids_T, torch.arange(len(ids_T)) >= len(ids_T) // 2) for ids_T in ids]
 
 
 def toy_shape(random_init: bool = False, seed: int = 0) -> LoraShape:
@@ -64,17 +79,18 @@ def toy_agents(
     mode: Mode,
     *,
     num_agents: int = 3,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Recompute = "none",
     dropconnect_p: float = 0.0,
     dropout_p: float = 0.0,
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
     device: str = "cpu",
+    attention: str = "eager",
     **execution: Any,
 ) -> Agents:
     """Agents on a tiny Gemma-2. `trained` gives A and B values of everyday size, so that agents really differ."""
     rates = NoiseRates(dropconnect_p, dropout_p, seed=7)
-    base = tiny_gemma(dtype=dtype).to(device)
+    base = tiny_gemma(dtype=dtype, attention=attention).to(device)
     how = Execution(recompute=gradient_checkpointing, **execution)
     agents = build_agents(mode, base, num_agents, toy_shape(), rates, how)
     if trained:

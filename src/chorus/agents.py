@@ -16,7 +16,7 @@ Every mode keeps five promises (tests/test_agents.py holds them):
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from chorus.adapters import (
@@ -42,12 +41,14 @@ from chorus.adapters import (
     lora_layers,
     take_turn,
 )
-from chorus.base import Head, attention_masks, base_tensors, head_of, trunk_of
+from chorus.attention import attention_masks
+from chorus.base import Head, base_tensors, head_of, trunk_of
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.errors import InputError
-from chorus.graphs import MAX_RECORDINGS, RecordedPasses
-from chorus.layers import prepare_layers
+from chorus.graphs import MAX_RECORDINGS, RecordedPasses, Rows
+from chorus.layers import Recompute, prepare_layers, recomputed
+from chorus.packing import MAX_SHAPES
 from chorus.spans import span
 from chorus.token_nll import token_nll
 
@@ -82,16 +83,16 @@ class Execution:
     """How passes are carried out. None of it changes a result, beyond rounding.
 
     Attributes:
-        recompute: make each decoder layer's activations again in backward.
+        recompute: what of each decoder layer's activations is made again in backward.
         agents_per_pass: fused mode's groups; None takes all agents together.
-        compiled: torch.compile the decoder layers.
+        compiled: torch.compile the decoder layers; a word is the name of another backend than inductor.
         recorded: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a recording
             would repeat.
     """
 
-    recompute: bool = False
+    recompute: Recompute = "none"
     agents_per_pass: int | None = None
-    compiled: bool = False
+    compiled: bool | str = False
     recorded: bool = False
 
 
@@ -102,14 +103,18 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
     """What a configuration asks for, with `auto` decided and said in the log.
 
     Raises:
-        InputError: graphs without a GPU; compilation or graphs of a base in shards.
+        InputError: graphs without a GPU; compilation, graphs or selective recomputation of a base in shards.
     """
     for key, wanted in (("compile", config.compile), ("cuda_graphs", config.cuda_graphs)):
         if base_in_shards and wanted is True:
             raise InputError(f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2")
+    if base_in_shards and config.recomputation == "selective":
+        raise InputError("gradient checkpointing is selective, which ZeRO stage 3 does not allow; set it to full")
     if config.cuda_graphs is True and device.type != "cuda":
         raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
-    lengths = ceil(config.max_seq_length / config.pad_to_multiple_of)
+    shapes = ceil(config.max_seq_length / config.pad_to_multiple_of)
+    if config.packing:
+        shapes = MAX_SHAPES
     because = ""
     if device.type != "cuda":
         because = f"; auto: no GPU ({device})"
@@ -117,12 +122,12 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
         because = "; auto: ZeRO stage 3 fetches weights inside of a pass"
     elif config.lora_dropout > 0:
         because = "; auto: lora_dropout is above 0"
-    elif lengths > MAX_RECORDINGS:
+    elif shapes > MAX_RECORDINGS:
         fewer = ceil(config.max_seq_length / MAX_RECORDINGS)
-        because = f"; auto: batches of up to {lengths} lengths; pad_to_multiple_of {fewer} would do"
+        because = f"; auto: batches of up to {shapes} lengths; pad_to_multiple_of {fewer} would do"
     compiled, recorded = (not because if key == "auto" else key for key in (config.compile, config.cuda_graphs))
     logger.info("layers compiled: %s; passes recorded: %s%s", compiled, recorded, because)
-    return Execution(config.use_gradient_checkpointing, config.agents_per_pass, compiled, recorded)
+    return Execution(config.recomputation, config.agents_per_pass, compiled, recorded)
 
 
 def held_agents(num_agents: int) -> tuple[int, ...]:
@@ -158,7 +163,7 @@ def build_agents(
             built = ParallelAgents(agents, peft_models, routing, rates)
     for peft_model in peft_models:
         prepare_layers(causal_lm(peft_model), routing, recompute=execution.recompute, compiled=execution.compiled)
-    built.recorded = RecordedPasses(partial(attention_masks, model)) if execution.recorded else None
+    built.recorded = RecordedPasses(partial(masks_of, model)) if execution.recorded else None
     return built
 
 
@@ -166,6 +171,10 @@ def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
     """A second module tree over the same parameters and buffers: its own adapters, no memory for the base."""
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+
+
+def masks_of(model: PreTrainedModel, rows: Rows) -> Any:
+    return attention_masks(model, rows.ids_NT, rows.sample_NT)
 
 
 def causal_lm(peft_model: PeftModel) -> PreTrainedModel:
@@ -253,22 +262,28 @@ class Agents(nn.Module):
     def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
         """One pass of these agents together through one trunk, agent-major; of the base, as if one, for no agent.
 
-        There is no attention mask: the padding is on the right, behind every target.
+        One sample a row, there is no attention mask: the padding is on the right, behind every target.
         """
         B, T = batch.input_BT.shape
         K = max(len(agents), 1)
 
-        def run(ids_NT: Tensor, flat_KF: Tensor | None, masks: Any) -> Tensor:
-            with self._turn(agents, flat_KF, ids_NT.numel(), noise) as trunk:
-                return trunk(input_ids=ids_NT, attention_mask=masks, use_cache=False).last_hidden_state
+        def run(rows: Rows, flat_KF: Tensor | None, masks: Any) -> Tensor:
+            places = {} if rows.position_NT is None else {"position_ids": rows.position_NT}
+            if masks is None and rows.sample_NT is not None:
+                masks = masks_of(causal_lm(self.peft_model(self.agents[0])), rows)
+            with self._turn(agents, flat_KF, rows.ids_NT.numel(), noise) as trunk:
+                output = trunk(input_ids=rows.ids_NT, attention_mask=masks, use_cache=False, **places)
+            return output.last_hidden_state
 
         with span("_".join(["forward_pass.agent", *map(str, agents)])):
-            ids_NT, flat_KF = batch.input_BT.repeat(K, 1), self._weights(agents, noise)
+            rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
+            flat_KF = self._weights(agents, noise)
             if self.recorded is not None and self.training and flat_KF is not None:
                 # The agents' weights are an argument: one recording serves every group of as many agents of a model.
-                hidden_NTD = self.recorded((self.peft_model(agents[0]), K, B, T), run, ids_NT, flat_KF)
+                key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
+                hidden_NTD = self.recorded(key, run, rows, flat_KF)
             else:
-                hidden_NTD = run(ids_NT, flat_KF, None)
+                hidden_NTD = run(rows, flat_KF, None)
         with span("task_loss"):
             first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
             rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
@@ -317,30 +332,3 @@ class ParallelAgents(Agents):
         noise = self._noise_of(step, slot)
         outputs = [self.joint_pass((agent,), batch, noise) for agent in self.agents]
         return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))
-
-
-def recomputed(run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
-    """`run()` without its activations: forward keeps the outputs alone, backward runs it again.
-
-    The parameters are arguments of one autograd node, so their gradients leave it as ordinary outputs: a single
-    backward serves all agents, and the hooks by which DDP and DeepSpeed reduce gradients see each of them once.
-    """
-    return _Recomputed.apply(run, *parameters)  # pyright: ignore[reportReturnType]
-
-
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Callable[[], tuple[Tensor, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-        ctx.run = run
-        ctx.set_materialize_grads(False)  # without the diversity term no gradient comes through the hidden states
-        ctx.save_for_backward(*parameters)
-        return run()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        with torch.enable_grad():
-            outputs = ctx.run()
-        due = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
-        outputs, gradients = zip(*due, strict=True)
-        return None, *torch.autograd.grad(outputs, ctx.saved_tensors, gradients)

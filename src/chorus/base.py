@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.masking_utils import create_masks_for_generate
 
+from chorus.attention import check_packing, choose_attention
+from chorus.config import Config
 from chorus.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -54,42 +54,99 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
 
 
-def load_skeleton(model_name: str) -> PreTrainedModel:
+def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The base's modules without weights, on the meta device: a second's work, which tells what the base has.
+
+    With eager attention. Without a dtype it is that of the weights.
 
     Raises:
         InputError: no such model, or one with custom code.
     """
     with _named(model_name), torch.device("meta"):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        _switch_dropout_off(config)
+        more = {} if dtype is None else {"dtype": dtype}
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager", **more)
 
 
 def load_model(
-    model_name: str, dtype: torch.dtype, device: torch.device, attn_implementation: str = "auto"
+    model_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "auto",
+    *,
+    length: int = 1,
+    compiled: bool = False,
+    packing: bool = False,
 ) -> PreTrainedModel:
     """The base with its weights frozen and its own dropout off: one function, the same in every pass.
 
-    Weights are read from safetensors only, and a model that brings code of its own is refused.
+    Weights are read from safetensors only, and a model that brings code of its own is refused. What comes after `*`
+    decides about attention, see `attention.choose_attention`.
 
     Raises:
-        InputError: no such model, a model with custom code, or a head that Chorus would compute wrongly.
+        InputError: no such model, a model with custom code, a head or an attention that Chorus would compute wrongly.
     """
     with _named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
         _switch_dropout_off(config)
+        how = {"length": length, "compiled": compiled, "packing": packing}
+        attention = choose_attention(attn_implementation, config, device, dtype, **how)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_name,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=_attention(config, attn_implementation),
+            attn_implementation=attention,
         )
     model.requires_grad_(False)
     model.to(device)  # pyright: ignore[reportArgumentType]
     _check_head(model, model_name)
+    if packing:
+        check_packing(model)
     return model
+
+
+def load_base(config: Config, dtype: torch.dtype, device: torch.device, *, compiled: bool | str) -> PreTrainedModel:
+    """`load_model` as the configuration says; `compiled`: whether its decoder layers will be."""
+    return load_model(
+        config.model_name,
+        dtype,
+        device,
+        config.attn_implementation,
+        length=config.max_seq_length,
+        compiled=bool(compiled),
+        packing=config.packing,
+    )
+
+
+def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a base of the same architecture and vocabulary with two narrow layers of random weights, and its tokenizer.
+
+    Raises:
+        InputError: no such model, or one with custom code.
+    """
+    with _named(model_name):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        inner = config.get_text_config()
+        heads = min(4, inner.num_attention_heads)
+        key_heads = getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
+        small = {
+            "hidden_size": 16 * heads,
+            "intermediate_size": 32 * heads,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads if key_heads == inner.num_attention_heads else heads // 2,
+            "head_dim": 16,
+        }
+        for name in small.keys() & vars(inner).keys():
+            setattr(inner, name, small[name])
+        if getattr(inner, "layer_types", None):
+            inner.layer_types = inner.layer_types[:2]
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -105,26 +162,6 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
     trunk = model.base_model
     assert trunk is not model, "a causal language model without a trunk of its own"
     return trunk
-
-
-def attention_masks(model: PreTrainedModel, ids_NT: Tensor) -> Any:
-    """The masks that the trunk would make for rows without a mask of their own, to be given to it ready-made."""
-    rows_NT1 = torch.empty(*ids_NT.shape, 1, dtype=model.dtype, device=ids_NT.device)  # stands for its shape and dtype
-    return create_masks_for_generate(model.config, rows_NT1, attention_mask=None, past_key_values=None)
-
-
-def _attention(config: PretrainedConfig, attn_implementation: str) -> str | None:
-    """`auto` is transformers' choice, but eager where attention has a soft-cap (Gemma-2).
-
-    Raises:
-        InputError: sdpa for such a model: some versions of transformers leave the soft-cap out without a word.
-    """
-    has_softcap = bool(getattr(config, "attn_logit_softcapping", None))
-    if attn_implementation == "sdpa" and has_softcap:
-        raise InputError("key 'attn_implementation' is sdpa, which drops this model's soft-cap; set it to auto")
-    if attn_implementation != "auto":
-        return attn_implementation
-    return "eager" if has_softcap else None
 
 
 def _switch_dropout_off(config: PretrainedConfig) -> None:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -21,6 +21,10 @@ from chorus.strict_yaml import Setting, as_yaml, refuse, settings_of_command_lin
 
 Text = Annotated[str, Field(min_length=1)]  # any min_length also refuses a lone surrogate, which YAML can spell
 Probability = Annotated[float, Field(ge=0, lt=1)]
+if TYPE_CHECKING:
+    AgentCount = int  # "auto" is decided at the very start of a run: whoever reads the key finds a number
+else:
+    AgentCount = PositiveInt | Literal["auto"]
 Modules = Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"]
 
 
@@ -39,10 +43,16 @@ class Config(BaseModel):
     model_name: Text = "assets/tiny-gemma-2"
     """The frozen base: a hub id, or a folder, relative to the working directory. assets/tiny-gemma-2 is bundled."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
-    """auto, eager, sdpa, flex_attention or flash_attention_2. auto leaves it to transformers: eager for Gemma-2."""
+    """auto, eager, sdpa, flex_attention or flash_attention_2. auto: with a soft-cap (Gemma-2) eager, and on a GPU, for
+    rows of 1,024 tokens or more, flash_attention_2 where it is installed or flex_attention in compiled layers; without
+    a soft-cap what transformers takes. The log says what was chosen, and why."""
 
-    num_agents: PositiveInt = 4
-    """K, the number of LoRA agents trained together over the one base."""
+    num_agents: AgentCount = 4
+    """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
+    that a measured step confirms; a run that goes on keeps its checkpoint's."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and beyond
+    which the dry run fails; above 0, up to 1."""
     parallel_mode: Literal["fused", "sequential", "parallel"] = "fused"
     """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
     agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""
@@ -62,11 +72,16 @@ class Config(BaseModel):
     dropconnect_p: Probability = 0.0
     """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by 1/(1-p); from 0
     (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never in a saved file."""
-    use_gradient_checkpointing: bool = False
-    """true: recompute activations in the backward pass, for less memory and more time."""
+    gradient_checkpointing: Literal["none", "selective", "full"] | None = None
+    """What of each decoder layer is computed again in the backward pass, for less memory and more time. none: nothing.
+    selective: all but the results of its products with weights. full: the whole layer. null: none, or what
+    use_gradient_checkpointing says."""
+    use_gradient_checkpointing: bool | None = None
+    """The older spelling of gradient_checkpointing: true is full, false is none; null leaves it to the other key."""
     compile: Literal["auto"] | bool = "auto"
-    """true: have torch compile the decoder layers for training, once for every length that occurs. auto: on a GPU,
-    where pad_to_multiple_of leaves at most 8 lengths and lora_dropout is 0."""
+    """true: have torch compile the decoder layers for training, once for every length that occurs; what it cannot
+    compile is an error. auto: on a GPU, where packing or pad_to_multiple_of leaves at most 8 shapes and lora_dropout
+    is 0."""
     cuda_graphs: Literal["auto"] | bool = "auto"
     """true: record a training pass and replay it whole, which spares the host most of its work. It keeps the
     memory of a pass for itself. auto: as for compile."""
@@ -94,6 +109,10 @@ class Config(BaseModel):
     """Most tokens of a row, prompt, completion and end token together."""
     pad_to_multiple_of: PositiveInt = 1
     """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row."""
+    packing: bool = False
+    """true: put several samples into one row of max_seq_length tokens, each with positions of its own and without sight
+    of the others. batch_size still counts samples; losses and gradients are the same. It pays where most samples are
+    much shorter than max_seq_length."""
     validation_split: Probability = 0.05
     """Fraction of the rows held out from training, where the data bring no held-out rows; from 0 to below 1."""
     skip_bad_rows: bool = False
@@ -156,10 +175,11 @@ class Config(BaseModel):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = "auto"
     """no, fp16, bf16 or auto. auto: bf16 on a GPU that has it, no elsewhere. no also loads the base in fp32."""
     use_deepspeed: Literal["auto"] | bool = "auto"
-    """auto: as the launcher says. true: DeepSpeed ZeRO-2, even where the launcher does not ask for it. false: no
-    DeepSpeed, and a launcher that asks for it is refused."""
+    """auto: as the launcher says. true: DeepSpeed, even where the launcher does not ask for it. false: no DeepSpeed,
+    and a launcher that asks for it is refused."""
     deepspeed_config_file: Text | None = "ds_config_zero2.json"
-    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters."""
+    """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters. recipes/deepspeed has
+    others, for where memory is short."""
 
     profile_steps: NonNegativeInt = 0
     """Time so many optimiser steps part by part, after a first one that warms up, and print a summary; 0 is off."""
@@ -182,6 +202,19 @@ class Config(BaseModel):
         if wanted is True and info.data.get("lora_dropout"):
             raise ValueError("dropout draws anew in every pass, and lora_dropout is above 0; set it to auto")
         return wanted
+
+    @field_validator("use_gradient_checkpointing")
+    @classmethod
+    def _says_what_the_other_spelling_says(cls, wanted: bool | None, info: ValidationInfo) -> bool | None:
+        said = info.data.get("gradient_checkpointing")
+        if None not in (wanted, said) and said != ("full" if wanted else "none"):
+            raise ValueError(f"gradient_checkpointing, the same in more words, is {said}; set one of them to null")
+        return wanted
+
+    @property
+    def recomputation(self) -> Literal["none", "selective", "full"]:
+        """What `gradient_checkpointing` and its older spelling come to."""
+        return self.gradient_checkpointing or ("full" if self.use_gradient_checkpointing else "none")
 
     @field_validator("lambda_sw")
     @classmethod

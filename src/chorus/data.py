@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from chorus.agreement import SIGNALS
 from chorus.config import Config
 from chorus.errors import InputError
+from chorus.packing import one_a_row, packed
 from chorus.rows import Problem
 from chorus.seeding import derive_seed
 
@@ -39,26 +40,31 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows of equal length, padded on the right, so that a causal model needs no attention mask.
+    """S samples in B rows of equal length, one in each or, packed, several; padded on the right.
 
     input_BT: int64 token ids.
     target_BT: int64, the token that follows each input token.
     mask_BT: bool, where loss is due on target_BT: completion and end token, not prompt or padding.
     target_rows_N: int64, the places of the True in the flattened mask_BT. Known on the CPU, because a device would have
         to stop and count them.
-    points_BM: int64, the places along T of the points that stand for a row in the sliced Wasserstein distance: targets,
-        evenly spaced, in order, then -1. They depend on nothing but the row.
+    points_SM: int64, the places in the flattened B*T of the points that stand for a sample in the sliced Wasserstein
+        distance: targets, evenly spaced, in order, then -1. Which of a sample's tokens they are depends on it alone.
+    position_BT: packed: int64, each token's place within its sample. None: one sample a row, so that its place is t.
+    sample_BT: packed: int64, the sample that each token is of, -1 for padding; no token may see another sample's.
     """
 
     input_BT: Tensor
     target_BT: Tensor
     mask_BT: Tensor
     target_rows_N: Tensor
-    points_BM: Tensor
+    points_SM: Tensor
+    position_BT: Tensor | None = None
+    sample_BT: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        return Batch(*moved)  # pyright: ignore[reportArgumentType]
 
 
 class StepBatch(NamedTuple):
@@ -110,25 +116,41 @@ def tokenise(
     return kept
 
 
-def collate(samples: Sequence[Sample], pad_id: int, pad_to_multiple_of: int = 1, points_per_row: int = 1) -> Batch:
-    """Pad and shift rows: position t holds token t, and its target is token t + 1.
+def collate(
+    samples: Sequence[Sample],
+    pad_id: int,
+    pad_to_multiple_of: int = 1,
+    points_per_row: int = 1,
+    packing: tuple[int, int] | None = None,
+) -> Batch:
+    """Pad and shift samples: position t holds token t, and its target is token t + 1.
 
-    T is the longest row's length minus one, rounded up to `pad_to_multiple_of`; M is `points_per_row`. Of no rows it
-    makes one row of padding: a process without rows still takes part in every collective of the step.
+    One a row, T is the longest sample's length minus one, rounded up to `pad_to_multiple_of`; M is `points_per_row`.
+    With `packing`, the most tokens of a sample and the most samples of a batch, several share a row. Of no samples it
+    makes padding: a process without them still takes part in every collective of the step.
     """
-    length = max((len(sample.ids) - 1 for sample in samples), default=1)
-    B, T = max(len(samples), 1), ceil(length / pad_to_multiple_of) * pad_to_multiple_of
+    lengths = [len(sample.ids) - 1 for sample in samples]
+    if packing is None:
+        layout = one_a_row(lengths, pad_to_multiple_of)
+    else:
+        layout = packed(lengths, packing[0] - 1, pad_to_multiple_of, packing[1])
+    B, T, places = layout
     input_BT = torch.full((B, T), pad_id)
     target_BT = torch.full((B, T), pad_id)
     mask_BT = torch.zeros(B, T, dtype=torch.bool)
-    points_BM = torch.full((B, points_per_row), -1)
-    for row, (ids, is_target) in enumerate(samples):
-        input_BT[row, : len(ids) - 1] = ids[:-1]
-        target_BT[row, : len(ids) - 1] = ids[1:]
-        mask_BT[row, : len(ids) - 1] = is_target[1:]
+    points_SM = torch.full((max(len(samples), 1), points_per_row), -1)
+    position_BT, sample_BT = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
+    for number, ((ids, is_target), (row, start)) in enumerate(zip(samples, places, strict=True)):
+        span = slice(start, start + len(ids) - 1)
+        input_BT[row, span] = ids[:-1]
+        target_BT[row, span] = ids[1:]
+        mask_BT[row, span] = is_target[1:]
+        position_BT[row, span] = torch.arange(len(ids) - 1)
+        sample_BT[row, span] = number
         points = _evenly_spaced(is_target[1:].nonzero().squeeze(1), points_per_row)
-        points_BM[row, : len(points)] = points
-    return Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_BM)
+        points_SM[number, : len(points)] = row * T + start + points
+    batch = Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_SM)
+    return batch if packing is None else batch._replace(position_BT=position_BT, sample_BT=sample_BT)
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
@@ -217,8 +239,9 @@ class _Steps(Dataset[StepBatch]):
         )
 
     def _collate(self, rows: Sequence[int]) -> Batch:
-        samples = [self.samples[row] for row in rows]
-        return collate(samples, self.pad_id, self.config.pad_to_multiple_of, self.config.swd_points_per_row)
+        samples, config = [self.samples[row] for row in rows], self.config
+        packing = (config.max_seq_length, config.batch_size) if config.packing else None
+        return collate(samples, self.pad_id, config.pad_to_multiple_of, config.swd_points_per_row, packing)
 
 
 def _leave_the_process_group(worker: int) -> None:

@@ -27,7 +27,7 @@ NOT_OURS = {
     "optimizer": "the optimizer is AdamW with lr and weight_decay of configs.yaml",
     "scheduler": "the schedule is lr_scheduler_type of configs.yaml",
     "amp": "precision is mixed_precision of configs.yaml",
-    "activation_checkpointing": "it is use_gradient_checkpointing of configs.yaml",
+    "activation_checkpointing": "it is gradient_checkpointing of configs.yaml",
 }
 BUILT_IN: dict[str, Any] = {
     # deepspeed_config_file: null. Buckets are sized to adapters: DeepSpeed's default of 5e8 elements is a gigabyte.

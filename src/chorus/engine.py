@@ -89,7 +89,12 @@ def make_accelerator(config: Config) -> Accelerator:
         log_with=["tensorboard"] if is_tensorboard_available() else None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
-    assert (accelerator.distributed_type is DistributedType.DEEPSPEED) == with_deepspeed
+    if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
+        started = accelerator.distributed_type.value
+        raise InputError(
+            f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: Accelerate started "
+            f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed to false"
+        )
     unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
     return accelerator
 

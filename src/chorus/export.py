@@ -41,10 +41,10 @@ def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = Fals
             being written by another run, or is not the same folder for every process.
     """
     folder = Path(name)
-    on_every_process(partial(_refuse_unusable, folder, resumed))  # before one of them changes anything
+    on_every_process(partial(refuse_unusable, folder, resumed))  # before one of them changes anything
     token = on_first_process(accelerator, partial(_make, folder, resumed))
     try:
-        on_every_process(partial(_refuse_unshared, token))
+        on_every_process(partial(refuse_unshared, token))
     finally:
         if accelerator.is_main_process:
             token.unlink()
@@ -62,7 +62,7 @@ def _make(folder: Path, resumed: bool) -> Path:
         return token
 
 
-def _refuse_unshared(token: Path) -> None:
+def refuse_unshared(token: Path) -> None:
     """Raises InputError on a host that has a folder of its own under that name: the first process alone writes."""
     end = time.monotonic() + SHARED_WITHIN_S
     while not token.exists():
@@ -83,7 +83,8 @@ def _as_input_errors(folder: Path) -> Iterator[None]:
         raise InputError(f"key 'output_dir': {folder}: {error.strerror}; name a folder that can be made") from error
 
 
-def _refuse_unusable(folder: Path, resumed: bool) -> None:
+def refuse_unusable(folder: Path, resumed: bool) -> None:
+    """Raises InputError where a run could not write `folder`, or must not."""
     with _as_input_errors(folder):
         if Path.cwd().is_relative_to(os.path.realpath(folder)):
             raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")

@@ -7,24 +7,39 @@ than the GPU. What is random or of changing shape stays outside: weights arrive 
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
 from chorus.spans import span
 
 MAX_RECORDINGS = 8  # each keeps its rows' inputs and outputs; other shapes run unrecorded
 
-Pass = Callable[[Tensor, Tensor, Any], Tensor]  # ids_NT, flat_KF, attention masks (None: the trunk makes them)
+
+class Rows(NamedTuple):
+    """What of a batch a pass goes through, of all its agents: as in `data.Batch`, N = K x B."""
+
+    ids_NT: Tensor
+    position_NT: Tensor | None
+    sample_NT: Tensor | None
+
+    def repeated(self, times: int) -> "Rows":
+        """The rows over and over, in tensors of their own."""
+        tensors = (None if tensor is None else tensor.repeat(times, 1) for tensor in self)
+        return Rows(*tensors)  # pyright: ignore[reportArgumentType]
+
+
+Pass = Callable[[Rows, Tensor, Any], Tensor]  # rows, flat_KF, attention masks (None: the pass makes them)
 
 
 @dataclass
 class _Recording:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    ids_NT: Tensor
+    rows: Rows
     flat_KF: Tensor
     hidden_NTD: Tensor
     hidden_gradient_NTD: Tensor
@@ -39,20 +54,20 @@ class RecordedPasses:
     A pass while another does so, and one of a shape beyond the first `MAX_RECORDINGS`, runs as it would without graphs.
     """
 
-    masks_of: Callable[[Tensor], Any]  # a copy from the host, such as of a mask's zero, is refused while recording
+    masks_of: Callable[[Rows], Any]  # a copy from the host, such as of a mask's zero, is refused while recording
     recordings: dict[Hashable, _Recording] = field(default_factory=dict)
     awaiting: weakref.ref[Tensor] | None = None
 
-    def __call__(self, key: Hashable, run: Pass, ids_NT: Tensor, flat_KF: Tensor) -> Tensor:
-        """`run(ids_NT, flat_KF, None)`, which must do the same for all arguments of an equal `key`."""
+    def __call__(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> Tensor:
+        """`run(rows, flat_KF, None)`, which must do the same for all arguments of an equal `key`."""
         is_awaited = self.awaiting is not None and self.awaiting() is not None
         if is_awaited or (key not in self.recordings and len(self.recordings) == MAX_RECORDINGS):
-            return run(ids_NT, flat_KF, None)
+            return run(rows, flat_KF, None)
         if key not in self.recordings:
             pool = next((recording.forward.pool() for recording in self.recordings.values()), None)
             with span("recording"):
-                self.recordings[key] = _record(run, ids_NT, flat_KF, self.masks_of(ids_NT), pool)
-        hidden_NTD: Tensor = _Replayed.apply(self, self.recordings[key], ids_NT, flat_KF)  # pyright: ignore
+                self.recordings[key] = _record(run, rows.repeated(1), flat_KF, self.masks_of, pool)
+        hidden_NTD: Tensor = _Replayed.apply(self, self.recordings[key], rows, flat_KF)  # pyright: ignore
         if hidden_NTD.requires_grad:
             self.awaiting = weakref.ref(hidden_NTD)
         return hidden_NTD
@@ -62,9 +77,9 @@ class _Replayed(torch.autograd.Function):
     """What leaves a graph is copied: its own tensors are written again by the next replay."""
 
     @staticmethod
-    def forward(ctx: Any, passes: RecordedPasses, recording: _Recording, ids_NT: Tensor, flat_KF: Tensor) -> Tensor:
+    def forward(ctx: Any, passes: RecordedPasses, recording: _Recording, rows: Rows, flat_KF: Tensor) -> Tensor:
         ctx.passes, ctx.recording = passes, recording
-        recording.ids_NT.copy_(ids_NT)
+        fill(recording.rows, recording.masks, rows, passes.masks_of)
         recording.flat_KF.detach().copy_(flat_KF)
         recording.forward.replay()
         return recording.hidden_NTD.detach().clone()
@@ -79,22 +94,42 @@ class _Replayed(torch.autograd.Function):
         return None, None, None, recording.flat_gradient_KF.clone()
 
 
+def fill(into: Rows, masks: Any, rows: Rows, masks_of: Callable[[Rows], Any]) -> None:
+    """Write `rows` over the rows that a recording reads, and their masks, where packing makes them differ, likewise."""
+    for old, new in zip(into, rows, strict=True):
+        if old is not None and new is not None:
+            old.copy_(new)
+    if into.sample_NT is not None:  # a flex mask also reads `into` itself
+        for old, new in zip(_tensors(masks), _tensors(masks_of(into)), strict=True):
+            old.copy_(new)
+
+
+def _tensors(masks: Any) -> list[Tensor]:
+    match masks:
+        case dict():
+            return [tensor for key in sorted(masks) for tensor in _tensors(masks[key])]
+        case BlockMask():
+            return [part for part in masks.as_tuple() if isinstance(part, Tensor)]
+        case _:
+            return [] if masks is None else [masks]
+
+
 @torch.enable_grad()
-def _record(run: Pass, ids_NT: Tensor, flat_KF: Tensor, masks: Any, pool: Any) -> _Recording:
-    ids_NT, flat_KF = ids_NT.clone(), flat_KF.detach().clone().requires_grad_()
+def _record(run: Pass, rows: Rows, flat_KF: Tensor, masks_of: Callable[[Rows], Any], pool: Any) -> _Recording:
+    flat_KF, masks = flat_KF.detach().clone().requires_grad_(), masks_of(rows)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # compiles and sizes workspaces, which a recording must not
         for _ in range(2):
-            hidden_NTD = run(ids_NT, flat_KF, masks)
+            hidden_NTD = run(rows, flat_KF, masks)
             torch.autograd.grad(hidden_NTD, flat_KF, torch.zeros_like(hidden_NTD))
             del hidden_NTD
     torch.cuda.current_stream().wait_stream(aside)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     # Other threads, such as NCCL's watchdog or one that pins memory, may call CUDA meanwhile: not an error of ours.
     with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
-        hidden_NTD = run(ids_NT, flat_KF, masks)
+        hidden_NTD = run(rows, flat_KF, masks)
     gradient_NTD = torch.zeros_like(hidden_NTD)
     with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
         (flat_gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, gradient_NTD)
-    return _Recording(forward, backward, ids_NT, flat_KF, hidden_NTD.detach(), gradient_NTD, masks, flat_gradient_KF)
+    return _Recording(forward, backward, rows, flat_KF, hidden_NTD.detach(), gradient_NTD, masks, flat_gradient_KF)

@@ -60,7 +60,7 @@ def objective(
         hidden_KBTD: hidden states after the final norm.
         num_targets: target tokens of the optimiser step, over all processes and micro-batches.
         num_micro_batches: of the optimiser step; R_SW is averaged over them.
-        rows_per_process: B is padded to it, so that every process gathers the same shape.
+        rows_per_process: S is padded to it, so that every process gathers the same shape.
         gather: concatenates a tensor's first axis over processes; only the own slice carries a gradient.
     """
     nll_K = nll_KBT.sum((1, 2))
@@ -86,28 +86,32 @@ def cloud(
     """Each agent's cloud of RMS-normalised hidden states, and which of its points are real.
 
     Returns:
-        points_KNH: fp32, N = rows_per_process times the points of a row; every point has norm sqrt(D), so that the
+        points_KNH: fp32, N = rows_per_process times the points of a sample; every point has norm sqrt(D), so that the
             distance between clouds is bounded by construction.
         valid_N: bool, the same for every agent; padding points are False.
     """
-    K, B, _, D = hidden_KBTD.shape
+    K, B, T, D = hidden_KBTD.shape
+    S = len(batch.points_SM)
     if representation == "mean":
-        weight_BT = batch.mask_BT.float()
-        weight_BT = weight_BT / weight_BT.sum(1, keepdim=True).clamp(min=1)
-        points_KBMD = torch.einsum("kbtd,bt->kbd", hidden_KBTD.float(), weight_BT)[:, :, None]
-        valid_BM = batch.mask_BT.any(1, keepdim=True)
+        number_S1 = torch.arange(S, device=hidden_KBTD.device)[:, None]
+        sample_N = number_S1.expand(B, T).flatten() if batch.sample_BT is None else batch.sample_BT.flatten()
+        weight_SN = ((sample_N == number_S1) & batch.mask_BT.flatten()).float()
+        valid_SM = weight_SN.any(1, keepdim=True)
+        weight_SN = weight_SN / weight_SN.sum(1, keepdim=True).clamp(min=1)
+        points_KSMD = torch.einsum("knd,sn->ksd", hidden_KBTD.flatten(1, 2).float(), weight_SN)[:, :, None]
     else:
-        places_BM = batch.points_BM
+        places_SM = batch.points_SM
         if representation == "last":
-            places_BM = places_BM.amax(1, keepdim=True)
-        valid_BM = places_BM >= 0
-        index_KBMD = places_BM.clamp(min=0)[None, :, :, None].expand(K, -1, -1, D)
-        points_KBMD = hidden_KBTD.gather(2, index_KBMD).float()
-    points_KBMD = points_KBMD * torch.rsqrt(points_KBMD.square().mean(-1, keepdim=True) + 1e-6)
-    missing = rows_per_process - B
-    points_KBMD = torch.nn.functional.pad(points_KBMD, (0, 0, 0, 0, 0, missing))
-    valid_BM = torch.nn.functional.pad(valid_BM, (0, 0, 0, missing))
-    return points_KBMD.flatten(1, 2), valid_BM.flatten()
+            places_SM = places_SM.amax(1, keepdim=True)
+        valid_SM = places_SM >= 0
+        index_KND = places_SM.clamp(min=0).flatten()[None, :, None].expand(K, -1, D)
+        points_KSMD = hidden_KBTD.flatten(1, 2).gather(1, index_KND).float().unflatten(1, places_SM.shape)
+    points_KSMD = points_KSMD * torch.rsqrt(points_KSMD.square().mean(-1, keepdim=True) + 1e-6)
+    missing = rows_per_process - S
+    assert missing >= 0, "more samples than every process makes room for"
+    points_KSMD = torch.nn.functional.pad(points_KSMD, (0, 0, 0, 0, 0, missing))
+    valid_SM = torch.nn.functional.pad(valid_SM, (0, 0, 0, missing))
+    return points_KSMD.flatten(1, 2), valid_SM.flatten()
 
 
 def random_slices(width: int, num_projections: int, seed: int, step: int) -> Tensor:

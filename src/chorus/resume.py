@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 # How a run is carried out, and what is looked at beside it.
 MAY_CHANGE = frozenset(
     {
-        *("parallel_mode", "agents_per_pass", "use_gradient_checkpointing", "compile", "cuda_graphs"),
-        *("attn_implementation", "pad_to_multiple_of", "num_workers"),
-        *("use_deepspeed", "deepspeed_config_file", "profile_steps", "profile_trace"),
-        *("log_memory_usage",),
+        *("parallel_mode", "agents_per_pass", "gradient_checkpointing", "use_gradient_checkpointing"),
+        *("compile", "cuda_graphs", "attn_implementation", "pad_to_multiple_of", "packing", "num_workers"),
+        *("memory_fraction", "use_deepspeed", "deepspeed_config_file"),
+        *("profile_steps", "profile_trace", "log_memory_usage"),
         *("eval_batch_size", "eval_samples", "max_new_tokens_eval", "dirichlet_alpha_aggregator"),
         *("output_dir", "save_steps", "save_total_limit", "logging_steps", "resume_from_checkpoint"),
     }

@@ -48,6 +48,7 @@ class _ChunkedNLL(torch.autograd.Function):
             nll_N[rows], slope_CV = _nll_and_slope(hidden_ND[rows], target_N[rows], head, need_gradient)
             if gradient_ND is not None:
                 torch.mm(slope_CV, head.weight_VD, out=gradient_ND[rows])
+            del slope_CV  # before the next chunk is made: two of them at once would be a gigabyte
         ctx.save_for_backward(gradient_ND)
         return nll_N
 

@@ -1,0 +1,51 @@
+"""How much memory a process's device has, and the most that it has held."""
+
+import os
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def memory_limit(device: torch.device, fraction: float) -> int:
+    """Bytes that this process may use: `fraction` of its GPU, or of its share of the RAM that is free.
+
+    On a CPU the processes of this machine share what is available now, within the limit of the container.
+    """
+    if device.type == "cuda":
+        return int(fraction * torch.cuda.get_device_properties(device).total_memory)
+    own = psutil.Process().memory_info().rss
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available + local_processes * own
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2 and 1
+        with suppress(OSError, ValueError):  # there is none, or it says "max"
+            free = min(free, int(Path("/sys/fs/cgroup", file).read_text()))
+    return int(fraction * free / local_processes)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # some containers forbid it; the peak is then that since the start
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held since `reset_peak`.
+
+    On a GPU what the allocator reserved, since a recorded pass holds memory in which no tensor lives between replays;
+    on a CPU the resident set, with all libraries in it: rough.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return 1024 * int(found.group(1))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

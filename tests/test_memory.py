@@ -1,0 +1,29 @@
+"""How much a process may use, and the most that it held."""
+
+import psutil
+import pytest
+import torch
+
+from chorus.memory import memory_limit, peak_bytes, reset_peak
+
+CPU = torch.device("cpu")
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch):
+    alone = memory_limit(CPU, 1.0)
+    assert 0 < alone <= psutil.virtual_memory().total
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_limit(CPU, 1.0) == pytest.approx(alone / 4, rel=0.25)  # others use memory meanwhile
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert memory_limit(CPU, 0.5) == pytest.approx(alone / 2, rel=0.25)
+
+
+def test_a_peak_is_seen_after_it_is_gone_and_forgotten_when_measured_anew():
+    size = 300 * 2**20
+    reset_peak(CPU)
+    before = peak_bytes(CPU)
+    torch.ones(size, dtype=torch.uint8)
+    seen = peak_bytes(CPU)
+    assert seen - before > 0.8 * size
+    reset_peak(CPU)
+    assert peak_bytes(CPU) < seen - 0.8 * size
