@@ -2,8 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from chorus.data import Batch
 
 
 class Work(NamedTuple):
@@ -22,6 +25,18 @@ class Work(NamedTuple):
         """
         products = 4.0 * (self.body * rows * length + self.head * targets)
         return products + 3 * (2.0 * length * length * self.attention) * rows
+
+    def of_batch(self, batch: Batch, num_agents: int) -> float:
+        """Of one training pass of all agents over a batch on the CPU. In a packed row a token meets its own sample."""
+        B, T = batch.input_BT.shape
+        rows, targets = num_agents * B, num_agents * len(batch.target_rows_N)
+        if batch.sample_BT is None:
+            return self.useful_flops(rows, T, targets)
+        row_BT = torch.arange(B)[:, None].expand(B, T)
+        samples_2N = torch.stack((row_BT, batch.sample_BT))[:, batch.sample_BT >= 0]
+        lengths = samples_2N.unique(dim=1, return_counts=True)[1].tolist()
+        attention = sum(self._replace(body=0, head=0).useful_flops(num_agents, length, 0) for length in lengths)
+        return self._replace(attention=0).useful_flops(rows, T, targets) + attention
 
 
 def work_of(model: PreTrainedModel) -> Work:

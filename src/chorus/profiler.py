@@ -102,7 +102,7 @@ def _profiled_step(timed: Span, step_batch: StepBatch, num_agents: int, work: Wo
     for batch in step_batch.micro_batches:
         rows, length = batch.input_BT.shape
         tokens += num_agents * rows * length
-        flops += work.useful_flops(num_agents * rows, length, num_agents * len(batch.target_rows_N))
+        flops += work.of_batch(batch, num_agents)
     is_recorded = any(inner.name == "recording" for inner in timed.everything_inside())
     return ProfiledStep(timed, tokens, flops, is_warm and not is_recorded)
 

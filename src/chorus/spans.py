@@ -1,6 +1,6 @@
 """Names for the parts of a training step, said where the part is: `with span("task_loss"):`.
 
-A span costs two tenths of a microsecond while nobody listens. The code that names its parts knows nothing of who does:
+A span costs an eighth of a microsecond while nobody listens. The code that names its parts knows nothing of who does:
 a `Stopwatch` (profiler.py), or PyTorch's profiler (trace.py). No span lies inside of a compiled layer or of a recorded
 pass, where there would be no moment to time.
 """
