@@ -24,8 +24,8 @@ from rich.table import Table
 from chorus.agreement import on_first_process
 from chorus.checkpoint import REMEDY
 from chorus.engine import Engine
-from chorus.evaluate import Evaluation
 from chorus.errors import RunError
+from chorus.evaluate import Evaluation
 from chorus.export import LOG_FILE, disk_errors, write_text
 from chorus.objective import Objective
 

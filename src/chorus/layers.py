@@ -58,9 +58,8 @@ def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: Recom
 def _in_training(plain: Callable, routing: Routing, recompute: Recompute, compiled: bool | str) -> Callable:
     # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
     recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    compile_whole = partial(
-        torch.compile, fullgraph=True, backend=compiled if isinstance(compiled, str) else "inductor"
-    )
+    backend = {"backend": compiled} if isinstance(compiled, str) else {}
+    compile_whole = partial(torch.compile, fullgraph=True, **backend)
     if recompute == "selective" and compiled:
         # Inside, where the compiler sees what is to be kept: its backward needs no layer, and so no turn.
         return compile_whole(partial(recomputed, plain, context_fn=_selective_contexts))
