@@ -22,7 +22,7 @@ from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
 from chorus.agents import NoiseRates, build_agents, decide_execution
-from chorus.agreement import StopRequest, on_first_process
+from chorus.agreement import StopRequest, lost_processes_named, on_first_process
 from chorus.auto_agents import decide_num_agents
 from chorus.base import load_base, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
@@ -31,6 +31,7 @@ from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, st
 from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
+from chorus.isolation import Skips
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
 from chorus.objective import SwdSettings, objective
 from chorus.profiler import profiled
@@ -93,6 +94,7 @@ def main(config: Config) -> None:
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
+        run["skips_in_a_row"] = begin.facts.get("skips_in_a_row", 0)
         refuse_another_base(begin, run)
         agents = build_agents(
             config.parallel_mode,
@@ -136,6 +138,7 @@ def train(
 
     Raises:
         Preempted: SIGTERM or SIGINT has come, and the step that was under way is saved.
+        RunError: too many steps in a row in which an agent had to be skipped; what they left is saved.
     """
     device = engine.accelerator.device
     accumulation = config.gradient_accumulation_steps
@@ -149,9 +152,10 @@ def train(
         gather=engine.gather,
     )
     meter = Meter(config.num_agents, device, config.log_memory_usage)
+    skips = Skips(config.max_skipped_steps, keeper.facts)
     with (
         journal.training(num_steps, start_step),
-        StopRequest(engine.accelerator) as stop,
+        StopRequest(engine.accelerator, config.collective_timeout_s) as stop,
         profiled(steps, start_step, num_steps, engine, config, journal) as profiled_steps,
     ):
         for step, step_batch in enumerate(profiled_steps, start_step):
@@ -173,13 +177,18 @@ def train(
             meter.end_step()
             done = step + 1
             is_logged = done in (1, num_steps) or done % config.logging_steps == 0
-            journal.advance(meter.read(engine, config.lambda_sw, done, lr_at(step)) if is_logged else None)
             is_stopped = stop.is_agreed()
-            if is_stopped or done == num_steps or (config.save_steps and done % config.save_steps == 0):
+            is_due = is_stopped or done == num_steps or bool(config.save_steps and done % config.save_steps == 0)
+            is_spent = skips.look(done, engine, at_once=is_logged or is_due)
+            metrics = meter.read(engine, config.lambda_sw, done, lr_at(step), skips.read()) if is_logged else None
+            journal.advance(metrics)
+            if is_due or is_spent:
                 with span("checkpoint"):
                     keeper.save(engine, done, step_batch.epoch)
-            if is_stopped:
+            if is_stopped or is_spent:
                 engine.accelerator.wait_for_everyone()
+                if is_spent:
+                    raise skips.error(done, output_dir=config.output_dir)
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 
@@ -192,5 +201,5 @@ def save(engine: Engine, config: Config, output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    with input_errors_end_the_program():
+    with input_errors_end_the_program(), lost_processes_named(CONFIG.collective_timeout_s):  # pyright: ignore
         main(CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

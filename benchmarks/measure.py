@@ -19,7 +19,6 @@ from chorus.adapters import LoraShape, TensorId
 from chorus.agents import Execution, NoiseRates, build_agents, copy_sharing_storage
 from chorus.attention import choose_attention
 from chorus.data import Batch, Sample, collate
-from chorus.engine import adamw
 from chorus.flops import work_of
 from chorus.layers import Recompute
 from chorus.objective import SwdSettings, objective
@@ -159,7 +158,8 @@ def measure(case: Case, rank: int, steps: int, expected_loss_K: list[float] | No
     work, lengths = work_of(base), lengths_of(case)
     batch = random_batch(case, base.config.vocab_size, device)
     step = prepare(case, base, rank)
-    optimizer = adamw(step.parameters, lr=1e-5, weight_decay=0.01)
+    is_fused = step.parameters[0].is_cuda or None
+    optimizer = torch.optim.AdamW(step.parameters, lr=1e-5, weight_decay=0.01, fused=is_fused)
 
     def run() -> Tensor:
         loss_K = step.backward(batch)

@@ -49,7 +49,7 @@ class Pace:
     """How long a save, the step after it and a start take of late: the median, in seconds."""
 
     def __init__(self) -> None:
-        first_guess = {"save": 0.1, "step": 0.1, "start": 8.0, "first step": 0.05, "evaluation": 0.2}
+        first_guess = {"save": 0.1, "step": 0.1, "start": 8.0, "first step": 0.5, "evaluation": 0.2}
         self._durations = {what: deque([seconds], maxlen=30) for what, seconds in first_guess.items()}
         self._lock = threading.Lock()
 

@@ -500,3 +500,12 @@ def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Pa
                 packing,
                 identity,
             )
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_two_agents_that_share_an_adapter_tensor_are_not_built(mode: Mode):
+    agents = toy_agents(mode)
+    layers = [next(iter(lora_layers(agents.peft_model(k)).values())) for k in (0, 1)]
+    layers[1].lora_B["agent_1"].weight = torch.nn.Parameter(layers[0].adapter_weight(0, "B")[:])  # a view is enough
+    with pytest.raises(AssertionError, match="two agents share an adapter tensor"):
+        type(agents)(agents.agents, list(agents.peft_models), agents.routing, agents.rates)  # pyright: ignore

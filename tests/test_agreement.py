@@ -1,18 +1,30 @@
-"""Signals and outcomes in one process; test_resume.py sends signals to launched runs."""
+"""Signals and outcomes in one process, and what becomes of a run one process of which is lost; test_resume.py sends
+signals to launched runs."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
+from launching import ROOT, ddp, environment, train, wait_for, zero2
 
 from chorus import agreement
-from chorus.agreement import StopRequest, on_every_process, on_first_process, refuse_differences
-from chorus.errors import InputError, RunError
+from chorus.agreement import (
+    StopRequest,
+    lost_processes_named,
+    on_every_process,
+    on_first_process,
+    refuse_differences,
+)
+from chorus.checkpoint import checkpoints, verify
+from chorus.errors import InputError, LostProcess, RunError
 
 
 class FirstOfOne:
@@ -112,3 +124,98 @@ def test_what_differs_from_the_first_process_is_refused_with_both_values(monkeyp
     refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.13"})
     with pytest.raises(InputError, match=r"the version of torch is 2.11, but 2.13 on the first process"):
         refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.11"})
+
+
+# ---- another process is gone ----
+
+
+def test_an_error_that_is_not_about_another_process_is_left_as_it_is():
+    for error in (RuntimeError("CUDA out of memory"), RunError("agent 0: full disk"), ValueError("gloo timed out")):
+        with pytest.raises(type(error)) as caught, lost_processes_named(3):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2946"), "has ended"),
+        (RuntimeError("[/gloo/buf.cc:81] Timed out waiting 3000ms for recv operation"), "did not answer within 3 s"),
+        (torch.distributed.DistStoreError("wait timeout after 3000ms"), "did not answer within 3 s"),
+        (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes"), "has ended"),
+    ],
+)
+def test_a_lost_process_is_named_in_one_line_with_the_key(error: Exception, expected: str):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(LostProcess) as caught, lost_processes_named(3):
+        on_first_process(Accelerator(cpu=True), fail)
+    line = str(caught.value)
+    assert line.startswith("process 0: another process ")
+    assert expected in line
+    assert "in on_first_process (agreement.py:" in line
+    assert "\n" not in line
+
+
+LOST = ("num_agents=2", "eval_samples=0", "logging_steps=1", "debug_subset_size=100", "max_train_steps=6")
+LOST = (*LOST, "save_steps=2", "save_total_limit=null", "lambda_sw=0.1", "batch_size=2")
+
+
+def lose(command: list[str], where: str, act: str, folder: Path, timeout_s: int) -> tuple[int, str, float]:
+    """Launch a run that loses a process; exit code, what it said, and how long it took from the loss to the end."""
+    settings = (*LOST, f"output_dir={folder}/run", f"collective_timeout_s={timeout_s}")
+    with (folder / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*command[:-1], "tests/fault_worker.py", where, act, *settings],
+            cwd=ROOT,
+            env=environment(CHORUS_TEST_FAULT=str(folder / "lost")),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            if act == "stop soon":  # the launcher waits half a minute for a process that it has asked to end
+                wait_for(lambda: "error: " in (folder / "log").read_text(), 300)
+                os.kill(int((folder / "lost").read_text()), signal.SIGKILL)
+            code = launcher.wait(timeout=300)
+        finally:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+    return code, (folder / "log").read_text(), time.time() - (folder / "lost").stat().st_mtime
+
+
+COMMANDS = {"ddp": ddp(2), "zero2": zero2(2)}
+SAMPLE = [("ddp", "save", "kill"), ("zero2", "forward", "exit"), ("ddp", "backward", "stop soon")]
+REST = [  # the whole of it, and that the run goes on, and that the launcher has ended within a minute
+    *(
+        (engine, where, act)
+        for engine in COMMANDS
+        for where in ("forward", "backward", "save")
+        for act in ("kill", "exit")
+    ),
+    *((engine, where, "stop") for engine in COMMANDS for where in ("forward", "save")),
+]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("engine", "where", "act"),
+    [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
+)
+def test_a_run_that_loses_a_process_ends_and_goes_on_from_its_last_checkpoint(
+    engine: str, where: str, act: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    timeout_s = 30 if act == "stop" else 600
+    code, said, seconds = lose(COMMANDS[engine], where, act, tmp_path, timeout_s)
+    assert code != 0, said[-3000:]
+    survivor = 1 if where == "save" else 0
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    expected = f"did not answer within {timeout_s} s" if "stop" in act else "has ended"
+    assert line.startswith(f"error: process {survivor}: another process {expected}"), line
+    announced = [2] if where == "save" else [4, 2]
+    assert [verify(folder)["step"] for folder in checkpoints(tmp_path / "run")] == announced
+    if request.node.get_closest_marker("slow") is not None:
+        rows = train(COMMANDS[engine], tmp_path / "run", *LOST)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert seconds < 60 + (timeout_s if act == "stop" else 0)

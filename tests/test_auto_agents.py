@@ -45,8 +45,8 @@ def peak(config: Config, agents: int) -> int:
 @pytest.mark.parametrize("how", [{"parallel_mode": "fused"}, {"parallel_mode": "sequential"}], ids=str)
 def test_the_forecast_takes_the_most_agents_that_fit(how: dict):
     config = AUTO.model_copy(update=how)
-    limit = (peak(config, 5) + peak(config, 6)) // 2
-    assert most_that_fit(config, "no", GPU, limit)[0] == 5
+    limit = (peak(config, 3) + peak(config, 4)) // 2
+    assert most_that_fit(config, "no", GPU, limit)[0] == 3
 
 
 def test_a_number_is_left_alone(accelerator: Accelerator):

@@ -12,6 +12,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
 )
 
@@ -78,6 +80,14 @@ def test_gemma_2_is_given_eager_attention_because_sdpa_drops_its_soft_cap(tmp_pa
     assert load_model(folder, torch.float32, CPU).config._attn_implementation == "eager"
     with pytest.raises(InputError, match="soft-cap"):
         load_model(folder, torch.float32, CPU, "sdpa")
+
+
+def test_a_base_without_attention_is_refused_for_packing_and_only_for_that(tmp_path: Path):
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4))
+    folder = saved(recurrent, tmp_path)
+    load_model(folder, torch.float32, CPU)
+    with pytest.raises(InputError, match="key 'packing': MambaForCausalLM does not keep a row's samples apart"):
+        load_model(folder, torch.float32, CPU, packing=True)
 
 
 def test_a_missing_folder_a_folder_without_a_model_and_pickled_weights_are_one_line_each(tmp_path: Path):

@@ -1,7 +1,6 @@
-import json
 import os
-import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from launching import ROOT
 from safetensors.torch import load_file
 from toy import toy_agents, toy_batch
 
@@ -143,7 +141,7 @@ def save_in_a_process_killed_before_act(number: int, folder: Path, step: int) ->
         def mortal(act: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **more: Any) -> Any:
                 if next(acts, None) is None:
-                    os._exit(9)
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return act(*arguments, **more)
 
             return call
@@ -154,12 +152,12 @@ def save_in_a_process_killed_before_act(number: int, folder: Path, step: int) ->
         os._exit(0)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 9)
-    return code == 9
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
-def test_a_save_killed_before_any_of_its_acts_loses_no_finished_checkpoint(tmp_path: Path):
-    """Also while the oldest is removed; and the next save clears up and goes on."""
+def test_sigkill_at_every_point_of_the_protocol_and_in_pruning_loses_no_finished_checkpoint(tmp_path: Path):
+    """And the next save clears up and goes on."""
     number, was_killed, newest = 0, True, []
     while was_killed:
         folder = tmp_path / str(number)
@@ -209,6 +207,9 @@ def damages(file: Path) -> Iterator[str]:
     whole = file.read_bytes()
     file.unlink()
     yield "deleted"
+    file.mkdir()  # a mode of 000 says nothing to root
+    yield "unreadable"
+    file.rmdir()
     for size in (0, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
         yield f"cut to {size} bytes"
@@ -220,7 +221,7 @@ def damages(file: Path) -> Iterator[str]:
     file.write_bytes(whole)
 
 
-def test_damage_to_any_file_is_noticed_and_the_file_named(tmp_path: Path):
+def test_any_file_deleted_truncated_unreadable_or_with_a_flipped_byte_is_noticed_and_named(tmp_path: Path):
     folder = save(tmp_path, 1)
     count = 0
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -245,7 +246,7 @@ def test_every_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path):
             verify(folder)
 
 
-def test_a_file_of_another_step_is_noticed(tmp_path: Path):
+def test_any_file_swapped_with_another_step_s_is_noticed(tmp_path: Path):
     one, other = save(tmp_path, 1), save(tmp_path, 2)
     for file in sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file()):
         if (one / file).read_bytes() != (other / file).read_bytes():
@@ -261,41 +262,3 @@ def test_another_format_is_refused(tmp_path: Path):
     folder = write_checkpoint(tmp_path, state_of(1.0), {"format": 2, "step": 1}, CONFIG)
     with pytest.raises(InputError, match="has format 2, and this Chorus reads 1"):
         verify(folder)
-
-
-# ---- security ----
-
-
-def test_nothing_that_runs_code_from_a_file_is_in_the_source():
-    forbidden = re.compile(
-        r"torch\.load|\bpickle\b(?!\.$)|yaml\.load\b|(?<![.\w])eval\(|(?<![.\w])exec\(|shell=True|trust_remote_code=True"
-        r"|use_safetensors=False|weights_only=False|load_state\(|os\.system"
-    )
-    allowed = {  # it has its own test, in test_older_layout.py, with a file that would run code
-        ROOT / "src" / "chorus" / "older_layout.py": 'torch.load(file, map_location="cpu", weights_only=True)'
-    }
-    sources = [*sorted((ROOT / "src").rglob("*.py")), ROOT / "train.py"]
-    assert len(sources) > 15
-    for source in sources:
-        for number, line in enumerate(source.read_text().splitlines(), 1):
-            found = forbidden.search(line.replace(allowed[source], "") if source in allowed else line)
-            assert not found or "without pickle" in line, f"{source}:{number}: {line}"
-
-
-def test_loading_runs_no_code_whatever_the_files_hold(tmp_path: Path):
-    """A pickle under every name that a resume could read, with a manifest that vouches for it."""
-    marker = tmp_path / "marker"
-    bomb = b"cposix\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR."
-    folder = save(tmp_path, 1)
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        kept = file.read_bytes(), (folder / "MANIFEST.json").read_bytes()
-        file.write_bytes(bomb)
-        if file.name != "MANIFEST.json":
-            of_all = json.loads(kept[1])["files"]
-            (folder / "MANIFEST.json").write_text(checkpoint._manifest(folder, list(of_all)))
-        if file.name != "adapter_config.json":  # nothing of it is read
-            with pytest.raises(Exception):  # noqa: B017, PT011
-                read_tensors(folder, verify(folder)["optimizer_step"])
-        file.write_bytes(kept[0])
-        (folder / "MANIFEST.json").write_bytes(kept[1])
-    assert not marker.exists()

@@ -32,6 +32,7 @@ NOT_TEXT = ["1", "true", "[a]", "2020-01-01", '"\\ud800"', '""']
 ACCEPTED_AND_REFUSED = {
     "count": (["1", "7"], [*NOT_A_NUMBER, "0", "-1", "1.0", "1.5", "1e3"]),
     "agents": (["2", "7", "auto"], [*NOT_A_NUMBER, "0", "-1", "2.0"]),  # 1 too, but not with every lambda_sw
+    "seconds": (["1", "7"], [*NOT_A_NUMBER, "0", "-1", "1.5", "31536001"]),
     "count or zero": (["0", "7"], [*NOT_A_NUMBER, "-1", "0.0", "1.5"]),
     "two or more": (["2", "7"], [*NOT_A_NUMBER, "1", "-1", "2.0"]),
     "seed": (["0", str(2**63 - 1)], [*NOT_A_NUMBER, "-1", "0.0", str(2**63)]),
@@ -55,7 +56,9 @@ KIND = {
     **dict.fromkeys(["lora_rank", "swd_num_projections", "swd_points_per_row"], "count"),
     **dict.fromkeys(["pad_to_multiple_of", "epochs", "batch_size", "gradient_accumulation_steps"], "count"),
     **dict.fromkeys(["eval_batch_size", "max_new_tokens_eval", "logging_steps"], "count"),
+    **dict.fromkeys(["collective_timeout_s"], "seconds"),
     **dict.fromkeys(["num_workers", "eval_samples", "save_steps", "profile_steps"], "count or zero"),
+    **dict.fromkeys(["max_skipped_steps"], "count or zero"),
     **dict.fromkeys(["debug_subset_size", "agents_per_pass"], "count, or null"),
     **dict.fromkeys(["max_train_steps"], "count or zero, or null"),
     **dict.fromkeys(["num_agents"], "agents"),
@@ -469,6 +472,19 @@ def test_importing_the_configuration_imports_nothing_heavy():
     ended = run("-c import chorus.config, sys; print(*sys.modules)")
     assert "pydantic" in ended.stdout.split()
     assert not {"torch", "transformers", "numpy", "datasets", "accelerate"} & set(ended.stdout.split())
+
+
+def test_a_mistake_ends_train_py_before_its_heavy_imports():
+    code = """
+import runpy, sys
+sys.argv = ["train.py", "lrr=1"]
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as ended:
+    print(ended.code, sorted({"torch", "transformers"} & sys.modules.keys()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "2 []\n", ended.stderr
 
 
 def test_a_configuration_cannot_be_changed():

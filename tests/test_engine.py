@@ -37,7 +37,10 @@ def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: flo
     engine = start_engine(Accelerator(cpu=True), agents, Config(max_grad_norm=max_grad_norm))
     seen: list[torch.Tensor] = []
     engine.optimizer.optimizer.register_step_pre_hook(  # pyright: ignore
-        lambda *_: seen.extend(tensor.grad.clone() for tensor in agents.adapter_tensors().values())  # pyright: ignore
+        lambda *_: seen.__setitem__(  # it may be called for each agent
+            slice(None),
+            [tensor.grad.clone() for tensor in agents.adapter_tensors().values()],  # pyright: ignore
+        )
     )
     with engine.micro_batch():
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.sum())
@@ -46,13 +49,15 @@ def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: flo
     assert float(engine.grad_norm) > 1
 
 
-def test_only_adapters_are_optimised_with_torchs_adamw_defaults():
+def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults():
     agents = toy_agents("sequential")
     engine = start_engine(Accelerator(cpu=True), agents, Config(lr=0.5, weight_decay=0.25))
-    (group,) = engine.optimizer.param_groups
-    assert {id(tensor) for tensor in group["params"]} == {id(tensor) for tensor in agents.adapter_tensors().values()}
-    stock = torch.optim.AdamW([torch.zeros(1)], lr=0.5, weight_decay=0.25)
-    assert {key: group[key] for key in stock.defaults} == stock.defaults
+    stock = torch.optim.AdamW([torch.zeros(1)], lr=0.5, weight_decay=0.25, fused=True)
+    for agent, group in enumerate(engine.optimizer.param_groups):
+        own = [tensor for identity, tensor in agents.adapter_tensors().items() if identity.agent == agent]
+        assert list(map(id, group["params"])) == list(map(id, own))
+        assert {key: group[key] for key in stock.defaults} == stock.defaults
+    assert len(engine.optimizer.param_groups) == 3
 
 
 def test_ddp_does_not_outlive_the_process_group():

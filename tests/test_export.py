@@ -90,6 +90,13 @@ def test_an_adapter_folder_says_what_it_is(tmp_path: Path):
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (RANK, ALPHA, sorted(TARGETS))
 
 
+def test_the_targets_are_in_one_order_whatever_python_hashes(tmp_path: Path):
+    """PEFT keeps them as a set: equal agents would be other bytes in every process."""
+    save(tmp_path, toy_agents("parallel"))
+    config = json.loads((tmp_path / "agents" / "agent_0" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(TARGETS)
+
+
 def test_a_saved_agent_holds_its_own_values_in_fp32_and_nothing_of_the_base(tmp_path: Path):
     agents = toy_agents("sequential")
     save(tmp_path, agents)

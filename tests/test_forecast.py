@@ -61,6 +61,7 @@ def allocated_by_a_step(config: Config, precision: str, folder: Path) -> int:
 CASES = [  # each mode, each kind of recomputation, both precisions
     ("no", {"parallel_mode": "fused"}),
     ("bf16", {"parallel_mode": "fused", "gradient_checkpointing": "full"}),
+    ("bf16", {"parallel_mode": "fused", "gradient_checkpointing": "selective"}),
     ("bf16", {"parallel_mode": "fused", "agents_per_pass": 2}),
     ("bf16", {"parallel_mode": "fused", "lora_dropout": 0.1, "dropconnect_p": 0.1}),
     ("bf16", {"parallel_mode": "sequential"}),

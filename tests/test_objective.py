@@ -52,6 +52,26 @@ def test_agents_that_agree_are_at_distance_zero_with_a_zero_gradient():
     assert bool((points_KNH.grad == 0).all())
 
 
+@pytest.mark.parametrize("broken", [0, 1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_agent_that_is_no_number_takes_its_pairs_out_and_leaves_the_others_theirs(broken: int, value: float):
+    points_KNH, slices_HP = clouds(4, 12).double(), random_slices(6, 5, 0, 0).double()
+    sound = [k for k in range(4) if k != broken]
+    reference = points_KNH.clone().requires_grad_()
+    sorted_KNP = (reference @ slices_HP).sort(dim=1).values
+    pairs = [(sorted_KNP[i] - sorted_KNP[j]).square().mean() for i in sound for j in sound if j < i]
+    (sum(pairs) / 6).backward()  # pyright: ignore
+    points_KNH[broken, 5] = value
+    points_KNH.requires_grad_()
+    distance = swd_of(points_KNH, slices_HP)
+    distance.backward()
+    assert points_KNH.grad is not None
+    assert reference.grad is not None
+    assert distance.item() == pytest.approx(sum(pairs).item() / 6)  # pyright: ignore
+    assert max_difference(points_KNH.grad[sound], reference.grad[sound]) < 1e-12
+    assert swd_of(torch.full_like(points_KNH, value), slices_HP).item() == 0
+
+
 def test_its_gradient_is_that_of_float64_finite_differences():
     points_KNH = clouds(3, 7).double().requires_grad_()
     slices_HP = random_slices(6, 8, 0, 0).double()
@@ -102,6 +122,24 @@ def test_it_is_k_times_the_mean_loss_less_lambda_times_the_distance():
     ce_K = nll_KBT.sum((1, 2)) / 20
     assert part.share.item() == pytest.approx(3 * (ce_K.mean() - 0.7 * distance).item(), rel=1e-5)
     assert part.swd == distance
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_makes_its_agents_gradient_none_and_no_other_ones(value: float):
+    nll_KBT, hidden_KBTD, batch = torch.rand(3, 4, 10), torch.randn(3, 4, 10, 5), toy_batch()
+    nll_KBT[1, 0, 3] = value
+    nll_KBT.requires_grad_()
+    hidden_KBTD.requires_grad_()
+    share_of(nll_KBT, hidden_KBTD, batch, lambda_sw=0.7).share.backward()
+    for gradient in (nll_KBT.grad, hidden_KBTD.grad):
+        assert gradient is not None
+        assert gradient.flatten(1).isfinite().all(1).tolist()[::2] == [True, True]
+    assert nll_KBT.grad is not None
+    assert bool(nll_KBT.grad[1].isnan().all())
+    pair = share_of(nll_KBT[::2], hidden_KBTD[::2], batch, lambda_sw=0.7 * 3 / 3 / 2)
+    ours, (theirs,) = hidden_KBTD.grad, torch.autograd.grad(pair.share, [hidden_KBTD])
+    assert ours is not None
+    assert max_difference(ours[::2], theirs[::2]) < 1e-5
 
 
 def share_of(nll_KBT: Tensor, hidden_KBTD: Tensor, batch, lambda_sw: float, gather=lambda own: own, rows: int = 4):

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from chorus.adapters import lora_shape
 from chorus.agents import NoiseRates, build_agents
 from chorus.base import load_model
+from chorus.checkpoint import verify
 from chorus.config import Config, load_config
 
 pytestmark = pytest.mark.launch
@@ -208,11 +209,23 @@ def test_a_launcher_that_contradicts_configs_yaml_is_refused():
     assert "error: key 'use_deepspeed' is false, but the launcher starts DeepSpeed" in result.stderr
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_agent_and_step(tmp_path: Path):
-    result = launch([sys.executable, "train.py"], *SMALL, "lr=1e30", "max_grad_norm=0", f"output_dir={tmp_path}/run")
+def test_losses_that_are_no_number_are_skipped_and_then_end_the_run_with_agents_step_and_a_whole_checkpoint(
+    tmp_path: Path,
+):
+    run = tmp_path / "run"
+    settings = (*SMALL, "lr=1e30", "num_warmup_steps_ratio=0", "max_grad_norm=0", "max_skipped_steps=2")
+    result = launch([sys.executable, "train.py"], *settings, f"output_dir={run}")
     assert result.returncode == 3, result.stderr[-2000:]
-    assert "error: agent 0: loss is nan by step" in result.stderr
-    assert not (tmp_path / "run" / "agents").exists()
+    line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "agents 0, 1, 2: loss or gradient is no number at step 4" in line
+    assert f"{run}/checkpoints/step_000004 holds" in line
+    assert [f"at step {step} " in (run / "train.log").read_text() for step in range(1, 5)] == [False, True, True, True]
+    rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 3, 3, 3]
+    assert rows[-1]["task_loss_per_agent"] == [None] * 3
+    facts = verify(run / "checkpoints" / "step_000004")
+    assert (facts["optimizer_step"], facts["skips_in_a_row"]) == (1, 3)
+    assert not (run / "agents").exists()
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from chorus.base import load_base
 from chorus.checkpoint import checkpoints
 from chorus.config import Config
 from chorus.data import Sample, collate
-from chorus.engine import DTYPES, adamw
+from chorus.engine import DTYPES
 from chorus.errors import InputError
 from chorus.forecast import GIB, Machine, forecast, longest_batch, trained_bytes
+from chorus.isolation import adamw
 from chorus.memory import memory_limit, peak_bytes, reset_peak
 from chorus.objective import SwdSettings, objective
 
@@ -145,7 +146,7 @@ def _two_steps(model: PreTrainedModel, config: Config, precision: str, machine: 
         shares = machine.num_processes
     tensors = list(agents.adapter_tensors().values())
     stepped = tensors[: max(1, len(tensors) // shares)]
-    optimizer = adamw(stepped, config.lr, config.weight_decay)
+    optimizer = adamw(dict(zip(agents.adapter_tensors(), stepped, strict=False)), config.lr, config.weight_decay)
     standing = sum(trained_bytes(sum(map(torch.numel, tensors)), config, DTYPES[precision], machine).values())
     counted = sum(tensor.nbytes for tensor in tensors) + 2 * sum(tensor.nbytes for tensor in stepped)
     beside = torch.empty(max(0, standing - counted), dtype=torch.uint8, device=device)

@@ -145,6 +145,9 @@ class Config(BaseModel):
     """Fraction of all optimiser steps, from 0 to 1, in which the learning rate rises from 0."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Clip gradients to this norm, one norm over all agents; 0 is off."""
+    max_skipped_steps: NonNegativeInt = 10
+    """A loss or gradient that is no number: that agent's update is skipped and said. After more than so many optimiser
+    steps in a row in which some agent was skipped, the run saves and ends; 0: after the first."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Every random number of the run comes from this one, from 0 to below 2**63."""
 
@@ -180,6 +183,9 @@ class Config(BaseModel):
     deepspeed_config_file: Text | None = "ds_config_zero2.json"
     """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters. recipes/deepspeed has
     others, for where memory is short."""
+    collective_timeout_s: Annotated[int, Field(ge=1, le=31_536_000)] = 1800
+    """Seconds that a process waits for the others before it ends the run; more than the slowest save or evaluation of
+    one of them takes."""
 
     profile_steps: NonNegativeInt = 0
     """Time so many optimiser steps part by part, after a first one that warms up, and print a summary; 0 is off."""

@@ -8,9 +8,10 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -26,14 +27,17 @@ from accelerate.utils import (
     is_tensorboard_available,
 )
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from chorus import sharding
+from chorus import partitions, sharding
 from chorus.adapters import TensorId
 from chorus.agents import Agents
+from chorus.agreement import described, limit_waiting, refuse_differences
 from chorus.config import Config
 from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
 from chorus.errors import InputError
+from chorus.isolation import NormsOfAStep, adamw, leave_out
 from chorus.spans import span
 
 logger = logging.getLogger(__name__)
@@ -68,14 +72,14 @@ def make_accelerator(config: Config) -> Accelerator:
         AutocastKwargs(enabled=False),  # every dtype in the forward is explicit; autocast would add casts
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
+    # Unnamed, Accelerate sees one process where DeepSpeed sees several on CPUs. None leaves it to Accelerate.
+    backend = "gloo" if with_deepspeed and not on_gpu else None
+    handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.collective_timeout_s)))
     plugin = None
     if with_deepspeed:
         _single_process_rendezvous()
         num_processes = int(os.environ["WORLD_SIZE"])
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False)
-        if not on_gpu:
-            # Without it Accelerate sees one process where DeepSpeed sees several.
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
         # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
@@ -95,6 +99,7 @@ def make_accelerator(config: Config) -> Accelerator:
             f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: Accelerate started "
             f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed to false"
         )
+    limit_waiting(config.collective_timeout_s)
     unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
     return accelerator
 
@@ -132,7 +137,8 @@ class Engine:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     description: str
-    grad_norm: Any = math.nan  # of the latest optimiser step, before clipping
+    grad_norm: Any = math.nan  # of the latest optimiser step, before clipping, over the agents that were stepped
+    norms: NormsOfAStep | None = None  # of each agent in the latest optimiser step; not finite: it was skipped
 
     @property
     def is_deepspeed(self) -> bool:
@@ -168,13 +174,47 @@ class Engine:
         if not is_last:
             return
         with span("optimizer_step"):
-            if self.is_deepspeed:
-                cast(Any, self.module).step()
-            # After DeepSpeed's step, which clips, the norm is read here, and the rest does nothing.
-            limit = self.max_grad_norm or math.inf
-            self.grad_norm = self.accelerator.clip_grad_norm_(self.agents.adapter_tensors().values(), limit)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.norms = NormsOfAStep(self._step_zero() if self.is_deepspeed else self._step_plain())
+
+    def _step_plain(self) -> Tensor:
+        """Clip, step and zero; each agent's gradient norm. Nothing here waits for the device."""
+        self.accelerator.unscale_gradients()
+        groups = self.optimizer.param_groups  # an agent each
+        norm_K = torch.stack([get_total_norm([tensor.grad for tensor in group["params"]]) for group in groups])
+        self.grad_norm = leave_out(groups, norm_K)
+        if self.max_grad_norm > 0:
+            clip_grads_with_norm_(self.agents.adapter_tensors().values(), self.max_grad_norm, self.grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm_K
+
+    def _step_zero(self) -> Tensor:
+        """The same by DeepSpeed, whose own answer to a gradient that is no number is to step no agent, without a word.
+
+        So it is shown none, but for fp16, where that answer is the right one.
+        """
+        zero: Any = self.module.optimizer
+        norm_K = torch.zeros(len(self.agents.agents), dtype=torch.float64, device=self.accelerator.device)
+        if self.loss_scale() <= 1:
+            gradients = partitions.gradients(zero)
+            norm_K = torch.stack([get_total_norm(own).to(norm_K) for own in gradients])
+            squared_K = norm_K.square()
+            torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
+            norm_K = squared_K.sqrt().to(gradients[0][0].device)
+            leave_out(zero.optimizer.param_groups, norm_K)
+            for own, is_sound in zip(gradients, norm_K.isfinite().tolist(), strict=True):  # DeepSpeed waits as well
+                if not is_sound:
+                    partitions.clear_gradient(zero, own)
+        cast(Any, self.module).step()
+        self.grad_norm = cast(Any, self.module).get_global_grad_norm()
+        return norm_K.fill_(math.inf) if zero.overflow else norm_K
+
+    def loss_scale(self) -> float:
+        """fp16's; 1 in other precisions."""
+        if self.is_deepspeed:
+            return float(cast(Any, self.module.optimizer).loss_scale)
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
 
     def whole(self) -> AbstractContextManager[None]:
         """The context of passes beside training, in which processes need not keep step. Collective at both ends."""
@@ -226,28 +266,31 @@ class Engine:
         self.accelerator.end_training()
 
 
-def adamw(parameters: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with torch's defaults besides; on a GPU all tensors in a few launches."""
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=parameters[0].is_cuda or None)
-
-
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
-    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs."""
+    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
+
+    Raises:
+        InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would overwrite
+            all tensors with the first process's, one after the other, whatever they are.
+    """
+    named = ((f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items())
+    refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
     adapters = list(agents.adapter_tensors().values())
     num_elements = sum(map(torch.numel, adapters))
-    optimizer = adamw(adapters, config.lr, config.weight_decay)
+    optimizer = adamw(agents.adapter_tensors(), config.lr, config.weight_decay)
     plugin, stage = accelerator.state.deepspeed_plugin, zero_stage(accelerator)
     if plugin is not None and stage == 3:
         sharding.leave_adapters_whole(plugin.deepspeed_config["zero_optimization"], adapters)
     module, optimizer = accelerator.prepare(agents, optimizer)
+    limit_waiting(config.collective_timeout_s)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if stage > 0:
         assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
-        zero = module.optimizer
-        partitions = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+        partitions.make_state(module.optimizer)
+        num_own = sum(flat.numel() for _, flat in partitions.partitions(module.optimizer))
         description = (
             f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
-            f"{sum(map(torch.numel, partitions)):,} of {num_elements:,} optimizer elements on this process"
+            f"{num_own:,} of {num_elements:,} optimizer elements on this process"
         )
     if stage == 3:
         sharding.announce_reads(agents)

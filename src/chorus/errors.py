@@ -1,6 +1,7 @@
 """What went wrong, said in one line, and the exit codes: 2 bad input, 3 a fault of the run, 4 preempted and saved,
 130 interrupted."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ class RunError(RuntimeError):
     """A run that cannot go on, such as when a loss is no number. One line: which agent, which step, what to do."""
 
 
+class LostProcess(RunError):
+    """Another process of the run is gone, or does not answer."""
+
+
 class Preempted(Exception):
     """A SIGTERM or SIGINT has ended the run after a step, and all of it is saved. One line: where, how to go on."""
 
@@ -31,6 +36,9 @@ def input_errors_end_the_program() -> Iterator[None]:
         yield
     except InputError as error:
         _exit(f"error: {error}", 2)
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(3)  # Python's own end would wait for the group's threads, which wait for the lost process
     except RunError as error:
         _exit(f"error: {error}", 3)
     except Preempted as preempted:

@@ -24,8 +24,8 @@ from rich.table import Table
 from chorus.agreement import on_first_process
 from chorus.checkpoint import REMEDY
 from chorus.engine import Engine
-from chorus.errors import RunError
 from chorus.evaluate import Evaluation
+from chorus.errors import RunError
 from chorus.export import LOG_FILE, disk_errors, write_text
 from chorus.objective import Objective
 
@@ -101,7 +101,7 @@ class WritingJournal(Journal):
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]):
         super().__init__(accelerator)
-        self._track, self._device = accelerator.log, accelerator.device
+        self._track, self._trackers, self._device = accelerator.log, accelerator.trackers, accelerator.device
         self._console = Console(stderr=True)
         self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -137,9 +137,8 @@ class WritingJournal(Journal):
         super().advance(metrics)
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
-        # JSON knows no infinity, which in fp16 the first gradient norms are, while the loss scale falls.
-        no_number = {name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
-        row = {**metrics, **dict.fromkeys(no_number)}
+        # JSON knows neither infinity, as the first gradient norms are in fp16, nor the NaN of a loss that is skipped.
+        row = {name: _null_where_no_number(value) for name, value in metrics.items()}
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self._append(row, numbers)
@@ -159,10 +158,14 @@ class WritingJournal(Journal):
 
     def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         line = json.dumps(row, allow_nan=False) + "\n"
-        with disk_errors(Path(self._metrics.name), len(line), REMEDY):
-            self._metrics.write(line)
-            self._metrics.flush()
-            self._track(dict(numbers), step=row["step"])
+        try:
+            with disk_errors(Path(self._metrics.name), len(line), REMEDY):
+                self._metrics.write(line)
+                self._metrics.flush()
+                self._track(dict(numbers), step=row["step"])
+        except RunError:
+            self._trackers.clear()  # at the end they would try again, and their error would hide this one
+            raise
 
     def table(self, table: Table) -> None:
         self._console.print(table)
@@ -182,6 +185,12 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
         return
     for name, inner in value.items():
         yield from _flat(f"{path}/{name}", inner)
+
+
+def _null_where_no_number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_null_where_no_number(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: str) -> float:
@@ -235,18 +244,14 @@ class Meter:
     def end_step(self) -> None:
         self.steps += 1
 
-    def read(self, engine: Engine, lambda_sw: float, step: int, lr: float) -> dict[str, Any]:
+    def read(self, engine: Engine, lambda_sw: float, step: int, lr: float, skipped: int) -> dict[str, Any]:
         """Means over the steps since the last reading, over all processes; a collective call. Starts anew.
 
-        Raises:
-            RunError: an agent's loss is NaN or infinite.
+        `skipped` counts the agents' updates that were skipped since then. A mean is NaN where a loss was no number.
         """
         tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.device)
         *ce, tokens = engine.sum(torch.cat([self.ce_K / self.steps, tokens])).tolist()
         seconds = time.perf_counter() - self.began
-        for agent, loss in enumerate(ce):
-            if not math.isfinite(loss):
-                raise RunError(f"agent {agent}: loss is {loss} by step {step}; nothing was saved since; lower lr")
         swd = float(self.swd) / self.steps if self.has_swd else None
         task_loss = sum(ce) / len(ce)
         metrics = {
@@ -257,6 +262,7 @@ class Meter:
             "task_loss_per_agent": ce,
             "lr": lr,
             "grad_norm": float(engine.grad_norm),
+            "skipped": skipped,
             "agent_tokens_per_second": self.num_agents * tokens / seconds,
         }
         if self.with_memory:

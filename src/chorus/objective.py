@@ -5,6 +5,7 @@ step (all processes, all micro-batches). R_SW is the mean over pairs of agents o
 distance between their clouds of hidden states.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -64,11 +65,14 @@ def objective(
         gather: concatenates a tensor's first axis over processes; only the own slice carries a gradient.
     """
     nll_K = nll_KBT.sum((1, 2))
-    task = nll_K.sum() / num_targets
+    is_sound_K = nll_K.isfinite()
+    # What is no number makes its agent's whole gradient none, so that it is seen wherever gradients are reduced.
+    task = (nll_K * torch.where(is_sound_K, 1.0, math.nan)).sum() / num_targets
     if lambda_sw == 0:
         return Objective(task, nll_K.detach(), None)
     with span("swd_loss"):
         points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
+        points_KNH = torch.where(is_sound_K[:, None, None], points_KNH, math.nan)  # by which other processes know it
         slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
         if points_KNH.is_cuda:
             # Without waiting for the forward.
@@ -126,7 +130,8 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
 
     On a line the optimal plan pairs points in sorted order, and the mean over pairs of squared differences is twice
     the unbiased variance: every agent is sorted once, no pair is formed. The squared distance has a zero gradient
-    where agents agree; its root would have none.
+    where agents agree; its root would have none. An agent with a point that is no number leaves the sum: its pairs
+    count as 0 and pull at no one, the other pairs count as ever.
 
     Args:
         projected_KPN: fp32 projections of each agent's points. Invalid points may hold anything.
@@ -139,7 +144,13 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
     sorted_KPN = projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values
     num_valid = valid_N.sum()
     is_real_N = torch.arange(valid_N.numel(), device=valid_N.device) < num_valid
+    is_sound_K11 = sorted_KPN.isfinite().all(dim=(1, 2), keepdim=True)
+    sorted_KPN = torch.where(is_sound_K11, sorted_KPN, 0.0)
     # A variance does not depend on where it is taken from; from agent 0, agents that agree are exactly at zero.
     from_first_KPN = (sorted_KPN - sorted_KPN[0].detach()).masked_fill(~is_real_N, 0.0)
-    variance_PN = from_first_KPN.var(dim=0, correction=1)
-    return 2 * variance_PN.sum() / (num_valid.clamp(min=1) * projected_KPN.shape[1])
+    # An agent at the mean of the others adds nothing to the squared differences from it.
+    num_sound = is_sound_K11.sum()
+    mean_PN = (from_first_KPN.detach() * is_sound_K11).sum(0) / num_sound.clamp(min=1)
+    variance_PN = torch.where(is_sound_K11, from_first_KPN, mean_PN).var(dim=0, correction=1)
+    share_of_pairs = num_sound / len(projected_KPN)  # the sum over pairs is K times that of squared differences
+    return 2 * share_of_pairs * variance_PN.sum() / (num_valid.clamp(min=1) * projected_KPN.shape[1])

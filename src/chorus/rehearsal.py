@@ -140,7 +140,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
             **{"parallel_mode": mode, "max_train_steps": STEPS, "logging_steps": 1, "save_steps": 0, "shuffle": False},
             # Without warm-up, which would make the first step one of lr 0, after which all agents are still the base.
             **{"num_workers": 0, "output_dir": str(setting.folder), "num_warmup_steps_ratio": 0.0},
-            **{"profile_steps": 0, "profile_trace": False},
+            **{"profile_steps": 0, "profile_trace": False, "max_skipped_steps": 0},
         }
     )
     accelerator, device = setting.accelerator, setting.accelerator.device

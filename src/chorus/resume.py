@@ -14,11 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chorus.agreement import on_every_process, on_first_process, refuse_differences
+from chorus.agreement import on_every_process, on_first_process, refuse_differences, sampled
 from chorus.checkpoint import MANIFEST, Damaged, checkpoints, read_tensors, set_aside_later, verify
 from chorus.config import Config
 from chorus.engine import Engine, zero_stage
@@ -33,7 +32,7 @@ MAY_CHANGE = frozenset(
     {
         *("parallel_mode", "agents_per_pass", "gradient_checkpointing", "use_gradient_checkpointing"),
         *("compile", "cuda_graphs", "attn_implementation", "pad_to_multiple_of", "packing", "num_workers"),
-        *("memory_fraction", "use_deepspeed", "deepspeed_config_file"),
+        *("memory_fraction", "use_deepspeed", "deepspeed_config_file", "max_skipped_steps", "collective_timeout_s"),
         *("profile_steps", "profile_trace", "log_memory_usage"),
         *("eval_batch_size", "eval_samples", "max_new_tokens_eval", "dirichlet_alpha_aggregator"),
         *("output_dir", "save_steps", "save_total_limit", "logging_steps", "resume_from_checkpoint"),
@@ -261,11 +260,8 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     beside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in beside}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    samples = []
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        flat = parameter.detach().flatten()
-        places = torch.arange(16, device=flat.device) * max(len(flat) - 1, 0) // 15
-        samples.append(flat[places].float() if len(flat) else flat.float())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    for values in sampled(list(model.parameters())):
+        digest.update(values)
     return digest.hexdigest()

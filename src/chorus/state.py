@@ -13,9 +13,8 @@ from torch import Tensor
 from chorus.adapters import TensorId
 from chorus.engine import Engine, zero_stage
 from chorus.errors import InputError
+from chorus.partitions import MOMENTS, set_steps_taken, steps_taken
 from chorus.sharding import make_whole
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 class TrainingState(NamedTuple):
@@ -23,12 +22,13 @@ class TrainingState(NamedTuple):
 
     weights: every adapter tensor: the master weights.
     moments: AdamW's `exp_avg` and `exp_avg_sq`, each of the weights' shapes.
-    optimizer_step: steps that AdamW has taken, for its bias correction.
+    optimizer_step: steps that AdamW has taken, for its bias correction: one number, or one for each agent where a
+        step of some was skipped.
     """
 
     weights: dict[TensorId, Tensor]
     moments: dict[str, dict[TensorId, Tensor]]
-    optimizer_step: int
+    optimizer_step: int | list[int]
 
 
 def read_state(engine: Engine) -> TrainingState:
@@ -37,7 +37,7 @@ def read_state(engine: Engine) -> TrainingState:
     if engine.is_deepspeed:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        states: Any = engine.module.optimizer.optimizer.state.values()  # pyright: ignore
+        steps = steps_taken(engine.module.optimizer)
         moments = {
             name: {
                 identity: safe_get_full_optimizer_state(tensor, name).float().cpu()  # pyright: ignore
@@ -47,12 +47,12 @@ def read_state(engine: Engine) -> TrainingState:
         }
     else:
         state = engine.optimizer.state
-        states = state.values()
+        steps = [int(state[group["params"][0]]["step"]) for group in engine.optimizer.param_groups]
         moments = {
             name: {identity: state[tensor][name].float().cpu() for identity, tensor in tensors.items()}
             for name in MOMENTS
         }
-    return TrainingState(engine.adapter_values(), moments, int(next(iter(states))["step"]))
+    return TrainingState(engine.adapter_values(), moments, steps[0] if len(set(steps)) == 1 else steps)
 
 
 def restore_state(engine: Engine, state: TrainingState) -> None:
@@ -78,8 +78,12 @@ def _restore_plain(engine: Engine, state: TrainingState) -> None:
         tensor.copy_(state.weights[identity])
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer  # pyright: ignore  (Accelerate's wrapper)
     in_order = [identities[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]]
+    steps = dict(zip(engine.agents.agents, _steps_by_agent(engine, state), strict=True))
     own = {
-        place: {"step": torch.tensor(float(state.optimizer_step)), **{m: state.moments[m][identity] for m in MOMENTS}}
+        place: {
+            "step": torch.tensor(float(steps[identity.agent])),
+            **{name: state.moments[name][identity] for name in MOMENTS},
+        }
         for place, identity in enumerate(in_order)
     }
     # torch's own loading puts each tensor, and the step count, where this kind of AdamW wants it.
@@ -88,13 +92,9 @@ def _restore_plain(engine: Engine, state: TrainingState) -> None:
 
 @torch.no_grad()
 def _restore_zero(engine: Engine, state: TrainingState) -> None:
-    """DeepSpeed makes its flat optimizer state at the first step; here it is made before, and filled."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    zero: Any = engine.module.optimizer
-    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.optimizer.param_groups, strict=True):
-        zero.optimizer.state[flat] = _state_of(flat, group, state.optimizer_step)
-    zero._lazy_init_hp_params_optimizer_state()
+    set_steps_taken(engine.module.optimizer, _steps_by_agent(engine, state))
     for identity, tensor in engine.agents.adapter_tensors().items():
         safe_set_full_fp32_param(tensor, state.weights[identity])
         tensor.copy_(state.weights[identity])
@@ -108,10 +108,7 @@ def _restore_shards(engine: Engine, state: TrainingState) -> None:
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    zero: Any = engine.module.optimizer
-    for place, flat in enumerate(zero.fp32_partitioned_groups_flat):
-        group = zero.optimizer.param_groups[zero.sub_group_to_group_id[place]]
-        zero.optimizer.state[flat] = _state_of(flat, group, state.optimizer_step)
+    set_steps_taken(engine.module.optimizer, _steps_by_agent(engine, state))
     tensors = engine.agents.adapter_tensors()
     with GatheredParameters(tensors.values(), modifier_rank=0):
         for identity, tensor in tensors.items():
@@ -129,11 +126,9 @@ def _restore_shards(engine: Engine, state: TrainingState) -> None:
     make_whole(list(tensors.values()))
 
 
-def _state_of(flat: Tensor, group: Mapping[str, Any], optimizer_step: int) -> dict[str, Tensor]:
-    """AdamW's state of a flat partition, the moments still zero."""
-    on_device = group.get("fused") or group.get("capturable")  # where these kinds of AdamW keep their count
-    step = torch.tensor(float(optimizer_step), device=flat.device if on_device else "cpu")
-    return {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
+def _steps_by_agent(engine: Engine, state: TrainingState) -> list[int]:
+    steps = state.optimizer_step
+    return [steps] * len(engine.agents.agents) if isinstance(steps, int) else steps
 
 
 def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[TensorId, Tensor]) -> None:

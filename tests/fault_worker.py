@@ -1,0 +1,62 @@
+"""train.py, in which one process meets its end: `fault_worker.py WHERE ACT settings`.
+
+WHERE: forward or backward, of process 1 in step 5; or save, of process 0, which writes, after step 4.
+ACT: kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only.
+"""
+
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train
+from chorus import checkpoint
+from chorus.agreement import limit_waiting, lost_processes_named
+from chorus.config import load_config
+from chorus.engine import Engine
+from chorus.errors import input_errors_end_the_program
+
+ENDS = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(0),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+def arrange(where: str, act: str) -> None:
+    is_victim = int(os.environ["RANK"]) == (0 if where == "save" else 1)
+    write, run_backward, steps = checkpoint.save_file, Engine.backward, itertools.count(1)
+
+    def end() -> None:
+        Path(os.environ["CHORUS_TEST_FAULT"]).write_text(str(os.getpid()))
+        ENDS[act.split()[0]]()
+
+    def save_file(tensors: Any, file: Path, *arguments: Any, **more: Any) -> None:
+        if where == "save" and "step_000004" in str(file):
+            end()
+        write(tensors, file, *arguments, **more)
+
+    def backward(self: Engine, share: Any) -> None:
+        if next(steps) == 5:
+            if act == "stop soon":
+                limit_waiting(5)
+            if is_victim and where == "forward":  # the other process goes on alone into the backward pass
+                end()
+            if is_victim and where == "backward":
+                share.register_hook(lambda _gradient: end())
+        run_backward(self, share)
+
+    checkpoint.save_file, Engine.backward = save_file, backward
+
+
+if __name__ == "__main__":
+    where, act, *settings = sys.argv[1:]
+    with input_errors_end_the_program():
+        config = load_config(settings)
+        arrange(where, act)
+        with lost_processes_named(config.collective_timeout_s):
+            train.main(config)
