@@ -199,7 +199,8 @@ class Engine:
             gradients = partitions.gradients(zero)
             norm_K = torch.stack([get_total_norm(own).to(norm_K) for own in gradients])
             squared_K = norm_K.square()
-            torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
+            with span("communication"):
+                torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
             norm_K = squared_K.sqrt().to(gradients[0][0].device)
             leave_out(zero.optimizer.param_groups, norm_K)
             for own, is_sound in zip(gradients, norm_K.isfinite().tolist(), strict=True):  # DeepSpeed waits as well
