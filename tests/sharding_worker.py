@@ -33,9 +33,8 @@ def share_held(agents: Agents) -> float:
 
 
 def main(folder: Path) -> None:
-    config = Config(
-        batch_size=4, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, deepspeed_config_file=JSON, output_dir=str(folder)
-    )
+    own = {"use_deepspeed": True, "deepspeed_config_file": JSON, "output_dir": str(folder)}
+    config = Config(batch_size=4, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, **own)
     accelerator = make_accelerator(config)
     is_first = accelerator.is_main_process
     for mode, checkpointing in product(get_args(Mode), (False, True)):
@@ -58,6 +57,7 @@ def main(folder: Path) -> None:
             torch.save(gradients, folder / f"{mode}-{checkpointing}.pt")
 
     engine = start_engine(accelerator, toy_agents("sequential", trained=False), config)
+    assert "ZeRO-3 is active" in engine.description
     put_in = read_tensors(folder, 5)
     restore_state(engine, put_in)
     state = read_state(engine)
