@@ -201,7 +201,9 @@ class Agents(nn.Module):
             for path, layer in self._layers[self.peft_model(agent)].items()
             for matrix in ("A", "B")
         }
-        storages = {tensor.untyped_storage()._cdata for tensor in self._tensors.values()}  # told apart without memory too
+        storages = {
+            tensor.untyped_storage()._cdata for tensor in self._tensors.values()
+        }  # told apart without memory too
         assert len(storages) == len(self._tensors), "two agents share an adapter tensor"
         self._noise: Noise | None = None
         self.train()
