@@ -22,6 +22,7 @@ from chorus.checkpoint import Keeper
 from chorus.config import Config
 from chorus.data import Batch, StepBatch
 from chorus.engine import start_engine
+from chorus.isolation import AgentwiseAdamW
 from chorus.journal import Journal, Meter
 from chorus.profiler import profiled, summary
 from chorus.spans import span
@@ -89,7 +90,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     spend_in(agents_module, "token_nll", "task_loss")
     spend_in(objective, "sliced_wasserstein", "swd_loss")
     spend_in(Accelerator, "backward", "backward_pass")
-    spend_in(torch.optim.AdamW, "step", "optimizer_step")
+    spend_in(AgentwiseAdamW, "step", "optimizer_step")
     spend_in(Meter, "end_step", "other")
     return clock
 
@@ -238,7 +239,7 @@ def test_a_run_that_fails_leaves_nobody_listening_and_no_trace(
 
 @pytest.mark.launch
 def test_under_two_zero2_processes_the_engines_step_is_the_optimizers_time_and_no_other_parts(tmp_path: Path):
-    """The workers' clock goes in AdamW's step alone, which DeepSpeed takes inside of its engine."""
+    """The workers' clock goes in AdamW's steps alone, which DeepSpeed takes inside of its engine, agent after agent."""
     settings = (
         "debug_subset_size=200",
         "eval_samples=0",
