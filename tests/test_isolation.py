@@ -24,6 +24,7 @@ from chorus.state import TrainingState, read_state, restore_state
 
 MODES = ["fused", "sequential", "parallel"]
 FAULTS = ["forward", "loss", "gradient"]
+ROUNDING = 2e-5  # of a weight: AdamW divides by gradients near zero. A step that is wrongly taken or left out moves 1e-2
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def check_isolated(states: list[TrainingState], facts: dict) -> None:
     assert states[-1].optimizer_step == [STEPS, STEPS - 1, STEPS]
     for agent in range(3):
         for identity, tensor in lone_run(agent, STEPS, BROKEN_STEP if agent == BROKEN else None).items():
-            assert torch.allclose(states[-1].weights[identity], tensor, rtol=0, atol=2e-6), identity
+            assert torch.allclose(states[-1].weights[identity], tensor, rtol=0, atol=ROUNDING), identity
     assert (facts["skipped"], facts["skips_in_a_row"]) == (1, 0)
     assert math.isfinite(facts["grad_norm"])
 
@@ -116,7 +117,7 @@ def test_an_agent_with_infinite_weights_harms_no_other_in_the_pass_that_they_sha
     assert all(torch.equal(states[-1].weights[identity], tensor) for identity, tensor in broken.items())
     for agent in (0, 2):
         for identity, tensor in lone_run(agent, STEPS).items():
-            assert torch.allclose(states[-1].weights[identity], tensor, rtol=0, atol=2e-6), identity
+            assert torch.allclose(states[-1].weights[identity], tensor, rtol=0, atol=ROUNDING), identity
 
 
 def test_the_norm_and_the_clipping_are_those_of_the_agents_that_are_stepped():
