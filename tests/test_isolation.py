@@ -24,7 +24,9 @@ from chorus.state import TrainingState, read_state, restore_state
 
 MODES = ["fused", "sequential", "parallel"]
 FAULTS = ["forward", "loss", "gradient"]
-ROUNDING = 2e-5  # of a weight: AdamW divides by gradients near zero. A step that is wrongly taken or left out moves 1e-2
+ROUNDING = (
+    2e-5  # of a weight: AdamW divides by gradients near zero. A step that is wrongly taken or left out moves 1e-2
+)
 
 
 @pytest.fixture(autouse=True)
