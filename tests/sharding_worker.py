@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     config = Config(batch_size=4, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, **own)
     accelerator = make_accelerator(config)
     is_first = accelerator.is_main_process
-    for mode, checkpointing in product(get_args(Mode), (False, True)):
+    for mode, checkpointing in product(get_args(Mode), ("none", "full")):
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4)
         adapters = list(agents.adapter_tensors().values())
         settings = deepspeed_json(config, "no", num_processes=2)

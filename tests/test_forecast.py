@@ -15,9 +15,10 @@ from chorus.base import load_model
 from chorus.config import Config
 from chorus.counting import bytes_of
 from chorus.data import Sample, collate
-from chorus.engine import DTYPES, adamw
+from chorus.engine import DTYPES
 from chorus.errors import InputError
 from chorus.forecast import GIB, Machine, forecast, longest_batch, trained_bytes
+from chorus.isolation import adamw
 
 SHAPE = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 32}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 32}
@@ -84,7 +85,7 @@ def test_what_stands_is_the_base_the_adapters_and_two_moments(base: str):
     model = load_model(base, torch.bfloat16, torch.device("cpu"))
     agents = build_agents("fused", model, 3, lora_shape(config), NoiseRates(0, 0, 0))
     tensors = list(agents.adapter_tensors().values())
-    optimizer = adamw(tensors, 1e-3, 0.0)
+    optimizer = adamw(agents.adapter_tensors(), 1e-3, 0.0)
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
     optimizer.step()
