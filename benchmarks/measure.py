@@ -128,7 +128,7 @@ def chorus_step(case: Case, base: PreTrainedModel, shape: LoraShape) -> tuple[St
         return part.nll_K / len(batch.target_rows_N)
 
     tensors = agents.adapter_tensors()
-    return Step(backward, list(tensors.values()), f"{base.config._attn_implementation} attention"), tensors
+    return Step(backward, list(agents.adapters().values()), f"{base.config._attn_implementation} attention"), tensors
 
 
 def prepare(case: Case, base: PreTrainedModel, rank: int) -> Step:

@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
         batch = collate(own, 0, points_per_row=3, packing=(20, 4) if packing else None)
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
-        optimizer = torch.optim.AdamW(agents.adapter_tensors().values())
+        optimizer = torch.optim.AdamW(agents.adapters().values())
         engine, *_ = deepspeed.initialize(model=agents, optimizer=optimizer, config=settings)
         part = objective(
             *engine(batch, step=3, slot=1),
@@ -50,9 +50,8 @@ def main(folder: Path) -> None:
             gather=gather,
         )
         engine.backward(part.share * 2)  # ZeRO averages over the two
-        gradients = {
-            json.dumps(identity): safe_get_full_grad(tensor) for identity, tensor in agents.adapter_tensors().items()
-        }
+        flat = {agent: safe_get_full_grad(adapter_F) for agent, adapter_F in agents.adapters().items()}
+        gradients = {json.dumps(identity): gradient for identity, gradient in agents.named(flat).items()}
         if rank == 0:
             torch.save(gradients, folder / f"{mode}-{checkpointing}-{dropconnect_p}-{packing}.pt")
     distributed.barrier()

@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     engine.module.step()
     state = zero.optimizer.state_dict()["state"].values()
     facts = {
-        "trainable": sum(tensor.numel() for tensor in engine.agents.adapter_tensors().values()),
+        "trainable": sum(adapter_F.numel() for adapter_F in engine.agents.adapters().values()),
         "gradients": sum(gradients),
         "optimizer_state": [sum(entry[name].numel() for entry in state) for name in ("exp_avg", "exp_avg_sq")],
         "clipping": engine.module.gradient_clipping(),

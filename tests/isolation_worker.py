@@ -42,7 +42,11 @@ CASES = (
 
 def fault(kind: str, engine: Engine) -> None:
     """From now on the agent's part of a forward pass of this process is broken in this way."""
-    tensors = [tensor for identity, tensor in engine.agents.adapter_tensors().items() if identity.agent == BROKEN]
+    adapter_F = engine.agents.adapters()[BROKEN]
+
+    def with_one_infinite(gradient_F: Tensor) -> Tensor:
+        where = torch.arange(len(gradient_F), device=gradient_F.device) == len(gradient_F) // 2
+        return gradient_F.masked_fill(where, math.inf)
 
     def output_of(output: AgentOutput) -> AgentOutput:
         nll_BT, hidden_BTD = (of_all[BROKEN] for of_all in output)
@@ -57,7 +61,7 @@ def fault(kind: str, engine: Engine) -> None:
 
     hooks: list[Any] = [engine.agents.register_forward_hook(lambda _module, _inputs, output: output_of(output))]
     if kind == "gradient":
-        hooks.append(tensors[len(tensors) // 2].register_hook(lambda gradient: gradient / 0))
+        hooks.append(adapter_F.register_hook(with_one_infinite))
     engine.agents.hooks_of_a_fault = hooks  # pyright: ignore
 
 
@@ -157,7 +161,7 @@ def agents_unlike(what: str | None) -> Agents:
     chorus.agents.held_agents = (lambda num_agents: (0, 2, 1)) if what == "order" else held
     agents = toy_agents("fused")
     chorus.agents.held_agents = held
-    names = {"adapter": "layers.1.mlp.down_proj.lora_B.agent_2.weight", "base": "model.model.norm.weight"}
+    names = {"adapter": "agent_2", "base": "model.model.norm.weight"}
     for name, parameter in agents.named_parameters():
         if what in names and name.endswith(names[what]):
             parameter.data.view(-1)[-1] += 1

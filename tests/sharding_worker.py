@@ -24,6 +24,7 @@ from chorus.errors import input_errors_end_the_program
 from chorus.state import MOMENTS, read_state, restore_state
 
 JSON = "recipes/deepspeed/zero3.json"
+PERSISTENCE = "stage3_param_persistence_threshold"
 
 
 def share_held(agents: Agents) -> float:
@@ -39,20 +40,19 @@ def main(folder: Path) -> None:
     is_first = accelerator.is_main_process
     for mode, checkpointing in product(get_args(Mode), ("none", "full")):
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4)
-        adapters = list(agents.adapter_tensors().values())
+        adapters = list(agents.adapters().values())
         settings = deepspeed_json(config, "no", num_processes=2)
-        sharding.leave_adapters_whole(settings["zero_optimization"], adapters)
+        settings["zero_optimization"][PERSISTENCE] = 10 * agents.config.hidden_size  # as Accelerate reads "auto"
         engine, *_ = deepspeed.initialize(model=agents, optimizer=torch.optim.AdamW(adapters), config=settings)
         sharding.announce_reads(agents)
-        sharding.make_whole(adapters)
+        sharding.leave_whole(engine.optimizer, adapters)
         with sharding.whole(engine, adapters):
             assert share_held(agents) == 1
         for _ in range(2):  # DeepSpeed learns the order of the layers in the first pass and fetches ahead in the next
             engine.backward(engine(toy_batch(), step=3, slot=1).nll_KBT.sum())
         assert share_held(agents) < 0.05, "more than its norms"
-        gradients = {
-            json.dumps(identity): safe_get_full_grad(tensor) for identity, tensor in agents.adapter_tensors().items()
-        }
+        flat = {agent: safe_get_full_grad(adapter_F) for agent, adapter_F in agents.adapters().items()}
+        gradients = {json.dumps(identity): gradient for identity, gradient in agents.named(flat).items()}
         if is_first:
             torch.save(gradients, folder / f"{mode}-{checkpointing}.pt")
 

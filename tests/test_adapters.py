@@ -1,12 +1,14 @@
 """Adapters as PEFT makes them, and the random draws of a pass."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, toy_batch, toy_shape
 
-from chorus.adapters import Noise, Routing, TensorId, Turn, attach_agents, draw_keep_masks, lora_layers
-from chorus.agents import causal_lm
+from chorus.adapters import Noise, Routing, Turn, attach_agents, draw_keep_masks, lora_layers
+from chorus.agents import NoiseRates, build_agents, causal_lm
 from chorus.errors import InputError
 from chorus.seeding import derive_seed
 
@@ -35,14 +37,10 @@ def test_initial_adapters_do_not_depend_on_the_mode():
 
 
 def test_random_initial_adapters_are_normal_with_standard_deviation_002_in_a_and_b():
-    model = attach_agents(tiny_gemma(), [0, 1], toy_shape(random_init=True), Routing())
-    values = {matrix: [] for matrix in "AB"}
-    for layer in lora_layers(model).values():
-        for agent in (0, 1):
-            for matrix in ("A", "B"):
-                values[matrix].append(layer.adapter_weight(agent, matrix).detach().flatten())
+    agents = build_agents("fused", tiny_gemma(), 2, toy_shape(random_init=True), NoiseRates(0, 0, 0))
     for matrix in "AB":
-        drawn = torch.cat(values[matrix])
+        own = [tensor.flatten() for identity, tensor in agents.adapter_tensors().items() if identity.matrix == matrix]
+        drawn = torch.cat(own)
         assert drawn.std().item() == pytest.approx(0.02, rel=0.05)
         assert abs(drawn.mean().item()) < 0.001
         assert len(drawn.unique()) > 0.99 * len(drawn)
@@ -74,25 +72,24 @@ def test_all_linear_is_every_linear_layer_but_the_head():
 
 
 def test_keep_masks_drop_a_share_p_independently_for_each_agent_and_step():
-    weights = {TensorId(agent, path, "A"): torch.zeros(60, 70) for agent in (0, 1) for path in ("x", "y")}
-    masks = draw_keep_masks(weights, 0.3, seed=1, step=2)
-    assert {identity: mask.shape for identity, mask in masks.items()} == dict.fromkeys(weights, (60, 70))
-    for identity, mask in masks.items():
-        assert mask.float().mean().item() == pytest.approx(0.7, abs=0.03)
-        for other, other_mask in masks.items():
-            if other != identity:  # independent: they agree as often as chance has it
-                agreement = (mask == other_mask).float().mean().item()
-                assert agreement == pytest.approx(0.7**2 + 0.3**2, abs=0.04)
-    again, later = draw_keep_masks(weights, 0.3, 1, 2), draw_keep_masks(weights, 0.3, 1, 3)
-    assert all(torch.equal(mask, again[identity]) for identity, mask in masks.items())
-    assert not any(torch.equal(mask, later[identity]) for identity, mask in masks.items())
+    adapters = {agent: torch.zeros(8400) for agent in (0, 1)}
+    masks, later = draw_keep_masks(adapters, 0.3, seed=1, step=2), draw_keep_masks(adapters, 0.3, seed=1, step=3)
+    drawn = [*masks.values(), *later.values()]
+    for keep_F, other_F in combinations(drawn, 2):  # independent: they agree as often as chance has it
+        assert (keep_F == other_F).float().mean().item() == pytest.approx(0.7**2 + 0.3**2, abs=0.04)
+    for keep_F in drawn:
+        assert keep_F.shape == (8400,)
+        assert keep_F.float().mean().item() == pytest.approx(0.7, abs=0.03)
+        one, other = keep_F.view(2, -1)  # nor do two matrices of an agent share a draw
+        assert (one == other).float().mean().item() == pytest.approx(0.7**2 + 0.3**2, abs=0.04)
+    again = draw_keep_masks(adapters, 0.3, seed=1, step=2)
+    assert all(torch.equal(keep_F, again[agent]) for agent, keep_F in masks.items())
 
 
 def test_an_agents_masks_do_not_depend_on_which_other_agents_are_held():
-    weights = {TensorId(agent, "x", "A"): torch.zeros(9, 9) for agent in (0, 1, 2)}
-    alone = {identity: weight for identity, weight in weights.items() if identity.agent == 1}
-    (mask,) = draw_keep_masks(alone, 0.5, 0, 0).values()
-    assert torch.equal(mask, draw_keep_masks(weights, 0.5, 0, 0)[TensorId(1, "x", "A")])
+    adapters = {agent: torch.zeros(81) for agent in (0, 1, 2)}
+    (mask_F,) = draw_keep_masks({1: adapters[1]}, 0.5, 0, 0).values()
+    assert torch.equal(mask_F, draw_keep_masks(adapters, 0.5, 0, 0)[1])
 
 
 def test_dropout_draws_differ_between_slots_steps_agents_and_layers_and_keep_the_mean():

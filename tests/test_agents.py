@@ -22,6 +22,7 @@ from toy import (
     TARGETS,
     VOCABULARY,
     ZERO2_CASES,
+    gradients_of,
     max_difference,
     tiny_gemma,
     toy_agents,
@@ -30,7 +31,6 @@ from toy import (
 )
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from chorus import adapters as adapters_module
 from chorus import agents as agents_module
 from chorus.adapters import LoraShape, Noise, Routing, TensorId, adapter_name, lora_layers, take_turn
 from chorus.agents import (
@@ -47,8 +47,8 @@ from chorus.agents import (
 from chorus.config import Config
 from chorus.data import Batch, collate
 from chorus.errors import InputError
+from chorus.flat_adapter import stack
 from chorus.layers import Recompute
-from chorus.lora_linear import flatten
 from chorus.objective import SwdSettings, objective
 
 MODES = get_args(Mode)
@@ -79,7 +79,7 @@ def run(agents: Agents, batch: Batch, step: int | None = 3, lambda_sw: float = 0
     agents.zero_grad()
     output = agents(batch, step=step, slot=1)
     coupled_objective(output, batch, lambda_sw).backward()
-    return output, {identity: tensor.grad for identity, tensor in agents.adapter_tensors().items()}
+    return output, gradients_of(agents)
 
 
 def lone_run(
@@ -155,7 +155,7 @@ def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode
     _, gradients = run(agents, toy_batch())
     assert len(gradients) == 3 * 2 * len(TARGETS) * 2
     assert all(gradient is not None and bool(gradient.any()) for gradient in gradients.values())
-    adapters = {id(tensor) for tensor in agents.adapter_tensors().values()}
+    adapters = set(map(id, agents.adapters().values()))
     others = [parameter for parameter in agents.parameters() if id(parameter) not in adapters]
     assert others
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in others)
@@ -248,7 +248,7 @@ def test_dropconnect_is_a_masked_and_rescaled_copy_of_the_weights(mode: Mode):
     noisy, plain = toy_agents(mode, dropconnect_p=0.4), toy_agents(mode)
     output, gradients = run(noisy, batch)
     assert noisy._noise is not None
-    masks = {identity: keep / 0.6 for identity, keep in noisy._noise.keep.items()}
+    masks = {identity: keep / 0.6 for identity, keep in noisy.named(noisy._noise.keep).items()}
     for identity, tensor in plain.adapter_tensors().items():
         tensor.data *= masks[identity]
     expected, expected_gradients = run(plain, batch)
@@ -275,14 +275,14 @@ def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_dra
     """A recomputation that read the latest draw instead of its own would mix the two."""
     batches = [toy_batch(seed=1), toy_batch(seed=2)]
 
-    def gradients_of(agents: Agents, together: bool) -> list[Tensor]:
+    def gradients(agents: Agents, together: bool) -> list[Tensor]:
         losses = (coupled_objective(agents(batch, step=slot, slot=slot), batch) for slot, batch in enumerate(batches))
         for loss in [sum(losses)] if together else losses:
             loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
-        return [tensor.grad for tensor in agents.adapter_tensors().values()]  # pyright: ignore
+        return list(gradients_of(agents).values())
 
     noisy = partial(toy_agents, mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4, dropout_p=0.3)
-    for one, other in zip(gradients_of(noisy(), True), gradients_of(noisy(), False), strict=True):
+    for one, other in zip(gradients(noisy(), True), gradients(noisy(), False), strict=True):
         assert max_difference(one, other) < EXACT
 
 
@@ -345,11 +345,13 @@ def test_a_forward_leaves_no_trace(mode: Mode, checkpointing: Recompute, dropcon
 @EVERY_MODE
 def test_the_base_is_held_once_and_no_two_agents_share_an_adapter(mode: Mode):
     one, four = toy_agents(mode, num_agents=1), toy_agents(mode, num_agents=4)
-    adapters = {identity: tensor.data_ptr() for identity, tensor in four.adapter_tensors().items()}
-    assert len(set(adapters.values())) == len(adapters)
+    tensors = four.adapter_tensors().values()
+    places = [tensor.data_ptr() + offset for tensor in tensors for offset in range(0, tensor.nbytes, 4)]
+    assert len(set(places)) == len(places)
+    assert len({adapter_F.untyped_storage().data_ptr() for adapter_F in four.adapters().values()}) == 4
 
     def frozen_storages(agents: Agents) -> set[int]:
-        own = {tensor.data_ptr() for tensor in agents.adapter_tensors().values()}
+        own = {adapter_F.data_ptr() for adapter_F in agents.adapters().values()}
         return {tensor.data_ptr() for tensor in [*agents.parameters(), *agents.buffers()]} - own
 
     assert len(frozen_storages(four)) == len(frozen_storages(one))
@@ -427,7 +429,8 @@ def recomputing_under_the_adapter_of_backward(monkeypatch: pytest.MonkeyPatch) -
     agents = toy_agents("sequential", gradient_checkpointing="full")
     layers, weights = lora_layers(agents.peft_model(2)), agents._weights((2,), None)
     assert weights is not None
-    agents.routing._take(take_turn(layers, (2,), weights, 0, None))  # the last adapter switched to stays active
+    last_switched_to = take_turn(layers, agents.layout, (2,), weights, 0, None)
+    agents.routing._take(last_switched_to)
     return agents
 
 
@@ -435,6 +438,17 @@ def as_agents(kind: type[Agents], peft_models: list) -> Agents:
     """Wrong agents behind the interface that the checks use."""
 
     class Reading(kind):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.agents, self.peft_models, self.routing = (0, 1, 2), torch.nn.ModuleList(peft_models), Routing()
+            self.rates, self.recorded, self._noise = NoiseRates(0, 0, 0), None, None
+
+        def adapters(self):
+            return {}
+
+        def named(self, flat):
+            return {identity: tensor.grad for identity, tensor in self.adapter_tensors().items()}
+
         def adapter_tensors(self):
             return {
                 TensorId(agent, path, matrix): getattr(layer, f"lora_{matrix}")[adapter_name(agent)].weight
@@ -444,7 +458,7 @@ def as_agents(kind: type[Agents], peft_models: list) -> Agents:
                 for matrix in ("A", "B")
             }
 
-    agents = Reading((0, 1, 2), peft_models, Routing(), agents_module.NoiseRates(0, 0, 0))
+    agents = Reading()
     for number, tensor in enumerate(agents.adapter_tensors().values()):
         tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
     return agents
@@ -465,12 +479,12 @@ def test_the_gradient_check_catches(wrong_way: Callable, monkeypatch: pytest.Mon
 
 
 def test_the_trace_check_catches_dropconnect_in_place(monkeypatch: pytest.MonkeyPatch):
-    def in_place(weights, num_agents, dtype, keep_KF, keep_p):
-        for weight, keep in zip(weights, keep_KF.flatten().split([weight.numel() for weight in weights]), strict=True):
-            weight.data *= keep.view_as(weight)
-        return flatten(weights, num_agents, dtype, None, 1.0)
+    def in_place(adapters, dtype, keeps, keep_p):
+        for adapter_F, keep_F in zip(adapters, keeps, strict=True):
+            adapter_F.data *= keep_F
+        return stack(adapters, dtype)
 
-    monkeypatch.setattr(adapters_module, "flatten", in_place)
+    monkeypatch.setattr(agents_module, "stack", in_place)
     with pytest.raises(AssertionError):
         assert_a_forward_leaves_no_trace(toy_agents("parallel", dropconnect_p=0.4))
 
@@ -500,12 +514,3 @@ def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Pa
                 packing,
                 identity,
             )
-
-
-@pytest.mark.parametrize("mode", get_args(Mode))
-def test_two_agents_that_share_an_adapter_tensor_are_not_built(mode: Mode):
-    agents = toy_agents(mode)
-    layers = [next(iter(lora_layers(agents.peft_model(k)).values())) for k in (0, 1)]
-    layers[1].lora_B["agent_1"].weight = torch.nn.Parameter(layers[0].adapter_weight(0, "B")[:])  # a view is enough
-    with pytest.raises(AssertionError, match="two agents share an adapter tensor"):
-        type(agents)(agents.agents, list(agents.peft_models), agents.routing, agents.rates)  # pyright: ignore

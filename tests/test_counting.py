@@ -36,8 +36,7 @@ def test_a_recorded_pass_holds_the_peak_of_its_forward_and_backward_between_repl
             agents.recorded = Recorded(live, partial(masks_of, tiny_gemma()))  # pyright: ignore
         with live:
             agents(batch, step=0).hidden_KBTD.sum().backward()
-        for tensor in agents.adapter_tensors().values():
-            tensor.grad = None
+        agents.zero_grad()
         return live.peak, live.now
 
     (plain_peak, plain_left), (recorded_peak, recorded_left) = peak(False), peak(True)

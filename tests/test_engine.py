@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from launching import launch, zero2
 from torch.nn.parallel import DistributedDataParallel
-from toy import toy_agents, toy_batch
+from toy import gradients_of, toy_agents, toy_batch
 
 from chorus.config import Config
 from chorus.engine import decide_precision, make_accelerator, start_engine
@@ -39,7 +39,7 @@ def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: flo
     engine.optimizer.optimizer.register_step_pre_hook(  # pyright: ignore
         lambda *_: seen.__setitem__(  # it may be called for each agent
             slice(None),
-            [tensor.grad.clone() for tensor in agents.adapter_tensors().values()],  # pyright: ignore
+            [gradient.clone() for gradient in gradients_of(agents).values()],  # pyright: ignore
         )
     )
     with engine.micro_batch():
@@ -54,8 +54,7 @@ def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults
     engine = start_engine(Accelerator(cpu=True), agents, Config(lr=0.5, weight_decay=0.25))
     stock = torch.optim.AdamW([torch.zeros(1)], lr=0.5, weight_decay=0.25, fused=True)
     for agent, group in enumerate(engine.optimizer.param_groups):
-        own = [tensor for identity, tensor in agents.adapter_tensors().items() if identity.agent == agent]
-        assert list(map(id, group["params"])) == list(map(id, own))
+        assert list(map(id, group["params"])) == [id(agents.adapters()[agent])]
         assert {key: group[key] for key in stock.defaults} == stock.defaults
     assert len(engine.optimizer.param_groups) == 3
 

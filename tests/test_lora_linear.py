@@ -1,11 +1,11 @@
-"""The fused linear layer and the flat weights against float64 autograd on plain formulas."""
+"""The fused linear layer against float64 autograd on plain formulas."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from toy import max_difference
 
-from chorus.lora_linear import _backward, _forward, flatten, lora_linear, split
+from chorus.lora_linear import _backward, _forward, lora_linear
 
 K, N, WIDTH_IN, WIDTH_OUT, R = 3, 5, 8, 6, 2
 
@@ -46,21 +46,3 @@ def test_the_operators_keep_what_they_promise_to_torch_compile():
     for need_dx in (True, False):
         detached = [tensor.detach() for tensor in saved if tensor is not None]
         torch.library.opcheck(_backward, (torch.randn(K, N, WIDTH_OUT), *detached, 1.7, need_dx))
-
-
-def test_flat_weights_are_the_weights_and_carry_their_gradients():
-    shapes = [torch.Size((R, WIDTH_IN)), torch.Size((WIDTH_OUT, R))]
-    generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(K) for shape in shapes]
-    keep_KF = torch.rand(K, R * WIDTH_IN + WIDTH_OUT * R, generator=generator) < 0.6
-    A_KRI, B_KOR = split(flatten(weights, K, torch.float32, keep_KF, 0.6), shapes)
-    pieces = keep_KF.split([R * WIDTH_IN, WIDTH_OUT * R], dim=1)
-    keeps = [piece_KF[k].view(shape) for k in range(K) for piece_KF, shape in zip(pieces, shapes, strict=True)]
-    for k in range(K):
-        assert torch.equal(A_KRI[k], weights[2 * k] * keeps[2 * k] / 0.6)
-        assert torch.equal(B_KOR[k], weights[2 * k + 1] * keeps[2 * k + 1] / 0.6)
-    (A_KRI.square().sum() + 3 * B_KOR.sum()).backward()
-    for weight, keep, is_A in zip(weights, keeps, [True, False] * K, strict=True):
-        expected = (2 * weight * keep / 0.6 if is_A else 3) * keep / 0.6
-        assert weight.grad is not None
-        assert max_difference(weight.grad, expected) < 1e-6

@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from launching import BIN, PLAIN, launch, train
 from safetensors.torch import load_file
-from toy import max_difference, toy_agents, toy_batch
+from toy import gradients_of, max_difference, toy_agents, toy_batch
 
-from chorus import sharding
 from chorus.agents import Mode
 from chorus.checkpoint import write_checkpoint
 from chorus.config import Config
@@ -27,13 +26,6 @@ SETTINGS = (
     *("num_agents=2", "debug_subset_size=100", "max_train_steps=4", "save_steps=2", "logging_steps=1", "lambda_sw=0.2"),
     *("dropconnect_p=0.1", "eval_samples=3", "eval_batch_size=1", "max_new_tokens_eval=4"),
 )
-
-
-@pytest.mark.parametrize(("theirs", "expected"), [({}, 6), ("auto", 6), (2, 6), (100, 100)])
-def test_no_adapter_is_cut(theirs: Any, expected: int):
-    zero = {} if theirs == {} else {sharding.PERSISTENCE: theirs}
-    sharding.leave_adapters_whole(zero, [torch.zeros(2, 3), torch.zeros(1)])
-    assert zero == {sharding.PERSISTENCE: expected}
 
 
 @pytest.mark.launch
@@ -56,9 +48,8 @@ def test_two_zero3_processes_have_the_gradients_and_take_the_step_of_a_plain_one
         agents = toy_agents(mode, dropconnect_p=0.4)
         agents(toy_batch(), step=3, slot=1).nll_KBT.sum().backward()
         found = torch.load(checkpoint / f"{mode}-{checkpointing}.pt", weights_only=True)
-        for identity, tensor in agents.adapter_tensors().items():
-            assert tensor.grad is not None
-            assert max_difference(found[json.dumps(identity)], 2 * tensor.grad) < EXACT, (mode, identity)
+        for identity, gradient in gradients_of(agents).items():
+            assert max_difference(found[json.dumps(identity)], 2 * gradient) < EXACT, (mode, identity)
     after = torch.load(checkpoint / "after.pt", weights_only=True)
     for identity, tensor in plain.agents.adapter_tensors().items():
         assert max_difference(after[json.dumps(identity)], tensor) < EXACT, identity

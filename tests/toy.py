@@ -1,13 +1,13 @@
 """Small things that several test files need: a Gemma-2 with every Gemma-2 feature, a batch, agents that differ."""
 
 from itertools import product
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from chorus.adapters import LoraShape
+from chorus.adapters import LoraShape, TensorId
 from chorus.agents import Agents, Execution, Mode, NoiseRates, build_agents
 from chorus.data import Batch, Sample
 from chorus.layers import Recompute
@@ -98,6 +98,11 @@ def toy_agents(
             generator = torch.Generator().manual_seed(hash_of(str(identity)))
             tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     return agents
+
+
+def gradients_of(agents: Agents) -> dict[TensorId, Tensor]:
+    """The gradient of every matrix of every agent."""
+    return agents.named({agent: cast(Tensor, adapter_F.grad) for agent, adapter_F in agents.adapters().items()})
 
 
 def hash_of(text: str) -> int:

@@ -5,7 +5,7 @@ activation run under whatever adapter is active by then. Here a forward pass car
 and random draws) and every recomputation is given the turn of its forward pass.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -19,14 +19,15 @@ from transformers import PreTrainedModel
 
 from chorus.config import Config
 from chorus.errors import InputError
-from chorus.lora_linear import flatten, lora_linear, split
+from chorus.flat_adapter import Layout, Matrix
+from chorus.lora_linear import lora_linear
 from chorus.seeding import derive_seed
 
 RANDOM_INITIAL_STD = 0.02  # `initialize_adapters_rand: true`
 
 
 class TensorId(NamedTuple):
-    """The one identity of a trainable tensor, whatever mode, engine or process holds it."""
+    """The one identity of a trainable matrix, whatever mode, engine or process holds it."""
 
     agent: int
     path: str  # PEFT's path of the layer, e.g. base_model.model.model.layers.0.self_attn.q_proj
@@ -41,22 +42,16 @@ class Noise:
         seed: the run's seed.
         step: optimiser step. DropConnect masks are one draw a step: the same on every process and micro-batch.
         slot: which micro-batch of which process within the step; dropout on activations differs between slots.
-        keep: DropConnect masks (bool, the shape of the tensor), empty when it is off.
+        keep: each agent's DropConnect mask (bool, of its flat adapter: keep_F), empty when it is off.
         dropconnect_p, dropout_p: probabilities of dropping, in [0, 1).
     """
 
     seed: int
     step: int
     slot: int
-    keep: Mapping[TensorId, Tensor]
+    keep: Mapping[int, Tensor]
     dropconnect_p: float
     dropout_p: float
-
-    def kept(self, identities: Iterable[TensorId], num_agents: int) -> Tensor | None:
-        """DropConnect masks of these tensors, agent by agent, flat: keep_KF; None when it is off."""
-        if not self.keep:
-            return None
-        return torch.cat([self.keep[identity].flatten() for identity in identities]).view(num_agents, -1)
 
     def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
         """Dropout on a LoRA's input from a generator of its own: nothing global moves, a recomputation draws alike."""
@@ -121,7 +116,7 @@ class Routing:
 
 
 class LoraLinear(PeftLoraLinear):
-    """PEFT's LoRA linear, same parameters and names, whose forward takes agents, weights and noise from the routing.
+    """PEFT's LoRA linear, whose forward takes agents, their weights and noise from the routing.
 
     y = base(x) + scaling · (drop(x) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021), for each agent's rows of x.
     """
@@ -129,11 +124,6 @@ class LoraLinear(PeftLoraLinear):
     routing: Routing
     path: str
     turn_weights: tuple[Tensor, Tensor] | None = None
-
-    def adapter_weight(self, agent: int, matrix: Literal["A", "B"]) -> nn.Parameter:
-        """A (R, I) or B (O, R) of one agent."""
-        weights = self.lora_A if matrix == "A" else self.lora_B
-        return weights[adapter_name(agent)].weight  # pyright: ignore[reportReturnType]
 
     @property
     def base_linear(self) -> nn.Linear:
@@ -198,7 +188,7 @@ def lora_shape(config: Config) -> LoraShape:
 
 
 def attach_agents(model: PreTrainedModel, agents: Sequence[int], shape: LoraShape, routing: Routing) -> PeftModel:
-    """Give `model` one adapter for each of `agents`. Every adapter is trainable, from now on and for good.
+    """Give `model` one adapter for each of `agents`, as PEFT initialises them.
 
     Raises:
         InputError: `lora_target_modules` names no linear layer of the model, or one that is no nn.Linear.
@@ -217,20 +207,25 @@ def attach_agents(model: PreTrainedModel, agents: Sequence[int], shape: LoraShap
     assert peft_model is not None, "a process without agents"
     for path, layer in lora_layers(peft_model).items():
         layer.routing, layer.path = routing, path
-        for agent in agents:
-            for matrix in ("A", "B"):
-                weight = layer.adapter_weight(agent, matrix)
-                weight.requires_grad_(True)  # PEFT leaves only the first adapter trainable
-                if shape.random_init:
-                    _fill_normal(weight, TensorId(agent, path, matrix), shape.seed)
     return peft_model
+
+
+def take_out(layers: Mapping[str, LoraLinear], agent: int, shape: LoraShape) -> dict[Matrix, Tensor]:
+    """An agent's initial matrices, which PEFT's layers hold no more: they have one owner, and it is another."""
+    found: dict[Matrix, Tensor] = {}
+    for path, layer in layers.items():
+        found[path, "A"] = layer.lora_A.pop(adapter_name(agent)).weight.detach()  # pyright: ignore
+        found[path, "B"] = layer.lora_B.pop(adapter_name(agent)).weight.detach()  # pyright: ignore
+    if shape.random_init:
+        for (path, matrix), weight in found.items():
+            _fill_normal(weight, TensorId(agent, path, matrix), shape.seed)
+    return found
 
 
 def _fill_normal(weight: Tensor, identity: TensorId, seed: int) -> None:
     """N(0, 0.02) from the CPU's generator, so that a run starts alike on every device."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "initial normal", *identity))
-    with torch.no_grad():
-        weight.copy_(torch.randn(weight.shape, generator=generator) * RANDOM_INITIAL_STD)
+    weight.copy_(torch.randn(weight.shape, generator=generator) * RANDOM_INITIAL_STD)
 
 
 def check_targets(model: PreTrainedModel, target_modules: Sequence[str] | Literal["all-linear"]) -> None:
@@ -254,40 +249,25 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLinear)}
 
 
-def gather_weights(
-    tensors: Mapping[TensorId, nn.Parameter], agents: Sequence[int], dtype: torch.dtype, noise: Noise | None
-) -> Tensor:
-    """The agents' matrices, masked and cast, as flat_KF: one row an agent. `tensors` are agent by agent, in order."""
-    identities = [identity for identity in tensors if identity.agent in agents]
-    keep_KF = None if noise is None else noise.kept(identities, len(agents))
-    keep_p = 1.0 if noise is None else 1 - noise.dropconnect_p
-    return flatten([tensors[identity] for identity in identities], len(agents), dtype, keep_KF, keep_p)
-
-
 def take_turn(
-    layers: Mapping[str, LoraLinear], agents: Sequence[int], flat_KF: Tensor, num_tokens: int, noise: Noise | None
+    layers: Mapping[str, LoraLinear],
+    layout: Layout,
+    agents: Sequence[int],
+    flat_KF: Tensor,
+    num_tokens: int,
+    noise: Noise | None,
 ) -> Turn:
-    """The turn of a pass of `agents` together through `layers`, with the weights of `gather_weights`."""
-    shapes = [layer.adapter_weight(agents[0], matrix).shape for layer in layers.values() for matrix in ("A", "B")]
-    matrices = split(flat_KF, shapes)
-    pairs = zip(matrices[::2], matrices[1::2], strict=True)
-    return Turn(tuple(agents), num_tokens, dict(zip(layers.values(), pairs, strict=True)), noise)
+    """The turn of a pass of `agents` together through `layers`, with their weights as the pass is to see them."""
+    matrices = layout.stacked(flat_KF)
+    pairs = {layer: (matrices[path, "A"], matrices[path, "B"]) for path, layer in layers.items()}
+    return Turn(tuple(agents), num_tokens, pairs, noise)
 
 
-def draw_keep_masks(
-    weights: Mapping[TensorId, Tensor], dropconnect_p: float, seed: int, step: int
-) -> dict[TensorId, Tensor]:
-    """DropConnect masks of one optimiser step: True with probability 1 - p, an independent draw for each agent.
-
-    One draw covers all tensors of an agent: a generator per tensor would cost a launch for each of some hundred.
-    """
-    keep: dict[TensorId, Tensor] = {}
-    for agent in sorted({identity.agent for identity in weights}):
-        own = {identity: weight for identity, weight in weights.items() if identity.agent == agent}
-        device = next(iter(own.values())).device
-        generator = torch.Generator(device).manual_seed(derive_seed(seed, "dropconnect", step, agent))
-        flat = torch.empty(sum(map(torch.numel, own.values())), dtype=torch.bool, device=device)
-        flat.bernoulli_(1 - dropconnect_p, generator=generator)
-        pieces = flat.split([weight.numel() for weight in own.values()])
-        keep |= {identity: piece.view_as(own[identity]) for identity, piece in zip(own, pieces, strict=True)}
+def draw_keep_masks(adapters: Mapping[int, Tensor], dropconnect_p: float, seed: int, step: int) -> dict[int, Tensor]:
+    """DropConnect masks of one optimiser step: True with probability 1 - p, an independent draw for each agent."""
+    keep: dict[int, Tensor] = {}
+    for agent, adapter_F in adapters.items():
+        generator = torch.Generator(adapter_F.device).manual_seed(derive_seed(seed, "dropconnect", step, agent))
+        keep_F = torch.empty_like(adapter_F, dtype=torch.bool)
+        keep[agent] = keep_F.bernoulli_(1 - dropconnect_p, generator=generator)
     return keep

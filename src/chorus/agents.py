@@ -16,7 +16,7 @@ Every mode keeps five promises (tests/test_agents.py holds them):
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,10 +35,11 @@ from chorus.adapters import (
     Noise,
     Routing,
     TensorId,
+    adapter_name,
     attach_agents,
     draw_keep_masks,
-    gather_weights,
     lora_layers,
+    take_out,
     take_turn,
 )
 from chorus.attention import attention_masks
@@ -46,6 +47,7 @@ from chorus.base import Head, base_tensors, head_of, trunk_of
 from chorus.config import Config
 from chorus.data import Batch
 from chorus.errors import InputError
+from chorus.flat_adapter import Layout, stack
 from chorus.graphs import MAX_RECORDINGS, RecordedPasses, Rows
 from chorus.layers import Recompute, prepare_layers, recomputed
 from chorus.packing import MAX_SHAPES
@@ -154,13 +156,13 @@ def build_agents(
         case "fused" | "sequential":
             size = 1 if mode == "sequential" else execution.agents_per_pass or len(agents)
             peft_models = [attach_agents(model, agents, shape, routing)]
-            grouped = GroupedAgents(agents, peft_models, routing, rates)
+            grouped = GroupedAgents(agents, peft_models, routing, rates, shape)
             grouped.groups = [agents[first : first + size] for first in range(0, len(agents), size)]
             built = grouped
         case "parallel":
             copies = [model, *(copy_sharing_storage(model) for _ in agents[1:])]
             peft_models = [attach_agents(own, [k], shape, routing) for own, k in zip(copies, agents, strict=True)]
-            built = ParallelAgents(agents, peft_models, routing, rates)
+            built = ParallelAgents(agents, peft_models, routing, rates, shape)
     for peft_model in peft_models:
         prepare_layers(causal_lm(peft_model), routing, recompute=execution.recompute, compiled=execution.compiled)
     built.recorded = RecordedPasses(partial(masks_of, model)) if execution.recorded else None
@@ -185,7 +187,14 @@ def causal_lm(peft_model: PeftModel) -> PreTrainedModel:
 class Agents(nn.Module):
     """The interface of all modes. A mode says how one batch passes through its agents."""
 
-    def __init__(self, agents: Sequence[int], peft_models: list[PeftModel], routing: Routing, rates: NoiseRates):
+    def __init__(
+        self,
+        agents: Sequence[int],
+        peft_models: list[PeftModel],
+        routing: Routing,
+        rates: NoiseRates,
+        shape: LoraShape,
+    ):
         super().__init__()
         self.agents = tuple(agents)
         self.peft_models = nn.ModuleList(peft_models)
@@ -195,16 +204,10 @@ class Agents(nn.Module):
         self.recorded: RecordedPasses | None = None
         # Looked up once: a walk through some thousand modules takes the host as long as a small pass.
         self._layers = {peft_model: lora_layers(peft_model) for peft_model in peft_models}
-        self._tensors = {
-            TensorId(agent, path, matrix): layer.adapter_weight(agent, matrix)
-            for agent in self.agents
-            for path, layer in self._layers[self.peft_model(agent)].items()
-            for matrix in ("A", "B")
-        }
-        storages = {
-            tensor.untyped_storage()._cdata for tensor in self._tensors.values()
-        }  # told apart without memory too
-        assert len(storages) == len(self._tensors), "two agents share an adapter tensor"
+        for agent in self.agents:
+            matrices = take_out(self._layers[self.peft_model(agent)], agent, shape)
+            self.layout = Layout({key: matrix.shape for key, matrix in matrices.items()})  # one for all
+            self.register_parameter(adapter_name(agent), nn.Parameter(self.layout.join(matrices)))
         self._noise: Noise | None = None
         self.train()
 
@@ -233,7 +236,9 @@ class Agents(nn.Module):
     def _weights(self, agents: tuple[int, ...], noise: Noise | None) -> Tensor | None:
         if not agents:
             return None
-        return gather_weights(self.adapter_tensors(), agents, causal_lm(self.peft_model(agents[0])).dtype, noise)
+        own, dtype = self.adapters(), causal_lm(self.peft_model(agents[0])).dtype
+        keeps = [noise.keep[agent] for agent in agents] if noise is not None and noise.keep else None
+        return stack([own[agent] for agent in agents], dtype, keeps, 1 - self.rates.dropconnect_p)
 
     @contextmanager
     def _turn(
@@ -242,7 +247,7 @@ class Agents(nn.Module):
         peft_model = self.peft_model(agents[0] if agents else self.agents[0])
         turn = BASE_ALONE
         if flat_KF is not None:
-            turn = take_turn(self._layers[peft_model], agents, flat_KF, num_tokens, noise)
+            turn = take_turn(self._layers[peft_model], self.layout, agents, flat_KF, num_tokens, noise)
         with self.routing.of(turn):
             yield trunk_of(causal_lm(peft_model))
 
@@ -250,9 +255,28 @@ class Agents(nn.Module):
         """The output layer, one for all agents."""
         return head_of(causal_lm(self.peft_model(self.agents[0])))
 
-    def adapter_tensors(self) -> dict[TensorId, nn.Parameter]:
-        """Every trainable tensor under its identity: agent by agent, in the model's order."""
-        return self._tensors
+    def adapters(self) -> dict[int, nn.Parameter]:
+        """All that is trained: each agent's adapter_F, laid out by `layout`, the agents in order."""
+        return {agent: getattr(self, adapter_name(agent)) for agent in self.agents}
+
+    def named(self, flat: Mapping[int, Tensor]) -> dict[TensorId, Tensor]:
+        """What is laid out as the agents' adapters are, by identity: agent by agent, views in the model's order."""
+        return {
+            TensorId(agent, *key): view
+            for agent, flat_F in flat.items()
+            for key, view in self.layout.views(flat_F).items()
+        }
+
+    def joined(self, tensors: Mapping[TensorId, Tensor]) -> dict[int, Tensor]:
+        """New flat tensors, one an agent: the counterpart of `named`."""
+        return {
+            agent: self.layout.join({key: tensors[TensorId(agent, *key)] for key in self.layout.shapes})
+            for agent in self.agents
+        }
+
+    def adapter_tensors(self) -> dict[TensorId, Tensor]:
+        """Every trained matrix under its identity: views of the adapters, to read and to write, without gradients."""
+        return self.named({agent: adapter_F.detach() for agent, adapter_F in self.adapters().items()})
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the base, each once."""
@@ -300,8 +324,8 @@ class Agents(nn.Module):
         if step is None or (rates.dropconnect_p == 0 and rates.dropout_p == 0):
             return None
         if self._noise is None or self._noise.step != step:
-            weights = self.adapter_tensors() if rates.dropconnect_p > 0 else {}
-            keep = draw_keep_masks(weights, rates.dropconnect_p, rates.seed, step)
+            masked = self.adapters() if rates.dropconnect_p > 0 else {}
+            keep = draw_keep_masks(masked, rates.dropconnect_p, rates.seed, step)
             self._noise = Noise(rates.seed, step, slot, keep, rates.dropconnect_p, rates.dropout_p)
         return replace(self._noise, slot=slot)
 
@@ -318,10 +342,9 @@ class GroupedAgents(Agents):
         noise = self._noise_of(step, slot)
         if len(self.groups) == 1:
             return self.joint_pass(self.agents, batch, noise)
-        tensors = self.adapter_tensors()
-        outputs = []
+        adapters, outputs = self.adapters(), []
         for group in self.groups:
-            own = [tensor for identity, tensor in tensors.items() if identity.agent in group]
+            own = [adapters[agent] for agent in group]
             outputs.append(recomputed(lambda group=group: self.joint_pass(group, batch, noise), own))
         return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))
 

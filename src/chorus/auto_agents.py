@@ -3,11 +3,14 @@
 import gc
 import json
 import sys
+from math import ceil
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chorus.adapters import lora_shape
@@ -144,11 +147,11 @@ def _two_steps(model: PreTrainedModel, config: Config, precision: str, machine: 
     if machine.deepspeed is not None:
         agents.to(DTYPES[precision])
         shares = machine.num_processes
-    tensors = list(agents.adapter_tensors().values())
-    stepped = tensors[: max(1, len(tensors) // shares)]
-    optimizer = adamw(dict(zip(agents.adapter_tensors(), stepped, strict=False)), config.lr, config.weight_decay)
-    standing = sum(trained_bytes(sum(map(torch.numel, tensors)), config, DTYPES[precision], machine).values())
-    counted = sum(tensor.nbytes for tensor in tensors) + 2 * sum(tensor.nbytes for tensor in stepped)
+    adapters = list(agents.adapters().values())
+    stepped = [nn.Parameter(adapter_F.detach()[: ceil(len(adapter_F) / shares)]) for adapter_F in adapters]
+    optimizer = adamw(stepped, config.lr, config.weight_decay)
+    standing = sum(trained_bytes(sum(map(torch.numel, adapters)), config, DTYPES[precision], machine).values())
+    counted = sum(adapter_F.nbytes for adapter_F in adapters) + 2 * sum(own.nbytes for own in stepped)
     beside = torch.empty(max(0, standing - counted), dtype=torch.uint8, device=device)
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
@@ -169,7 +172,10 @@ def _two_steps(model: PreTrainedModel, config: Config, precision: str, machine: 
         )
         del output
         part.share.backward()
+        for own, adapter_F in zip(stepped, adapters, strict=True):
+            own.grad = cast(Tensor, adapter_F.grad)[: len(own)]
         optimizer.step()
+        optimizer.zero_grad()
         agents.zero_grad()
     del beside
 

@@ -179,11 +179,11 @@ class Engine:
     def _step_plain(self) -> Tensor:
         """Clip, step and zero; each agent's gradient norm. Nothing here waits for the device."""
         self.accelerator.unscale_gradients()
-        groups = self.optimizer.param_groups  # an agent each
-        norm_K = torch.stack([get_total_norm([tensor.grad for tensor in group["params"]]) for group in groups])
-        self.grad_norm = leave_out(groups, norm_K)
+        adapters = self.agents.adapters().values()
+        norm_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
+        self.grad_norm = leave_out(self.optimizer.param_groups, norm_K)  # an agent each
         if self.max_grad_norm > 0:
-            clip_grads_with_norm_(self.agents.adapter_tensors().values(), self.max_grad_norm, self.grad_norm)
+            clip_grads_with_norm_(adapters, self.max_grad_norm, self.grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm_K
@@ -221,7 +221,7 @@ class Engine:
         """The context of passes beside training, in which processes need not keep step. Collective at both ends."""
         if zero_stage(self.accelerator) < 3:
             return nullcontext()
-        return sharding.whole(self.module, list(self.agents.adapter_tensors().values()))
+        return sharding.whole(self.module, list(self.agents.adapters().values()))
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -244,10 +244,8 @@ class Engine:
         read = Tensor.detach
         if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param as read  # two seconds of imports for those who use it
-        return {
-            identity: cast(Tensor, read(tensor)).float().cpu()
-            for identity, tensor in self.agents.adapter_tensors().items()
-        }
+        flat = {agent: cast(Tensor, read(own)).float().cpu() for agent, own in self.agents.adapters().items()}
+        return self.agents.named(flat)
 
     def sum(self, own: Tensor) -> Tensor:
         """The sum of `own` over processes."""
@@ -276,12 +274,10 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
     """
     named = ((f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items())
     refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
-    adapters = list(agents.adapter_tensors().values())
+    adapters = list(agents.adapters().values())
     num_elements = sum(map(torch.numel, adapters))
-    optimizer = adamw(agents.adapter_tensors(), config.lr, config.weight_decay)
-    plugin, stage = accelerator.state.deepspeed_plugin, zero_stage(accelerator)
-    if plugin is not None and stage == 3:
-        sharding.leave_adapters_whole(plugin.deepspeed_config["zero_optimization"], adapters)
+    optimizer = adamw(adapters, config.lr, config.weight_decay)
+    stage = zero_stage(accelerator)
     module, optimizer = accelerator.prepare(agents, optimizer)
     limit_waiting(config.collective_timeout_s)
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
@@ -295,5 +291,5 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
         )
     if stage == 3:
         sharding.announce_reads(agents)
-        sharding.make_whole(adapters)
+        sharding.leave_whole(module.optimizer, adapters)
     return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)

@@ -117,7 +117,7 @@ def forecast(config: Config, precision: str, machine: Machine, length: int | Non
     length = length or longest_batch(config)
     execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
     agents = _agents_without_values(config, dtype, execution, machine)
-    elements = sum(map(torch.numel, agents.adapter_tensors().values()))
+    elements = sum(map(torch.numel, agents.adapters().values()))
     standing = base_bytes(bytes_of(agents.frozen_tensors().values()), dtype, machine)
     standing |= trained_bytes(elements, config, dtype, machine)
     if machine.device_type == "cpu":
@@ -225,8 +225,8 @@ def _agents_without_values(config: Config, dtype: torch.dtype, execution: Execut
     with torch.device("meta"):
         agents = build_agents(config.parallel_mode, skeleton, config.num_agents, lora_shape(config), rates, partitioned)
     if rates.dropconnect_p > 0 or rates.dropout_p > 0:
-        weights = agents.adapter_tensors().items() if rates.dropconnect_p > 0 else ()
-        keep = {identity: torch.empty_like(weight, dtype=torch.bool) for identity, weight in weights}
+        masked = agents.adapters().items() if rates.dropconnect_p > 0 else ()
+        keep = {agent: torch.empty_like(adapter_F, dtype=torch.bool) for agent, adapter_F in masked}
         agents._noise = Undrawn(rates.seed, 0, 0, keep, rates.dropconnect_p, rates.dropout_p)
     return agents
 
@@ -250,8 +250,7 @@ def _micro_batch(agents: Agents, rows: int, length: int, execution: Execution) -
         agents.recorded = lambda key, run, rows, flat_KF: run(rows, flat_KF, base_masks_of(rows))  # pyright: ignore
         run()
         agents.recorded = None
-        for tensor in agents.adapter_tensors().values():
-            tensor.grad = None
+        agents.zero_grad()
     if execution.recorded:
         agents.recorded = Recorded(live, base_masks_of)  # pyright: ignore[reportAttributeAccessIssue]
     agents.head = noted

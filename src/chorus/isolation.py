@@ -7,13 +7,12 @@ are, and the host reads the norms a step later, so that nothing waits for them.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from chorus.adapters import TensorId
 from chorus.errors import RunError
 
 if TYPE_CHECKING:
@@ -42,13 +41,10 @@ class AgentwiseAdamW(torch.optim.AdamW):
             self.param_groups, self.found_inf = groups, overflow
 
 
-def adamw(tensors: Mapping[TensorId, nn.Parameter], lr: float, weight_decay: float) -> AgentwiseAdamW:
-    """AdamW with torch's defaults besides, the agents in order, each a group."""
-    groups: dict[int, dict[str, Any]] = {}
-    for identity, tensor in tensors.items():
-        group = groups.setdefault(identity.agent, {"params": [], "skip": torch.zeros((), device=tensor.device)})
-        group["params"].append(tensor)
-    return AgentwiseAdamW(list(groups.values()), lr=lr, weight_decay=weight_decay, fused=True)
+def adamw(adapters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> AgentwiseAdamW:
+    """AdamW with torch's defaults besides, each agent's adapter a group."""
+    groups = [{"params": [adapter_F], "skip": torch.zeros((), device=adapter_F.device)} for adapter_F in adapters]
+    return AgentwiseAdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def leave_out(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> Tensor:

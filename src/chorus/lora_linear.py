@@ -5,13 +5,10 @@ thin ones are batched over agents. The thin product is written first and the lar
 enough to hide reading what it adds to, and the thin one has not.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # loops in C++
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 # Registered operators, and not an autograd.Function alone: torch.compile takes them as they are. Traced through, the
 # addition in place would become a copy.
@@ -99,56 +96,3 @@ def lora_linear(
     image and the weights.
     """
     return _forward(x_KNI, weight_OI, bias_O, A_KRI, B_KOR, scaling)[0]
-
-
-def flatten(
-    weights: Sequence[nn.Parameter], num_agents: int, dtype: torch.dtype, keep_KF: Tensor | None, keep_p: float
-) -> Tensor:
-    """All matrices of `num_agents` agents, given agent by agent, as flat_KF of `dtype`.
-
-    Few launches for some thousand tensors; in backward their gradients are views of one buffer. DropConnect (Wan et al.
-    2013), where `keep_KF` is given: a weight is kept where it is True and divided by `keep_p`, in the weights' own
-    dtype. The weights themselves are never written.
-    """
-    return _Flatten.apply(num_agents, dtype, keep_KF, keep_p, *weights)  # pyright: ignore[reportReturnType]
-
-
-class _Flatten(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, num_agents: int, dtype: torch.dtype, keep_KF: Tensor | None, keep_p: float, *weights: Tensor
-    ) -> Tensor:
-        ctx.weights, ctx.keep_p = weights, keep_p  # for their shapes and dtype
-        ctx.save_for_backward(keep_KF)
-        flat_KF = _flatten_dense_tensors(weights).view(num_agents, -1)
-        if keep_KF is not None:
-            flat_KF.mul_(keep_KF).div_(keep_p)
-        return flat_KF.to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (keep_KF,) = ctx.saved_tensors
-        flat_KF = gradients[0].to(ctx.weights[0].dtype, copy=True)
-        if keep_KF is not None:
-            flat_KF.mul_(keep_KF).div_(ctx.keep_p)
-        return None, None, None, None, *_unflatten_dense_tensors(flat_KF.flatten(), ctx.weights)
-
-
-def split(flat_KF: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """The matrices in flat_KF, as (K, ...) for each shape of one agent's: views of it, with a gradient in one piece."""
-    return _Split.apply(flat_KF, shapes)  # pyright: ignore[reportReturnType]
-
-
-class _Split(torch.autograd.Function):
-    """Autograd's own views would add each gradient to a zero tensor of the whole."""
-
-    @staticmethod
-    def forward(ctx: Any, flat_KF: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-        pieces = flat_KF.detach().split([shape.numel() for shape in shapes], dim=1)
-        return tuple(piece.unflatten(1, shape) for piece, shape in zip(pieces, shapes, strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1), None

@@ -209,12 +209,11 @@ def elsewhere(agents: Agents) -> list[str]:
 
 def growth(config: Config, base: PreTrainedModel, agents: Agents) -> int:
     """Bytes that one agent more takes, beyond those of its adapters: 0 where the base is shared."""
-    own = [tensor for identity, tensor in agents.adapter_tensors().items() if identity.agent == 0]
     counted = []
     for num_agents in (config.num_agents, config.num_agents + 1):
         built = agents_of(config, base, num_agents, Execution())
         counted.append(bytes_of([*built.parameters(), *built.buffers()]))
-    return counted[1] - counted[0] - sum(4 * tensor.numel() for tensor in own)
+    return counted[1] - counted[0] - 4 * agents.adapters()[0].numel()
 
 
 def checksums_of(agents: Agents) -> dict[str, int]:

@@ -10,19 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from chorus.adapters import lora_layers
 from chorus.agents import Agents
-
-PERSISTENCE = "stage3_param_persistence_threshold"  # DeepSpeed leaves tensors of at most so many elements whole
-
-
-def leave_adapters_whole(zero: dict[str, Any], adapters: Sequence[Tensor]) -> None:
-    """Set DeepSpeed's limit so that no adapter is cut. The base's matrices are larger, its norms smaller."""
-    largest = max(map(Tensor.numel, adapters))
-    theirs = zero.get(PERSISTENCE, "auto")
-    zero[PERSISTENCE] = largest if theirs == "auto" else max(largest, theirs)
 
 
 def announce_reads(agents: Agents) -> None:
@@ -35,6 +26,19 @@ def announce_reads(agents: Agents) -> None:
                 register_external_parameter(layer, weight)
     for weight in agents.head().linear.parameters(recurse=False):
         register_external_parameter(agents, weight)
+
+
+def leave_whole(zero: Any, adapters: Sequence[nn.Parameter]) -> None:
+    """Have DeepSpeed's optimizer gather the adapters after every step, and cut them for the step alone.
+
+    It does so by itself only below one number of elements, whatever a parameter is for; most of a base lies below an
+    adapter. A collective call.
+    """
+    cut = [adapter_F for adapter_F in cast(Sequence[Any], adapters) if not adapter_F.ds_persist]
+    for adapter_F in cut:
+        adapter_F.ds_persist = True
+    zero.persistent_parameters.extend(cut)
+    make_whole(adapters)
 
 
 def make_whole(adapters: Sequence[nn.Parameter]) -> None:

@@ -4,7 +4,7 @@ Learning rate, order of the rows and random draws are functions of the step, so 
 fp16 there is also the loss scale, which starts anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,26 +33,24 @@ class TrainingState(NamedTuple):
 
 def read_state(engine: Engine) -> TrainingState:
     """The engine's state after an optimiser step. A collective call."""
-    tensors = engine.agents.adapter_tensors()
+    adapters = engine.agents.adapters()
     if engine.is_deepspeed:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = steps_taken(engine.module.optimizer)
         moments = {
-            name: {
-                identity: safe_get_full_optimizer_state(tensor, name).float().cpu()  # pyright: ignore
-                for identity, tensor in tensors.items()
-            }
+            name: {agent: safe_get_full_optimizer_state(own, name) for agent, own in adapters.items()}
             for name in MOMENTS
         }
     else:
-        state = engine.optimizer.state
-        steps = [int(state[group["params"][0]]["step"]) for group in engine.optimizer.param_groups]
-        moments = {
-            name: {identity: state[tensor][name].float().cpu() for identity, tensor in tensors.items()}
-            for name in MOMENTS
-        }
-    return TrainingState(engine.adapter_values(), moments, steps[0] if len(set(steps)) == 1 else steps)
+        states = {agent: engine.optimizer.state[own] for agent, own in adapters.items()}
+        steps = [int(own["step"]) for own in states.values()]
+        moments = {name: {agent: own[name] for agent, own in states.items()} for name in MOMENTS}
+    named = {
+        name: engine.agents.named({agent: cast(Tensor, flat).float().cpu() for agent, flat in own.items()})
+        for name, own in moments.items()
+    }
+    return TrainingState(engine.adapter_values(), named, steps[0] if len(set(steps)) == 1 else steps)
 
 
 def restore_state(engine: Engine, state: TrainingState) -> None:
@@ -62,73 +60,71 @@ def restore_state(engine: Engine, state: TrainingState) -> None:
         InputError: it has other tensors, or other shapes, than the agents.
     """
     _refuse_other_tensors(engine.agents.adapter_tensors(), state.weights)
+    weights = engine.agents.joined(state.weights)
+    moments = {name: engine.agents.joined(own) for name, own in state.moments.items()}
+    steps = state.optimizer_step
+    if isinstance(steps, int):
+        steps = [steps] * len(weights)
+    if engine.is_deepspeed:
+        set_steps_taken(engine.module.optimizer, steps)
     if zero_stage(engine.accelerator) == 3:
-        _restore_shards(engine, state)
+        _restore_shards(engine, weights, moments)
     elif engine.is_deepspeed:
-        _restore_zero(engine, state)
+        _restore_zero(engine, weights, moments)
     else:
-        _restore_plain(engine, state)
+        _restore_plain(engine, weights, moments, steps)
+
+
+FlatByAgent = Mapping[int, Tensor]
 
 
 @torch.no_grad()
-def _restore_plain(engine: Engine, state: TrainingState) -> None:
-    tensors = engine.agents.adapter_tensors()
-    identities = {id(tensor): identity for identity, tensor in tensors.items()}
-    for identity, tensor in tensors.items():
-        tensor.copy_(state.weights[identity])
+def _restore_plain(
+    engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent], steps: Sequence[int]
+) -> None:
+    for agent, adapter_F in engine.agents.adapters().items():
+        adapter_F.copy_(weights[agent])
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer  # pyright: ignore  (Accelerate's wrapper)
-    in_order = [identities[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]]
-    steps = dict(zip(engine.agents.agents, _steps_by_agent(engine, state), strict=True))
     own = {
-        place: {
-            "step": torch.tensor(float(steps[identity.agent])),
-            **{name: state.moments[name][identity] for name in MOMENTS},
-        }
-        for place, identity in enumerate(in_order)
+        place: {"step": torch.tensor(float(steps[place])), **{name: moments[name][agent] for name in MOMENTS}}
+        for place, agent in enumerate(engine.agents.agents)
     }
     # torch's own loading puts each tensor, and the step count, where this kind of AdamW wants it.
     optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @torch.no_grad()
-def _restore_zero(engine: Engine, state: TrainingState) -> None:
+def _restore_zero(engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent]) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    set_steps_taken(engine.module.optimizer, _steps_by_agent(engine, state))
-    for identity, tensor in engine.agents.adapter_tensors().items():
-        safe_set_full_fp32_param(tensor, state.weights[identity])
-        tensor.copy_(state.weights[identity])
+    for agent, adapter_F in engine.agents.adapters().items():
+        safe_set_full_fp32_param(adapter_F, weights[agent])
+        adapter_F.copy_(weights[agent])
         for name in MOMENTS:
-            safe_set_full_optimizer_state(tensor, state.moments[name][identity], name)
+            safe_set_full_optimizer_state(adapter_F, moments[name][agent], name)
 
 
 @torch.no_grad()
-def _restore_shards(engine: Engine, state: TrainingState) -> None:
-    """The same under stage 3, which cuts each tensor by itself into as many shards as there are processes."""
+def _restore_shards(engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent]) -> None:
+    """The same under stage 3, which cuts each adapter by itself into as many shards as there are processes."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    set_steps_taken(engine.module.optimizer, _steps_by_agent(engine, state))
-    tensors = engine.agents.adapter_tensors()
-    with GatheredParameters(tensors.values(), modifier_rank=0):
-        for identity, tensor in tensors.items():
-            tensor.copy_(state.weights[identity])
-    for identity, tensor in tensors.items():
-        size = cast(Any, tensor).ds_tensor.numel()  # of a shard, the last of which is padded
+    adapters = engine.agents.adapters()
+    with GatheredParameters(adapters.values(), modifier_rank=0):
+        for agent, adapter_F in adapters.items():
+            adapter_F.copy_(weights[agent])
+    for agent, adapter_F in adapters.items():
+        size = cast(Any, adapter_F).ds_tensor.numel()  # of a shard, the last of which is padded
 
-        def own(whole: Tensor, size: int = size) -> Tensor:
-            padded = torch.nn.functional.pad(whole.flatten(), (0, size * engine.num_processes - whole.numel()))
+        def own(whole_F: Tensor, size: int = size) -> Tensor:
+            padded = torch.nn.functional.pad(whole_F, (0, size * engine.num_processes - whole_F.numel()))
             return padded.narrow(0, size * engine.process_index, size)
 
-        safe_set_local_fp32_param(tensor, own(state.weights[identity]))
+        safe_set_local_fp32_param(adapter_F, own(weights[agent]))
         for name in MOMENTS:
-            safe_set_local_optimizer_state(tensor, own(state.moments[name][identity]), name)
-    make_whole(list(tensors.values()))
-
-
-def _steps_by_agent(engine: Engine, state: TrainingState) -> list[int]:
-    steps = state.optimizer_step
-    return [steps] * len(engine.agents.agents) if isinstance(steps, int) else steps
+            safe_set_local_optimizer_state(adapter_F, own(moments[name][agent]), name)
+    make_whole(list(adapters.values()))
 
 
 def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[TensorId, Tensor]) -> None:
