@@ -42,8 +42,10 @@ from chorus.agents import (
     NoiseRates,
     ParallelAgents,
     build_agents,
+    causal_lm,
     decide_execution,
 )
+from chorus.base import trunk_of
 from chorus.config import Config
 from chorus.data import Batch, collate
 from chorus.errors import InputError
@@ -239,6 +241,14 @@ def test_groups_of_fused_agents_give_what_all_of_them_give(
     assert max_difference(output.nll_KBT, expected.nll_KBT) < EXACT
     for identity, gradient in expected_gradients.items():
         assert max_difference(gradients[identity], gradient) < EXACT, identity
+
+
+@pytest.mark.parametrize(("checkpointing", "expected"), [("none", 4), ("selective", 4), ("full", 2)])
+def test_groups_are_passed_again_in_backward_where_their_layers_are_not(checkpointing: Recompute, expected: int):
+    agents, passes = toy_agents("fused", agents_per_pass=2, gradient_checkpointing=checkpointing), []
+    trunk_of(causal_lm(agents.peft_models[0])).register_forward_hook(lambda *_: passes.append(1))  # pyright: ignore
+    run(agents, toy_batch())
+    assert len(passes) == expected
 
 
 @EVERY_MODE

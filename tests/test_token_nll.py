@@ -8,7 +8,7 @@ from toy import max_difference, tiny_gemma, toy_batch
 
 from chorus import token_nll as token_nll_module
 from chorus.base import Head, head_of, trunk_of
-from chorus.token_nll import token_nll
+from chorus.token_nll import SMALL_CAP, token_nll
 
 
 def head(softcap: float | None, bias: bool = False, width: int = 16, vocabulary: int = 61) -> Head:
@@ -26,7 +26,7 @@ def reference(hidden_BTD, batch, head: Head):
     return cross_entropy(x.transpose(1, 2), batch.target_BT, reduction="none") * batch.mask_BT
 
 
-@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("softcap", [None, 0.5, 100.0])  # the last: with a maximum taken off
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
 def test_values_and_gradients_are_those_of_float64_autograd_at_any_chunk_size(monkeypatch, softcap, bias, chunk_rows):
@@ -37,8 +37,19 @@ def test_values_and_gradients_are_those_of_float64_autograd_at_any_chunk_size(mo
     expected_BT = reference(hidden_BTD, batch, head(softcap, bias))
     (gradient,) = torch.autograd.grad((nll_BT * weight_BT).sum(), hidden_BTD)
     (expected_gradient,) = torch.autograd.grad((expected_BT * weight_BT).sum(), hidden_BTD)
-    assert max_difference(nll_BT, expected_BT) < 1e-6
+    assert max_difference(nll_BT, expected_BT) < 2e-6
     assert max_difference(gradient, expected_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("softcap", [30.0, SMALL_CAP, 100.0])
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_logits_at_their_cap_overflow_nothing(softcap: float, direction: float):
+    own, batch = head(softcap), toy_batch()
+    with torch.no_grad():
+        own.weight_VD.abs_()
+    hidden_BTD = torch.full((4, 10, 16), 1e6 * direction)
+    nll_BT = token_nll(hidden_BTD, batch.target_BT, batch.target_rows_N, own)
+    assert max_difference(nll_BT, reference(hidden_BTD, batch, own)) < 1e-5
 
 
 def test_it_is_the_loss_of_the_models_own_logits():

@@ -1,7 +1,8 @@
 """K agents over one frozen base, in one of three modes behind one interface.
 
 fused       one PeftModel with K adapters; all agents in one pass over K x B rows: the fastest. In groups of
-            `agents_per_pass`, a group's activations are made again in backward, so that only one group's are ever held.
+            `agents_per_pass`, a group's activations are made again in backward, so that only one group's are ever held;
+            but where every layer's are anyway (recompute "full"), which leaves one group's at the layer under way.
 sequential  groups of one: the least memory, one forward pass more.
 parallel    K PeftModels whose frozen parameters and buffers are the same storage; all activations are held.
 
@@ -158,6 +159,7 @@ def build_agents(
             peft_models = [attach_agents(model, agents, shape, routing)]
             grouped = GroupedAgents(agents, peft_models, routing, rates, shape)
             grouped.groups = [agents[first : first + size] for first in range(0, len(agents), size)]
+            grouped.are_made_again = mode == "sequential" or execution.recompute != "full"
             built = grouped
         case "parallel":
             copies = [model, *(copy_sharing_storage(model) for _ in agents[1:])]
@@ -331,9 +333,14 @@ class Agents(nn.Module):
 
 
 class GroupedAgents(Agents):
-    """Groups of agents through one PeftModel, each group in one pass; backward makes all groups' activations again."""
+    """Groups of agents through one PeftModel, each group in one pass.
+
+    Attributes:
+        are_made_again: several groups' activations are made again in backward, one group at a time.
+    """
 
     groups: list[tuple[int, ...]]
+    are_made_again: bool
 
     def peft_model(self, agent: int) -> PeftModel:
         return self.peft_models[0]  # pyright: ignore[reportReturnType]
@@ -344,8 +351,11 @@ class GroupedAgents(Agents):
             return self.joint_pass(self.agents, batch, noise)
         adapters, outputs = self.adapters(), []
         for group in self.groups:
-            own = [adapters[agent] for agent in group]
-            outputs.append(recomputed(lambda group=group: self.joint_pass(group, batch, noise), own))
+            if self.are_made_again:
+                own = [adapters[agent] for agent in group]
+                outputs.append(recomputed(lambda group=group: self.joint_pass(group, batch, noise), own))
+            else:
+                outputs.append(self.joint_pass(group, batch, noise))
         return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))
 
 

@@ -57,7 +57,8 @@ class Config(BaseModel):
     """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
     agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""
     agents_per_pass: PositiveInt | None = None
-    """fused: at most so many agents in one pass, where memory is short; each pass is computed twice then. null: all."""
+    """fused: at most so many agents in one pass, where memory is short; each pass is computed twice then, but with
+    gradient_checkpointing full, which computes every layer twice as it is. null: all."""
     lora_rank: PositiveInt = 8
     """Rank R of every adapter."""
     lora_alpha: PositiveFloat = 16.0

@@ -193,11 +193,11 @@ def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> t
     """Bytes at the peak of the loss over `rows` tokens, and those of them that stay: the gradient of hidden_ND."""
     V, D = head.weight_VD.shape
     hidden_ND = torch.empty(rows, D, dtype=dtype, device="meta", requires_grad=True)
-    if device_type == "cuda":  # compiled: a chunk's logits, over which their slope is written, and one copy in fp32
+    if device_type == "cuda":  # compiled: a chunk's logits, over which their slope is written, and nothing beside
         chunk = min(rows, max(1, token_nll.CHUNK_ELEMENTS // V))
         gradient = hidden_ND.nbytes
         # In backward it is scaled in fp32, cast, and put in its place among all rows.
-        return max(2 * gradient + chunk * V * (dtype.itemsize + 4), 3 * gradient + 4 * rows * D), gradient
+        return max(2 * gradient + chunk * V * dtype.itemsize, 3 * gradient + 4 * rows * D), gradient
     ids_N = torch.empty(rows, dtype=torch.int64, device="meta")
     with LiveBytes() as live:
         nll_BT = token_nll.token_nll(hidden_ND[None], ids_N[None], ids_N, head)
