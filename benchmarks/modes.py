@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
 
+import timing
 import torch
 from case import FLAGS, Case
 from conditions import conditions
@@ -77,11 +78,11 @@ def alone(case: Case, seconds: float, **settings: Any) -> dict[str, Any] | None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["measure"])  # each row starts with everything imported, and no GPU touched yet
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_into, args=(theirs, case, settings))
-    process.start()
+    process, begun = context.Process(target=_measure_into, args=(theirs, case, settings)), time.monotonic()
+    process.start()  # the first one waits for the imports
     theirs.close()
     try:
-        outcome = ours.recv() if ours.poll(seconds) else None
+        outcome = ours.recv() if ours.poll(max(0.0, begun + seconds - time.monotonic())) else None
     except EOFError:
         process.join()
         outcome = {"failed": f"its process ended with code {process.exitcode}"}
@@ -201,7 +202,8 @@ def expected_loss(case: Case, rows: dict[Case, dict[str, Any]], about: dict[str,
 
 
 def main() -> None:
-    options, started = arguments(), time.monotonic()
+    options = arguments()
+    end = timing.deadline(60 * options.minutes)
     cases = headline_rows() if options.is_headline or options.list else list(chosen_rows(options))
     cases = [case for case in cases if any(text in case.name for text in options.only)]
     if options.list:
@@ -216,7 +218,7 @@ def main() -> None:
     rows = {_case(row): row for row in before}
     waiting = list(cases)
     while waiting:
-        case, left = waiting[0], 60 * options.minutes - (time.monotonic() - started)
+        case, left = waiting[0], end - time.monotonic()
         if left < SHORTEST_ROW_S:
             break
         how = {"rank": options.rank, "steps": options.steps, "profile_to": options.out if options.profile else None}

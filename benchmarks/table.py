@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 
 import psutil
+import timing
 import torch
 from case import Case
 from verdicts import ENGINES, MODES, Row, checks, key_of, name_of, with_ratios
@@ -247,14 +248,12 @@ def measure_all(waiting: Sequence[Row], progress: Progress, limit: float, deadli
 
 
 def main() -> None:
-    deadline = time.monotonic()
     options = arguments()
-    deadline += options.seconds
     progress = Progress(options.out)
     wanted = rows(options, ON_GPU if torch.cuda.is_available() else ON_CPU)
     if not options.list:
         waiting = [row for row in wanted if not progress.is_measured(row)]
-        measure_all(waiting, progress, options.limit, deadline)
+        measure_all(waiting, progress, options.limit, timing.deadline(options.seconds))
     for row in wanted:
         known = progress.of(row)
         print(name_of(row) + (": not measured" if known is None else ": failed" if "failed" in known else ": measured"))

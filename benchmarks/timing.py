@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from statistics import median
 
+import psutil
 import torch
 
 TIMED_S = 12.0  # of a row whose steps are slow, fewer are timed, but three
@@ -51,6 +52,11 @@ def timed(step: Callable[[], object], steps: int, device: torch.device) -> Itera
     wait(device)
     for before, after in pairwise(marks):
         yield before.elapsed_time(after)
+
+
+def deadline(seconds: float) -> float:
+    """When a command that is given so many seconds has had them, its imports included; by time.monotonic()."""
+    return time.monotonic() + seconds - (time.time() - psutil.Process().create_time())
 
 
 def wait(device: torch.device) -> None:
