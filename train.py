@@ -16,7 +16,6 @@ gc.disable()  # the libraries make a million objects, and all of them stay: look
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -33,7 +32,7 @@ from chorus.evaluate import evaluate, held_out_share
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.isolation import Skips
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
-from chorus.objective import SwdSettings, objective
+from chorus.objective import objective_of
 from chorus.profiler import profiled
 from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
 from chorus.rows import read_problems
@@ -143,14 +142,7 @@ def train(
     device = engine.accelerator.device
     accumulation = config.gradient_accumulation_steps
     lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
-    share_of = partial(
-        objective,
-        num_micro_batches=accumulation,
-        lambda_sw=config.lambda_sw,
-        swd=SwdSettings(config.swd_num_projections, config.swd_representation, config.seed),
-        rows_per_process=config.batch_size,
-        gather=engine.gather,
-    )
+    share_of = objective_of(config, engine.gather)
     meter = Meter(config.num_agents, device, config.log_memory_usage)
     skips = Skips(config.max_skipped_steps, keeper.facts)
     with (
@@ -168,9 +160,7 @@ def train(
                 with engine.micro_batch():
                     with span("forward_pass"):
                         output = engine.module(batch, step=step, slot=slot)
-                    part = share_of(
-                        output.nll_KBT, output.hidden_KBTD, batch, num_targets=step_batch.num_targets, step=step
-                    )
+                    part = share_of(*output, batch, num_targets=step_batch.num_targets, step=step)
                     engine.backward(part.share)
                 # -----------------------------------------------------------------------------------
                 meter.add(part, step_batch.num_targets, accumulation, batch.input_BT.numel())

@@ -48,10 +48,16 @@ class Switching:
         if not tuned:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
+        is_fused = self.parameters[0].is_cuda or None
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.01, fused=is_fused)
 
-    def backward(self, batch: Batch) -> Tensor:
-        """Gradients of every agent; the mean token NLL of each."""
-        return torch.stack([self._agent(agent, batch) for agent in self.agents])
+    def step(self, batch: Batch) -> Tensor:
+        """One optimiser step; the mean token NLL of each agent before it."""
+        loss_K = torch.stack([self._agent(agent, batch) for agent in self.agents])
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss_K
 
     def _agent(self, agent: int, batch: Batch) -> Tensor:
         self.model.set_adapter(adapter_name(agent))
@@ -72,6 +78,8 @@ class Switching:
 
 def fuse_norms(base: PreTrainedModel) -> str:
     """Liger-Kernel's RMSNorm and GeGLU in a Gemma-2, where it is installed; what was done, for the table."""
+    if base.device.type != "cuda":
+        return "no fused norms"  # its kernels run on GPUs alone
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_gemma2  # pyright: ignore[reportMissingImports]
     except ImportError:

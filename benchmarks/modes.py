@@ -15,19 +15,24 @@ import math
 import multiprocessing
 import os
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
 
+import timing
 import torch
+from case import FLAGS, Case
 from conditions import conditions
-from measure import DTYPES, MODES, Case, measure
+from measure import DTYPES, measure
 
 from chorus.layers import Recompute
 
-SLOWEST_ROW_S = 150  # a row that takes longer is given up: compiling and recording takes 20 to 60 s, the steps a few
+MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
+SLOWEST_ROW_S = 180  # a row that takes longer is given up: compiling and recording takes 20 to 60 s, the steps a few
+SHORTEST_ROW_S = 20  # none is begun with less time left
 
 
 def headline_rows() -> list[Case]:
@@ -41,13 +46,13 @@ def headline_rows() -> list[Case]:
         Case(small, "tuned switching", 4, 4, 512),
         Case(small, "fused", 16, 1, 512, **fast),
         Case(small, "tuned switching", 4, 1, 512),
-        Case(large, "fused", 4, 4, 1024, "full", compiled=True),
+        Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1),  # its aim is one of memory, too
         Case(small, "fused", 4, 1, 512, "full", compiled=True),  # the least memory of all agents together
         Case(small, "fused", 4, 4, 512, "selective", **fast),
         Case(small, "fused", 4, 8, 512, **fast, mixed=True),
         Case(small, "fused", 4, 8, 512, **fast, mixed=True, packing=True),
         Case(large, "fused", 8, 1, 512, "full", compiled=True),
-        Case(large, "fused", 4, 4, 1024, "selective", compiled=True),
+        Case(large, "fused", 4, 4, 1024, "full", compiled=True),
         Case(small, "switching", 4, 4, 512, "full"),
         Case(small, "sequential", 4, 4, 512, **fast),
         Case(small, "parallel", 4, 4, 512, compiled=True),
@@ -68,16 +73,16 @@ def chosen_rows(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(model, mode, K, B, T, recompute, compiled, recorded, mixed, packing)
 
 
-def alone(case: Case, seconds: float, **settings: Any) -> dict[str, Any]:
-    """`measure` in a process of its own: its row, or what it failed of, under `failed`."""
+def alone(case: Case, seconds: float, **settings: Any) -> dict[str, Any] | None:
+    """`measure` in a process of its own: its row, or under `failed` why there is none; None: not in so many seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["measure"])  # each row starts with everything imported, and no GPU touched yet
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_into, args=(theirs, case, settings))
-    process.start()
+    process, begun = context.Process(target=_measure_into, args=(theirs, case, settings)), time.monotonic()
+    process.start()  # the first one waits for the imports
     theirs.close()
     try:
-        outcome = ours.recv() if ours.poll(seconds) else {"failed": f"took longer than {seconds:.0f} s"}
+        outcome = ours.recv() if ours.poll(max(0.0, begun + seconds - time.monotonic())) else None
     except EOFError:
         process.join()
         outcome = {"failed": f"its process ended with code {process.exitcode}"}
@@ -91,7 +96,8 @@ def _measure_into(pipe: Connection, case: Case, settings: dict[str, Any]) -> Non
         pipe.send(measure(case, **settings))
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
-        pipe.send({"failed": f"{type(error).__name__}: {first_line}"})
+        whole = traceback.format_exc()[-8000:]
+        pipe.send({"failed": f"{type(error).__name__}: {first_line}".replace("|", "/"), "traceback": whole})
         raise
 
 
@@ -99,10 +105,9 @@ def table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     head = ["model", "mode", "K", "B x T", "recompute", "how", "ms/step", "agent-tok/s", "useful TFLOP/s", "of matmul"]
     lines = [[*head, "peak GiB", "notes"], ["---"] * 12]
     for row in rows:
-        flags = ("compiled", "recorded", "mixed", "packing")
         lengths = " to ".join(f"{length}" for length in ([row["T"] // 8] if row["mixed"] else []) + [row["T"]])
         start = [row["model"], row["mode"], str(row["K"]), f"{row['B']} x {lengths}"]
-        start += ["" if row["recompute"] == "none" else row["recompute"], ", ".join(f for f in flags if row[f])]
+        start += ["" if row["recompute"] == "none" else row["recompute"], ", ".join(f for f in FLAGS if row[f])]
         if "failed" in row:
             lines.append([*start, "failed", *[""] * 4, row["failed"]])
             continue
@@ -168,7 +173,7 @@ def arguments() -> argparse.Namespace:
         "--only", nargs="+", metavar="TEXT", default=[""], help="only rows with one of these in the name"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and measure none")
-    parser.add_argument("--minutes", type=float, default=60.0, help="start no row later; what is left out is named")
+    parser.add_argument("--minutes", type=float, default=60.0, help="end then; the rows that are left out are named")
     parser.add_argument("--model", nargs="+", default=None)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--recompute", nargs="+", choices=get_args(Recompute), default=["none"])
@@ -187,8 +192,18 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def expected_loss(case: Case, rows: dict[Case, dict[str, Any]], about: dict[str, Any]) -> list[float] | None:
+    """Each agent's first loss by another row of this run, if there is one."""
+    for other, row in rows.items():
+        is_comparable = other != case and other.same_losses == case.same_losses
+        if is_comparable and row["about"] == about and "failed" not in row:
+            return row["first_loss"]
+    return None
+
+
 def main() -> None:
-    options, started = arguments(), time.monotonic()
+    options = arguments()
+    end = timing.deadline(60 * options.minutes)
     cases = headline_rows() if options.is_headline or options.list else list(chosen_rows(options))
     cases = [case for case in cases if any(text in case.name for text in options.only)]
     if options.list:
@@ -200,27 +215,25 @@ def main() -> None:
     del about["matmul_tflops"]  # each row has its own
     of_this_run = {key: about[key] for key in ("device", "dtype", "torch", "commit")}
     before = json.loads(file.read_text())["rows"] if file.exists() else []
-    rows, left_out = {_case(row): row for row in before}, [case.name for case in cases]
-    for case in cases:
-
-        def is_reference(other: Case, row: dict[str, Any], same: tuple = case.same_losses) -> bool:
-            return other.same_losses == same and row["about"] == of_this_run and "failed" not in row
-
-        seconds_left = 60 * options.minutes - (time.monotonic() - started)
-        if seconds_left < 20:
+    rows = {_case(row): row for row in before}
+    waiting = list(cases)
+    while waiting:
+        case, left = waiting[0], end - time.monotonic()
+        if left < SHORTEST_ROW_S:
             break
-        left_out.remove(case.name)
+        how = {"rank": options.rank, "steps": options.steps, "profile_to": options.out if options.profile else None}
+        begun, expected = time.monotonic(), expected_loss(case, rows, of_this_run)
+        outcome = alone(case, min(SLOWEST_ROW_S, left), **how, expected_loss_K=expected)
+        if outcome is None and left < SLOWEST_ROW_S:
+            break  # no fault of the row's: it is left out, and its old self stands
         rows.pop(case, None)
-        expected = next((row["first_loss"] for other, row in rows.items() if is_reference(other, row)), None)
-        out = options.out if options.profile else None
-        how = {"rank": options.rank, "steps": options.steps, "expected_loss_K": expected, "profile_to": out}
-        begun = time.monotonic()
-        row = {**case._asdict(), "about": of_this_run, **alone(case, min(SLOWEST_ROW_S, seconds_left), **how)}
-        rows[case] = row
-        print(f"{time.monotonic() - begun:4.0f} s", table([row], about).splitlines()[-1], flush=True)
-        text = write(options.out, list(rows.values()), about, left_out)
-    print(text)
-    if any("failed" in rows[case] for case in cases if case in rows):
+        rows[case] = case._asdict() | {"about": of_this_run}
+        rows[case] |= outcome or {"failed": f"took longer than {SLOWEST_ROW_S} s"}
+        waiting.pop(0)
+        print(f"{time.monotonic() - begun:4.0f} s", table([rows[case]], about).splitlines()[-1], flush=True)
+        write(options.out, list(rows.values()), about, [case.name for case in waiting])
+    print(write(options.out, list(rows.values()), about, [case.name for case in waiting]))
+    if any("failed" in rows[case] for case in cases if case not in waiting):
         raise SystemExit(1)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from toy import max_difference, toy_batch
 
+from chorus.config import Config
 from chorus.data import Sample, collate
-from chorus.objective import SwdSettings, cloud, objective, random_slices, sliced_wasserstein
+from chorus.objective import SwdSettings, cloud, objective, objective_of, random_slices, sliced_wasserstein
 
 SWD = SwdSettings(num_projections=40, representation="tokens", seed=0)
 
@@ -140,6 +141,21 @@ def test_a_loss_that_is_no_number_makes_its_agents_gradient_none_and_no_other_on
     ours, (theirs,) = hidden_KBTD.grad, torch.autograd.grad(pair.share, [hidden_KBTD])
     assert ours is not None
     assert max_difference(ours[::2], theirs[::2]) < 1e-5
+
+
+def test_a_configuration_says_how_agents_are_compared_and_how_much_a_micro_batch_is_of_its_step():
+    swd = {"lambda_sw": 0.7, "swd_num_projections": 7, "swd_representation": "last", "seed": 5}
+    config = Config(num_agents=3, batch_size=6, gradient_accumulation_steps=4, **swd)
+    batch = toy_batch(rows=4, length=9)
+    nll_KBT, hidden_KBTD = torch.rand(3, *batch.input_BT.shape), torch.randn(3, *batch.input_BT.shape, 6)
+    gathered: list[Tensor] = []
+    part = objective_of(config, collect(gathered))(nll_KBT, hidden_KBTD, batch, num_targets=20, step=2)
+    points_KNH, valid_N = cloud(hidden_KBTD, batch, "last", 6)
+    distance = swd_of(points_KNH, random_slices(6, 7, seed=5, step=2), valid_N)
+    assert part.swd is not None
+    assert part.swd.item() == pytest.approx(distance.item(), rel=1e-5)
+    assert part.share.item() == pytest.approx((nll_KBT.sum() / 20 - 3 * 0.7 * distance / 4).item(), rel=1e-5)
+    assert [len(own) for own in gathered] == [6, 6]  # rows of a process, one point each
 
 
 def share_of(nll_KBT: Tensor, hidden_KBTD: Tensor, batch, lambda_sw: float, gather=lambda own: own, rows: int = 4):

@@ -106,7 +106,7 @@ def check_packing(model: PreTrainedModel) -> None:
     try:
         together = trunk(input_ids=ids_SL.view(1, 8), attention_mask=masks, position_ids=position_1T, use_cache=False)
         difference = float((together.last_hidden_state.float().view_as(alone_SLD) - alone_SLD).abs().max())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, LookupError):  # how it refuses masks that it cannot take depends on the version
         difference = float("nan")
     if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * float(alone_SLD.abs().max()):
         raise InputError(f"key 'packing': {type(model).__name__} does not keep a row's samples apart; set it to false")

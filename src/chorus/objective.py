@@ -7,11 +7,13 @@ distance between their clouds of hidden states.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from chorus.config import Config
 from chorus.data import Batch
 from chorus.seeding import derive_seed
 from chorus.spans import span
@@ -82,6 +84,18 @@ def objective(
     num_agents = nll_KBT.shape[0]
     share = task - num_agents * lambda_sw * distance / num_micro_batches
     return Objective(share, nll_K.detach(), distance.detach())
+
+
+def objective_of(config: Config, gather: Callable[[Tensor], Tensor]) -> partial[Objective]:
+    """`objective` with what is the same for a whole run; output, batch, num_targets and step are left to give."""
+    return partial(
+        objective,
+        num_micro_batches=config.gradient_accumulation_steps,
+        lambda_sw=config.lambda_sw,
+        swd=SwdSettings(config.swd_num_projections, config.swd_representation, config.seed),
+        rows_per_process=config.batch_size,
+        gather=gather,
+    )
 
 
 def cloud(

@@ -1,0 +1,136 @@
+"""One row of a table before it is measured: its case, its batch, and the optimiser step that is timed."""
+
+from collections.abc import Callable
+from itertools import count
+from typing import Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from shapes import config_of
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from chorus.adapters import lora_shape
+from chorus.agents import Execution, NoiseRates, build_agents
+from chorus.attention import choose_attention
+from chorus.config import Config
+from chorus.data import Batch, Sample, collate
+from chorus.engine import Engine, start_engine
+from chorus.layers import Recompute
+from chorus.objective import objective_of
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FLAGS = ("compiled", "recorded", "mixed", "packing")
+
+
+class Case(NamedTuple):
+    """One row of a table, before it is measured.
+
+    Attributes:
+        model: of `shapes.SHAPES`, a hub id or a folder.
+        recompute, compiled, recorded: as the keys gradient_checkpointing, compile and cuda_graphs; `switching` has its
+            own.
+        mixed: samples of T / 8 to T tokens, in place of T each.
+        packing: several samples a row, as `packing: true` lays them.
+        attention, agents_per_pass: as the keys attn_implementation and agents_per_pass.
+    """
+
+    model: str
+    mode: str
+    K: int
+    B: int
+    T: int
+    recompute: Recompute = "none"
+    compiled: Literal["auto"] | bool = False
+    recorded: Literal["auto"] | bool = False
+    mixed: bool = False
+    packing: bool = False
+    attention: str = "auto"
+    agents_per_pass: int | None = None
+
+    @property
+    def name(self) -> str:
+        flags = [flag for flag in FLAGS if getattr(self, flag) is True]
+        shape = f"{self.model} {self.mode} {self.K}x{self.B}x{self.T}"
+        recompute = [] if self.recompute == "none" else [f"recompute-{self.recompute}"]
+        groups = [] if self.agents_per_pass is None else [f"groups-of-{self.agents_per_pass}"]
+        return " ".join([shape, *recompute, *flags, *groups])
+
+    @property
+    def same_losses(self) -> tuple:
+        """Rows that agree in this must agree in their agents' first losses."""
+        return self.model, self.K, self.B, self.T, self.mixed
+
+
+def run_config(case: Case, rank: int, output_dir: str = "runs/benchmark") -> Config:
+    """The configuration of a case. One length occurs, so `auto` has compilation and graphs where the product has."""
+    return Config(
+        num_agents=case.K,
+        parallel_mode=case.mode,  # pyright: ignore[reportArgumentType]
+        agents_per_pass=case.agents_per_pass,
+        gradient_checkpointing=case.recompute,
+        compile=case.compiled,
+        cuda_graphs=case.recorded,
+        attn_implementation=case.attention,  # pyright: ignore[reportArgumentType]
+        lora_rank=rank,
+        lora_alpha=2.0 * rank,
+        lora_target_modules=TARGETS,
+        initialize_adapters_rand=True,
+        lambda_sw=0.01 if case.K > 1 else 0.0,
+        batch_size=case.B,
+        max_seq_length=case.T,
+        pad_to_multiple_of=case.T,
+        packing=case.packing,
+        output_dir=output_dir,
+    )
+
+
+def lengths_of(case: Case) -> list[int]:
+    """Of B samples; mixed: from T / 8 to T, evenly spread."""
+    share_B = torch.linspace(1 / 8, 1, case.B) if case.mixed else torch.ones(case.B)
+    return [round(case.T * share) for share in share_B.tolist()]
+
+
+def random_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
+    """B samples, each of whose positions is a target; 16 points a sample for the sliced distance."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(3, vocabulary, (case.B, case.T + 1), generator=generator)
+    samples = [
+        Sample(ids_T[: length + 1], torch.ones(length + 1, dtype=torch.bool))
+        for ids_T, length in zip(ids_BT, lengths_of(case), strict=True)
+    ]
+    packing = (case.T + 1, case.B) if case.packing else None
+    return collate(samples, pad_id=0, points_per_row=16, packing=packing).to(device)
+
+
+def attention_of(case: Case, device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
+    """What the product takes for this row; the baselines' is fixed by what they stand for."""
+    if case.mode == "switching":
+        return "eager"
+    if case.mode == "tuned switching":
+        return "flex_attention" if device.type == "cuda" else "eager"  # flex has no backward pass on a CPU
+    how = {"length": case.T, "compiled": compiled, "packing": case.packing}
+    return choose_attention(case.attention, config_of(case.model), device, dtype, **how) or "eager"
+
+
+def start(config: Config, base: PreTrainedModel, execution: Execution, accelerator: Accelerator) -> Engine:
+    """The product's agents on `base`, under its engine, as in train.py."""
+    rates = NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed)
+    agents = build_agents(config.parallel_mode, base, int(config.num_agents), lora_shape(config), rates, execution)
+    return start_engine(accelerator, agents, config)
+
+
+def step_of(engine: Engine, config: Config, batch: Batch) -> Callable[[], Tensor]:
+    """An optimiser step of one micro-batch, as train.py's loop takes it; gives each agent's mean NLL before it."""
+    share_of, steps = objective_of(config, engine.gather), count()
+    own_targets = len(batch.target_rows_N)
+
+    def step() -> Tensor:
+        now = next(steps)
+        with engine.micro_batch():
+            output = engine.module(batch, step=now)
+            part = share_of(*output, batch, num_targets=own_targets * engine.num_processes, step=now)
+            engine.backward(part.share)
+        return part.nll_K / own_targets
+
+    return step
