@@ -107,7 +107,9 @@ def table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
     for row in rows:
         lengths = " to ".join(f"{length}" for length in ([row["T"] // 8] if row["mixed"] else []) + [row["T"]])
         start = [row["model"], row["mode"], str(row["K"]), f"{row['B']} x {lengths}"]
-        start += ["" if row["recompute"] == "none" else row["recompute"], ", ".join(f for f in FLAGS if row[f])]
+        groups = [f"groups of {row['agents_per_pass']}"] if row["agents_per_pass"] else []
+        how = ", ".join([*(flag for flag in FLAGS if row[flag]), *groups])
+        start += ["" if row["recompute"] == "none" else row["recompute"], how]
         if "failed" in row:
             lines.append([*start, "failed", *[""] * 4, row["failed"]])
             continue

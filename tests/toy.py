@@ -23,7 +23,9 @@ ZERO2_CASES = [
 ]
 
 
-def tiny_gemma(seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "eager") -> Gemma2ForCausalLM:
+def tiny_gemma(
+    seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "eager", head_dim: int = 8
+) -> Gemma2ForCausalLM:
     """Random weights; one sliding and one full layer, grouped queries, both soft-caps, a tied head."""
     config = Gemma2Config(
         vocab_size=VOCABULARY,
@@ -32,7 +34,7 @@ def tiny_gemma(seed: int = 0, dtype: torch.dtype = torch.float32, attention: str
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         sliding_window=6,
         query_pre_attn_scalar=8,
         attn_logit_softcapping=2.0,  # low, so that the caps bend what random weights give
@@ -86,11 +88,12 @@ def toy_agents(
     trained: bool = True,
     device: str = "cpu",
     attention: str = "eager",
+    head_dim: int = 8,
     **execution: Any,
 ) -> Agents:
     """Agents on a tiny Gemma-2. `trained` gives A and B values of everyday size, so that agents really differ."""
     rates = NoiseRates(dropconnect_p, dropout_p, seed=7)
-    base = tiny_gemma(dtype=dtype, attention=attention).to(device)
+    base = tiny_gemma(dtype=dtype, attention=attention, head_dim=head_dim).to(device)
     how = Execution(recompute=gradient_checkpointing, **execution)
     agents = build_agents(mode, base, num_agents, toy_shape(), rates, how)
     if trained:

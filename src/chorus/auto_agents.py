@@ -25,7 +25,7 @@ from chorus.errors import InputError
 from chorus.forecast import GIB, Machine, forecast, longest_batch, trained_bytes
 from chorus.isolation import adamw
 from chorus.memory import memory_limit, peak_bytes, reset_peak
-from chorus.objective import SwdSettings, objective
+from chorus.objective import objective_of
 
 MOST_AGENTS = 64  # to have more, name a number
 OUT_OF_MEMORY = sys.maxsize
@@ -156,20 +156,10 @@ def _two_steps(model: PreTrainedModel, config: Config, precision: str, machine: 
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
     batch = collate([row] * config.batch_size, 0, config.pad_to_multiple_of, config.swd_points_per_row).to(device)
+    share_of = objective_of(config, gather=lambda own: own)
     for step in range(2):
         output = agents(batch, step=step)
-        part = objective(
-            output.nll_KBT,
-            output.hidden_KBTD,
-            batch,
-            num_targets=len(batch.target_rows_N),
-            num_micro_batches=1,
-            lambda_sw=config.lambda_sw,
-            swd=SwdSettings(config.swd_num_projections, config.swd_representation, config.seed),
-            step=step,
-            rows_per_process=config.batch_size,
-            gather=lambda own: own,
-        )
+        part = share_of(*output, batch, num_targets=len(batch.target_rows_N), step=step)
         del output
         part.share.backward()
         for own, adapter_F in zip(stepped, adapters, strict=True):
