@@ -58,12 +58,12 @@ ENDED_OR_STRUCK = (None, 0)  # an evaluation takes a second; on a slow day the o
 
 def evaluated(run: Run) -> Run:
     """The same run with an evaluation that takes its time."""
-    command = [argument for argument in run.command if not argument.startswith("eval_samples=")]
-    return run._replace(command=[*command, "eval_samples=20", "max_new_tokens_eval=300"])
+    settings = [setting for setting in run.settings if not setting.startswith("eval_samples=")]
+    return run._replace(settings=[*settings, "eval_samples=20", "max_new_tokens_eval=300"])
 
 
 def said(run: Run) -> str:
-    return Path(f"{run.folder}.log").read_text()
+    return run.output.read_text()
 
 
 def assert_stopped_at_one_step(run: Run, announced: set[int], truth: Uninterrupted) -> None:
@@ -87,7 +87,7 @@ def test_two_zero2_processes_killed_and_then_stopped_through_one_of_them_end_as_
     run, announced, tally = run_in(tmp_path, "run", "zero2", STEPS, f"save_total_limit={LIMIT}"), set[int](), Tally()
     assert not one_life(run, Plan("save", 2, 0.5), truth("zero2"), tally, announced)
     assert announced
-    with_workers = run._replace(command=[*run.command, "num_workers=1"])
+    with_workers = run._replace(settings=[*run.settings, "num_workers=1"])
     life = Life(with_workers, Pace())
     assert life.until(Plan("save", 1, 0.2), stop(signal.SIGINT, "worker", times=2)) is None, said(run)[-3000:]
     assert life.went_on_from() == life.newest > 0
