@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import soak
-from launching import ddp
+from launching import PLAIN, ddp, train
 from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, worker_of
 from soak import LIMIT, Tally, Uninterrupted, digest_of_end, faults_after_a_kill, one_life, run_in, uninterrupted
 
@@ -115,6 +115,17 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
     assert f"going on from {before}, after {STEPS - 1} of {STEPS} steps" in end_of_damaged.said()
     assert (newest.parent / "set_aside" / newest.name).is_dir()
     assert digest_of_end(run.folder) == truth("python").end
+
+
+def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """PyTorch locks what it compiles, or finds compiled, by a file alone; for one that is left it waits without end."""
+    compiled = tmp_path / "compiled"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
+    settings = ("num_agents=1", "lambda_sw=0", "lora_rank=2", "eval_samples=0", "debug_subset_size=20")
+    train(PLAIN, tmp_path / "run", "use_deepspeed=true", "max_train_steps=1", *settings)
+    assert not compiled.exists()
 
 
 # ---- the whole product, in `make soak` ----
