@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,9 +31,13 @@ LOCK = threading.Lock()  # multiprocessing looks at all its children at each sta
 
 
 def preload() -> None:
-    """Have the parent of all processes import; in the environment of every run, for libraries look at it then."""
-    os.environ.update(environment(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])))
+    """Start the parent of all processes; in the environment of every run, for libraries look at it as they come."""
     FORKS.set_forkserver_preload([*MODULES])
+    kept = dict(os.environ)
+    os.environ.update(environment(PYTHONPATH=os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])))
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(kept)
 
 
 def environments(launcher: Sequence[str]) -> list[dict[str, str]]:
@@ -56,6 +61,11 @@ class Workers:
             self._processes = [FORKS.Process(target=work, args=({**own, **meeting}, settings, log)) for own in of_ranks]
             for process in self._processes:
                 process.start()
+
+    @property
+    def pids(self) -> list[int | None]:
+        """By rank."""
+        return [process.pid for process in self._processes]
 
     def poll(self) -> int | None:
         """None while one of them lives; then the first exit code that is not 0."""
