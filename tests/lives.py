@@ -1,4 +1,4 @@
-"""Lives of a run: each from a start through a launcher to a kill at a moment that is drawn, or to the run's end."""
+"""Lives of a run: each from a start to a kill at a moment that is drawn, or to the run's end."""
 
 import os
 import random
@@ -9,11 +9,13 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launching import ROOT, environment
+from preloaded import Workers
 
 from chorus.checkpoint import HALF_DONE, checkpoints, step_of
 
@@ -38,11 +40,21 @@ def draw(rng: random.Random) -> Plan:
 
 
 class Run(NamedTuple):
-    """One output folder, and the command that starts or resumes the run in it."""
+    """One output folder, and how the run in it is started or resumed.
+
+    forked: the environment of each process, where they are forked and not started by the launcher.
+    """
 
     engine: str
     folder: Path
-    command: Sequence[str]
+    launcher: Sequence[str]
+    settings: Sequence[str]
+    forked: Sequence[Mapping[str, str]] = ()
+
+    @property
+    def output(self) -> Path:
+        """What its processes print; by this they are found."""
+        return Path(f"{self.folder}.log")
 
 
 class Pace:
@@ -62,48 +74,50 @@ class Pace:
             return statistics.median(self._durations[what])
 
 
-def start(run: Run) -> subprocess.Popen:
-    with Path(f"{run.folder}.log").open("a") as log:
-        mark = environment(CHORUS_SOAK=str(run.folder))
-        return subprocess.Popen(run.command, cwd=ROOT, env=mark, stdout=log, stderr=log, start_new_session=True)
+def start(run: Run) -> subprocess.Popen | Workers:
+    if run.forked:
+        return Workers(run.forked, run.settings, run.output)
+    with run.output.open("a") as log:
+        command = [*run.launcher, *run.settings]
+        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+
+
+def processes_of(run: Run) -> list[int]:
+    """Whatever session or group they moved to."""
+    found = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        try:
+            if os.readlink(output) == str(run.output):
+                found.append(int(output.parts[2]))
+        except OSError:  # it has ended meanwhile
+            continue
+    return sorted(found)
 
 
 def groups_of(run: Run) -> list[int]:
-    """The process groups of all that has this run's mark: torchrun gives every worker one of its own."""
-    mark, groups = f"CHORUS_SOAK={run.folder}\0".encode(), set()
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in environ.read_bytes():
-                groups.add(os.getpgid(int(environ.parent.name)))
-        except OSError:  # it has ended meanwhile
-            continue
+    """Their process groups: torchrun gives every worker one of its own."""
+    groups = set()
+    for process in processes_of(run):
+        with suppress(ProcessLookupError):
+            groups.add(os.getpgid(process))
     return sorted(groups)
 
 
 def worker_of(run: Run, local_rank: int) -> int:
     """The process that trains as this rank, and none of its DataLoader's."""
-    marks = (f"CHORUS_SOAK={run.folder}\0".encode(), f"\0LOCAL_RANK={local_rank}\0".encode())
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if all(mark in b"\0" + environ.read_bytes() for mark in marks):
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue
-    return min(found)  # the others are its children
+    mark = f"\0LOCAL_RANK={local_rank}\0".encode()
+    # The first of them: the others are its children.
+    return next(pid for pid in processes_of(run) if mark in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
 
 
-def kill(run: Run, groups: list[int], process: subprocess.Popen) -> None:
-    """SIGKILL to every process group, and wait until nothing is left of them."""
-    while groups:
+def kill(run: Run, groups: Sequence[int], process: subprocess.Popen | Workers) -> None:
+    """SIGKILL to every process group, until nothing is left of them, nor anything under way to them."""
+    while groups or process.poll() is None:
         for group in groups:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         process.poll()
         groups = groups_of(run)
-    process.wait()
 
 
 def entries(run: Run) -> dict[str, int]:
@@ -115,7 +129,7 @@ def entries(run: Run) -> dict[str, int]:
         return {}
 
 
-Strike = Callable[[Run, list[int], subprocess.Popen], None]
+Strike = Callable[[Run, list[int], Any], None]
 
 
 class Life:
@@ -141,7 +155,7 @@ class Life:
                     groups = groups_of(self.run)  # looked up before it is urgent; by now every process is there
                 if moment is None and plan is not None and self._has_come(plan):
                     moment = time.monotonic() + plan.fraction * self.pace.usually(plan.moment)
-                assert time.monotonic() < self.started + PATIENCE_S, f"nothing happens; see {self.run.folder}.log"
+                assert time.monotonic() < self.started + PATIENCE_S, f"nothing happens; see {self.run.output}"
                 time.sleep(0.001 if self.begun else 0.004)
             code = process.poll()
             if code is None:

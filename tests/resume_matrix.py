@@ -1,6 +1,7 @@
 """Runs that are saved and taken up again in every way to carry them out, many in one process, without a launcher each.
 
-test_resume_matrix.py runs them alone; as one of two processes: `resume_matrix.py FOLDER ENGINE FROM,FROM`.
+test_resume_matrix.py runs them alone; as one of two processes: `resume_matrix.py FOLDER ENGINE FROM,FROM`;
+what ENGINE itself saves is taken up the first time only.
 """
 
 import os
@@ -51,6 +52,7 @@ class Saved(NamedTuple):
 
 class Recorder(Journal):
     def __init__(self) -> None:
+        super().__init__()
         self.metrics: dict[int, dict[str, Any]] = {}
 
     def advance(self, metrics: Any) -> None:
@@ -168,9 +170,11 @@ def save_all(samples: Sequence[Sample]) -> dict[tuple[Mode, int], Saved]:
 
 def main(folder: Path, engine: str, others: str) -> None:
     samples = rows_to_train_on()
-    runs = {engine: save_all(samples)}
-    if int(os.environ["RANK"]) == 0:
-        torch.save(runs[engine], folder / f"{engine}.pt")
+    runs, own = {}, folder / f"{engine}.pt"
+    if not own.exists():  # both processes see none: the first one writes it after a run of both
+        runs[engine] = save_all(samples)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(runs[engine], own)
     for other in filter(None, others.split(",")):
         runs[other] = torch.load(folder / f"{other}.pt", weights_only=False)
     for origin, saved_way, way, position in product(runs, WAYS, WAYS, POSITIONS.values()):

@@ -1,11 +1,12 @@
 """Kill runs at random moments, most of them inside a save, until it is clear what their checkpoints are worth.
 
-    python tests/soak.py --kills 300        # `make soak`: so many in each engine, through the real launchers
+    python tests/soak.py --kills 300              # so many in each engine, of processes that are forked, imports done
+    python tests/soak.py --kills 20 --launchers   # every life through the real launchers
 
-A run saves after every step, and every life of it ends by SIGKILL to the process groups of the launcher and of what it
-started. After each kill: every checkpoint that was announced (in train.log, or by its name in the folder) is whole and
-holds, bit by bit, what the uninterrupted run held at that step, or it was the oldest beyond `save_total_limit`. The
-same command then goes on, from the newest. A run that has reached its end is compared with the uninterrupted one:
+A run saves after every step, and every life of it ends by SIGKILL to all its process groups. After each kill:
+every checkpoint that was announced (in train.log, or by its name) is whole and holds, bit by bit, what the
+uninterrupted run held at that step, or it was the oldest beyond `save_total_limit`. The same command then goes on, from
+the newest. A run that has reached its end is compared with the uninterrupted one, which the real launcher has started:
 adapters, moments, step, position in the data, and the losses and learning rate of every step.
 """
 
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launching import BIN, PLAIN
-from lives import PATIENCE_S, Life, Pace, Plan, Run, draw, start
+from lives import Life, Pace, Plan, Run, draw
+from preloaded import environments, preload
 
 from chorus.checkpoint import Damaged, checkpoints, step_of, verify
 from chorus.errors import InputError
@@ -77,7 +79,7 @@ def run_in(place: Path, name: str, engine: str, steps: int, *more: str) -> Run:
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     launcher, settings = ENGINES[engine]
     common = (f"dataset_name={data}", f"max_train_steps={steps}", f"output_dir={place / name}", *SETTINGS)
-    return Run(engine, place / name, [*launcher, *common, *settings, *more])
+    return Run(engine, place / name, launcher, [*common, *settings, *more])
 
 
 # ---- what a run holds ----
@@ -110,8 +112,8 @@ def digest_of_end(folder: Path) -> str:
 
 def uninterrupted(place: Path, engine: str, steps: int) -> Uninterrupted:
     run = run_in(place, f"{engine}-uninterrupted", engine, steps, "save_total_limit=null")
-    code = start(run).wait(timeout=PATIENCE_S)
-    assert code == 0, f"exit code {code}; {run.folder}.log"
+    code = Life(run, Pace()).until(None)
+    assert code == 0, f"exit code {code}; {run.output}"
     by_step = {step_of(folder): digest_of(folder) for folder in checkpoints(run.folder)}
     assert sorted(by_step) == list(range(1, steps + 1))
     return Uninterrupted(by_step, digest_of_end(run.folder))
@@ -151,7 +153,7 @@ def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, an
         faults.append(f"{run.folder}: went on from step {life.went_on_from()}, not from {life.newest}")
     if code is not None:
         if code != 0:
-            faults.append(f"{run.folder}: exit code {code} without a kill; see {run.folder}.log")
+            faults.append(f"{run.folder}: exit code {code} without a kill; see {run.output}")
         elif digest_of_end(run.folder) != truth.end:
             faults.append(f"{run.folder}: its end is not that of the uninterrupted run")
     with tally.lock:
@@ -165,12 +167,19 @@ def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, an
     return code is not None
 
 
-def soak(engine: str, place: Path, steps: int, plans: Sequence[Plan], truth: Uninterrupted, tally: Tally) -> None:
+def soak(
+    engine: str,
+    forked: Sequence[Mapping[str, str]],
+    place: Path,
+    plans: Sequence[Plan],
+    truth: Uninterrupted,
+    tally: Tally,
+) -> None:
     """Kill one run after the other as planned, and let the last one end."""
     plans, number = list(plans), 0
     while plans:
         number += 1
-        run = run_in(place, f"{number}", engine, steps, f"save_total_limit={LIMIT}")
+        run = run_in(place, f"{number}", engine, STEPS, f"save_total_limit={LIMIT}")._replace(forked=forked)
         announced: set[int] = set()
         while not one_life(run, plans[0] if plans else None, truth, tally, announced):
             plans.pop(0)
@@ -192,11 +201,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=300, help="in each engine")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--launchers", action="store_true", help="start every life through the real launcher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     options = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="chorus-soak-"))
     print(f"{options.kills} kills in each of {', '.join(options.engines)}, in {place}", flush=True)
+    preload()
+    forked = {engine: () if options.launchers else environments(ENGINES[engine][0]) for engine in options.engines}
     began, tallies = time.monotonic(), {engine: Tally() for engine in options.engines}
     with ThreadPoolExecutor(options.workers) as pool:
         truths = dict(
@@ -209,7 +221,7 @@ def main() -> int:
                 plans = [draw(rng) for _ in range(min(KILLS_OF_A_TASK, options.kills - first))]
                 own = place / f"{engine}-{first}"
                 own.mkdir()
-                tasks.append(pool.submit(soak, engine, own, STEPS, plans, truths[engine], tallies[engine]))
+                tasks.append(pool.submit(soak, engine, forked[engine], own, plans, truths[engine], tallies[engine]))
         broken = [task.exception() for task in tasks]
     print(f"\nafter {(time.monotonic() - began) / 60:.0f} minutes, {options.workers} runs at a time:")
     for engine, tally in tallies.items():

@@ -103,12 +103,12 @@ def test_a_disk_full_at_the_first_save_leaves_no_checkpoint(tmp_path: Path):
     assert not checkpoints(tmp_path / "kept" / "run")
 
 
-def test_a_log_that_can_grow_no_more_ends_every_process_and_leaves_the_checkpoints(tmp_path: Path):
-    """A limit on the size of any file, above that of a checkpoint's: the rows of the steps reach it first."""
-    small = ("num_agents=1", "lambda_sw=0", "lora_rank=1", "lora_target_modules=[q_proj]", "save_steps=5")
-    others = [setting for setting in SETTINGS if setting.split("=")[0] not in [s.split("=")[0] for s in small]]
-    result = subprocess.run(
-        [*ddp(2), *others, *small, "max_train_steps=1000", f"output_dir={tmp_path}/run"],
+def run_with_small_files(command: list[str], output_dir: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    """A run in which no file can grow beyond 16,000 bytes: a checkpoint's are smaller."""
+    of_all = (*SETTINGS, "num_agents=1", "lambda_sw=0", "lora_rank=1", "lora_target_modules=[q_proj]", *settings)
+    last_of_each_key = {setting.split("=")[0]: setting for setting in of_all}
+    return subprocess.run(
+        [*command, *last_of_each_key.values(), f"output_dir={output_dir}"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -117,8 +117,28 @@ def test_a_log_that_can_grow_no_more_ends_every_process_and_leaves_the_checkpoin
         check=False,
         preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (16_000, 16_000)),
     )
+
+
+def test_a_log_that_can_grow_no_more_ends_every_process_and_leaves_the_checkpoints(tmp_path: Path):
+    """The rows of the steps reach the limit first."""
+    result = run_with_small_files(ddp(2), tmp_path / "run", "max_train_steps=1000", "save_steps=5")
     assert_all_are_out_with_code_3(result)
     for line in errors_of(result):
         assert_says_the_bytes(line, f"{tmp_path}/run/metrics.jsonl could not")
     assert [step_of(folder) % 5 for folder in checkpoints(tmp_path / "run")] == [0, 0, 0]
     assert all(verify(folder) for folder in checkpoints(tmp_path / "run"))
+
+
+def test_a_log_line_beside_the_steps_that_the_disk_refuses_ends_every_process_alike(tmp_path: Path):
+    """The first line of a run that goes on, which the first process alone writes, before the model is there."""
+    run, steps = tmp_path / "run", ("max_train_steps=4", "save_steps=2")
+    first = run_with_small_files([sys.executable, "train.py"], run, *steps, "batch_size=4")
+    assert first.returncode == 0, first.stderr[-3000:]
+    shutil.rmtree(run / "checkpoints" / "step_000004")
+    log = run / "train.log"
+    log.write_text(log.read_text().ljust(15_990))
+    result = run_with_small_files(ddp(2), run, *steps)
+    assert_all_are_out_with_code_3(result)
+    for line in errors_of(result):
+        assert_says_the_bytes(line, f"{log} could not")
+    assert [verify(folder)["step"] for folder in checkpoints(run)] == [2]

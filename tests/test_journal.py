@@ -301,6 +301,28 @@ def test_closing_leaves_no_handler_and_no_open_file_also_after_a_failure(
     assert "after the end" not in (tmp_path / "train.log").read_text()
 
 
+def test_a_log_line_that_the_disk_refuses_is_raised_with_the_next_collective_call_and_not_before(
+    accelerator: Accelerator, recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Raised by the line itself it would end the first process alone."""
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    journal = open_journal(accelerator, tmp_path, {})
+    with journal.training(3):
+        logging.getLogger("chorus.train").info("2 agents")
+        journal.advance(None)  # no collective call
+    for call in (
+        lambda: journal.table(evaluation_table(EVALUATION, EVALUATION)),
+        lambda: journal.profile(1, {}, ["half a second"]),
+        lambda: journal.training(3),
+    ):
+        with pytest.raises(RunError, match=r"train\.log could not be written: .*No space left") as error:
+            call()
+        assert "8 bytes needed" in str(error.value), "the first line is the one to name"
+    assert not accelerator.trackers, "their own error at the end would hide this one"
+    journal.close()
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_the_journal_of_another_process_is_silent_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,7 +7,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Keeps silent, on every process but the first."""
+    """Keeps silent, on every process but the first. What the first one's disk refuses is raised on all of them."""
 
     def __init__(self, accelerator: Accelerator | None = None):
         self._accelerator = accelerator
@@ -41,26 +41,43 @@ class Journal:
     def training(self, num_steps: int, start_step: int = 0) -> AbstractContextManager[None]:
         """The context of the training loop: a progress bar of `num_steps`, of which `start_step` are done.
 
-        What metrics.jsonl holds of later steps is dropped: they are taken again.
+        What metrics.jsonl holds of later steps is dropped: they are taken again. A collective call, as `advance` is.
         """
-        return nullcontext()
+        self._on_first_process(partial(self._cut_back, start_step))
+        return self._bar(num_steps, start_step)
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
         """One optimiser step is done; `metrics` on logged steps: a row of metrics.jsonl, and a collective call.
 
         Raises:
-            RunError: on every process alike: the first one's disk did not take the row.
+            RunError: on every process alike: the first one's disk did not take the row, or a line of train.log before.
         """
-        if metrics is not None and self._accelerator is not None:
-            on_first_process(self._accelerator, partial(self._write, metrics))
+        if metrics is not None:
+            self._on_first_process(partial(self._write, metrics))
 
     def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
         """What the profiler has measured by `step`, as a row of metrics.jsonl of its own, and in lines for people.
 
         A collective call; raises as `advance` does.
         """
+        self._on_first_process(partial(self._write_profile, step, report, lines))
+
+    def table(self, table: Table) -> None:
+        """Print a table. A collective call; raises as `advance` does."""
+        self._on_first_process(partial(self._print, table))
+
+    def close(self) -> None:
+        """Leave the terminal and the files in order; called also when the run fails."""
+
+    def _on_first_process(self, act: Callable[[], None]) -> None:
         if self._accelerator is not None:
-            on_first_process(self._accelerator, partial(self._write_profile, step, report, lines))
+            on_first_process(self._accelerator, act)
+
+    def _bar(self, num_steps: int, start_step: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _cut_back(self, start_step: int) -> None:
+        """The first process' part of `training`."""
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
         """The first process' part of `advance`."""
@@ -68,11 +85,8 @@ class Journal:
     def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
         """The first process' part of `profile`."""
 
-    def table(self, table: Table) -> None:
-        """Print a table."""
-
-    def close(self) -> None:
-        """Leave the terminal and the files in order; called also when the run fails."""
+    def _print(self, table: Table) -> None:
+        """The first process' part of `table`."""
 
 
 class _ConsoleHandler(logging.Handler):
@@ -89,11 +103,20 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """train.log. logging's own way with a full disk is a traceback for every line, and to go on."""
+    """train.log. logging's own way with a full disk is a traceback for every line, and to go on.
+
+    refused: the disk's first error. A line may be written between two collective calls: raised there, it would end this
+    process alone.
+    """
+
+    refused: RunError | None = None
 
     def handleError(self, record: logging.LogRecord) -> None:
-        with disk_errors(Path(self.baseFilename), len(record.getMessage()), REMEDY):
-            raise  # what is being handled
+        try:
+            with disk_errors(Path(self.baseFilename), len(record.getMessage()), REMEDY):
+                raise  # what is being handled
+        except RunError as error:
+            self.refused = self.refused or error
 
 
 class WritingJournal(Journal):
@@ -107,19 +130,30 @@ class WritingJournal(Journal):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
         to_terminal = _ConsoleHandler(self._console)
-        to_file = _LogFile(output_dir / LOG_FILE, encoding="utf-8")
-        fcntl.lockf(to_file.stream, fcntl.LOCK_EX)  # pyright: ignore  (`export.is_at_work` asks for it)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        self._handlers = (to_terminal, to_file)
+        self._log = _LogFile(output_dir / LOG_FILE, encoding="utf-8")
+        fcntl.lockf(self._log.stream, fcntl.LOCK_EX)  # pyright: ignore  (`export.is_at_work` asks for it)
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handlers = (to_terminal, self._log)
         for handler in self._handlers:
             logging.getLogger("chorus").addHandler(handler)
         logging.getLogger("chorus").setLevel(logging.INFO)
         plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("chorus", config=plain)
 
+    def _on_first_process(self, act: Callable[[], None]) -> None:
+        def checked() -> None:
+            act()
+            if self._log.refused is not None:
+                raise self._log.refused
+
+        try:
+            super()._on_first_process(checked)
+        except RunError:
+            self._trackers.clear()  # at the end they would try again, and their error would hide this one
+            raise
+
     @contextmanager
-    def training(self, num_steps: int, start_step: int = 0) -> Iterator[None]:
-        self._cut_back(start_step)
+    def _bar(self, num_steps: int, start_step: int) -> Iterator[None]:
         with self._progress:
             self._task = self._progress.add_task("training", total=num_steps, completed=start_step)
             yield
@@ -128,8 +162,11 @@ class WritingJournal(Journal):
         """Keep the rows up to `start_step`. A last line that a kill has cut short goes with the later ones."""
         self._metrics.close()
         path = Path(self._metrics.name)
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= start_step]
-        write_text(path, "".join(kept))
+        kept = "".join(
+            line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= start_step
+        )
+        with disk_errors(path, len(kept), REMEDY):
+            write_text(path, kept)
         self._metrics = path.open("a", encoding="utf-8")
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
@@ -158,16 +195,12 @@ class WritingJournal(Journal):
 
     def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         line = json.dumps(row, allow_nan=False) + "\n"
-        try:
-            with disk_errors(Path(self._metrics.name), len(line), REMEDY):
-                self._metrics.write(line)
-                self._metrics.flush()
-                self._track(dict(numbers), step=row["step"])
-        except RunError:
-            self._trackers.clear()  # at the end they would try again, and their error would hide this one
-            raise
+        with disk_errors(Path(self._metrics.name), len(line), REMEDY):
+            self._metrics.write(line)
+            self._metrics.flush()
+            self._track(dict(numbers), step=row["step"])
 
-    def table(self, table: Table) -> None:
+    def _print(self, table: Table) -> None:
         self._console.print(table)
 
     def close(self) -> None:
