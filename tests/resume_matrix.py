@@ -185,4 +185,6 @@ def main(folder: Path, engine: str, others: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    import resume_matrix  # what is pickled names the module of its class, and the reader has another __main__
+
+    resume_matrix.main(Path(sys.argv[1]), *sys.argv[2:])
