@@ -26,7 +26,6 @@ from chorus.auto_agents import decide_num_agents
 from chorus.base import load_base, load_skeleton, load_tokenizer
 from chorus.checkpoint import Keeper
 from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
-from chorus.deepspeed_config import look_up_no_operators
 from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
@@ -53,7 +52,6 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model_name)
     check_targets(load_skeleton(config.model_name), config.lora_target_modules)
     precision = decide_precision(config.mixed_precision)
-    look_up_no_operators(config)
     accelerator = make_accelerator(config)
     config, agents_note = decide_num_agents(config, precision, accelerator)
     run = describe_run(config, problems.train, tokenizer, precision, accelerator)

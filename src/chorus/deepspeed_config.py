@@ -49,16 +49,15 @@ def deepspeed_wanted(config: Config, environment: Mapping[str, str] = os.environ
     return launcher or config.use_deepspeed is True
 
 
-def look_up_no_operators(config: Config) -> None:
+def look_up_no_operators() -> None:
     """Keep DeepSpeed from compiling, or looking up, its operator for inference on CPUs, which training does not call.
 
     It would do so at every start, under a lock that is a mere file: after a kill at that moment every later start waits
     for it without end. For processes that have not begun to talk to each other.
     """
-    if deepspeed_wanted(config):
-        import deepspeed.ops  # seconds of imports for those who use it
+    import deepspeed.ops  # seconds of imports for those who use it
 
-        deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
 
 
 def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) -> None:

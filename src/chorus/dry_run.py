@@ -25,7 +25,7 @@ from chorus.auto_agents import WAYS_OUT, decide_num_agents, machine_of
 from chorus.base import load_base, load_skeleton, load_tokenizer, write_toy_like
 from chorus.config import Config
 from chorus.data import Sample
-from chorus.deepspeed_config import deepspeed_json, deepspeed_wanted, look_up_no_operators
+from chorus.deepspeed_config import deepspeed_json, deepspeed_wanted
 from chorus.engine import DTYPES, decide_precision, make_accelerator
 from chorus.errors import InputError
 from chorus.export import refuse_unshared, refuse_unusable
@@ -63,7 +63,6 @@ def dry_run(config: Config, loop: Loop, report: Report) -> int:
     try:
         with report.trying(SETTINGS):
             precision = decide_precision(config.mixed_precision)
-            look_up_no_operators(config)
             accelerator = make_accelerator(config)
             report.add(SETTINGS, True, _deepspeed_settings(config, precision, accelerator))
         _try_all(report, config, precision, accelerator, loop)

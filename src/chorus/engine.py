@@ -35,7 +35,7 @@ from chorus.adapters import TensorId
 from chorus.agents import Agents
 from chorus.agreement import described, limit_waiting, refuse_differences
 from chorus.config import Config
-from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted
+from chorus.deepspeed_config import check_launcher, deepspeed_json, deepspeed_wanted, look_up_no_operators
 from chorus.errors import InputError
 from chorus.isolation import NormsOfAStep, adamw, leave_out
 from chorus.spans import span
@@ -77,6 +77,7 @@ def make_accelerator(config: Config) -> Accelerator:
     handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.collective_timeout_s)))
     plugin = None
     if with_deepspeed:
+        look_up_no_operators()
         _single_process_rendezvous()
         num_processes = int(os.environ["WORLD_SIZE"])
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False)

@@ -38,7 +38,7 @@ def input_errors_end_the_program() -> Iterator[None]:
         _exit(f"error: {error}", 2)
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(3)  # Python's own end would wait for the group's threads, which wait for the lost process
+        os._exit(3)  # Python's own end may wait for a group's threads, and these for the lost process
     except RunError as error:
         _exit(f"error: {error}", 3)
     except Preempted as preempted:
