@@ -54,7 +54,8 @@ class Case(NamedTuple):
         shape = f"{self.model} {self.mode} {self.K}x{self.B}x{self.T}"
         recompute = [] if self.recompute == "none" else [f"recompute-{self.recompute}"]
         groups = [] if self.agents_per_pass is None else [f"groups-of-{self.agents_per_pass}"]
-        return " ".join([shape, *recompute, *flags, *groups])
+        attention = [] if self.attention == "auto" else [self.attention]
+        return " ".join([shape, *recompute, *flags, *groups, *attention])
 
     @property
     def same_losses(self) -> tuple:

@@ -46,7 +46,8 @@ def headline_rows() -> list[Case]:
         Case(small, "tuned switching", 4, 4, 512),
         Case(small, "fused", 16, 1, 512, **fast),
         Case(small, "tuned switching", 4, 1, 512),
-        Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1),  # its aim is one of memory, too
+        Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=2),  # its aim is one of memory, too
+        Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1),
         Case(small, "fused", 4, 1, 512, "full", compiled=True),  # the least memory of all agents together
         Case(small, "fused", 4, 4, 512, "selective", **fast),
         Case(small, "fused", 4, 8, 512, **fast, mixed=True),
@@ -57,6 +58,7 @@ def headline_rows() -> list[Case]:
         Case(small, "sequential", 4, 4, 512, **fast),
         Case(small, "parallel", 4, 4, 512, compiled=True),
         Case(small, "switching", 16, 1, 512, "full"),
+        Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1, attention="eager"),
     ]
 
 
