@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from chorus.adapters import check_targets, lora_shape
-from chorus.agents import NoiseRates, build_agents, decide_execution
+from chorus.agents import NoiseRates, build_agents
 from chorus.agreement import StopRequest, lost_processes_named, on_first_process
 from chorus.auto_agents import decide_num_agents
 from chorus.base import load_base, load_skeleton, load_tokenizer
@@ -29,6 +29,7 @@ from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.errors import Preempted
 from chorus.evaluate import evaluate, held_out_share
+from chorus.execution import decide_execution
 from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
 from chorus.isolation import Skips
 from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chorus.adapters import lora_shape
-from chorus.agents import Execution, NoiseRates, build_agents
+from chorus.agents import NoiseRates, build_agents
 from chorus.attention import choose_attention
 from chorus.config import Config
 from chorus.data import Batch, Sample, collate
 from chorus.engine import Engine, start_engine
+from chorus.execution import Execution
 from chorus.layers import Recompute
 from chorus.objective import objective_of
 

@@ -16,9 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from chorus.adapters import lora_shape
-from chorus.agents import NoiseRates, build_agents, copy_sharing_storage, decide_execution
+from chorus.agents import NoiseRates, build_agents, copy_sharing_storage
 from chorus.data import Batch
 from chorus.engine import make_accelerator
+from chorus.execution import decide_execution
 from chorus.flops import Work, work_of
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of device types

@@ -19,9 +19,9 @@ from conditions import conditions
 from shapes import random_base
 from timing import matmul_tflops, num_timed, reserved_gib, timed, warm_up
 
-from chorus.agents import decide_execution
 from chorus.engine import DTYPES, decide_precision, make_accelerator, zero_stage
 from chorus.errors import input_errors_end_the_program
+from chorus.execution import decide_execution
 from chorus.flops import work_of
 
 

@@ -33,22 +33,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 from chorus import agents as agents_module
 from chorus.adapters import LoraShape, Noise, Routing, TensorId, adapter_name, lora_layers, take_turn
-from chorus.agents import (
-    AgentOutput,
-    Agents,
-    Execution,
-    GroupedAgents,
-    Mode,
-    NoiseRates,
-    ParallelAgents,
-    build_agents,
-    causal_lm,
-    decide_execution,
-)
+from chorus.agents import AgentOutput, Agents, GroupedAgents, Mode, NoiseRates, ParallelAgents, build_agents, causal_lm
 from chorus.base import trunk_of
-from chorus.config import Config
 from chorus.data import Batch, collate
 from chorus.errors import InputError
+from chorus.execution import Execution
 from chorus.flat_adapter import stack
 from chorus.layers import Recompute
 from chorus.objective import SwdSettings, objective
@@ -294,39 +283,6 @@ def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_dra
     noisy = partial(toy_agents, mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4, dropout_p=0.3)
     for one, other in zip(gradients(noisy(), True), gradients(noisy(), False), strict=True):
         assert max_difference(one, other) < EXACT
-
-
-# ---- how passes are carried out ----
-
-
-@pytest.mark.parametrize(
-    ("device", "settings", "expected"),
-    [
-        ("cpu", {}, (False, False)),
-        ("cuda", {}, (False, False)),  # 128 lengths
-        ("cuda", {"pad_to_multiple_of": 16}, (True, True)),
-        ("cuda", {"packing": True}, (True, True)),
-        ("cuda", {"pad_to_multiple_of": 16, "lora_dropout": 0.1}, (False, False)),
-        ("cuda", {"pad_to_multiple_of": 16, "cuda_graphs": False}, (True, False)),
-        ("cpu", {"compile": True}, (True, False)),
-    ],
-)
-def test_auto_compiles_and_records_where_few_shapes_occur_on_a_gpu(device: str, settings: dict, expected: tuple):
-    execution = decide_execution(Config(max_seq_length=128, **settings), torch.device(device))
-    assert (execution.compiled, execution.recorded) == expected
-
-
-def test_graphs_without_a_gpu_are_refused():
-    with pytest.raises(InputError, match="key 'cuda_graphs' is true, which needs a CUDA GPU"):
-        decide_execution(Config(cuda_graphs=True), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("key", ["compile", "cuda_graphs"])
-def test_a_base_in_shards_is_neither_compiled_nor_recorded(key: str):
-    with pytest.raises(InputError, match=f"key '{key}' is true, which ZeRO stage 3 does not allow"):
-        decide_execution(Config(**{key: True}), torch.device("cuda"), base_in_shards=True)
-    execution = decide_execution(Config(max_seq_length=8), torch.device("cuda"), base_in_shards=True)
-    assert (execution.compiled, execution.recorded) == (False, False)
 
 
 def test_fused_agents_refuse_a_layer_that_is_given_other_rows_than_the_batchs():

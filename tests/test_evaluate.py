@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from chorus import evaluate as evaluate_module
 from chorus.adapters import LoraShape
-from chorus.agents import Agents, Execution, NoiseRates, build_agents
+from chorus.agents import Agents, NoiseRates, build_agents
 from chorus.aggregate import dirichlet_weights
 from chorus.base import load_model, load_tokenizer
 from chorus.errors import InputError
 from chorus.evaluate import Evaluation, HeldOut, Score, evaluate, final_answer, held_out_share, is_exact
+from chorus.execution import Execution
 from chorus.generate import generate
 from chorus.rows import Problem
 

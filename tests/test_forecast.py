@@ -10,13 +10,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from chorus.adapters import lora_shape
-from chorus.agents import NoiseRates, build_agents, decide_execution
+from chorus.agents import NoiseRates, build_agents
 from chorus.base import load_model
 from chorus.config import Config
 from chorus.counting import bytes_of
 from chorus.data import Sample, collate
 from chorus.engine import DTYPES
 from chorus.errors import InputError
+from chorus.execution import decide_execution
 from chorus.forecast import GIB, Machine, forecast, longest_batch, trained_bytes
 from chorus.isolation import adamw
 

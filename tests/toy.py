@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from chorus.adapters import LoraShape, TensorId
-from chorus.agents import Agents, Execution, Mode, NoiseRates, build_agents
+from chorus.agents import Agents, Mode, NoiseRates, build_agents
 from chorus.data import Batch, Sample
+from chorus.execution import Execution
 from chorus.layers import Recompute
 
 VOCABULARY = 61

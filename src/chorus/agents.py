@@ -16,13 +16,11 @@ Every mode keeps five promises (tests/test_agents.py holds them):
 """
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,17 +43,13 @@ from chorus.adapters import (
 )
 from chorus.attention import attention_masks
 from chorus.base import Head, base_tensors, head_of, trunk_of
-from chorus.config import Config
 from chorus.data import Batch
-from chorus.errors import InputError
+from chorus.execution import PLAIN, Execution
 from chorus.flat_adapter import Layout, stack
-from chorus.graphs import MAX_RECORDINGS, RecordedPasses, Rows
-from chorus.layers import Recompute, prepare_layers, recomputed
-from chorus.packing import MAX_SHAPES
+from chorus.graphs import RecordedPasses, Rows
+from chorus.layers import prepare_layers, recomputed
 from chorus.spans import span
 from chorus.token_nll import token_nll
-
-logger = logging.getLogger(__name__)
 
 Mode = Literal["fused", "sequential", "parallel"]
 
@@ -79,58 +73,6 @@ class NoiseRates:
     dropconnect_p: float
     dropout_p: float
     seed: int
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How passes are carried out. None of it changes a result, beyond rounding.
-
-    Attributes:
-        recompute: what of each decoder layer's activations is made again in backward.
-        agents_per_pass: fused mode's groups; None takes all agents together.
-        compiled: torch.compile the decoder layers; a word is the name of another backend than inductor.
-        recorded: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a recording
-            would repeat.
-    """
-
-    recompute: Recompute = "none"
-    agents_per_pass: int | None = None
-    compiled: bool | str = False
-    recorded: bool = False
-
-
-PLAIN = Execution()
-
-
-def decide_execution(config: Config, device: torch.device, base_in_shards: bool = False) -> Execution:
-    """What a configuration asks for, with `auto` decided and said in the log.
-
-    Raises:
-        InputError: graphs without a GPU; compilation, graphs or selective recomputation of a base in shards.
-    """
-    for key, wanted in (("compile", config.compile), ("cuda_graphs", config.cuda_graphs)):
-        if base_in_shards and wanted is True:
-            raise InputError(f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2")
-    if base_in_shards and config.recomputation == "selective":
-        raise InputError("gradient checkpointing is selective, which ZeRO stage 3 does not allow; set it to full")
-    if config.cuda_graphs is True and device.type != "cuda":
-        raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
-    shapes = ceil(config.max_seq_length / config.pad_to_multiple_of)
-    if config.packing:
-        shapes = MAX_SHAPES
-    because = ""
-    if device.type != "cuda":
-        because = f"; auto: no GPU ({device})"
-    elif base_in_shards:
-        because = "; auto: ZeRO stage 3 fetches weights inside of a pass"
-    elif config.lora_dropout > 0:
-        because = "; auto: lora_dropout is above 0"
-    elif shapes > MAX_RECORDINGS:
-        fewer = ceil(config.max_seq_length / MAX_RECORDINGS)
-        because = f"; auto: batches of up to {shapes} lengths; pad_to_multiple_of {fewer} would do"
-    compiled, recorded = (not because if key == "auto" else key for key in (config.compile, config.cuda_graphs))
-    logger.info("layers compiled: %s; passes recorded: %s%s", compiled, recorded, because)
-    return Execution(config.recomputation, config.agents_per_pass, compiled, recorded)
 
 
 def held_agents(num_agents: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chorus.adapters import lora_shape
-from chorus.agents import NoiseRates, build_agents, copy_sharing_storage, decide_execution
+from chorus.agents import NoiseRates, build_agents, copy_sharing_storage
 from chorus.agreement import on_first_process
 from chorus.base import load_base
 from chorus.checkpoint import checkpoints
@@ -22,6 +22,7 @@ from chorus.config import Config
 from chorus.data import Sample, collate
 from chorus.engine import DTYPES
 from chorus.errors import InputError
+from chorus.execution import decide_execution
 from chorus.forecast import GIB, Machine, forecast, longest_batch, trained_bytes
 from chorus.isolation import adamw
 from chorus.memory import memory_limit, peak_bytes, reset_peak

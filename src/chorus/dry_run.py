@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from chorus.adapters import check_targets
-from chorus.agents import decide_execution
 from chorus.agreement import on_every_process, on_first_process, refuse_differences
 from chorus.auto_agents import WAYS_OUT, decide_num_agents, machine_of
 from chorus.base import load_base, load_skeleton, load_tokenizer, write_toy_like
@@ -28,6 +27,7 @@ from chorus.data import Sample
 from chorus.deepspeed_config import deepspeed_json, deepspeed_wanted
 from chorus.engine import DTYPES, decide_precision, make_accelerator
 from chorus.errors import InputError
+from chorus.execution import decide_execution
 from chorus.export import refuse_unshared, refuse_unusable
 from chorus.forecast import GIB, Forecast, Machine, forecast, in_words
 from chorus.journal import quiet_libraries

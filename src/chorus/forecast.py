@@ -20,13 +20,14 @@ from transformers import AttentionInterface
 
 from chorus import token_nll
 from chorus.adapters import lora_shape
-from chorus.agents import Agents, Execution, NoiseRates, build_agents, causal_lm, decide_execution, masks_of
+from chorus.agents import Agents, NoiseRates, build_agents, causal_lm, masks_of
 from chorus.attention import choose_attention
 from chorus.base import Head, load_skeleton
 from chorus.config import Config
 from chorus.counting import LiveBytes, Recorded, Undrawn, bytes_of, fused_attention
 from chorus.data import Batch
 from chorus.engine import DTYPES
+from chorus.execution import Execution, decide_execution
 
 GIB = 2**30
 # The partitioner that decides for inductor, too, what a compiled layer keeps for backward; no code is generated.

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from chorus.adapters import TensorId, adapter_name, lora_shape
-from chorus.agents import Agents, Execution, NoiseRates, build_agents, causal_lm, copy_sharing_storage, decide_execution
+from chorus.agents import Agents, NoiseRates, build_agents, causal_lm, copy_sharing_storage
 from chorus.aggregate import dirichlet_weights, mixture_log_prob, uniform_weights
 from chorus.base import base_tensors
 from chorus.checkpoint import Keeper, checkpoints, read_tensors, verify
@@ -23,6 +23,7 @@ from chorus.config import Config
 from chorus.counting import bytes_of
 from chorus.data import Batch, Sample, collate, training_steps
 from chorus.engine import Engine, start_engine, zero_stage
+from chorus.execution import Execution, decide_execution
 from chorus.forecast import GIB
 from chorus.journal import Journal
 from chorus.memory import peak_bytes, reset_peak
