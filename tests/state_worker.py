@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from toy import toy_agents, toy_batch
 
 from chorus.agreement import on_first_process
@@ -20,6 +21,8 @@ def main(folder: Path) -> None:
     plain = folder / "checkpoints" / "step_000001"
     restore_state(engine, read_tensors(plain, verify(plain)["optimizer_step"]))
     state = read_state(engine)
+    for identity, live in engine.agents.adapter_tensors().items():  # beside the masters: what the next pass sees
+        assert torch.equal(live, state.weights[identity]), identity
     facts = {"format": 1, "step": 2, "optimizer_step": state.optimizer_step}
     on_first_process(accelerator, lambda: write_checkpoint(folder, state, facts, config))
     assert accelerator.num_processes == 2
