@@ -24,10 +24,7 @@ from chorus.journal import (
     Meter,
     WritingJournal,
     evaluation_table,
-    memory_line,
-    memory_usage,
     open_journal,
-    peak_memory_gib,
 )
 from chorus.objective import Objective
 
@@ -352,26 +349,6 @@ def test_the_peak_memory_is_read_where_it_is_asked_for(with_memory: bool):
     meter.end_step()
     row = read(meter)
     assert list(row) == [*KEYS, *(["peak_memory_gib"] if with_memory else [])]
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the reference is Linux's own account")
-def test_the_peak_memory_of_a_process_is_the_most_that_was_resident_in_gib():
-    peak = peak_memory_gib(torch.device("cpu"))
-    [kib] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak == pytest.approx(int(kib) / 2**20, rel=0.02)
-
-
-def test_memory_is_told_in_gigabytes_now_and_at_most():
-    usage = memory_usage(torch.device("cpu"))
-    kept = torch.ones(50_000_000)  # 0.2 GB
-    more = memory_usage(torch.device("cpu"))
-    assert 0.19 < more["resident"] - usage["resident"] < 0.3
-    assert more["max_resident"] >= more["resident"] > 0
-    assert len(kept)
-    of_a_gpu = {"allocated": 28.45, "max_allocated": 32.1, "reserved": 35.0}
-    assert memory_line(5, torch.device("cuda"), of_a_gpu) == (
-        "[Step 5] GPU Memory - Allocated: 28.45GB, Max Allocated: 32.10GB, Reserved: 35.00GB"
-    )
 
 
 # ---- the table ----

@@ -4,7 +4,6 @@ import fcntl
 import json
 import logging
 import math
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -27,6 +25,7 @@ from chorus.engine import Engine
 from chorus.errors import RunError
 from chorus.evaluate import Evaluation
 from chorus.export import LOG_FILE, disk_errors, write_text
+from chorus.memory import memory_line, memory_usage, peak_bytes
 from chorus.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -299,32 +298,9 @@ class Meter:
             "agent_tokens_per_second": self.num_agents * tokens / seconds,
         }
         if self.with_memory:
-            metrics["peak_memory_gib"] = peak_memory_gib(self.device)
+            metrics["peak_memory_gib"] = peak_bytes(self.device) / 2**30
         self._reset()
         return metrics
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: on the GPU, or resident where there is none. In GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def memory_usage(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GB (10^9 bytes), now and at most so far: the GPU's, or resident where there is none."""
-    if device.type == "cuda":
-        held = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)
-        names = ("allocated", "max_allocated", "reserved")
-        return {name: of(device) / 1e9 for name, of in zip(names, held, strict=True)}
-    resident, most = psutil.Process().memory_info().rss, peak_memory_gib(device) * 2**30
-    return {"resident": resident / 1e9, "max_resident": max(resident, most) / 1e9}  # the kernel's peak may lag behind
-
-
-def memory_line(step: int, device: torch.device, usage: Mapping[str, float]) -> str:
-    """`[Step 5] GPU Memory - Allocated: 28.45GB, Max Allocated: 32.10GB, Reserved: 35.00GB`"""
-    told = ", ".join(f"{name.replace('_', ' ').title()}: {amount:.2f}GB" for name, amount in usage.items())
-    return f"[Step {step}] {'GPU' if device.type == 'cuda' else 'CPU'} Memory - {told}"
 
 
 def evaluation_table(before: Evaluation, after: Evaluation) -> Table:

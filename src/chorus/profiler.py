@@ -23,7 +23,8 @@ from chorus.config import Config
 from chorus.data import StepBatch
 from chorus.engine import Engine
 from chorus.flops import Work, work_of
-from chorus.journal import Journal, memory_line, memory_usage
+from chorus.journal import Journal
+from chorus.memory import memory_line, memory_usage
 from chorus.spans import Span, Stopwatch, listening, span
 from chorus.trace import Trace, tracing, write_trace
 
