@@ -35,7 +35,7 @@ def test_a_signal_is_remembered_and_ends_nothing():
     one: Any = FirstOfOne()
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
-        with StopRequest(one) as stop:
+        with StopRequest(one, timeout_s=60) as stop:
             assert not stop.is_agreed()
             os.kill(os.getpid(), number)
             assert stop.is_agreed()
@@ -51,7 +51,7 @@ import os, time
 from chorus import agreement
 agreement.ONE_REQUEST_S = 0.1
 class One: num_processes = 1
-with agreement.StopRequest(One()) as stop:
+with agreement.StopRequest(One(), timeout_s=60) as stop:
     os.kill(os.getpid(), {int(number)})
     time.sleep(0.3)
     print("lives", flush=True)

@@ -139,7 +139,7 @@ def _is_ours(file: str) -> bool:
 class StopRequest:
     """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once."""
 
-    def __init__(self, accelerator: Accelerator, timeout_s: int = 1800):
+    def __init__(self, accelerator: Accelerator, timeout_s: int):
         self._received: float | None = None
         self._group = None
         self._has_others = accelerator.num_processes > 1

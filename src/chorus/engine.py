@@ -256,14 +256,18 @@ class Engine:
             return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
     def close(self) -> None:
-        """End training: close the trackers and the process group. Nothing waits for the other processes here.
+        """End training: close the trackers and the process group. Nothing waits for the other processes here."""
+        self.unwrap()
+        self.accelerator.end_training()
 
-        The wrapper goes first. DDP's C++ part holds the process group too; were it the last to let go, it would
-        destroy the group while it holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
+    def unwrap(self) -> None:
+        """Let go of what DDP or DeepSpeed has wrapped around the agents; nothing can be trained from here on.
+
+        DDP's C++ part holds the process group too; were it the last to let go, it would destroy the group while it
+        holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
         """
         self.module = self.agents
         self.accelerator.free_memory()
-        self.accelerator.end_training()
 
 
 def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:

@@ -183,8 +183,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
         run.changed = [name for name, value in checksums_of(agents).items() if value != checksums[name]]
         if nll_before_K is not None:
             run.reload = reload(setting.folder, base, config, agents, batch, nll_before_K)
-    engine.module = agents  # DDP must not be the last to hold the process group; see Engine.close
-    accelerator.free_memory()
+    engine.unwrap()
     del engine, agents, steps, base
     gc.collect()
     return run
