@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 from launching import ROOT, ZERO2, environment
-from peft import PeftModel
 
 import chorus.agents
+import chorus.rehearsal
 from chorus.config import Config
 from chorus.dry_run import dry_run
 from chorus.report import Check, Report
@@ -139,16 +139,13 @@ def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_t
 
 
 def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(tried, monkeypatch: pytest.MonkeyPatch):
-    attach = chorus.agents.attach_agents
+    def losing_gradients(*arguments: Any) -> chorus.agents.Agents:
+        agents = chorus.agents.build_agents(*arguments)
+        if 1 in agents.agents:
+            agents.adapters()[1].register_hook(lambda gradient: gradient * 0)
+        return agents
 
-    def losing_gradients(*arguments: Any) -> PeftModel:
-        peft_model = attach(*arguments)
-        for name, tensor in peft_model.named_parameters():
-            if ".agent_1." in name:
-                tensor.register_hook(lambda gradient: gradient * 0)
-        return peft_model
-
-    monkeypatch.setattr(chorus.agents, "attach_agents", losing_gradients)
+    monkeypatch.setattr(chorus.rehearsal, "build_agents", losing_gradients)
     monkeypatch.setattr(chorus.agents, "copy_sharing_storage", copy.deepcopy)  # of parallel mode's other agents
     code, checks = tried(parallel_mode="parallel")
     assert code == 3
