@@ -160,16 +160,17 @@ def test_an_unknown_base_is_refused():
         forecast(Config(model_name="/nowhere/at/all"), "no", Machine("cpu"))
 
 
-# What was measured on an H200 (benchmarks/LOG.md: reserved) with gemma-2-2b's shape, rank 16 on all linears, eager
-# attention. Until the loss let go of a chunk before it made the next, a second one stood beside: 0.5 GiB.
-SECOND_CHUNK = 0.5
+# What an H200's allocator reserved (benchmarks/modes.md) with gemma-2-2b's shape, rank 16 on all linears, eager attention.
+RECORDED = {"compile": True, "cuda_graphs": True}
 MEASURED = [
-    ((4, 1, 512), {"compile": True, "cuda_graphs": True}, 14.6 - SECOND_CHUNK),
-    ((4, 4, 512), {"compile": True, "cuda_graphs": True}, 31.5 - SECOND_CHUNK),
-    ((16, 1, 512), {"compile": True, "cuda_graphs": True}, 36.2 - SECOND_CHUNK),
-    ((4, 1, 512), {"compile": True, "cuda_graphs": True, "gradient_checkpointing": "full"}, 9.6 - SECOND_CHUNK),
-    ((4, 1, 512), {"compile": False, "cuda_graphs": True}, 17.9 - SECOND_CHUNK),
-    ((4, 4, 512), {"compile": False, "cuda_graphs": True}, 45.0 - SECOND_CHUNK),
+    ((4, 1, 512), RECORDED, 13.3),
+    ((4, 4, 512), RECORDED, 30.2),
+    ((16, 1, 512), RECORDED, 35.1),
+    ((4, 8, 512), RECORDED, 53.1),
+    ((4, 4, 512), {**RECORDED, "gradient_checkpointing": "selective"}, 20.3),
+    ((4, 1, 512), {"compile": True, "cuda_graphs": False, "gradient_checkpointing": "full"}, 7.0),
+    ((4, 4, 512), {**RECORDED, "parallel_mode": "sequential"}, 13.2),
+    ((4, 4, 512), {"compile": True, "cuda_graphs": False, "parallel_mode": "parallel"}, 31.2),
 ]
 
 

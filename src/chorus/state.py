@@ -16,6 +16,8 @@ from chorus.errors import InputError
 from chorus.partitions import MOMENTS, set_steps_taken, steps_taken
 from chorus.sharding import make_whole
 
+FlatByAgent = Mapping[int, Tensor]  # laid out as each agent's adapter is
+
 
 class TrainingState(NamedTuple):
     """On the CPU, in fp32.
@@ -73,9 +75,6 @@ def restore_state(engine: Engine, state: TrainingState) -> None:
         _restore_zero(engine, weights, moments)
     else:
         _restore_plain(engine, weights, moments, steps)
-
-
-FlatByAgent = Mapping[int, Tensor]
 
 
 @torch.no_grad()
