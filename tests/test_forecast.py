@@ -160,7 +160,7 @@ def test_an_unknown_base_is_refused():
         forecast(Config(model_name="/nowhere/at/all"), "no", Machine("cpu"))
 
 
-# What an H200's allocator reserved (benchmarks/modes.md) with gemma-2-2b's shape, rank 16 on all linears, eager attention.
+# What an H200's allocator reserved (benchmarks/modes.md): gemma-2-2b's shape, rank 16 on all linears, eager attention.
 RECORDED = {"compile": True, "cuda_graphs": True}
 MEASURED = [
     ((4, 1, 512), RECORDED, 13.3),
