@@ -1,6 +1,5 @@
 """Compiled layers, in training and out of it. What they compute is held by the promises of test_agents.py."""
 
-from functools import partial
 from typing import get_args
 
 import pytest
@@ -15,19 +14,18 @@ from chorus.adapters import Routing, lora_layers
 from chorus.errors import InputError, RunError
 from chorus.layers import Recompute, prepare_layers
 
+QUICK = "aot_eager"  # all of torch.compile but its last part, which takes half a minute for a layer on two cores
 
-@pytest.fixture
-def _quick_compiler(monkeypatch: pytest.MonkeyPatch):
-    """All of torch.compile but its last part, which takes half a minute for a layer on two cores."""
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_yet():
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.usefixtures("_quick_compiler")
 @pytest.mark.parametrize("recompute", get_args(Recompute))
 def test_compiled_layers_give_the_same_values_and_gradients_at_every_length(recompute: Recompute):
     plain = toy_agents("fused", dropconnect_p=0.4)
-    compiled = toy_agents("fused", dropconnect_p=0.4, gradient_checkpointing=recompute, compiled=True)
+    compiled = toy_agents("fused", dropconnect_p=0.4, gradient_checkpointing=recompute, compiled=QUICK)
     for length in (10, 12):
         expected, expected_gradients = run(plain, toy_batch(length=length))
         output, gradients = run(compiled, toy_batch(length=length))
@@ -36,7 +34,6 @@ def test_compiled_layers_give_the_same_values_and_gradients_at_every_length(reco
             assert max_difference(gradients[identity], gradient) < EXACT, identity
 
 
-@pytest.mark.usefixtures("_quick_compiler")
 @pytest.mark.parametrize("recompute", get_args(Recompute))
 def test_equal_layers_are_compiled_once_and_without_a_break(recompute: Recompute):
     """Two layers of the toy differ in their attention; a second pair of them brings no further compilation."""
@@ -49,7 +46,7 @@ def test_equal_layers_are_compiled_once_and_without_a_break(recompute: Recompute
         layers.extend([tiny_gemma(seed=seed).model.layers[seed % 2] for seed in range(2, num_layers)])
         base.config.layer_types = [["sliding_attention", "full_attention"][k % 2] for k in range(num_layers)]
         base.config.num_hidden_layers = num_layers
-        prepare_layers(base, Routing(), recompute=recompute, compiled=True)
+        prepare_layers(base, Routing(), recompute=recompute, compiled=QUICK)
         base.train()(input_ids=toy_batch().input_BT, use_cache=False)
         assert not torch._dynamo.utils.counters["graph_break"]
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -57,24 +54,22 @@ def test_equal_layers_are_compiled_once_and_without_a_break(recompute: Recompute
     assert compilations(6) == compilations(2) > 0
 
 
-@pytest.mark.usefixtures("_quick_compiler")
 def test_what_cannot_be_compiled_is_an_error_and_no_silent_return_to_slow_layers(monkeypatch: pytest.MonkeyPatch):
-    agents = toy_agents("fused", compiled=True)
+    agents = toy_agents("fused", compiled=QUICK)
     agents(toy_batch(length=6))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # a sliding and a full layer
     with pytest.raises(RunError, match="key 'compile': more than 2 kinds of layers and lengths"):
         agents(toy_batch(length=7))
     base = tiny_gemma().train()
     base.model.layers[0].mlp.forward = lambda x: torch._dynamo.graph_break() or x
-    prepare_layers(base, Routing(), recompute="none", compiled=True)
+    prepare_layers(base, Routing(), recompute="none", compiled=QUICK)
     with pytest.raises(RunError, match=r"'compile': Gemma2DecoderLayer cannot be compiled whole: .+; set it to false"):
         base(input_ids=toy_batch().input_BT, use_cache=False)
 
 
-@pytest.mark.usefixtures("_quick_compiler")
 def test_evaluation_compiles_nothing():
     torch._dynamo.utils.counters.clear()
-    agents = toy_agents("fused", compiled=True).eval()
+    agents = toy_agents("fused", compiled=QUICK).eval()
     with torch.no_grad():
         agents.agent_pass(0, toy_batch())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0

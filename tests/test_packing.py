@@ -135,15 +135,9 @@ def test_packed_samples_get_the_losses_and_gradients_of_rows_of_their_own(mode: 
     assert_packing_changes_nothing(agents(), agents(gradient_checkpointing=recompute))
 
 
-@pytest.fixture
-def _quick_compiler(monkeypatch: pytest.MonkeyPatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-
-
-@pytest.mark.usefixtures("_quick_compiler")
 def test_packed_samples_in_compiled_layers():
-    assert_packing_changes_nothing(toy_agents("fused"), toy_agents("fused", compiled=True))
+    torch._dynamo.reset()
+    assert_packing_changes_nothing(toy_agents("fused"), toy_agents("fused", compiled="aot_eager"))
 
 
 def test_packed_samples_in_flex_attention(monkeypatch: pytest.MonkeyPatch):

@@ -15,13 +15,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chorus.adapters import Routing
 from chorus.errors import InputError, RunError
+from chorus.lora_linear import ONE, SEVERAL
+from chorus.shared_input import joining
 
 Recompute = Literal["none", "selective", "full"]
 
 # What selective recomputation keeps: the results of products with the base's weights, which take nearly all of a
 # forward pass's time. Those of attention's own products grow with the square of the length and are made again.
 KEPT = frozenset(
-    {torch.ops.chorus.lora_linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    {ONE, SEVERAL, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 )  # the latter two: of linears without an adapter
 
 
@@ -58,8 +60,8 @@ def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: Recom
 def _in_training(plain: Callable, routing: Routing, recompute: Recompute, compiled: bool | str) -> Callable:
     # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
     recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    backend = {"backend": compiled} if isinstance(compiled, str) else {}
-    compile_whole = partial(torch.compile, fullgraph=True, **backend)
+    backend = compiled if isinstance(compiled, str) else "inductor"
+    compile_whole = partial(torch.compile, fullgraph=True, backend=joining(backend))
     if recompute == "selective" and compiled:
         # Inside, where the compiler sees what is to be kept: its backward needs no layer, and so no turn.
         return compile_whole(partial(recomputed, plain, context_fn=_selective_contexts))

@@ -1,17 +1,22 @@
-"""A frozen linear layer with the adapters of several agents: one call for all of them, forward and backward.
+"""Frozen linear layers with the adapters of several agents: one call for all of them, forward and backward.
 
 Rows of the agents lie one after the other (agent-major), so the base's product is one large matrix product and LoRA's
 thin ones are batched over agents. The thin product is written first and the large one added to it: it has arithmetic
 enough to hide reading what it adds to, and the thin one has not.
+
+A thin product takes as long as reading or writing its wide side. Linears of one input, as attention's q, k and v, are
+therefore one call where they can be (`shared_input`): x is read, and its gradient written, once for all of them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 # Registered operators, and not an autograd.Function alone: torch.compile takes them as they are. Traced through, the
-# addition in place would become a copy.
+# addition in place would become a copy. Compiled code that is kept on disk is found by their names alone: an operator
+# whose backward is to be another needs another name.
 
 
 @torch.library.custom_op("chorus::lora_linear", mutates_args=())
@@ -19,11 +24,17 @@ def _forward(
     x_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_KRI: Tensor, B_KOR: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     low_KNR = torch.bmm(x_KNI, A_KRI.mT)
+    return _product(x_KNI, low_KNR, weight_OI, bias_O, B_KOR, scaling), low_KNR
+
+
+def _product(
+    x_KNI: Tensor, low_KNR: Tensor, weight_OI: Tensor, bias_O: Tensor | None, B_KOR: Tensor, scaling: float
+) -> Tensor:
     y_KNO = _scaled_bmm(low_KNR, B_KOR.mT, scaling)
     if bias_O is not None:
         y_KNO += bias_O
     y_KNO.flatten(0, 1).addmm_(x_KNI.flatten(0, 1), weight_OI.T)
-    return y_KNO, low_KNR
+    return y_KNO
 
 
 def _scaled_bmm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -96,3 +107,84 @@ def lora_linear(
     image and the weights.
     """
     return _forward(x_KNI, weight_OI, bias_O, A_KRI, B_KOR, scaling)[0]
+
+
+@torch.library.custom_op("chorus::lora_linears", mutates_args=())
+def _forward_of_several(
+    x_KNI: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scaling: float
+) -> list[Tensor]:
+    """What `_forward` gives of several layers without bias: every y_KNO, then the low-rank images side by side."""
+    low_KNR = torch.bmm(x_KNI, torch.cat(list(As), dim=1).mT)
+    layers = zip(low_KNR.split(_ranks(As), dim=2), weights, Bs, strict=True)
+    return [*(_product(x_KNI, low, weight_OI, None, B_KOR, scaling) for low, weight_OI, B_KOR in layers), low_KNR]
+
+
+def _ranks(As: Sequence[Tensor]) -> list[int]:
+    return [A_KRI.shape[1] for A_KRI in As]
+
+
+@_forward_of_several.register_fake
+def _(x_KNI: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scaling: float):
+    K, N, _ = x_KNI.shape
+    return [x_KNI.new_empty(K, N, width) for width in (*map(len, weights), sum(_ranks(As)))]
+
+
+@torch.library.custom_op("chorus::lora_linears_backward", mutates_args=())
+def _backward_of_several(
+    dys: Sequence[Tensor],
+    x_KNI: Tensor,
+    low_KNR: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scaling: float,
+    need_dx: bool,
+) -> list[Tensor]:
+    """dx of all, the gradients of the As side by side, and every dB."""
+    dlow_KNR = torch.empty_like(low_KNR)
+    lows, dlows = (low.split(_ranks(As), dim=2) for low in (low_KNR, dlow_KNR))
+    for dlow, dy_KNO, B_KOR in zip(dlows, dys, Bs, strict=True):
+        dlow.baddbmm_(dy_KNO, B_KOR, beta=0, alpha=scaling)
+    dA_KRI = torch.bmm(dlow_KNR.mT, x_KNI)
+    dBs = [_scaled_bmm(dy_KNO.mT, low, scaling) for dy_KNO, low in zip(dys, lows, strict=True)]
+    if not need_dx:
+        return [x_KNI.new_empty(0), dA_KRI, *dBs]
+    dx_KNI = torch.bmm(dlow_KNR, torch.cat(list(As), dim=1))
+    for dy_KNO, weight_OI in zip(dys, weights, strict=True):
+        dx_KNI.flatten(0, 1).addmm_(dy_KNO.flatten(0, 1), weight_OI)
+    return [dx_KNI, dA_KRI, *dBs]
+
+
+@_backward_of_several.register_fake
+def _(
+    dys: Sequence[Tensor],
+    x_KNI: Tensor,
+    low_KNR: Tensor,
+    weights: Sequence[Tensor],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scaling: float,
+    need_dx: bool,
+):
+    dA_KRI = x_KNI.new_empty(len(x_KNI), low_KNR.shape[2], x_KNI.shape[2])
+    return [x_KNI.new_empty(x_KNI.shape if need_dx else 0), dA_KRI, *(B_KOR.new_empty(B_KOR.shape) for B_KOR in Bs)]
+
+
+def _save_of_several(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
+    x_KNI, weights, As, Bs, ctx.scaling = inputs
+    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(x_KNI, output[-1], *weights, *As, *Bs)
+
+
+def _gradient_of_several(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    need_dx, dys = ctx.needs_input_grad[0], [dy_KNO.contiguous() for dy_KNO in gradients[:-1]]
+    x_KNI, low_KNR, *of_layers = ctx.saved_tensors
+    weights, As, Bs = (of_layers[kind * len(dys) : (kind + 1) * len(dys)] for kind in range(3))
+    dx_KNI, dA_KRI, *dBs = _backward_of_several(dys, x_KNI, low_KNR, weights, As, Bs, ctx.scaling, need_dx)
+    return dx_KNI if need_dx else None, [None] * len(dys), list(dA_KRI.split(_ranks(As), dim=1)), dBs, None
+
+
+_forward_of_several.register_autograd(_gradient_of_several, setup_context=_save_of_several)
+
+# As they stand in a trace.
+ONE, SEVERAL = torch.ops.chorus.lora_linear.default, torch.ops.chorus.lora_linears.default
