@@ -57,8 +57,8 @@ def headline_rows() -> list[Case]:
         Case(small, "switching", 4, 4, 512, "full"),
         Case(small, "sequential", 4, 4, 512, **fast),
         Case(small, "parallel", 4, 4, 512, compiled=True),
-        Case(small, "switching", 16, 1, 512, "full"),
         Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1, attention="eager"),
+        Case(small, "switching", 16, 1, 512, "full"),
     ]
 
 
