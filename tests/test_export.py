@@ -1,13 +1,12 @@
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,12 +31,6 @@ CONFIG = Config(
     lr=3e-5,
     max_train_steps=None,
 )
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def values(agents: Agents) -> dict[TensorId, Tensor]:

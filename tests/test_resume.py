@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from launching import ROOT, environment, launch, train, zero2
 from safetensors.torch import load_file
 from test_checkpoint import state_of
@@ -40,12 +38,6 @@ MUST_EQUAL = [
     *("prompt_template", "completion_template", "max_seq_length", "validation_split", "shuffle", "max_train_steps"),
     *("lr", "weight_decay", "lr_scheduler_type", "num_warmup_steps_ratio", "max_grad_norm", "seed"),
 ]
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_of(config: Config, accelerator: Accelerator, rows: list[Problem] = ROWS, **more: Any) -> dict[str, Any]:
