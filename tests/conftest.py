@@ -19,6 +19,11 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def accelerator() -> Iterator[Any]:
     """An Accelerator of one plain process."""
     from accelerate import Accelerator  # it reads the variables above as it is imported
