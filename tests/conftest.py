@@ -1,7 +1,9 @@
 """The tests run offline, on the CPU unless marked `gpu`, and from the repository's root."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,3 +16,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """Default paths, such as the bundled base, are relative to the working directory."""
     monkeypatch.chdir(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Any]:
+    """An Accelerator of one plain process."""
+    from accelerate import Accelerator  # it reads the variables above as it is imported
+    from accelerate.state import AcceleratorState
+
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)

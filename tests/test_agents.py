@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -20,27 +19,26 @@ from toy import (
     ALPHA,
     RANK,
     TARGETS,
-    VOCABULARY,
     ZERO2_CASES,
+    coupled_objective,
     gradients_of,
     max_difference,
+    run,
+    small_gpt_neox,
+    small_llama,
     tiny_gemma,
     toy_agents,
     toy_batch,
     toy_samples,
 )
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from chorus import agents as agents_module
-from chorus.adapters import LoraShape, Noise, Routing, TensorId, adapter_name, lora_layers, take_turn
-from chorus.agents import AgentOutput, Agents, GroupedAgents, Mode, NoiseRates, ParallelAgents, build_agents, causal_lm
+from chorus.adapters import LoraShape, TensorId, lora_layers
+from chorus.agents import Agents, Mode, NoiseRates, build_agents, causal_lm
 from chorus.base import trunk_of
 from chorus.data import Batch, collate
 from chorus.errors import InputError
 from chorus.execution import Execution
-from chorus.flat_adapter import stack
 from chorus.layers import Recompute
-from chorus.objective import SwdSettings, objective
 
 MODES = get_args(Mode)
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
@@ -48,29 +46,6 @@ CHECKPOINTING = pytest.mark.parametrize("checkpointing", get_args(Recompute))
 DROPCONNECT = pytest.mark.parametrize("dropconnect_p", [0.0, 0.4], ids=["", "dropconnect"])
 # fp32 rounding: sums of a few hundred terms in another order
 EXACT = 2e-5
-
-
-def coupled_objective(output: AgentOutput, batch: Batch, lambda_sw: float = 0.5) -> Tensor:
-    """The whole objective, so that gradients flow through token losses and hidden states."""
-    return objective(
-        *output,
-        batch,
-        num_targets=len(batch.target_rows_N),
-        num_micro_batches=1,
-        lambda_sw=lambda_sw,
-        swd=SwdSettings(5, "tokens", 0),
-        step=3,
-        rows_per_process=len(batch.points_SM),
-        gather=lambda own: own,
-    ).share
-
-
-def run(agents: Agents, batch: Batch, step: int | None = 3, lambda_sw: float = 0.5) -> tuple[AgentOutput, dict]:
-    """Output and gradients of one coupled step."""
-    agents.zero_grad()
-    output = agents(batch, step=step, slot=1)
-    coupled_objective(output, batch, lambda_sw).backward()
-    return output, gradients_of(agents)
 
 
 def lone_run(
@@ -159,24 +134,6 @@ def test_gradients_reach_the_adapters_of_every_agent_and_nothing_else(mode: Mode
 @CHECKPOINTING
 def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: Recompute):
     assert_every_agent_gets_the_gradient_of_a_lone_run(toy_agents(mode, gradient_checkpointing=checkpointing))
-
-
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-
-
-def small_llama() -> PreTrainedModel:
-    return seeded(LlamaForCausalLM, LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2))
-
-
-def small_gpt_neox() -> PreTrainedModel:
-    """Biases, one linear for query, key and value, attention beside the MLP."""
-    return seeded(GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL, num_attention_heads=4))
-
-
-def seeded(kind: Callable, config: object) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return kind(config).requires_grad_(False)
 
 
 @EVERY_MODE
@@ -346,113 +303,6 @@ def test_sequential_mode_holds_the_activations_of_one_agent_at_a_time():
 
     assert peak("sequential", 6) < 1.5 * peak("sequential", 1)
     assert peak("parallel", 6) > 4 * peak("parallel", 1)
-
-
-# ---- the wrong ways, put in: the checks above must refuse each of them ----
-
-
-class _StockForward(Agents):
-    """What people write: stock PEFT layers, the adapter in force chosen by `set_adapter`."""
-
-    def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
-        model = self.peft_model(agents[0])
-        output = model(input_ids=batch.input_BT, output_hidden_states=True)
-        nll_BT = cross_entropy(output.logits.transpose(1, 2), batch.target_BT, reduction="none")
-        return AgentOutput((nll_BT * batch.mask_BT)[None], output.hidden_states[-1][None])
-
-
-def stock_adapter(model, agent: int):
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    return get_peft_model(model, config, adapter_name=adapter_name(agent))
-
-
-def k_peft_models_over_one_base_object(monkeypatch: pytest.MonkeyPatch) -> Agents:
-    class Wrong(_StockForward, ParallelAgents):
-        pass
-
-    base = tiny_gemma()
-    return as_agents(Wrong, [stock_adapter(base, agent) for agent in range(3)])
-
-
-def switching_adapters_before_one_backward(monkeypatch: pytest.MonkeyPatch) -> Agents:
-    class Wrong(_StockForward, GroupedAgents):
-        def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
-            outputs = []
-            for agent in self.agents:
-                self.peft_model(agent).set_adapter(adapter_name(agent))
-                outputs.append(self.joint_pass((agent,), batch, None))
-            return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))  # pyright: ignore
-
-    peft_model = stock_adapter(tiny_gemma(), 0)
-    for agent in (1, 2):
-        peft_model.add_adapter(adapter_name(agent), peft_model.peft_config["agent_0"])  # pyright: ignore
-    return as_agents(Wrong, [peft_model])
-
-
-def recomputing_under_the_adapter_of_backward(monkeypatch: pytest.MonkeyPatch) -> Agents:
-    monkeypatch.setattr(Routing, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
-    monkeypatch.setattr(agents_module, "recomputed", lambda run, parameters: run())
-    agents = toy_agents("sequential", gradient_checkpointing="full")
-    layers, weights = lora_layers(agents.peft_model(2)), agents._weights((2,), None)
-    assert weights is not None
-    last_switched_to = take_turn(layers, agents.layout, (2,), weights, 0, None)
-    agents.routing._take(last_switched_to)
-    return agents
-
-
-def as_agents(kind: type[Agents], peft_models: list) -> Agents:
-    """Wrong agents behind the interface that the checks use."""
-
-    class Reading(kind):
-        def __init__(self):
-            torch.nn.Module.__init__(self)
-            self.agents, self.peft_models, self.routing = (0, 1, 2), torch.nn.ModuleList(peft_models), Routing()
-            self.rates, self.recorded, self._noise = NoiseRates(0, 0, 0), None, None
-
-        def adapters(self):
-            return {}
-
-        def named(self, flat):
-            return {identity: tensor.grad for identity, tensor in self.adapter_tensors().items()}
-
-        def adapter_tensors(self):
-            return {
-                TensorId(agent, path, matrix): getattr(layer, f"lora_{matrix}")[adapter_name(agent)].weight
-                for agent in self.agents
-                for path, layer in self.peft_model(agent).named_modules()
-                if hasattr(layer, "lora_A")
-                for matrix in ("A", "B")
-            }
-
-    agents = Reading()
-    for number, tensor in enumerate(agents.adapter_tensors().values()):
-        tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
-    return agents
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "wrong_way",
-    [
-        k_peft_models_over_one_base_object,
-        switching_adapters_before_one_backward,
-        recomputing_under_the_adapter_of_backward,
-    ],
-)
-def test_the_gradient_check_catches(wrong_way: Callable, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(AssertionError):
-        assert_every_agent_gets_the_gradient_of_a_lone_run(wrong_way(monkeypatch))
-
-
-def test_the_trace_check_catches_dropconnect_in_place(monkeypatch: pytest.MonkeyPatch):
-    def in_place(adapters, dtype, keeps, keep_p):
-        for adapter_F, keep_F in zip(adapters, keeps, strict=True):
-            adapter_F.data *= keep_F
-        return stack(adapters, dtype)
-
-    monkeypatch.setattr(agents_module, "stack", in_place)
-    with pytest.raises(AssertionError):
-        assert_a_forward_leaves_no_trace(toy_agents("parallel", dropconnect_p=0.4))
 
 
 # ---- all of it under DeepSpeed ZeRO-2, in two real processes ----

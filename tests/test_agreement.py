@@ -1,5 +1,5 @@
-"""Signals and outcomes in one process, and what becomes of a run one process of which is lost; test_resume.py sends
-signals to launched runs."""
+"""Signals and outcomes in one process, and what becomes of a run one process of which is lost;
+test_resumed_runs.py sends signals to launched ones."""
 
 import os
 import signal

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_agents import small_gpt_neox, small_llama
-from toy import tiny_gemma
+from toy import small_gpt_neox, small_llama, tiny_gemma
 from transformers import PreTrainedModel
 
 from chorus import attention

@@ -1,13 +1,11 @@
 """`num_agents: auto`: the most that fit, no more, and the same for a run that goes on."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from launching import PLAIN, train
 
 import chorus.auto_agents
@@ -30,12 +28,6 @@ AUTO = Config(
 )
 CPU = torch.device("cpu")
 GPU = Machine("cuda")  # on a CPU the libraries are part of the forecast, and grow
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def peak(config: Config, agents: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from toy import toy_agents, toy_batch
 
@@ -62,12 +61,6 @@ def test_what_was_written_is_read_back_bitwise_in_the_names_of_peft(tmp_path: Pa
     assert files == ["MANIFEST.json", *agent_files, "optimizer.safetensors", "state.json"]
     saved = load_file(folder / "agents" / "agent_1" / "adapter_model.safetensors")
     assert set(saved) == {f"base_model.model.{name}.lora_{m}.weight" for name in "xy" for m in ("A", "B")}
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_it_holds_12_bytes_for_each_trainable_number_and_nothing_of_the_base(tmp_path: Path, accelerator: Accelerator):

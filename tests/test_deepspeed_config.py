@@ -144,6 +144,7 @@ def test_deepspeed_itself_takes_the_result_and_reads_it_as_meant(file: Path):
         ("train_batch_size", 12, 24),
         ("train_batch_size", None, 24),
         ("train_batch_size", [24], 24),
+        ("zero_force_ds_cpu_optimizer", True, False),  # DeepSpeed's own AdamW rounds otherwise
     ],
 )
 def test_a_value_that_contradicts_the_configuration_is_refused(file: Path, key: str, theirs: object, ours: object):
@@ -177,9 +178,7 @@ def test_true_is_not_the_number_1(file: Path):
 @pytest.mark.parametrize("section", [True, "auto", None, ["enabled"]])
 def test_a_precision_that_is_no_section_is_refused(file: Path, section: object):
     message = refusal(file, {**ZERO, "bf16": section})
-    assert str(file) in message
-    assert f"key 'bf16' is {section!r}" in message
-    assert "enabled" in message
+    assert message == f'{file}: key \'bf16\' is {section!r}; give {{"enabled": "auto"}}'
 
 
 @pytest.mark.parametrize("stage", [0, 4, None, "2", True, 1.5, "auto"])
@@ -191,6 +190,26 @@ def test_every_zero_stage_but_1_2_and_3_is_refused(file: Path, stage: object):
 @pytest.mark.parametrize("content", [{}, {"zero_optimization": {}}, {"zero_optimization": True}])
 def test_a_json_without_a_zero_stage_is_refused(file: Path, content: dict):
     assert f"{file}: key 'zero_optimization.stage'" in refusal(file, content)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "device", "remedy"),
+    [
+        (2, "offload_optimizer", "nvme", "give cpu or none"),
+        (3, "offload_param", "nvme", "give cpu or none"),
+        (2, "offload_param", "cpu", "it needs stage 3"),
+    ],
+)
+def test_an_offload_that_is_not_supported_is_refused(file: Path, stage: int, name: str, device: str, remedy: str):
+    message = refusal(file, {"zero_optimization": {"stage": stage, name: {"device": device}}})
+    assert message == f"{file}: key 'zero_optimization.{name}.device' is '{device}'; {remedy}"
+
+
+@pytest.mark.parametrize("wrong", [{"overlap_com": True}, {"reduce_bucket_size": -1}, {"overlap_comm": "perhaps"}])
+def test_what_deepspeed_would_refuse_in_its_section_is_refused_before_a_model_is_loaded(file: Path, wrong: dict):
+    message = refusal(file, {"zero_optimization": {"stage": 2, **wrong}})
+    (key,) = wrong
+    assert f"{file}: key 'zero_optimization.{key}' is {wrong[key]!r}" in message
 
 
 @pytest.mark.parametrize(
@@ -275,26 +294,18 @@ def test_a_launcher_that_starts_deepspeed_against_the_key_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "keys", "named"),
+    ("variable", "theirs", "key", "ours"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "bf16", {"mixed_precision": "no"}, ("'mixed_precision'", "no", "bf16")),
-        ("ACCELERATE_MIXED_PRECISION", "fp16", {"mixed_precision": "auto"}, ("'mixed_precision'", "auto", "fp16")),
-        (
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            "8",
-            {"gradient_accumulation_steps": 4},
-            ("'gradient_accumulation_steps'", "4", "8"),
-        ),
-        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", {"max_grad_norm": 0.5}, ("'max_grad_norm'", "0.5", "1.0")),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision", "no"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision", "auto"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "gradient_accumulation_steps", 4),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "max_grad_norm", 0.5),
     ],
 )
-def test_a_launcher_that_contradicts_the_configuration_is_refused(
-    variable: str, value: str, keys: dict[str, Any], named: tuple[str, ...]
-):
-    with pytest.raises(InputError) as error:
-        check_launcher(Config(**keys), {variable: value})
-    assert all(word in str(error.value) for word in named)
-    assert "\n" not in str(error.value)
+def test_a_launcher_that_contradicts_the_configuration_is_refused(variable: str, theirs: str, key: str, ours: Any):
+    words = rf"^key '{key}' is {ours}, but the launcher (says|clips at) {theirs}; .*drop .*\Z"
+    with pytest.raises(InputError, match=words):
+        check_launcher(Config(**{key: ours}), {variable: theirs})
 
 
 @pytest.mark.parametrize(
@@ -328,31 +339,6 @@ def test_a_zero_stage_of_the_launcher_must_be_that_of_the_json(file: Path, conte
     assert settled(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
     message = refusal(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
     assert "key 'zero_optimization.stage' is 2, but the launcher says 3" in message
-
-
-@pytest.mark.parametrize(
-    ("stage", "name", "device", "remedy"),
-    [
-        (2, "offload_optimizer", "nvme", "give cpu or none"),
-        (3, "offload_param", "nvme", "give cpu or none"),
-        (2, "offload_param", "cpu", "it needs stage 3"),
-    ],
-)
-def test_an_offload_that_is_not_supported_is_refused(file: Path, stage: int, name: str, device: str, remedy: str):
-    message = refusal(file, {"zero_optimization": {"stage": stage, name: {"device": device}}})
-    assert message == f"{file}: key 'zero_optimization.{name}.device' is '{device}'; {remedy}"
-
-
-def test_deepspeeds_own_adam_is_refused(file: Path):
-    message = refusal(file, {**ZERO, "zero_force_ds_cpu_optimizer": True})
-    assert "key 'zero_force_ds_cpu_optimizer' is True, but configs.yaml makes it False" in message
-
-
-@pytest.mark.parametrize("wrong", [{"overlap_com": True}, {"reduce_bucket_size": -1}, {"overlap_comm": "perhaps"}])
-def test_what_deepspeed_would_refuse_in_its_section_is_refused_before_a_model_is_loaded(file: Path, wrong: dict):
-    message = refusal(file, {"zero_optimization": {"stage": 2, **wrong}})
-    (key,) = wrong
-    assert f"{file}: key 'zero_optimization.{key}' is {wrong[key]!r}" in message
 
 
 def test_an_offload_of_the_launcher_must_be_that_of_the_json(file: Path):

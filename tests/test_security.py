@@ -7,12 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from launching import ROOT, ddp, environment
 from peft import PeftModel
 from test_checkpoint import save
@@ -25,13 +23,6 @@ from chorus.config import Config
 from chorus.errors import InputError
 from chorus.export import save_ensemble
 from chorus.resume import find_start
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 # ---- the source ----
 

@@ -1,17 +1,27 @@
-"""Small things that several test files need: a Gemma-2 with every Gemma-2 feature, a batch, agents that differ."""
+"""What several test files need: a Gemma-2 with every Gemma-2 feature, a batch, agents that differ and their step."""
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from chorus.adapters import LoraShape, TensorId
-from chorus.agents import Agents, Mode, NoiseRates, build_agents
+from chorus.agents import AgentOutput, Agents, Mode, NoiseRates, build_agents
 from chorus.data import Batch, Sample
 from chorus.execution import Execution
 from chorus.layers import Recompute
+from chorus.objective import SwdSettings, objective
 
 VOCABULARY = 61
 RANK = 3
@@ -49,6 +59,24 @@ def tiny_gemma(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Gemma2ForCausalLM(config).to(dtype).requires_grad_(False)
+
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def small_llama() -> PreTrainedModel:
+    return seeded(LlamaForCausalLM, LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2))
+
+
+def small_gpt_neox() -> PreTrainedModel:
+    """Biases, one linear for query, key and value, attention beside the MLP."""
+    return seeded(GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL, num_attention_heads=4))
+
+
+def seeded(kind: Callable, config: object) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(config).requires_grad_(False)
 
 
 def toy_batch(rows: int = 4, length: int = 10, seed: int = 0, without_targets: int | None = 2) -> Batch:
@@ -107,6 +135,29 @@ def toy_agents(
 def gradients_of(agents: Agents) -> dict[TensorId, Tensor]:
     """The gradient of every matrix of every agent."""
     return agents.named({agent: cast(Tensor, adapter_F.grad) for agent, adapter_F in agents.adapters().items()})
+
+
+def coupled_objective(output: AgentOutput, batch: Batch, lambda_sw: float = 0.5) -> Tensor:
+    """The whole objective, so that gradients flow through token losses and hidden states."""
+    return objective(
+        *output,
+        batch,
+        num_targets=len(batch.target_rows_N),
+        num_micro_batches=1,
+        lambda_sw=lambda_sw,
+        swd=SwdSettings(5, "tokens", 0),
+        step=3,
+        rows_per_process=len(batch.points_SM),
+        gather=lambda own: own,
+    ).share
+
+
+def run(agents: Agents, batch: Batch, step: int | None = 3, lambda_sw: float = 0.5) -> tuple[AgentOutput, dict]:
+    """Output and gradients of one coupled step."""
+    agents.zero_grad()
+    output = agents(batch, step=step, slot=1)
+    coupled_objective(output, batch, lambda_sw).backward()
+    return output, gradients_of(agents)
 
 
 def hash_of(text: str) -> int:
