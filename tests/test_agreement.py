@@ -2,6 +2,7 @@
 signals to launched runs."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import ROOT, ddp, environment, train, wait_for, zero2
+from launching import ROOT, ddp, environment, launch, train, wait_for, zero2
 
 from chorus import agreement
 from chorus.agreement import (
@@ -23,7 +24,7 @@ from chorus.agreement import (
     on_first_process,
     refuse_differences,
 )
-from chorus.checkpoint import checkpoints, verify
+from chorus.checkpoint import checkpoints, step_of, verify
 from chorus.errors import InputError, LostProcess, RunError
 
 
@@ -183,6 +184,21 @@ def lose(command: list[str], where: str, act: str, folder: Path, timeout_s: int)
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
     return code, (folder / "log").read_text(), time.time() - (folder / "lost").stat().st_mtime
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_after_the_save_of_a_stop_takes_neither_the_last_line_nor_the_exit_code(
+    processes: int, tmp_path: Path
+):
+    """As from a launcher that is asked twice. For the first of two processes it is the first signal that it gets."""
+    command = [sys.executable, "train.py"] if processes == 1 else ddp(2)
+    stopped = launch([*command[:-1], "tests/fault_worker.py", "last words", "ask"], f"output_dir={tmp_path}", *LOST)
+    line = "stopped and saved after step 5; resume_from_checkpoint=auto goes on from there"
+    assert stopped.stderr.splitlines().count(line) == processes, stopped.stderr[-3000:]
+    codes = re.findall(r"exitcode +: (-?\d+) ", stopped.stderr) if processes > 1 else [str(stopped.returncode)]
+    assert codes == ["4"] * processes, stopped.stderr[-3000:]
+    assert step_of(checkpoints(tmp_path)[0]) == 5
 
 
 COMMANDS = {"ddp": ddp(2), "zero2": zero2(2)}
