@@ -3,8 +3,8 @@
 WHERE: forward or backward, of process 1 in step 5; or save, of process 0, which writes, after step 4.
 ACT: kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only.
 
-WHERE may also be `last words`, and ACT is then `ask`: the last process is asked to stop in step 5, and every one again
-after that step's save and before its last line, and once more after that line, as Python takes itself down.
+WHERE may also be `last words`, and ACT ask or kill: the last process is asked to stop, or killed, in step 5. Every one
+is asked as it closes the engine, before its last line, and again after that line, as Python takes itself down.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from chorus.engine import Engine
 from chorus.errors import input_errors_end_the_program
 
 ENDS = {
+    "ask": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(0),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -38,12 +39,12 @@ class Asked:
             kill(own, number)
 
 
-def arrange_last_words() -> None:
+def arrange_last_words(act: str) -> None:
     run_backward, close, steps = Engine.backward, Engine.close, itertools.count(1)
 
     def backward(self: Engine, share: Any) -> None:
         if next(steps) == 5 and self.process_index == self.num_processes - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            ENDS[act]()
         run_backward(self, share)
 
     def close_and_ask(self: Engine) -> None:
@@ -85,7 +86,7 @@ if __name__ == "__main__":
     with input_errors_end_the_program():
         config = load_config(settings)
         if where == "last words":
-            arrange_last_words()
+            arrange_last_words(act)
         else:
             arrange(where, act)
         with lost_processes_named(config.collective_timeout_s):

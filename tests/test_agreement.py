@@ -187,18 +187,21 @@ def lose(command: list[str], where: str, act: str, folder: Path, timeout_s: int)
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_after_the_save_of_a_stop_takes_neither_the_last_line_nor_the_exit_code(
-    processes: int, tmp_path: Path
+@pytest.mark.parametrize(("processes", "act"), [(1, "ask"), (2, "ask"), (2, "kill")])
+def test_no_signal_takes_the_last_line_or_the_exit_code_of_a_run_that_is_stopped_or_loses_a_process(
+    processes: int, act: str, tmp_path: Path
 ):
-    """As from a launcher that is asked twice. For the first of two processes it is the first signal that it gets."""
+    """As from a launcher that is asked twice, or has seen another process end."""
     command = [sys.executable, "train.py"] if processes == 1 else ddp(2)
-    stopped = launch([*command[:-1], "tests/fault_worker.py", "last words", "ask"], f"output_dir={tmp_path}", *LOST)
-    line = "stopped and saved after step 5; resume_from_checkpoint=auto goes on from there"
-    assert stopped.stderr.splitlines().count(line) == processes, stopped.stderr[-3000:]
-    codes = re.findall(r"exitcode +: (-?\d+) ", stopped.stderr) if processes > 1 else [str(stopped.returncode)]
-    assert codes == ["4"] * processes, stopped.stderr[-3000:]
-    assert step_of(checkpoints(tmp_path)[0]) == 5
+    ended = launch([*command[:-1], "tests/fault_worker.py", "last words", act], f"output_dir={tmp_path}", *LOST)
+    lines = [line for line in ended.stderr.splitlines() if re.match("stopped and saved after step 5;|error: ", line)]
+    codes = re.findall(r"exitcode +: (-?\d+) ", ended.stderr) if processes > 1 else [str(ended.returncode)]
+    if act == "ask":
+        assert (len(lines), codes) == (processes, ["4"] * processes), ended.stderr[-3000:]
+    else:
+        assert [line[:42] for line in lines] == ["error: process 0: another process has ende"], ended.stderr[-3000:]
+        assert sorted(codes) == ["-9", "3"], ended.stderr[-3000:]
+    assert step_of(checkpoints(tmp_path)[0]) == (5 if act == "ask" else 4)
 
 
 COMMANDS = {"ddp": ddp(2), "zero2": zero2(2)}

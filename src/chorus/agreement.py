@@ -139,7 +139,8 @@ def _is_ours(file: str) -> bool:
 class StopRequest:
     """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once.
 
-    Once Preempted leaves it, all is saved, and signals are ignored to the end of the process.
+    Once it is left by Preempted, a RunError or a lost process, all that is left to do is to say so: signals are then
+    ignored to the end of the process.
     """
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
@@ -155,10 +156,11 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # torchrun passes on both of two signals, and sends one where another process has ended: none must take the last
+        # line and the exit code away. Not by a handler of Python's: it takes these off before its own end.
+        is_last = kind is not None and issubclass(kind, Preempted | RuntimeError)  # the libraries' word for a lost one
         for number, handler in self._before.items():
-            # A launcher passes on both of two signals; the second must not take the last line and the exit code away.
-            # Not by a handler of Python's: it takes these off before its own end.
-            signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)
+            signal.signal(number, signal.SIG_IGN if is_last else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
