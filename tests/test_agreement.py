@@ -2,6 +2,7 @@
 test_resumed_runs.py sends signals to launched ones."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import ROOT, ddp, environment, train, wait_for, zero2
+from launching import ROOT, ddp, environment, launch, train, wait_for, zero2
 
 from chorus import agreement
 from chorus.agreement import (
@@ -23,7 +24,7 @@ from chorus.agreement import (
     on_first_process,
     refuse_differences,
 )
-from chorus.checkpoint import checkpoints, verify
+from chorus.checkpoint import checkpoints, step_of, verify
 from chorus.errors import InputError, LostProcess, RunError
 
 
@@ -183,6 +184,24 @@ def lose(command: list[str], where: str, act: str, folder: Path, timeout_s: int)
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)
     return code, (folder / "log").read_text(), time.time() - (folder / "lost").stat().st_mtime
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("processes", "act"), [(1, "ask"), (2, "ask"), (2, "kill")])
+def test_no_signal_takes_the_last_line_or_the_exit_code_of_a_run_that_is_stopped_or_loses_a_process(
+    processes: int, act: str, tmp_path: Path
+):
+    """As from a launcher that is asked twice, or has seen another process end."""
+    command = [sys.executable, "train.py"] if processes == 1 else ddp(2)
+    ended = launch([*command[:-1], "tests/fault_worker.py", "last words", act], f"output_dir={tmp_path}", *LOST)
+    lines = [line for line in ended.stderr.splitlines() if re.match("stopped and saved after step 5;|error: ", line)]
+    codes = re.findall(r"exitcode +: (-?\d+) ", ended.stderr) if processes > 1 else [str(ended.returncode)]
+    if act == "ask":
+        assert (len(lines), codes) == (processes, ["4"] * processes), ended.stderr[-3000:]
+    else:
+        assert [line[:42] for line in lines] == ["error: process 0: another process has ende"], ended.stderr[-3000:]
+        assert sorted(codes) == ["-9", "3"], ended.stderr[-3000:]
+    assert step_of(checkpoints(tmp_path)[0]) == (5 if act == "ask" else 4)
 
 
 COMMANDS = {"ddp": ddp(2), "zero2": zero2(2)}

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -34,6 +35,17 @@ def run(statement: str) -> subprocess.CompletedProcess[str]:
 def test_an_error_meant_for_people_is_one_line_on_stderr_and_an_exit_code(statement: str, code: int, line: str):
     ended = run(statement)
     assert (ended.returncode, ended.stderr, ended.stdout) == (code, line, "")
+
+
+@pytest.mark.parametrize("error", ["InputError", "LostProcess", "Preempted"])
+def test_the_line_is_one_write_so_that_no_other_process_comes_between_it_and_its_end(error: str):
+    """Without buffers, as torchrun starts Python; through a pipe that keeps writes apart."""
+    reading, writing = os.pipe2(os.O_DIRECT)
+    code = PROGRAM.replace("Preempted,", "LostProcess, Preempted,").format(f"raise {error}('line')")
+    with os.fdopen(writing) as stderr:
+        subprocess.run([sys.executable, "-u", "-c", code], stderr=stderr, check=False)
+    assert os.read(reading, 100) == (b"line\n" if error == "Preempted" else b"error: line\n")
+    os.close(reading)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from chorus.errors import InputError, LostProcess, RunError
+from chorus.errors import InputError, LostProcess, Preempted, RunError
 from chorus.spans import span
 
 T = TypeVar("T")
@@ -137,7 +137,11 @@ def _is_ours(file: str) -> bool:
 
 
 class StopRequest:
-    """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once."""
+    """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once.
+
+    Once it is left by Preempted, a RunError or a lost process, all that is left to do is to say so: signals are then
+    ignored to the end of the process.
+    """
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
         self._received: float | None = None
@@ -151,9 +155,12 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # torchrun passes on both of two signals, and sends one where another process has ended: none must take the last
+        # line and the exit code away. Not by a handler of Python's: it takes these off before its own end.
+        is_last = kind is not None and issubclass(kind, Preempted | RuntimeError)  # the libraries' word for a lost one
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if is_last else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

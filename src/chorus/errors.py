@@ -37,7 +37,7 @@ def input_errors_end_the_program() -> Iterator[None]:
     except InputError as error:
         _exit(f"error: {error}", 2)
     except LostProcess as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         os._exit(3)  # Python's own end may wait for a group's threads, and these for the lost process
     except RunError as error:
         _exit(f"error: {error}", 3)
@@ -48,5 +48,11 @@ def input_errors_end_the_program() -> Iterator[None]:
 
 
 def _exit(line: str, code: int) -> None:
-    print(line, file=sys.stderr, flush=True)
+    _say(line)
     raise SystemExit(code) from None
+
+
+def _say(line: str) -> None:
+    """In one write: under torchrun Python has no buffers, and after `print`'s first write another process may write."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
