@@ -30,8 +30,9 @@ from chorus.engine import DTYPES
 from chorus.execution import Execution, decide_execution
 
 GIB = 2**30
-# The partitioner that decides for inductor, too, what a compiled layer keeps for backward; no code is generated.
-PARTITIONED_ONLY = "aot_eager_decomp_partition"
+# What a GPU's allocator reserved beyond all that is counted, whatever the model: 0.5 to 1.5 GiB in 22 of 29 rows on an
+# H200, up to 2.7 in the others (benchmarks/LOG.md): the libraries' workspaces, and gaps between blocks.
+GPU_REMAINDER = GIB
 FUSED_ATTENTION = "chorus_forecast"
 
 
@@ -123,6 +124,8 @@ def forecast(config: Config, precision: str, machine: Machine, length: int | Non
     standing |= trained_bytes(elements, config, dtype, machine)
     if machine.device_type == "cpu":
         standing = {"Python and its libraries": psutil.Process().memory_info().rss} | standing
+    else:
+        standing = {"libraries, and gaps": GPU_REMAINDER} | standing
     if machine.deepspeed is not None:
         agents.to(dtype)  # as DeepSpeed does
 
@@ -221,10 +224,14 @@ def _agents_without_values(config: Config, dtype: torch.dtype, execution: Execut
     if attention != "eager":
         AttentionInterface.register(FUSED_ATTENTION, fused_attention)
         skeleton.set_attn_implementation(FUSED_ATTENTION)
-    partitioned = replace(execution, recorded=False, compiled=PARTITIONED_ONLY if execution.compiled else False)
+    counted = replace(execution, recorded=False)
+    if execution.compiled:
+        from chorus.counted_kernels import COUNTED  # half a second of imports, for compiled layers alone
+
+        counted = replace(counted, compiled=COUNTED)
     rates = NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed)
     with torch.device("meta"):
-        agents = build_agents(config.parallel_mode, skeleton, config.num_agents, lora_shape(config), rates, partitioned)
+        agents = build_agents(config.parallel_mode, skeleton, config.num_agents, lora_shape(config), rates, counted)
     if rates.dropconnect_p > 0 or rates.dropout_p > 0:
         masked = agents.adapters().items() if rates.dropconnect_p > 0 else ()
         keep = {agent: torch.empty_like(adapter_F, dtype=torch.bool) for agent, adapter_F in masked}
@@ -249,7 +256,8 @@ def _micro_batch(agents: Agents, rows: int, length: int, execution: Execution) -
     if execution.compiled:  # at the first run
         # With masks made beforehand, of which nobody asks a value: counting would keep a layer from being compiled.
         agents.recorded = lambda key, run, rows, flat_KF: run(rows, flat_KF, base_masks_of(rows))  # pyright: ignore
-        run()
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # whatever was forecast before
+            run()
         agents.recorded = None
         agents.zero_grad()
     if execution.recorded:
