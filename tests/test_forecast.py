@@ -18,7 +18,7 @@ from chorus.data import Sample, collate
 from chorus.engine import DTYPES
 from chorus.errors import InputError
 from chorus.execution import decide_execution
-from chorus.forecast import GIB, Machine, forecast, longest_batch, trained_bytes
+from chorus.forecast import GIB, Forecast, Machine, forecast, longest_batch, trained_bytes
 from chorus.isolation import adamw
 
 SHAPE = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 32}
@@ -160,6 +160,18 @@ def test_generating_from_the_mixture_counts_a_cache_for_every_agent(base: str):
     keys_and_values = 2 * 2 * SHAPE["num_hidden_layers"] * HEADS["num_key_value_heads"] * SHAPE["head_dim"]
     logits = 3 * 4 * 32 * SHAPE["vocab_size"]
     assert scoring(8) - scoring(7) == pytest.approx(32 * (97 + 200) * keys_and_values + logits, rel=0.02)
+
+
+def test_a_forecast_is_the_same_whatever_was_forecast_before(base: str):
+    def of(agents: int) -> Forecast:
+        config = config_of(base, num_agents=agents, compile=True, cuda_graphs=True, pad_to_multiple_of=96)
+        return forecast(config, "bf16", Machine("cuda"))
+
+    torch._dynamo.reset()
+    alone = of(agents=4)
+    torch._dynamo.reset()
+    of(agents=2)
+    assert of(agents=4) == alone
 
 
 def test_an_unknown_base_is_refused():

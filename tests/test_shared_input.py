@@ -1,5 +1,6 @@
 """Which linears become one operator. What it computes: test_lora_linear.py; compiled layers with it: test_layers.py."""
 
+from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -17,7 +18,7 @@ K, R = 2, 2
 
 
 @pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
     """How many linears each operator of a compiled trace has, in order, trace by trace."""
     torch._dynamo.reset()
     joining.cache_clear()
@@ -30,7 +31,8 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return trace
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: look)
-    return found
+    yield found
+    joining.cache_clear()
 
 
 class Pair(nn.Module):

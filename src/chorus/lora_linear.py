@@ -42,7 +42,7 @@ def _scaled_bmm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 @_forward.register_fake
-def _(x_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, A_KRI: Tensor, B_KOR: Tensor, scaling: float):
+def _(x_KNI, weight_OI, bias_O, A_KRI, B_KOR, scaling):
     K, N, _ = x_KNI.shape
     return x_KNI.new_empty(K, N, len(weight_OI)), x_KNI.new_empty(K, N, A_KRI.shape[1])
 
@@ -69,16 +69,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    dy_KNO: Tensor,
-    x_KNI: Tensor,
-    low_KNR: Tensor,
-    weight_OI: Tensor,
-    A_KRI: Tensor,
-    B_KOR: Tensor,
-    scaling: float,
-    need_dx: bool,
-):
+def _(dy_KNO, x_KNI, low_KNR, weight_OI, A_KRI, B_KOR, scaling, need_dx):
     dx_KNI = x_KNI.new_empty(x_KNI.shape if need_dx else 0)
     return dx_KNI, A_KRI.new_empty(A_KRI.shape), B_KOR.new_empty(B_KOR.shape)
 
@@ -124,7 +115,7 @@ def _ranks(As: Sequence[Tensor]) -> list[int]:
 
 
 @_forward_of_several.register_fake
-def _(x_KNI: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scaling: float):
+def _(x_KNI, weights, As, Bs, scaling):
     K, N, _ = x_KNI.shape
     return [x_KNI.new_empty(K, N, width) for width in (*map(len, weights), sum(_ranks(As)))]
 
@@ -156,16 +147,7 @@ def _backward_of_several(
 
 
 @_backward_of_several.register_fake
-def _(
-    dys: Sequence[Tensor],
-    x_KNI: Tensor,
-    low_KNR: Tensor,
-    weights: Sequence[Tensor],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scaling: float,
-    need_dx: bool,
-):
+def _(dys, x_KNI, low_KNR, weights, As, Bs, scaling, need_dx):
     dA_KRI = x_KNI.new_empty(len(x_KNI), low_KNR.shape[2], x_KNI.shape[2])
     return [x_KNI.new_empty(x_KNI.shape if need_dx else 0), dA_KRI, *(B_KOR.new_empty(B_KOR.shape) for B_KOR in Bs)]
 
