@@ -1,0 +1,77 @@
+"""Reductions of a row that is read with something broadcast: how inductor is told to make them, and that it does."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from sympy import Integer, Symbol
+from torch import Tensor
+from torch._inductor.choices import InductorChoices
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.utils import run_and_get_code
+from torch._inductor.virtualized import V
+from toy import tiny_gemma
+
+from chorus.adapters import Routing
+from chorus.layers import prepare_layers
+from chorus.one_pass import LONGEST, OnePass
+
+
+@pytest.fixture(autouse=True)
+def _inductor_is_as_it_was():
+    with torch._inductor.config.patch(inductor_choices_class=None):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("hint", "length", "is_ours"),
+    [
+        (ReductionHint.DEFAULT, Integer(512), True),
+        (ReductionHint.DEFAULT, Integer(LONGEST), True),
+        (ReductionHint.DEFAULT, Integer(LONGEST + 1), False),
+        (ReductionHint.DEFAULT, Symbol("s0"), False),
+        (ReductionHint.INNER, Integer(512), False),
+        (ReductionHint.OUTER, Integer(512), False),
+    ],
+    ids=str,
+)
+def test_only_short_rows_read_with_something_broadcast_are_decided_here(
+    hint: ReductionHint, length: Any, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+):
+    inductors_own = object()
+    monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", staticmethod(lambda *_: inductors_own))
+    features = cast(Any, SimpleNamespace(reduction_numel=length, get_reduction_hint=lambda: hint))
+    assert OnePass.should_use_persistent_reduction(features, False) is (True if is_ours else inductors_own)
+    assert OnePass.should_use_persistent_reduction(features, True) is inductors_own
+
+
+def test_inductor_takes_these_choices_once_layers_are_compiled():
+    prepare_layers(tiny_gemma(), Routing(), recompute="none", compiled=True)
+    with ThreadPoolExecutor(1) as thread:  # a thread asks once, and this one may have asked before
+        assert isinstance(thread.submit(copy_context().run, lambda: V.choices).result(), OnePass)
+
+
+def softmax(scores_NHTT: Tensor, mask_N1TT: Tensor) -> Tensor:
+    return torch.softmax(50 * torch.tanh(scores_NHTT / 50) + mask_N1TT, dim=-1, dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_softmax_under_one_mask_for_all_heads_takes_one_pass_with_these_choices_alone():
+    generator = torch.Generator("cuda").manual_seed(0)
+    scores_NHTT = 30 * torch.randn(2, 4, 512, 512, generator=generator, device="cuda")
+    mask_N1TT = torch.full((512, 512), -torch.inf, device="cuda").triu(1).expand(2, 1, 512, 512).contiguous()
+    expected = softmax(scores_NHTT.double(), mask_N1TT.double())
+    for choices, one_pass in ((None, False), (OnePass, True)):
+        torch._dynamo.reset()
+        with (
+            torch._inductor.config.patch(inductor_choices_class=choices),
+            V.set_choices_handler((choices or InductorChoices)()),
+        ):
+            weights, code = run_and_get_code(torch.compile(softmax), scores_NHTT, mask_N1TT)
+        assert ("triton_per_fused" in "".join(code)) == one_pass
+        assert float((weights - expected).abs().max()) < 1e-4
