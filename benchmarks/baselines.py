@@ -23,11 +23,19 @@ from chorus.token_nll import token_nll
 class Switching:
     """One PeftModel whose active adapter is switched from agent to agent.
 
-    tuned=False: as it is mostly written: full logits, gradient checkpointing.
-    tuned=True: the loss in chunks, no checkpointing; the caller gives a base with flex attention and fused norms.
+    tuned=False: as it is mostly written: full logits; with `recompute`, gradient checkpointing.
+    tuned=True: the loss in chunks; the caller gives a base with flex attention and fused norms.
     """
 
-    def __init__(self, base: PreTrainedModel, shape: LoraShape, initial: Mapping[TensorId, Tensor], tuned: bool):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        shape: LoraShape,
+        initial: Mapping[TensorId, Tensor],
+        *,
+        tuned: bool,
+        recompute: bool,
+    ):
         self.tuned = tuned
         self.agents = sorted({identity.agent for identity in initial})
         config = LoraConfig(
@@ -45,7 +53,7 @@ class Switching:
             name = f"{identity.path}.lora_{identity.matrix}.{adapter_name(identity.agent)}.weight"
             named[name].data.copy_(tensor)
             self.parameters.append(named[name])
-        if not tuned:
+        if recompute:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.train()
         is_fused = self.parameters[0].is_cuda or None

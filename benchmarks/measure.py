@@ -97,7 +97,7 @@ def prepare(case: Case, rank: int, base: PreTrainedModel, batch: Batch) -> tuple
     tuned = case.mode == "tuned switching"
     if tuned:
         notes = f"{notes}, {fuse_norms(base)}"
-    switching = Switching(base, shape, initial, tuned)
+    switching = Switching(base, shape, initial, tuned=tuned, recompute=case.recompute != "none")
     return lambda: switching.step(batch), notes
 
 

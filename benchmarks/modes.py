@@ -60,6 +60,7 @@ def headline_rows() -> list[Case]:
         Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1, attention="eager"),
         Case(small, "fused", 4, 8, 1024, "full", compiled=True),
         Case(large, "switching", 4, 1, 512, "full"),
+        Case(small, "switching", 4, 1, 512),
         Case(small, "switching", 16, 1, 512, "full"),
     ]
 
