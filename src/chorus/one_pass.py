@@ -3,6 +3,7 @@
 Inductor holds a row of up to 1,024 numbers and reads it once, unless something that it reads with the row is broadcast:
 then it reads the row twice, and computes twice what is made of it. So it does in attention's softmax, whose heads have
 one mask: with the soft-cap's tanh twice it took 135 us a layer, where one pass takes 54 (benchmarks/LOG.md).
+That is torch 2.11; 2.13 takes one pass by itself. This file can go once 2.13 is the oldest that is supported.
 """
 
 from torch._inductor.choices import InductorChoices
