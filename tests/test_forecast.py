@@ -190,13 +190,16 @@ OF_2B = [
     ((4, 8, 512), RECORDED, 53.1),
     ((4, 4, 512), {**RECORDED, "gradient_checkpointing": "selective"}, 20.4),
     ((4, 1, 512), {**UNRECORDED, "gradient_checkpointing": "full"}, 7.0),
+    ((4, 8, 1024), {**UNRECORDED, **FULL}, 14.3),
     ((4, 4, 512), {**RECORDED, "parallel_mode": "sequential"}, 13.0),
     ((4, 4, 512), {**UNRECORDED, "parallel_mode": "parallel"}, 31.2),
 ]
 OF_9B = [
     ((4, 4, 1024), {**UNRECORDED, **FULL, "agents_per_pass": 1}, 26.3),
     ((4, 4, 1024), {**UNRECORDED, **FULL, "agents_per_pass": 2}, 27.3),
+    ((4, 4, 1024), {**UNRECORDED, **FULL}, 28.5),
     ((4, 4, 1024), {**RECORDED, **FULL}, 30.2),
+    ((8, 1, 512), {**UNRECORDED, "gradient_checkpointing": "full"}, 26.8),
     ((8, 4, 1024), {**RECORDED, **FULL}, 42.6),
     ((8, 4, 1024), {**RECORDED, **FULL, "parallel_mode": "sequential"}, 27.1),
     ((8, 4, 1024), {**RECORDED, **FULL, "parallel_mode": "parallel"}, 35.6),
