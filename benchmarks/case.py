@@ -29,8 +29,8 @@ class Case(NamedTuple):
 
     Attributes:
         model: of `shapes.SHAPES`, a hub id or a folder.
-        recompute, compiled, recorded: as the keys gradient_checkpointing, compile and cuda_graphs; `switching` has its
-            own.
+        recompute, compiled, recorded: as the keys gradient_checkpointing, compile and cuda_graphs. `switching`
+            recomputes by transformers' own means, unless it is none.
         mixed: samples of T / 8 to T tokens, in place of T each.
         packing: several samples a row, as `packing: true` lays them.
         attention, agents_per_pass: as the keys attn_implementation and agents_per_pass.
