@@ -61,7 +61,7 @@ def prepare_layers(model: PreTrainedModel, routing: Routing, *, recompute: Recom
 
 
 def _choices() -> Any:
-    from chorus.one_pass import OnePass  # takes seconds, and what is not compiled needs none of it
+    from chorus.one_pass import OnePass  # takes a second, and what is not compiled needs none of it
 
     return OnePass()
 
