@@ -27,14 +27,15 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not launch and not slow"
 
 KILLS ?= 300
 soak: .venv/.dev  # so many SIGKILLs in each engine; a few more through the real launchers; then the slow tests
-	$(BIN)/python tests/soak.py --kills $(KILLS)
-	$(BIN)/python tests/soak.py --kills 20 --launchers
+	$(BIN)/python tests/helpers/soak.py --kills $(KILLS)
+	$(BIN)/python tests/helpers/soak.py --kills 20 --launchers
 	$(BIN)/python -m pytest -m slow
 
 bench: .venv/.dev

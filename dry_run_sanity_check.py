@@ -30,8 +30,8 @@ if __name__ == "__main__":
                 print(json.dumps({"passed": False, "exit_code": 2, "checks": [refused]}), file=JSON_TO, flush=True)
             raise
 
-    from chorus.dry_run import dry_run
-    from chorus.report import report_of_this_process
+    from chorus.planning.checks import report_of_this_process
+    from chorus.planning.dry_run import dry_run
     from train import train
 
     sys.exit(dry_run(CONFIG, train, report_of_this_process(JSON_TO)))

@@ -3,7 +3,7 @@
 import gc
 import sys
 
-from chorus.config import Config, load_config
+from chorus.config import Config, RunConfig, load_config
 from chorus.errors import input_errors_end_the_program
 
 if __name__ == "__main__":
@@ -19,26 +19,29 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import cast
 
-from chorus.adapters import check_targets, lora_shape
-from chorus.agents import NoiseRates, build_agents
-from chorus.agreement import StopRequest, lost_processes_named, on_first_process
-from chorus.auto_agents import decide_num_agents
-from chorus.base import load_base, load_skeleton, load_tokenizer
-from chorus.checkpoint import Keeper
-from chorus.data import StepBatch, steps_per_epoch, tokenise, training_steps
-from chorus.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
+from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ensemble
+from chorus.checkpoint.output_dir import prepare_output_dir
+from chorus.checkpoint.resume import base_fingerprint, describe_run, find_start, refuse_another_base, restore_run
+from chorus.checkpoint.store import Checkpointer
+from chorus.collectives import lost_processes_named, on_first_process
+from chorus.data.batches import StepBatch, steps_per_epoch, tokenise, training_steps
+from chorus.data.sources import read_problems
+from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share
 from chorus.errors import Preempted
-from chorus.evaluate import evaluate, held_out_share
-from chorus.execution import decide_execution
-from chorus.export import prepare_output_dir, refuse_non_finite, save_ensemble, write_ensemble
-from chorus.isolation import Skips
-from chorus.journal import Journal, Meter, evaluation_table, open_journal, quiet_libraries
-from chorus.objective import objective_of
-from chorus.profiler import profiled
-from chorus.resume import base_fingerprint, describe_run, find_start, refuse_another_base, take_up
-from chorus.rows import read_problems
-from chorus.schedule import learning_rate
+from chorus.model.adapters import check_targets, lora_shape
+from chorus.model.agents import Regularisation, build_agents
+from chorus.model.base import load_base, load_skeleton, load_tokenizer
+from chorus.model.execution import decide_execution
+from chorus.monitoring.metrics import Meter
+from chorus.monitoring.profiler import profiled
+from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
+from chorus.planning.auto_agents import decide_num_agents
 from chorus.spans import span
+from chorus.training.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
+from chorus.training.nonfinite import SkippedUpdates
+from chorus.training.objective import objective_of
+from chorus.training.schedule import learning_rate
+from chorus.training.signals import StopRequest
 
 gc.freeze()  # nor is it looked for among them later, in the midst of a step
 gc.enable()
@@ -63,7 +66,7 @@ def main(config: Config) -> None:
         return
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with ExitStack() as at_exit:
-        journal = at_exit.enter_context(closing(open_journal(accelerator, output_dir, config.model_dump())))
+        run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump())))
         begin.log()
         if agents_note:
             logger.info(agents_note)
@@ -101,7 +104,7 @@ def main(config: Config) -> None:
             model,
             config.num_agents,
             lora_shape(config),
-            NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed),
+            Regularisation(config.dropconnect_p, config.lora_dropout, config.seed),
             execution,
         )
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
@@ -112,15 +115,15 @@ def main(config: Config) -> None:
 
         with engine.whole():
             before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
-        take_up(engine, begin, output_dir)
+        restore_run(engine, begin, output_dir)
         gc.freeze()  # the agents last, too
-        train(engine, steps, begin.step, num_steps, config, Keeper(output_dir, config, run), journal)
+        train(engine, steps, begin.step, num_steps, config, Checkpointer(output_dir, config, run), run_log)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
         with engine.whole():
             after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
         scores = {"evaluation": {"before": before.report(), "after": after.report()}}
         on_first_process(accelerator, lambda: write_ensemble(output_dir, after.weights, config, scores))
-        journal.table(evaluation_table(before, after))
+        run_log.table(evaluation_table(before, after))
         logger.info("the agents are in %s", output_dir / "agents")
         accelerator.wait_for_everyone()
 
@@ -130,9 +133,9 @@ def train(
     steps: Iterator[StepBatch],
     start_step: int,
     num_steps: int,
-    config: Config,
-    keeper: Keeper,
-    journal: Journal,
+    config: RunConfig,
+    checkpointer: Checkpointer,
+    run_log: RunLog,
 ) -> None:
     """Take the optimiser steps from `start_step` to `num_steps` - 1: one loop for every mode and every engine.
 
@@ -143,13 +146,13 @@ def train(
     device = engine.accelerator.device
     accumulation = config.gradient_accumulation_steps
     lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
-    share_of = objective_of(config, engine.gather)
+    loss_fn = objective_of(config, engine.gather)
     meter = Meter(config.num_agents, device, config.log_memory_usage)
-    skips = Skips(config.max_skipped_steps, keeper.facts)
+    skips = SkippedUpdates(config.max_skipped_steps, checkpointer.facts)
     with (
-        journal.training(num_steps, start_step),
+        run_log.training(num_steps, start_step),
         StopRequest(engine.accelerator, config.collective_timeout_s) as stop,
-        profiled(steps, start_step, num_steps, engine, config, journal) as profiled_steps,
+        profiled(steps, start_step, num_steps, engine, config, run_log) as profiled_steps,
     ):
         for step, step_batch in enumerate(profiled_steps, start_step):
             engine.set_lr(lr_at(step))
@@ -161,7 +164,7 @@ def train(
                 with engine.micro_batch():
                     with span("forward_pass"):
                         output = engine.module(batch, step=step, slot=slot)
-                    part = share_of(*output, batch, num_targets=step_batch.num_targets, step=step)
+                    part = loss_fn(*output, batch, num_targets=step_batch.num_targets, step=step)
                     engine.backward(part.share)
                 # -----------------------------------------------------------------------------------
                 meter.add(part, step_batch.num_targets, accumulation, batch.input_BT.numel())
@@ -172,10 +175,10 @@ def train(
             is_due = is_stopped or done == num_steps or bool(config.save_steps and done % config.save_steps == 0)
             is_spent = skips.look(done, engine, at_once=is_logged or is_due)
             metrics = meter.read(engine, config.lambda_sw, done, lr_at(step), skips.read()) if is_logged else None
-            journal.advance(metrics)
+            run_log.advance(metrics)
             if is_due or is_spent:
                 with span("checkpoint"):
-                    keeper.save(engine, done, step_batch.epoch)
+                    checkpointer.save(engine, done, step_batch.epoch)
             if is_stopped or is_spent:
                 engine.accelerator.wait_for_everyone()
                 if is_spent:
@@ -183,7 +186,7 @@ def train(
                 raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
 
 
-def save(engine: Engine, config: Config, output_dir: Path) -> None:
+def save(engine: Engine, config: RunConfig, output_dir: Path) -> None:
     """Write the adapters and `ensemble.json`. Every process takes part; the first one writes."""
     tensors = engine.adapter_values()
     refuse_non_finite(tensors)

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.models.gemma2 import modeling_gemma2
 
-from chorus.adapters import LoraShape, TensorId, adapter_name
-from chorus.base import head_of, trunk_of
-from chorus.data import Batch
-from chorus.token_nll import token_nll
+from chorus.data.batches import Batch
+from chorus.model.adapters import LoraShape, TensorId, adapter_name
+from chorus.model.base import head_of, trunk_of
+from chorus.model.token_nll import token_nll
 
 
 class Switching:

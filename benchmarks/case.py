@@ -10,18 +10,18 @@ from shapes import config_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chorus.adapters import lora_shape
-from chorus.agents import NoiseRates, build_agents
-from chorus.attention import choose_attention
 from chorus.config import Config
-from chorus.data import Batch, Sample, collate
-from chorus.engine import Engine, start_engine
-from chorus.execution import Execution
-from chorus.layers import Recompute
-from chorus.objective import objective_of
+from chorus.data.batches import Batch, Sample, collate
+from chorus.model.adapters import lora_shape
+from chorus.model.agents import Regularisation, build_agents
+from chorus.model.attention import choose_attention
+from chorus.model.execution import Execution
+from chorus.model.kernels.decoder_layers import Recompute
+from chorus.training.engine import Engine, start_engine
+from chorus.training.objective import objective_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FLAGS = ("compiled", "recorded", "mixed", "packing")
+FLAGS = ("compiled", "captured", "mixed", "packing")
 
 
 class Case(NamedTuple):
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
     Attributes:
         model: of `shapes.SHAPES`, a hub id or a folder.
-        recompute, compiled, recorded: as the keys gradient_checkpointing, compile and cuda_graphs. `switching`
+        recompute, compiled, captured: as the keys gradient_checkpointing, compile and cuda_graphs. `switching`
             recomputes by transformers' own means, unless it is none.
         mixed: samples of T / 8 to T tokens, in place of T each.
         packing: several samples a row, as `packing: true` lays them.
@@ -43,7 +43,7 @@ class Case(NamedTuple):
     T: int
     recompute: Recompute = "none"
     compiled: Literal["auto"] | bool = False
-    recorded: Literal["auto"] | bool = False
+    captured: Literal["auto"] | bool = False
     mixed: bool = False
     packing: bool = False
     attention: str = "auto"
@@ -72,7 +72,7 @@ def run_config(case: Case, rank: int, output_dir: str = "runs/benchmark") -> Con
         agents_per_pass=case.agents_per_pass,
         gradient_checkpointing=case.recompute,
         compile=case.compiled,
-        cuda_graphs=case.recorded,
+        cuda_graphs=case.captured,
         attn_implementation=case.attention,  # pyright: ignore[reportArgumentType]
         lora_rank=rank,
         lora_alpha=2.0 * rank,
@@ -117,21 +117,21 @@ def attention_of(case: Case, device: torch.device, dtype: torch.dtype, compiled:
 
 def start(config: Config, base: PreTrainedModel, execution: Execution, accelerator: Accelerator) -> Engine:
     """The product's agents on `base`, under its engine, as in train.py."""
-    rates = NoiseRates(config.dropconnect_p, config.lora_dropout, config.seed)
+    rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     agents = build_agents(config.parallel_mode, base, int(config.num_agents), lora_shape(config), rates, execution)
     return start_engine(accelerator, agents, config)
 
 
 def step_of(engine: Engine, config: Config, batch: Batch) -> Callable[[], Tensor]:
     """An optimiser step of one micro-batch, as train.py's loop takes it; gives each agent's mean NLL before it."""
-    share_of, steps = objective_of(config, engine.gather), count()
+    loss_fn, steps = objective_of(config, engine.gather), count()
     own_targets = len(batch.target_rows_N)
 
     def step() -> Tensor:
         now = next(steps)
         with engine.micro_batch():
             output = engine.module(batch, step=now)
-            part = share_of(*output, batch, num_targets=own_targets * engine.num_processes, step=now)
+            part = loss_fn(*output, batch, num_targets=own_targets * engine.num_processes, step=now)
             engine.backward(part.share)
         return part.nll_K / own_targets
 

@@ -21,10 +21,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
-from chorus import export  # noqa: E402
-from chorus.checkpoint import Keeper, checkpoints, read_tensors, verify  # noqa: E402
-from chorus.config import load_config  # noqa: E402
+import train
+from chorus.checkpoint import export
+from chorus.checkpoint.store import Checkpointer, checkpoints, read_tensors, verify
+from chorus.config import load_config
 
 
 def timed(act: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
@@ -55,7 +55,7 @@ def main() -> None:
     settings = [*options.settings, f"max_train_steps={options.steps}", "logging_steps=1", "eval_samples=0"]
     saves: list[float] = []
     syncs: list[float] = []
-    Keeper.save = timed(Keeper.save, saves)
+    Checkpointer.save = timed(Checkpointer.save, saves)
     os.fsync = timed(os.fsync, syncs)
     with tempfile.TemporaryDirectory(prefix="chorus-") as place:
         folders = {save_steps: Path(place, str(save_steps)) for save_steps in (0, 1)}

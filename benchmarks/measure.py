@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from chorus.adapters import lora_shape
-from chorus.agents import NoiseRates, build_agents, copy_sharing_storage
-from chorus.data import Batch
-from chorus.engine import make_accelerator
-from chorus.execution import decide_execution
-from chorus.flops import Work, work_of
+from chorus.data.batches import Batch
+from chorus.model.adapters import lora_shape
+from chorus.model.agents import Regularisation, build_agents, copy_sharing_storage
+from chorus.model.execution import decide_execution
+from chorus.monitoring.flops import Work, work_of
+from chorus.training.engine import make_accelerator
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of device types
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, of losses of the same agents in another mode
@@ -92,7 +92,7 @@ def prepare(case: Case, rank: int, base: PreTrainedModel, batch: Batch) -> tuple
         engine = start(config, base, decide_execution(config, accelerator.device), accelerator)
         return step_of(engine, config, batch), notes
     shape = lora_shape(run_config(case._replace(mode="sequential"), rank))
-    agents = build_agents("sequential", copy_sharing_storage(base), case.K, shape, NoiseRates(0, 0, 0))
+    agents = build_agents("sequential", copy_sharing_storage(base), case.K, shape, Regularisation(0, 0, 0))
     initial = {identity: tensor.detach() for identity, tensor in agents.adapter_tensors().items()}
     tuned = case.mode == "tuned switching"
     if tuned:

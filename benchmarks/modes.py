@@ -28,7 +28,7 @@ from case import FLAGS, Case
 from conditions import conditions
 from measure import DTYPES, measure
 
-from chorus.layers import Recompute
+from chorus.model.kernels.decoder_layers import Recompute
 
 MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
 SLOWEST_ROW_S = 180  # a row that takes longer is given up: compiling and recording takes 20 to 60 s, the steps a few
@@ -38,7 +38,7 @@ SHORTEST_ROW_S = 20  # none is begun with less time left
 def headline_rows() -> list[Case]:
     """The table of the README and of the aims, what matters most first: a run may be cut short."""
     small, large = "gemma-2-2b", "gemma-2-9b"
-    fast = {"compiled": True, "recorded": True}
+    fast = {"compiled": True, "captured": True}
     return [
         Case(small, "fused", 4, 1, 512, **fast),
         Case(small, "switching", 4, 1, 512, "full"),
@@ -74,8 +74,8 @@ def chosen_rows(options: argparse.Namespace) -> Iterator[Case]:
         if "switching" in mode:
             yield Case(model, mode, K, B, T, "full" if mode == "switching" else "none")
             continue
-        for recompute, compiled, recorded, (mixed, packing) in ways:
-            yield Case(model, mode, K, B, T, recompute, compiled, recorded, mixed, packing)
+        for recompute, compiled, captured, (mixed, packing) in ways:
+            yield Case(model, mode, K, B, T, recompute, compiled, captured, mixed, packing)
 
 
 def alone(case: Case, seconds: float, **settings: Any) -> dict[str, Any] | None:

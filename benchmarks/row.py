@@ -19,10 +19,10 @@ from conditions import conditions
 from shapes import random_base
 from timing import matmul_tflops, num_timed, reserved_gib, timed, warm_up
 
-from chorus.engine import DTYPES, decide_precision, make_accelerator, zero_stage
 from chorus.errors import input_errors_end_the_program
-from chorus.execution import decide_execution
-from chorus.flops import work_of
+from chorus.model.execution import decide_execution
+from chorus.monitoring.flops import work_of
+from chorus.training.engine import DTYPES, decide_precision, make_accelerator, zero_stage
 
 
 def measure(row: dict[str, Any], output_dir: Path) -> tuple[dict[str, Any], bool]:
@@ -53,7 +53,7 @@ def measure(row: dict[str, Any], output_dir: Path) -> tuple[dict[str, Any], bool
         "steps": steps,
         "first_loss": sum(first_loss_K) / case.K,
         "execution": f"{'compiled' if execution.compiled else 'not compiled'}, "
-        f"{'graphs' if execution.recorded else 'no graphs'}, {attention} attention",
+        f"{'graphs' if execution.captured else 'no graphs'}, {attention} attention",
         "about": conditions(device, dtype, matmul),
     }
     engine.close()

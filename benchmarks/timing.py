@@ -65,7 +65,7 @@ def wait(device: torch.device) -> None:
 
 
 def reserved_gib(device: torch.device) -> float | None:
-    """The most that the allocator has held since the warm-up, recorded passes' own memory included."""
+    """The most that the allocator has held since the warm-up, captured passes' own memory included."""
     return torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from launching import BIN, ROOT, environment, processes_of, wait_for
 
-from chorus.checkpoint import MANIFEST, checkpoints, step_of
+from chorus.checkpoint.store import MANIFEST, checkpoints, step_of
 
 pytestmark = pytest.mark.launch
 PATIENCE = 300.0  # seconds, for a machine with other work

@@ -13,16 +13,16 @@ import pytest
 from accelerate import Accelerator
 from launching import ROOT, ddp, environment
 from peft import PeftModel
-from test_checkpoint import save
-from test_resume import config_of, run_of, save_run
+from runs import config_of, run_of, save_run
+from saving import save
 from toy import tiny_gemma, toy_agents
 
-from chorus import checkpoint
-from chorus.checkpoint import read_tensors, verify
+from chorus.checkpoint import store
+from chorus.checkpoint.export import save_ensemble
+from chorus.checkpoint.resume import find_start
+from chorus.checkpoint.store import read_tensors, verify
 from chorus.config import Config
 from chorus.errors import InputError
-from chorus.export import save_ensemble
-from chorus.resume import find_start
 
 # ---- the source ----
 
@@ -34,8 +34,8 @@ def test_nothing_that_runs_code_from_a_file_is_in_the_source():
         r"torch\.load|\bpickle\b(?!\.$)|yaml\.load\b|(?<![.\w])eval\(|(?<![.\w])exec\(|shell=True|trust_remote_code=True"
         r"|use_safetensors=False|weights_only=False|load_state\(|os\.system"
     )
-    allowed = {  # it has a test of its own, in test_older_layout.py, with a file that would run code
-        "older_layout.py": 'torch.load(file, map_location="cpu", weights_only=True)'
+    allowed = {  # it has a test of its own, in test_legacy_import.py, with a file that would run code
+        "legacy_import.py": 'torch.load(file, map_location="cpu", weights_only=True)'
     }
     assert len(SOURCES) > 15
     for source in SOURCES:
@@ -89,7 +89,7 @@ def test_a_resume_runs_no_code_whatever_its_files_hold(tmp_path: Path, bomb: byt
         file.write_bytes(bomb)
         if file.name != "MANIFEST.json":
             of_all = json.loads(kept[1])["files"]
-            (folder / "MANIFEST.json").write_text(checkpoint._manifest(folder, list(of_all)))
+            (folder / "MANIFEST.json").write_text(store._manifest(folder, list(of_all)))
         if file.name != "adapter_config.json":  # nothing of it is read
             with pytest.raises(Exception):  # noqa: B017, PT011
                 read_tensors(folder, verify(folder)["optimizer_step"])

@@ -4,24 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from clock import Clock
 
 from chorus import spans
 from chorus.spans import Span, Stopwatch, listening, span
 
 CPU = torch.device("cpu")
-
-
-class Clock:
-    """Stands still until it is told how much time was spent."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
 
 
 @pytest.fixture

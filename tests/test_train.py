@@ -17,11 +17,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from chorus.adapters import lora_shape
-from chorus.agents import NoiseRates, build_agents
-from chorus.base import load_model
-from chorus.checkpoint import verify
+from chorus.checkpoint.store import verify
 from chorus.config import Config, load_config
+from chorus.model.adapters import lora_shape
+from chorus.model.agents import Regularisation, build_agents
+from chorus.model.base import load_model
 
 pytestmark = pytest.mark.launch
 SMALL = ("num_agents=3", "eval_samples=0", "logging_steps=1", "debug_subset_size=200")
@@ -135,21 +135,21 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
     from transformers import AutoTokenizer
 
     import train as script
-    from chorus.checkpoint import Keeper
-    from chorus.data import tokenise, training_steps
-    from chorus.engine import start_engine
-    from chorus.journal import Journal
-    from chorus.rows import read_problems
+    from chorus.checkpoint.store import Checkpointer
+    from chorus.data.batches import tokenise, training_steps
+    from chorus.data.sources import read_problems
+    from chorus.monitoring.run_log import RunLog
+    from chorus.training.engine import start_engine
 
     config = Config(num_agents=2, batch_size=4, lr=0.1, debug_subset_size=40)
     model = load_model(config.model_name, torch.float32, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    agents = build_agents("sequential", model, 2, lora_shape(config), NoiseRates(0.1, 0.1, 0))
+    agents = build_agents("sequential", model, 2, lora_shape(config), Regularisation(0.1, 0.1, 0))
     engine = start_engine(Accelerator(cpu=True), agents, config)
     samples = tokenise(read_problems(config).train, AutoTokenizer.from_pretrained(config.model_name), 128)
     steps = training_steps(samples, config, pad_id=0, process_index=0, num_processes=1, num_steps=3)
     initial = {identity: tensor.detach().clone() for identity, tensor in agents.adapter_tensors().items()}
-    script.train(engine, steps, 0, 3, config, Keeper(tmp_path, config, {}), Journal())
+    script.train(engine, steps, 0, 3, config, Checkpointer(tmp_path, config, {}), RunLog())
     assert all(not torch.equal(initial[identity], tensor) for identity, tensor in agents.adapter_tensors().items())
     frozen = {name.replace(".base_layer", ""): tensor for name, tensor in agents.frozen_tensors().items()}
     compared = 0

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaTokenizer
 
-from chorus.arithmetic import NAMES, RANGES, STORIES, THINGS, Story, computations, split_of, tell, work
+from chorus.data.arithmetic import NAMES, RANGES, STORIES, THINGS, Story, computations, split_of, tell, work
 from chorus.seeding import derive_seed
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]  # Gemma's first five ids; its class adds <mask> where missing

@@ -2,9 +2,12 @@
 130 interrupted."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a run to stop
 
 
 class InputError(ValueError):

@@ -1,0 +1,108 @@
+"""What a run leaves behind: ordinary PEFT adapter folders and one file that says how they make an ensemble."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from chorus.checkpoint.atomic_files import disk_errors, sync, write_text
+from chorus.config import Config, render
+from chorus.errors import RunError
+from chorus.model.adapters import TensorId, adapter_name, lora_shape
+
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
+AGAIN = "make room and run the same command again"
+
+
+def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
+    """Raises RunError, on every process alike, where an adapter holds a NaN or an infinity: it must not be saved."""
+    for identity, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite and was not saved; lower lr"
+            )
+
+
+def save_ensemble(
+    output_dir: Path,
+    tensors: Mapping[TensorId, Tensor],
+    weights: Sequence[float],
+    config: Config,
+    more: Mapping[str, Any],
+) -> None:
+    """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
+
+    Everything is written beside its place first and then renamed into it: a crash leaves no half-written file. Between
+    two renames the older adapters are in `agents.old`, the newer in `agents.new`. One process calls it.
+
+    Args:
+        tensors: every adapter tensor under its identity, fp32, on the CPU.
+        weights: the mixture's, one an agent.
+        more: further entries of `ensemble.json`.
+
+    Raises:
+        RunError: the disk did not take it.
+    """
+    place, new = output_dir / "agents", output_dir / "agents.new"
+    with disk_errors(place, sum(tensor.nbytes for tensor in tensors.values()), AGAIN):
+        shutil.rmtree(new, ignore_errors=True)
+        write_adapters(new, tensors, config)
+        _swap(new, place)
+    write_ensemble(output_dir, weights, config, more)
+
+
+def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Config) -> None:
+    """Write an ordinary PEFT folder `agent_k/` for every agent into `place`, which is new, and bring it to the disk."""
+    lora_config = lora_shape(config).peft_config(config.model_name)
+    lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
+    if not isinstance(lora_config.target_modules, str):
+        lora_config.target_modules = sorted(lora_config.target_modules or ())  # a set: other bytes in every process
+    for agent in sorted({identity.agent for identity in tensors}):
+        folder = place / adapter_name(agent)
+        folder.mkdir(parents=True)
+        own = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}
+        save_file(own, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        lora_config.save_pretrained(str(folder))
+        for file in (*folder.iterdir(), folder):
+            sync(file)
+    sync(place)
+
+
+def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:
+    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`.
+
+    Raises:
+        RunError: the disk did not take it.
+    """
+    ensemble = {
+        "agents": [f"agents/{adapter_name(agent)}" for agent in range(len(weights))],
+        "weights": list(weights),
+        "base_model": config.model_name,
+        "parallel_mode": config.parallel_mode,
+        "config": config.model_dump(),
+        **more,
+    }
+    for name, text in (("ensemble.json", json.dumps(ensemble, indent=2) + "\n"), ("config.yaml", render(config))):
+        with disk_errors(output_dir / name, len(text), AGAIN):
+            write_text(output_dir / name, text)
+
+
+def peft_key(identity: TensorId) -> str:
+    """The tensor's name in PEFT's `adapter_model.safetensors`."""
+    return f"{identity.path}.lora_{identity.matrix}.weight"
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put folder `new` in `place`. A folder cannot be renamed over a full one, so the old one steps aside first."""
+    old = place.with_name(place.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+    sync(place.parent)

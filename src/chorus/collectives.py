@@ -1,0 +1,129 @@
+"""What all processes must know alike: how an act ended, what the run is, whether it shall stop, that one is gone."""
+
+import hashlib
+import os
+import re
+import socket
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from chorus.errors import InputError, LostProcess, RunError
+
+T = TypeVar("T")
+
+
+def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Run `act` on the first process alone; its result, or its InputError or RunError, on every one. A collective call.
+
+    Without it the others would wait for a process that has given up.
+    """
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [act(), None]
+        except (InputError, RunError) as error:
+            outcome = [None, error]
+    broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def on_every_process(act: Callable[[], None]) -> None:
+    """Run `act` on every process; where any raises an InputError or RunError, all raise the first. A collective call.
+
+    Hosts differ in what they see, and one that gave up alone would leave the others waiting for it.
+    """
+    error = None
+    try:
+        act()
+    except (InputError, RunError) as raised:
+        error = raised
+    outcomes: list[tuple[InputError | RunError | None, str]] = gather_object([(error, socket.gethostname())])
+    of_all = all(error is not None for error, _ in outcomes)
+    for error, host in outcomes:
+        if error is not None:
+            raise error if of_all else type(error)(f"{error} (on host {host})")
+
+
+def refuse_differences(own: Mapping[str, Any]) -> None:
+    """Raise InputError, on every process alike, where one of them has another value than the first. A collective call.
+
+    Hosts have files of their own: where those differ, a mixture of two runs would be trained, without a word.
+
+    Args:
+        own: this process's values, by what they are called in the message.
+    """
+    firsts: list = [own]
+    broadcast_object_list(firsts)
+
+    def compare() -> None:
+        for name, value in firsts[0].items():
+            if own.get(name) != value:
+                raise InputError(
+                    f"{name} is {own.get(name)}, but {value} on the first process; start every host with the same "
+                    "command, files and versions"
+                )
+
+    on_every_process(compare)
+
+
+def described(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """Named tensors in their order, for `refuse_differences`: name, shape and a digest of 16 values of each."""
+    named = list(tensors)
+    digests = [hashlib.sha256(values).hexdigest()[:8] for values in sampled([tensor for _, tensor in named])]
+    lines = [f"{name} {list(own.shape)} of values {digest}" for (name, own), digest in zip(named, digests, strict=True)]
+    return {"the number of tensors": len(lines)} | {f"tensor {place}": line for place, line in enumerate(lines)}
+
+
+def sampled(tensors: Sequence[Tensor]) -> list[bytes]:
+    """16 evenly spaced values of each tensor, as the bytes of fp32. One copy from the device for all of them."""
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    places = [torch.arange(16, device=one.device) * max(len(one) - 1, 0) // 15 for one in flat]
+    values = [one[place].float() if len(one) else one.float() for one, place in zip(flat, places, strict=True)]
+    pieces = torch.cat(values).cpu().split([len(value) for value in values])
+    return [piece.numpy().tobytes() for piece in pieces]
+
+
+def limit_waiting(seconds: int) -> None:
+    """Give every process group that exists this timeout: libraries make some of their own, with a default of theirs.
+
+    Under gloo a collective call then raises. Under NCCL its watchdog ends the process.
+    """
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def lost_processes_named(timeout_s: int) -> Iterator[None]:
+    """Raise LostProcess, a RunError, where a collective call fails because another process is gone or silent."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        is_silent = re.search(r"gloo.*time(d )?out|wait timeout", text, re.DOTALL | re.IGNORECASE)
+        is_gone = re.search(r"gloo.*(closed|reset by peer|broken pipe|refused)", text, re.DOTALL | re.IGNORECASE)
+        if not (is_silent or is_gone or isinstance(error, torch.distributed.DistError)):
+            raise
+        place = next(frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if _is_ours(frame.filename))
+        what = f"did not answer within {timeout_s} s, key 'collective_timeout_s'," if is_silent else "has ended"
+        raise LostProcess(
+            f"process {os.environ.get('RANK', 0)}: another process {what} while this one waited for it in {place.name} "
+            f"({Path(place.filename).name}:{place.lineno}); see what that one said last, then go on with "
+            "resume_from_checkpoint=auto"
+        ) from error
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).is_relative_to(Path(__file__).parent) or Path(file).name == "train.py"

@@ -1,0 +1,6 @@
+"""The configuration of a run: typed, strict, checked before anything heavy is imported."""
+
+from chorus.config.keys import Config, RunConfig, on_resume
+from chorus.config.load import load_config, render
+
+__all__ = ["Config", "RunConfig", "load_config", "on_resume", "render"]

@@ -1,0 +1,51 @@
+"""Data: where the rows come from, and how they become samples."""
+
+import re
+from typing import Annotated, ClassVar
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic.types import NonNegativeInt, PositiveInt
+
+from chorus.config.section import ComparedByEffect, MayChange, Probability, Section, Text
+
+
+class DataSettings(Section):
+    """Where the rows come from, and how they become samples."""
+
+    TITLE: ClassVar[str] = "Data"
+
+    dataset_name: ComparedByEffect[Text] = "arithmetic"
+    """arithmetic (built in), a hub id, a folder of save_to_disk, or a .jsonl, .json, .csv or .parquet file."""
+    dataset_subset: ComparedByEffect[Text | None] = None
+    """Configuration name of a hub dataset, such as main; null for none."""
+    prompt_template: Annotated[str, Field(min_length=0)] = "Question: {question}\nAnswer:"
+    """The prompt of a row, in which {column} stands for the row's text in that column. It carries no loss."""
+    completion_template: Text = " {answer}"
+    """What the agents learn to write after the prompt, with at least one {column}. The end token is added."""
+    max_seq_length: Annotated[int, Field(ge=2)] = 128
+    """Most tokens of a row, prompt, completion and end token together."""
+    pad_to_multiple_of: MayChange[PositiveInt] = 1
+    """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row."""
+    packing: MayChange[bool] = False
+    """true: put several samples into one row of max_seq_length tokens, each with positions of its own and without sight
+    of the others. batch_size still counts samples; losses and gradients are the same. It pays where most samples are
+    much shorter than max_seq_length."""
+    validation_split: Probability = 0.05
+    """Fraction of the rows held out from training, where the data bring no held-out rows; from 0 to below 1."""
+    skip_bad_rows: ComparedByEffect[bool] = False
+    """true: leave out rows with missing, null or empty text and count them. false: stop at the first one."""
+    shuffle: bool = True
+    """true: a new order of the rows in every epoch, drawn from the seed. false: the order of the data."""
+    debug_subset_size: ComparedByEffect[PositiveInt | None] = None
+    """Keep only this many training rows, for a quick try; null keeps all."""
+    num_workers: MayChange[NonNegativeInt] = 0
+    """Processes that prepare batches beside each training process; 0 prepares them in the training process itself."""
+
+    @field_validator("prompt_template", "completion_template")
+    @classmethod
+    def _is_a_template(cls, template: str, info: ValidationInfo) -> str:
+        if not re.fullmatch(r"([^{}]|\{\{|\}\}|\{[^\W\d][\w -]*\})*", template):
+            raise ValueError("braces must hold the plain name of a column, as {answer}; double others, as {{ or }}")
+        if info.field_name == "completion_template" and "{" not in template.replace("{{", ""):
+            raise ValueError("it must have at least one {column}, such as {answer}")
+        return template

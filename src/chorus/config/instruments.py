@@ -1,0 +1,21 @@
+"""Instruments: where time and memory go."""
+
+from typing import ClassVar
+
+from pydantic.types import NonNegativeInt
+
+from chorus.config.section import MayChange, Section
+
+
+class InstrumentSettings(Section):
+    """Where time and memory go."""
+
+    TITLE: ClassVar[str] = "Instruments"
+
+    profile_steps: MayChange[NonNegativeInt] = 0
+    """Time so many optimiser steps part by part, after a first one that warms up, and print a summary; 0 is off."""
+    profile_trace: MayChange[bool] = False
+    """true: after those, trace two steps with PyTorch's profiler into output_dir/profile: a trace for
+    https://ui.perfetto.dev, a flame graph for any browser, the most expensive operators. It slows these two down."""
+    log_memory_usage: MayChange[bool] = False
+    """true: log memory with every logged step: the GPU's, or what is resident where there is none."""

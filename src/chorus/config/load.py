@@ -1,0 +1,112 @@
+"""The configuration of a run from `configs.yaml` and the command line, and back to commented YAML.
+
+`python -m chorus.config [--config FILE] [key=value ...]` prints the configuration that a run would use;
+`python -m chorus.config --defaults` prints `configs.yaml` as the repository holds it.
+"""
+
+import argparse
+import re
+import textwrap
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from chorus.config.keys import SECTIONS, Config
+from chorus.config.strict_yaml import Setting, as_yaml, refuse, settings_of_command_line, settings_of_file
+
+HEADER = """\
+# The configuration of a run. A key that is left out takes its default. To set one for a single run:
+# accelerate launch train.py lr=3e-5 'lora_target_modules=[q_proj, v_proj]'"""
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """The configuration of a run, from the command line's `[--config FILE] [key=value ...]`.
+
+    FILE is `configs.yaml` in the working directory unless named. Raises InputError for every mistake in it.
+    """
+    return _resolve(_parser().parse_intermixed_args(arguments))
+
+
+def render(config: Config) -> str:
+    """The whole configuration as commented YAML, from which `load_config` makes an equal one."""
+    lines = [HEADER]
+    for section in SECTIONS:
+        lines += ["", f"# ---- {section.TITLE} ".ljust(100, "-")]
+        for key, field in section.model_fields.items():
+            comment = textwrap.wrap(field.description or "", 100, initial_indent="# ", subsequent_indent="# ")
+            lines += ["", *comment, f"{key}: {as_yaml(getattr(config, key))}"]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = _parser("python -m chorus.config")
+    parser.add_argument("--defaults", action="store_true", help="print the defaults instead, as in configs.yaml")
+    options = parser.parse_intermixed_args(arguments)
+    print(render(Config() if options.defaults else _resolve(options)), end="")
+
+
+def _parser(program: str | None = None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        program,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="The keys of a run, and what each one means, stand in configs.yaml.",
+        epilog="""examples:
+  lr=3e-5 max_train_steps=null               numbers, true, false, null and words as in YAML
+  'lora_target_modules=[q_proj, v_proj]'     a list
+  'completion_template=" {answer}"'          text with spaces, braces or colons, in quotes of its own
+
+`python -m chorus.config`, with the same arguments, prints the configuration that a run would use.""",
+    )
+    parser.add_argument("--config", metavar="FILE", default="configs.yaml", help="default: configs.yaml")
+    parser.add_argument("settings", metavar="key=value", nargs="*", help="set a key for this run, over the file")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        refuse("command line:", f"{message}; --help shows what there is")
+
+
+def _resolve(options: argparse.Namespace) -> Config:
+    """The file's keys, the command line's over them, the defaults under them, all of them checked."""
+    settings = settings_of_file(options.config) | settings_of_command_line(options.settings)
+    try:
+        return Config.model_validate({key: setting.value for key, setting in settings.items()})
+    except ValidationError as error:
+        _refuse_the_first(error.errors(), settings, options.config)
+
+
+def _refuse_the_first(errors: list[ErrorDetails], settings: dict[str, Setting], file: str) -> NoReturn:
+    first = min(errors, key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key may explain all the others
+    key = str(first["loc"][0])
+    if key not in settings:  # its default does not go with another key
+        settings[key] = Setting(None, as_yaml(first["input"]), f"{file}: key {key!r} (left out)")
+    _, written, place = settings[key]
+    if first["type"] == "extra_forbidden":
+        nearest = get_close_matches(key, Config.model_fields, n=1, cutoff=0)[0]
+        refuse(place, f"is not known; did you mean {nearest!r}?")
+    given = f"is {textwrap.shorten(written, 80) or 'empty'}"
+    if first["type"] == "value_error":  # raised by a validator of ours, with its own remedy
+        refuse(place, f"{given}; {first['msg'].removeprefix('Value error, ')}")
+    wanted = " or ".join(dict.fromkeys(one["msg"] for one in errors if one["loc"][0] == key)).replace("Input", "it")
+    refuse(place, f"{given}; {wanted}{_remedy(written, wanted)}")
+
+
+def _remedy(written: str, wanted: str) -> str:
+    """What to write instead, where pydantic's words alone leave that open."""
+    remedies = {
+        "a valid string": "; put it in quotes",
+        "a valid list": "; write [one, another]",
+        "a valid boolean": "; write true or false, without quotes",
+        "a valid integer": "; write a whole number, without quotes or a point",
+        "a valid number": "; write a number, without quotes",
+    }
+    for kind, remedy in remedies.items():
+        if kind in wanted:
+            return remedy
+    choices = get_close_matches(written, re.findall(r"'(\w+)'", wanted), n=1, cutoff=0)
+    return f"; did you mean {choices[0]!r}?" if choices else ""

@@ -1,0 +1,27 @@
+"""Output: what a run writes, where and how often."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic.types import NonNegativeInt, PositiveInt
+
+from chorus.config.section import MayChange, Section, Text
+
+
+class OutputSettings(Section):
+    """What a run writes, where and how often."""
+
+    TITLE: ClassVar[str] = "Output"
+
+    output_dir: MayChange[Text] = "runs/default"
+    """The folder for all that a run writes, relative to the working directory."""
+    save_steps: MayChange[NonNegativeInt] = 0
+    """Write a checkpoint every so many optimiser steps, into output_dir/checkpoints; 0: only at the end, and when
+    SIGTERM or SIGINT stops the run."""
+    save_total_limit: MayChange[Annotated[int, Field(ge=2)] | None] = 3
+    """Keep so many of the newest checkpoints, at least 2; null keeps all."""
+    logging_steps: MayChange[PositiveInt] = 10
+    """Log every so many optimiser steps."""
+    resume_from_checkpoint: MayChange[Text | None] = "auto"
+    """auto: go on from the newest whole checkpoint of output_dir, if there is one. A folder: go on from that
+    checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""

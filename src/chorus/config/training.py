@@ -1,0 +1,41 @@
+"""Training: steps, optimizer and schedule."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from chorus.config.section import ComparedByEffect, MayChange, Section
+
+
+class TrainingSettings(Section):
+    """Steps, optimizer and schedule."""
+
+    TITLE: ClassVar[str] = "Training"
+
+    epochs: ComparedByEffect[PositiveInt] = 3
+    """Passes over the training rows, where max_train_steps is null."""
+    max_train_steps: NonNegativeInt | None = 100
+    """Optimiser steps: training stops there, and epochs repeat as needed to reach it. null: as many as epochs give;
+    0 trains nothing and writes the initial adapters."""
+    batch_size: ComparedByEffect[PositiveInt] = 16
+    """Rows of one micro-batch on one process; every agent sees all of them."""
+    gradient_accumulation_steps: ComparedByEffect[PositiveInt] = 1
+    """Micro-batches of one optimiser step."""
+    lr: PositiveFloat = 2e-3
+    """AdamW's learning rate, at the schedule's peak."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled weight decay; 0 is off."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    """linear, cosine, cosine_with_restarts, constant, constant_with_warmup or inverse_sqrt, as in transformers."""
+    num_warmup_steps_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Fraction of all optimiser steps, from 0 to 1, in which the learning rate rises from 0."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip gradients to this norm, one norm over all agents; 0 is off."""
+    max_skipped_steps: MayChange[NonNegativeInt] = 10
+    """A loss or gradient that is no number: that agent's update is skipped and said. After more than so many optimiser
+    steps in a row in which some agent was skipped, the run saves and ends; 0: after the first."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Every random number of the run comes from this one, from 0 to below 2**63."""

@@ -1,0 +1,273 @@
+"""From problems to the batches of an optimiser step: tokens, prompt mask, labels, padding, order.
+
+The labels are shifted here, in `collate`, and nowhere else. Which rows a step takes is a pure function of the seed, the
+step and the global batch, so any number of processes sees the same rows, and a run resumes at any step without reading
+the ones before it.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from chorus.config import Config
+from chorus.data.packing import one_a_row, packed
+from chorus.data.sources import Problem
+from chorus.errors import SIGNALS, InputError
+from chorus.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+class Sample(NamedTuple):
+    """A tokenised row, not yet shifted: `ids` int64 and, of equal length, `is_target` bool, the tokens to learn."""
+
+    ids: Tensor
+    is_target: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens on which loss is due. The first token has none before it to be predicted from."""
+        return int(self.is_target[1:].sum())
+
+
+class Batch(NamedTuple):
+    """S samples in B rows of equal length, one in each or, packed, several; padded on the right.
+
+    input_BT: int64 token ids.
+    target_BT: int64, the token that follows each input token.
+    mask_BT: bool, where loss is due on target_BT: completion and end token, not prompt or padding.
+    target_rows_N: int64, the places of the True in the flattened mask_BT. Known on the CPU, because a device would have
+        to stop and count them.
+    points_SM: int64, the places in the flattened B*T of the points that stand for a sample in the sliced Wasserstein
+        distance: targets, evenly spaced, in order, then -1. Which of a sample's tokens they are depends on it alone.
+    position_BT: packed: int64, each token's place within its sample. None: one sample a row, so that its place is t.
+    sample_BT: packed: int64, the sample that each token is of, -1 for padding; no token may see another sample's.
+    """
+
+    input_BT: Tensor
+    target_BT: Tensor
+    mask_BT: Tensor
+    target_rows_N: Tensor
+    points_SM: Tensor
+    position_BT: Tensor | None = None
+    sample_BT: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        return Batch(*moved)  # pyright: ignore[reportArgumentType]
+
+
+class StepBatch(NamedTuple):
+    """What one process computes in one optimiser step, and how much the whole step holds.
+
+    micro_batches: one per accumulation step. One without rows left is a single row of padding, with an all-False mask.
+    num_targets: target tokens of the step over all processes and micro-batches: what a token mean divides by.
+    num_rows: rows of the step over all processes and micro-batches.
+    epoch: the epoch, from 0, whose rows these are.
+    """
+
+    micro_batches: list[Batch]
+    num_targets: int
+    num_rows: int
+    epoch: int
+
+
+def tokenise(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, source: str = "training"
+) -> list[Sample]:
+    """Tokenise prompt and completion as one text; the targets are the completion's tokens and the end token.
+
+    A token that begins in the prompt belongs to the prompt, even where it reaches into the completion: at generation
+    time the prompt alone is given. Rows longer than `max_seq_length` tokens are cut on the right, and those that then
+    hold no target are dropped; both are counted in one warning, which calls the rows those of `source`.
+
+    Raises InputError for a tokenizer without character offsets or end token, and where no row keeps a target.
+    """
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        lacks = "an end token" if tokenizer.is_fast else "character offsets (it is not a fast one)"
+        raise InputError(f"key 'model_name': its tokenizer lacks {lacks}; choose a base with a complete tokenizer.json")
+    # A thousand at a time: an encoding, with its offsets, takes many times the memory of a sample.
+    samples, num_cut = [], 0
+    for start in range(0, len(problems), 1_000):
+        for ids, is_target in _encode(problems[start : start + 1_000], tokenizer):
+            num_cut += len(ids) > max_seq_length
+            samples.append(Sample(torch.tensor(ids[:max_seq_length]), torch.tensor(is_target[:max_seq_length])))
+    kept = [sample for sample in samples if sample.num_targets > 0]
+    if num_cut or len(kept) < len(samples):
+        logger.warning(
+            "cut %d of %d %s rows to max_seq_length %d tokens; %d of them have no target token left and are dropped",
+            *(num_cut, len(samples), source, max_seq_length, len(samples) - len(kept)),
+        )
+    if problems and not kept:
+        raise InputError(
+            f"key 'max_seq_length': {max_seq_length} leaves no target token in any of {len(samples)} {source} rows; "
+            "raise it, or shorten prompt_template"
+        )
+    return kept
+
+
+def collate(
+    samples: Sequence[Sample],
+    pad_id: int,
+    pad_to_multiple_of: int = 1,
+    points_per_row: int = 1,
+    packing: tuple[int, int] | None = None,
+) -> Batch:
+    """Pad and shift samples: position t holds token t, and its target is token t + 1.
+
+    One a row, T is the longest sample's length minus one, rounded up to `pad_to_multiple_of`; M is `points_per_row`.
+    With `packing`, the most tokens of a sample and the most samples of a batch, several share a row. Of no samples it
+    makes padding: a process without them still takes part in every collective of the step.
+    """
+    lengths = [len(sample.ids) - 1 for sample in samples]
+    if packing is None:
+        layout = one_a_row(lengths, pad_to_multiple_of)
+    else:
+        layout = packed(lengths, packing[0] - 1, pad_to_multiple_of, packing[1])
+    B, T, places = layout
+    input_BT = torch.full((B, T), pad_id)
+    target_BT = torch.full((B, T), pad_id)
+    mask_BT = torch.zeros(B, T, dtype=torch.bool)
+    points_SM = torch.full((max(len(samples), 1), points_per_row), -1)
+    position_BT, sample_BT = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
+    for number, ((ids, is_target), (row, start)) in enumerate(zip(samples, places, strict=True)):
+        span = slice(start, start + len(ids) - 1)
+        input_BT[row, span] = ids[:-1]
+        target_BT[row, span] = ids[1:]
+        mask_BT[row, span] = is_target[1:]
+        position_BT[row, span] = torch.arange(len(ids) - 1)
+        sample_BT[row, span] = number
+        points = _evenly_spaced(is_target[1:].nonzero().squeeze(1), points_per_row)
+        points_SM[number, : len(points)] = row * T + start + points
+    batch = Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_SM)
+    return batch if packing is None else batch._replace(position_BT=position_BT, sample_BT=sample_BT)
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
+    """The order in which an epoch takes the samples: every index once."""
+    if not shuffle:
+        return list(range(num_samples))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return torch.randperm(num_samples, generator=generator).tolist()
+
+
+def steps_per_epoch(num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> int:
+    """Optimiser steps that take every sample once; the last one may be short."""
+    return ceil(num_samples / (batch_size * gradient_accumulation_steps * num_processes))
+
+
+def step_rows(
+    order: Sequence[int], step_in_epoch: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
+) -> list[list[list[int]]]:
+    """The samples of one step, as rows[micro_batch][process]: consecutive in `order`, each of at most `batch_size`.
+
+    Processes share a micro-batch side by side, so that equal global batches hold the same rows in each step, whatever
+    part of them is accumulated. In the last step of an epoch the later ones may be short or empty.
+    """
+    first = step_in_epoch * batch_size * gradient_accumulation_steps * num_processes
+    starts = range(first, first + batch_size * gradient_accumulation_steps * num_processes, batch_size)
+    rows = [list(order[start : start + batch_size]) for start in starts]
+    return [rows[start : start + num_processes] for start in range(0, len(rows), num_processes)]
+
+
+def training_steps(
+    samples: Sequence[Sample],
+    config: Config,
+    *,
+    pad_id: int,
+    process_index: int,
+    num_processes: int,
+    num_steps: int,
+    start_step: int = 0,
+) -> Iterator[StepBatch]:
+    """One process's part of the optimiser steps from `start_step` to `num_steps` - 1, epoch after epoch.
+
+    Steps count over all epochs, from 0, and starting at one reads none of those before it. `num_workers` processes
+    collate ahead, with equal results; they end with the iterator. `pad_id` may be any id of the vocabulary: no token
+    sees it, and no loss falls on it.
+    """
+    loader = DataLoader(
+        _Steps(samples, config, pad_id, process_index, num_processes),
+        batch_size=None,
+        sampler=range(start_step, num_steps),
+        num_workers=config.num_workers,
+        worker_init_fn=_leave_the_process_group,
+        generator=torch.Generator(),  # the loader draws a seed, of which nothing here depends: not from the global one
+    )
+    # A worker is born with the signals blocked, and so outlives one that comes before it has left the group.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Steps(Dataset[StepBatch]):
+    """`steps[17]` is the process's part of step 17."""
+
+    def __init__(
+        self, samples: Sequence[Sample], config: Config, pad_id: int, process_index: int, num_processes: int
+    ) -> None:
+        self.samples, self.config, self.pad_id, self.process_index = samples, config, pad_id, process_index
+        self.num_targets = [sample.num_targets for sample in samples]
+        self.global_batch = (config.batch_size, config.gradient_accumulation_steps, num_processes)
+        self.steps_per_epoch = steps_per_epoch(len(samples), *self.global_batch)
+        self.epoch, self.order = -1, []
+
+    def __getitem__(self, step: int) -> StepBatch:
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:  # the order of a large data set takes longer than a step
+            self.epoch = epoch
+            self.order = epoch_order(len(self.samples), self.config.seed, epoch, self.config.shuffle)
+        rows = step_rows(self.order, step_in_epoch, *self.global_batch)
+        rows_of_all = [row for micro_batch in rows for part in micro_batch for row in part]
+        return StepBatch(
+            [self._collate(micro_batch[self.process_index]) for micro_batch in rows],
+            num_targets=sum(self.num_targets[row] for row in rows_of_all),
+            num_rows=len(rows_of_all),
+            epoch=epoch,
+        )
+
+    def _collate(self, rows: Sequence[int]) -> Batch:
+        samples, config = [self.samples[row] for row in rows], self.config
+        packing = (config.max_seq_length, config.batch_size) if config.packing else None
+        return collate(samples, self.pad_id, config.pad_to_multiple_of, config.swd_points_per_row, packing)
+
+
+def _leave_the_process_group(worker: int) -> None:
+    """A launcher's SIGTERM and a terminal's SIGINT go to the whole group. A worker that dies of one would fail the step
+    that its trainer still wants to end; out of the group, it ends when its trainer does, whatever ends that."""
+    os.setpgrp()
+    while signal.sigtimedwait(SIGNALS, 0):
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[bool]]]:
+    texts = [prompt + completion for prompt, completion in problems]
+    encoded = tokenizer(texts, add_special_tokens=True, return_offsets_mapping=True, verbose=False)
+    for (prompt, _), ids, offsets in zip(problems, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # A token that the tokenizer adds, such as the one for the beginning, stands for no character.
+        is_target = [len(prompt) <= start < end for start, end in offsets]
+        if ids[-1:] == [tokenizer.eos_token_id]:
+            is_target[-1] = True
+        else:
+            ids, is_target = [*ids, tokenizer.eos_token_id], [*is_target, True]
+        yield ids, is_target
+
+
+def _evenly_spaced(places_N: Tensor, count: int) -> Tensor:
+    """`count` of the places, with the last and (of two or more) the first; all of them where there are no more."""
+    last = len(places_N) - 1
+    if last < count:
+        return places_N
+    return places_N[[last - i * last // max(count - 1, 1) for i in reversed(range(count))]]

@@ -1,0 +1,235 @@
+"""LoRA adapters of K agents: PEFT makes them and names them; which agent answers is said aloud, never left to a flag.
+
+PEFT selects an adapter by mutating every layer (`set_adapter`), which flips `requires_grad` and lets a recomputed
+activation run under whatever adapter is active by then. Here a forward pass carries an `AdapterContext` (whose pass,
+which weights and random draws), and every recomputation runs under the context of its forward pass.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from chorus.config import Config
+from chorus.errors import InputError
+from chorus.model.flat_adapter import Layout, Matrix
+from chorus.model.kernels.lora_linear import lora_linear
+from chorus.model.regularisation import Noise
+from chorus.seeding import derive_seed
+
+RANDOM_INITIAL_STD = 0.02  # `initialize_adapters_rand: true`
+
+
+class TensorId(NamedTuple):
+    """The one identity of a trainable matrix, whatever mode, engine or process holds it."""
+
+    agent: int
+    path: str  # PEFT's path of the layer, e.g. base_model.model.model.layers.0.self_attn.q_proj
+    matrix: Literal["A", "B"]
+
+
+class AdapterContext(NamedTuple):
+    """Whose pass runs through the shared base: that of some agents together, or of the base alone (no agent).
+
+    Attributes:
+        agents: the rows of the pass are theirs in this order, as many for each (agent-major).
+        num_tokens: rows x tokens of the pass, over all of them.
+        weights: A_KRI and B_KOR of every layer that the pass goes through, in the dtype of the base.
+        noise: only in training.
+    """
+
+    agents: tuple[int, ...]
+    num_tokens: int
+    weights: "Mapping[LoraLinear, tuple[Tensor, Tensor]]"
+    noise: Noise | None = None
+
+
+BASE_ALONE = AdapterContext(agents=(), num_tokens=0, weights={})
+
+
+@dataclass
+class AdapterRouter:
+    """The turn under way, for every LoRA layer of one set of agents."""
+
+    turn: AdapterContext = field(default=BASE_ALONE)
+
+    @contextmanager
+    def of(self, turn: AdapterContext) -> Iterator[None]:
+        """Run a pass under `turn`; the turn before it is back afterwards, also when the pass fails."""
+        before = self.turn
+        self._take(turn)
+        try:
+            yield
+        finally:
+            self._take(before)
+
+    def _take(self, turn: AdapterContext) -> None:
+        # Each layer holds its own pair, and does not look it up by a name of its own: to torch.compile the decoder
+        # layers are then one piece of code. Past nn.Module's slow __setattr__: recomputed layers all come through here.
+        for layer in self.turn.weights:
+            vars(layer)["active_weights"] = None
+        for layer, pair in turn.weights.items():
+            vars(layer)["active_weights"] = pair
+        self.turn = turn
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """`context_fn` for torch's checkpoint: recompute under the turn of the forward pass.
+
+        Without it the recomputation runs under the turn at backward: wrong gradients, and no error.
+        """
+        return nullcontext(), self.of(self.turn)
+
+
+class LoraLinear(PeftLoraLinear):
+    """PEFT's LoRA linear, whose forward takes agents, their weights and noise from the routing.
+
+    y = base(x) + scaling · (drop(x) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021), for each agent's rows of x.
+    """
+
+    router: AdapterRouter
+    path: str
+    active_weights: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def base_linear(self) -> nn.Linear:
+        return self.base_layer  # pyright: ignore[reportReturnType]
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.active_weights is None:
+            return self.base_layer(x, *args, **kwargs)
+        A_KRI, B_KOR = self.active_weights
+        turn, base = self.router.turn, self.base_linear
+        if len(A_KRI) > 1 and x.shape[:-1].numel() != turn.num_tokens:
+            raise InputError(
+                f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts are, so it "
+                "cannot tell the agents apart; set parallel_mode to parallel or sequential"
+            )
+        x_KNI = x.reshape(len(A_KRI), -1, x.shape[-1])
+        scaling: float = next(iter(self.scaling.values()))  # one for all agents
+        if turn.noise is None or turn.noise.dropout_p == 0:
+            y_KNO = lora_linear(x_KNI, base.weight, base.bias, A_KRI, B_KOR, scaling)
+        else:
+            dropped = [turn.noise.drop(x_NI, k, self.path) for x_NI, k in zip(x_KNI, turn.agents, strict=True)]
+            low_KNR = torch.bmm(torch.stack(dropped), A_KRI.mT)
+            y_KNO = torch.baddbmm(linear(x_KNI, base.weight, base.bias), low_KNR, B_KOR.mT, alpha=scaling)
+        return y_KNO.view(*x.shape[:-1], -1)
+
+
+def adapter_name(agent: int) -> str:
+    """The adapter's name inside PEFT and the name of its folder."""
+    return f"agent_{agent}"
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What makes one adapter: its rank, scaling and place, and how it starts."""
+
+    rank: int
+    alpha: float
+    target_modules: Sequence[str] | Literal["all-linear"]
+    random_init: bool
+    seed: int
+
+    def peft_config(self, base_name: str | None) -> LoraConfig:
+        targets = self.target_modules
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  (a float works: alpha / r)
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_name,
+        )
+
+
+def lora_shape(config: Config) -> LoraShape:
+    """The adapters that a configuration asks for."""
+    return LoraShape(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        random_init=config.initialize_adapters_rand,
+        seed=config.seed,
+    )
+
+
+def attach_agents(model: PreTrainedModel, agents: Sequence[int], shape: LoraShape, router: AdapterRouter) -> PeftModel:
+    """Give `model` one adapter for each of `agents`, as PEFT initialises them.
+
+    Raises:
+        InputError: `lora_target_modules` names no linear layer of the model, or one that is no nn.Linear.
+    """
+    check_targets(model, shape.target_modules)
+    peft_model: PeftModel | None = None
+    for agent in agents:
+        lora_config = shape.peft_config(model.name_or_path or None)
+        lora_config._register_custom_module({nn.Linear: LoraLinear})  # PEFT's own way to bring a layer of one's own
+        with torch.random.fork_rng():  # PEFT initialises from the global generator: lend it one seeded for this agent
+            torch.manual_seed(derive_seed(shape.seed, "initial adapter", agent))
+            if peft_model is None:
+                peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
+            else:
+                peft_model.add_adapter(adapter_name(agent), lora_config)
+    assert peft_model is not None, "a process without agents"
+    for path, layer in lora_layers(peft_model).items():
+        layer.router, layer.path = router, path
+    return peft_model
+
+
+def take_matrices(layers: Mapping[str, LoraLinear], agent: int, shape: LoraShape) -> dict[Matrix, Tensor]:
+    """An agent's initial matrices, which PEFT's layers hold no more: they have one owner, and it is another."""
+    found: dict[Matrix, Tensor] = {}
+    for path, layer in layers.items():
+        found[path, "A"] = layer.lora_A.pop(adapter_name(agent)).weight.detach()  # pyright: ignore
+        found[path, "B"] = layer.lora_B.pop(adapter_name(agent)).weight.detach()  # pyright: ignore
+    if shape.random_init:
+        for (path, matrix), weight in found.items():
+            _fill_normal(weight, TensorId(agent, path, matrix), shape.seed)
+    return found
+
+
+def _fill_normal(weight: Tensor, identity: TensorId, seed: int) -> None:
+    """N(0, 0.02) from the CPU's generator, so that a run starts alike on every device."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "initial normal", *identity))
+    weight.copy_(torch.randn(weight.shape, generator=generator) * RANDOM_INITIAL_STD)
+
+
+def check_targets(model: PreTrainedModel, target_modules: Sequence[str] | Literal["all-linear"]) -> None:
+    """Raises InputError where a target module is no nn.Linear of the model, and names those that are."""
+    if isinstance(target_modules, str):
+        return
+    modules = dict(model.named_modules())
+    linear_names = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+    for target in target_modules:
+        hits = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not hits or not all(isinstance(module, nn.Linear) for module in hits):
+            found = f"it is a {type(hits[0]).__name__}" if hits else "the model has no such layer"
+            raise InputError(
+                f"key 'lora_target_modules': {target!r} cannot carry an adapter: {found}; "
+                f"the model's linear layers are {', '.join(sorted(linear_names))}"
+            )
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """PEFT's path of every layer that carries adapters, in the model's order."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+
+
+def adapter_context(
+    layers: Mapping[str, LoraLinear],
+    layout: Layout,
+    agents: Sequence[int],
+    flat_KF: Tensor,
+    num_tokens: int,
+    noise: Noise | None,
+) -> AdapterContext:
+    """The turn of a pass of `agents` together through `layers`, with their weights as the pass is to see them."""
+    matrices = layout.stacked(flat_KF)
+    pairs = {layer: (matrices[path, "A"], matrices[path, "B"]) for path, layer in layers.items()}
+    return AdapterContext(tuple(agents), num_tokens, pairs, noise)

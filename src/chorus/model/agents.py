@@ -1,0 +1,312 @@
+"""K agents over one frozen base, in one of three modes behind one interface.
+
+fused       one PeftModel with K adapters; all agents in one pass over K x B rows: the fastest. In groups of
+            `agents_per_pass`, a group's activations are made again in backward, so that only one group's are ever held;
+            but where every layer's are anyway (recompute "full"), which leaves one group's at the layer under way.
+sequential  groups of one: the least memory, one forward pass more.
+parallel    K PeftModels whose frozen parameters and buffers are the same storage; all activations are held.
+
+Every mode keeps five promises (tests/test_agents.py holds them):
+
+1. the agents in order, the stated shapes and dtypes;
+2. gradients reach the adapters of every agent and nothing else;
+3. same weights, batch and step: the values and gradients of every other mode, and of K single-agent PEFT runs;
+4. all of it under gradient checkpointing;
+5. no trace left: no weight, flag or global random state changed by a forward.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chorus.data.batches import Batch
+from chorus.model.adapters import (
+    BASE_ALONE,
+    AdapterRouter,
+    LoraShape,
+    TensorId,
+    adapter_context,
+    adapter_name,
+    attach_agents,
+    lora_layers,
+    take_matrices,
+)
+from chorus.model.attention import attention_masks
+from chorus.model.base import Head, base_tensors, head_of, trunk_of
+from chorus.model.execution import PLAIN, Execution
+from chorus.model.flat_adapter import Layout, stack
+from chorus.model.kernels.cuda_graphs import CapturedPasses, Rows
+from chorus.model.kernels.decoder_layers import prepare_layers, recomputed
+from chorus.model.regularisation import Noise, draw_keep_masks
+from chorus.model.token_nll import token_nll
+from chorus.spans import span
+
+Mode = Literal["fused", "sequential", "parallel"]
+
+
+class AgentOutput(NamedTuple):
+    """What every mode returns, the agents in order.
+
+    Attributes:
+        nll_KBT: fp32 token NLL, nats; 0 where no loss is due.
+        hidden_KBTD: after the final norm, in the trunk's dtype.
+    """
+
+    nll_KBT: Tensor
+    hidden_KBTD: Tensor
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """How much randomness a training pass carries."""
+
+    dropconnect_p: float
+    dropout_p: float
+    seed: int
+
+
+def held_agents(num_agents: int) -> tuple[int, ...]:
+    """The agents that this process holds: all of them. The one place to change if they are ever spread over GPUs."""
+    return tuple(range(num_agents))
+
+
+def build_agents(
+    mode: Mode,
+    model: PreTrainedModel,
+    num_agents: int,
+    shape: LoraShape,
+    rates: Regularisation,
+    execution: Execution = PLAIN,
+) -> "Agents":
+    """Put the agents this process holds on `model`, which must already lie on its device, frozen.
+
+    Raises:
+        InputError: target modules, gradient checkpointing or compilation that the model does not have.
+    """
+    agents = held_agents(num_agents)
+    router = AdapterRouter()
+    match mode:
+        case "fused" | "sequential":
+            size = 1 if mode == "sequential" else execution.agents_per_pass or len(agents)
+            peft_models = [attach_agents(model, agents, shape, router)]
+            grouped = GroupedAgents(agents, peft_models, router, rates, shape)
+            grouped.groups = [agents[first : first + size] for first in range(0, len(agents), size)]
+            grouped.is_recomputed = mode == "sequential" or execution.recompute != "full"
+            built = grouped
+        case "parallel":
+            copies = [model, *(copy_sharing_storage(model) for _ in agents[1:])]
+            peft_models = [attach_agents(own, [k], shape, router) for own, k in zip(copies, agents, strict=True)]
+            built = ParallelAgents(agents, peft_models, router, rates, shape)
+    for peft_model in peft_models:
+        prepare_layers(causal_lm(peft_model), router, recompute=execution.recompute, compiled=execution.compiled)
+    built.captured = CapturedPasses(partial(masks_of, model)) if execution.captured else None
+    return built
+
+
+def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same parameters and buffers: its own adapters, no memory for the base."""
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+
+
+def masks_of(model: PreTrainedModel, rows: Rows) -> Any:
+    return attention_masks(model, rows.ids_NT, rows.sample_NT)
+
+
+def causal_lm(peft_model: PeftModel) -> PreTrainedModel:
+    """The transformers model inside, adapters included."""
+    return peft_model.get_base_model()  # pyright: ignore[reportReturnType]
+
+
+class Agents(nn.Module):
+    """The interface of all modes. A mode says how one batch passes through its agents."""
+
+    def __init__(
+        self,
+        agents: Sequence[int],
+        peft_models: list[PeftModel],
+        router: AdapterRouter,
+        rates: Regularisation,
+        shape: LoraShape,
+    ):
+        super().__init__()
+        self.agents = tuple(agents)
+        self.peft_models = nn.ModuleList(peft_models)
+        self.router = router
+        self.rates = rates
+        self.config = causal_lm(peft_models[0]).config
+        self.captured: CapturedPasses | None = None
+        # Looked up once: a walk through some thousand modules takes the host as long as a small pass.
+        self._layers = {peft_model: lora_layers(peft_model) for peft_model in peft_models}
+        for agent in self.agents:
+            matrices = take_matrices(self._layers[self.peft_model(agent)], agent, shape)
+            self.layout = Layout({key: matrix.shape for key, matrix in matrices.items()})  # one for all
+            self.register_parameter(adapter_name(agent), nn.Parameter(self.layout.join(matrices)))
+        self._noise: Noise | None = None
+        self.train()
+
+    def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
+        """One pass of every agent over one batch.
+
+        Args:
+            batch: input_BT, target_BT and what is due of them.
+            step: the optimiser step, which names this pass's random draws. None is evaluation: no DropConnect, no
+                dropout.
+            slot: which micro-batch of which process within the step.
+        """
+        raise NotImplementedError
+
+    def peft_model(self, agent: int) -> PeftModel:
+        """The PeftModel that holds this agent's adapter."""
+        raise NotImplementedError
+
+    @contextmanager
+    def trunk(self, agent: int | None) -> Iterator[nn.Module]:
+        """The trunk with one agent's adapter in it, or the base alone (None), for passes without training's noise."""
+        agents = () if agent is None else (agent,)
+        with self._adapter_context(agents, self._weights(agents, None), num_tokens=0, noise=None) as trunk:
+            yield trunk
+
+    def _weights(self, agents: tuple[int, ...], noise: Noise | None) -> Tensor | None:
+        if not agents:
+            return None
+        own, dtype = self.adapters(), causal_lm(self.peft_model(agents[0])).dtype
+        keeps = [noise.keep[agent] for agent in agents] if noise is not None and noise.keep else None
+        return stack([own[agent] for agent in agents], dtype, keeps, 1 - self.rates.dropconnect_p)
+
+    @contextmanager
+    def _adapter_context(
+        self, agents: tuple[int, ...], flat_KF: Tensor | None, num_tokens: int, noise: Noise | None
+    ) -> Iterator[nn.Module]:
+        peft_model = self.peft_model(agents[0] if agents else self.agents[0])
+        turn = BASE_ALONE
+        if flat_KF is not None:
+            turn = adapter_context(self._layers[peft_model], self.layout, agents, flat_KF, num_tokens, noise)
+        with self.router.of(turn):
+            yield trunk_of(causal_lm(peft_model))
+
+    def head(self) -> Head:
+        """The output layer, one for all agents."""
+        return head_of(causal_lm(self.peft_model(self.agents[0])))
+
+    def adapters(self) -> dict[int, nn.Parameter]:
+        """All that is trained: each agent's adapter_F, laid out by `layout`, the agents in order."""
+        return {agent: getattr(self, adapter_name(agent)) for agent in self.agents}
+
+    def named(self, flat: Mapping[int, Tensor]) -> dict[TensorId, Tensor]:
+        """What is laid out as the agents' adapters are, by identity: agent by agent, views in the model's order."""
+        return {
+            TensorId(agent, *key): view
+            for agent, flat_F in flat.items()
+            for key, view in self.layout.views(flat_F).items()
+        }
+
+    def joined(self, tensors: Mapping[TensorId, Tensor]) -> dict[int, Tensor]:
+        """New flat tensors, one an agent: the counterpart of `named`."""
+        return {
+            agent: self.layout.join({key: tensors[TensorId(agent, *key)] for key in self.layout.shapes})
+            for agent in self.agents
+        }
+
+    def adapter_tensors(self) -> dict[TensorId, Tensor]:
+        """Every trained matrix under its identity: views of the adapters, to read and to write, without gradients."""
+        return self.named({agent: adapter_F.detach() for agent, adapter_F in self.adapters().items()})
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the base, each once."""
+        return dict(base_tensors(causal_lm(self.peft_model(self.agents[0]))))
+
+    def agent_pass(self, agent: int | None, batch: Batch) -> tuple[Tensor, Tensor]:
+        """nll_BT and hidden_BTD of one agent, or of the base (None), without training's noise."""
+        nll_1BT, hidden_1BTD = self.joint_pass(() if agent is None else (agent,), batch, None)
+        return nll_1BT[0], hidden_1BTD[0]
+
+    def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
+        """One pass of these agents together through one trunk, agent-major; of the base, as if one, for no agent.
+
+        One sample a row, there is no attention mask: the padding is on the right, behind every target.
+        """
+        B, T = batch.input_BT.shape
+        K = max(len(agents), 1)
+
+        def run(rows: Rows, flat_KF: Tensor | None, masks: Any) -> Tensor:
+            places = {} if rows.position_NT is None else {"position_ids": rows.position_NT}
+            if masks is None and rows.sample_NT is not None:
+                masks = masks_of(causal_lm(self.peft_model(self.agents[0])), rows)
+            with self._adapter_context(agents, flat_KF, rows.ids_NT.numel(), noise) as trunk:
+                output = trunk(input_ids=rows.ids_NT, attention_mask=masks, use_cache=False, **places)
+            return output.last_hidden_state
+
+        with span("_".join(["forward_pass.agent", *map(str, agents)])):
+            rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
+            flat_KF = self._weights(agents, noise)
+            if self.captured is not None and self.training and flat_KF is not None:
+                # The agents' weights are an argument: one recording serves every group of as many agents of a model.
+                key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
+                hidden_NTD = self.captured(key, run, rows, flat_KF)
+            else:
+                hidden_NTD = run(rows, flat_KF, None)
+        with span("task_loss"):
+            first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
+            rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
+            nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
+        return AgentOutput(nll_NT.view(K, B, T), hidden_NTD.unflatten(0, (K, B)))
+
+    def _noise_of(self, step: int | None, slot: int) -> Noise | None:
+        """The draws of this pass. Masks are drawn once a step and kept for its other micro-batches."""
+        rates = self.rates
+        if step is None or (rates.dropconnect_p == 0 and rates.dropout_p == 0):
+            return None
+        if self._noise is None or self._noise.step != step:
+            masked = self.adapters() if rates.dropconnect_p > 0 else {}
+            keep = draw_keep_masks(masked, rates.dropconnect_p, rates.seed, step)
+            self._noise = Noise(rates.seed, step, slot, keep, rates.dropconnect_p, rates.dropout_p)
+        return replace(self._noise, slot=slot)
+
+
+class GroupedAgents(Agents):
+    """Groups of agents through one PeftModel, each group in one pass.
+
+    Attributes:
+        is_recomputed: several groups' activations are made again in backward, one group at a time.
+    """
+
+    groups: list[tuple[int, ...]]
+    is_recomputed: bool
+
+    def peft_model(self, agent: int) -> PeftModel:
+        return self.peft_models[0]  # pyright: ignore[reportReturnType]
+
+    def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
+        noise = self._noise_of(step, slot)
+        if len(self.groups) == 1:
+            return self.joint_pass(self.agents, batch, noise)
+        adapters, outputs = self.adapters(), []
+        for group in self.groups:
+            if self.is_recomputed:
+                own = [adapters[agent] for agent in group]
+                outputs.append(recomputed(lambda group=group: self.joint_pass(group, batch, noise), own))
+            else:
+                outputs.append(self.joint_pass(group, batch, noise))
+        return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))
+
+
+class ParallelAgents(Agents):
+    """K PeftModels over one storage: each agent has a module tree of its own, no adapter is ever switched."""
+
+    def peft_model(self, agent: int) -> PeftModel:
+        return self.peft_models[self.agents.index(agent)]  # pyright: ignore[reportReturnType]
+
+    def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
+        noise = self._noise_of(step, slot)
+        outputs = [self.joint_pass((agent,), batch, noise) for agent in self.agents]
+        return AgentOutput(*map(torch.cat, zip(*outputs, strict=True)))

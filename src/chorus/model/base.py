@@ -1,0 +1,224 @@
+"""The frozen base: a hub id, a local folder or the bundled tiny Gemma, with its tokenizer and its head."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from chorus.config import Config
+from chorus.errors import InputError
+from chorus.model.attention import check_packing, choose_attention
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The frozen output layer: logits = softcap · tanh((hidden Wᵀ + b) / softcap), or without the cap."""
+
+    linear: nn.Linear
+    softcap: float | None
+
+    @property
+    def weight_VD(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias_V(self) -> Tensor | None:
+        return self.linear.bias
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """fp32 logits_BTV. For the last token of a few rows; the training loss never makes them whole."""
+        logits_BTV = self.linear(hidden_BTD).float()
+        return logits_BTV if self.softcap is None else self.softcap * torch.tanh(logits_BTV / self.softcap)
+
+
+def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer. Cheap: it tells a wrong `model_name` before any weight is read.
+
+    Raises:
+        InputError: `model_name` is neither a folder with a model nor a hub id that answers.
+    """
+    with _named(model_name):
+        return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+
+
+def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The base's modules without weights, on the meta device: a second's work, which tells what the base has.
+
+    With eager attention. Without a dtype it is that of the weights.
+
+    Raises:
+        InputError: no such model, or one with custom code.
+    """
+    with _named(model_name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        _switch_dropout_off(config)
+        more = {} if dtype is None else {"dtype": dtype}
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager", **more)
+
+
+def load_model(
+    model_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "auto",
+    *,
+    length: int = 1,
+    compiled: bool = False,
+    packing: bool = False,
+) -> PreTrainedModel:
+    """The base with its weights frozen and its own dropout off: one function, the same in every pass.
+
+    Weights are read from safetensors only, and a model that brings code of its own is refused. What comes after `*`
+    decides about attention, see `attention.choose_attention`.
+
+    Raises:
+        InputError: no such model, a model with custom code, a head or an attention that Chorus would compute wrongly.
+    """
+    with _named(model_name):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
+        _switch_dropout_off(config)
+        how = {"length": length, "compiled": compiled, "packing": packing}
+        attention = choose_attention(attn_implementation, config, device, dtype, **how)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_name,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=attention,
+        )
+    model.requires_grad_(False)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    _check_head(model, model_name)
+    if packing:
+        check_packing(model)
+    return model
+
+
+def load_base(config: Config, dtype: torch.dtype, device: torch.device, *, compiled: bool | str) -> PreTrainedModel:
+    """`load_model` as the configuration says; `compiled`: whether its decoder layers will be."""
+    return load_model(
+        config.model_name,
+        dtype,
+        device,
+        config.attn_implementation,
+        length=config.max_seq_length,
+        compiled=bool(compiled),
+        packing=config.packing,
+    )
+
+
+def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a base of the same architecture and vocabulary with two narrow layers of random weights, and its tokenizer.
+
+    Raises:
+        InputError: no such model, or one with custom code.
+    """
+    with _named(model_name):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        inner = config.get_text_config()
+        heads = min(4, inner.num_attention_heads)
+        key_heads = getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
+        small = {
+            "hidden_size": 16 * heads,
+            "intermediate_size": 32 * heads,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads if key_heads == inner.num_attention_heads else heads // 2,
+            "head_dim": 16,
+        }
+        for name in small.keys() & vars(inner).keys():
+            setattr(inner, name, small[name])
+        if getattr(inner, "layer_types", None):
+            inner.layer_types = inner.layer_types[:2]
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output layer of a causal language model, with Gemma-2's final soft-cap where the config names one."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise InputError(f"key 'model_name': {type(model).__name__} has no linear output layer, so no token loss")
+    return Head(linear, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """The model below its head: `trunk(input_ids=...).last_hidden_state` is after the final norm."""
+    trunk = model.base_model
+    assert trunk is not model, "a causal language model without a trunk of its own"
+    return trunk
+
+
+def _switch_dropout_off(config: PretrainedConfig) -> None:
+    """Set every dropout rate of a (possibly nested) model configuration to zero.
+
+    A frozen base with dropout would draw from the global generator: another draw in every mode and at recomputation.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _switch_dropout_off(value)
+        elif ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, model_name: str) -> None:
+    """Compare head(trunk(x)) with the model's own logits on four tokens: an architecture may scale them in between."""
+    model.eval()
+    ids_BT = torch.arange(1, 5, device=model.device)[None]
+    own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+    hidden_BTD = trunk_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state
+    ours_BTV = head_of(model).logits(hidden_BTD)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    difference = (own_BTV - ours_BTV).abs().max() / own_BTV.abs().max().clamp(min=1e-6)
+    if not difference <= tolerance:
+        raise InputError(
+            f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits than a linear "
+            f"layer and a soft-cap (relative difference {difference:.1e}); Chorus cannot train it exactly"
+        )
+
+
+class _named:
+    """Turn the loaders' errors about a model into one line that names the key. Other errors pass."""
+
+    def __init__(self, model_name: str):
+        self.model_name = model_name
+
+    def __enter__(self) -> None:
+        folder = Path(self.model_name)
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise InputError(f"key 'model_name': {self.model_name} holds no config.json; give a folder with a model")
+        looks_local = self.model_name.startswith((".", "/", "~")) or self.model_name.count("/") > 1
+        if not folder.exists() and looks_local:
+            raise InputError(f"key 'model_name': folder {self.model_name} does not exist; check the path")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, InputError):
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(
+                f"key 'model_name': {self.model_name} cannot be loaded: {reason} "
+                "(give a local folder, or a hub id that this machine can reach)"
+            ) from error
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every frozen parameter and buffer, by name."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter
+    yield from model.named_buffers()

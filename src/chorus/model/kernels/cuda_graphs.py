@@ -1,0 +1,135 @@
+"""CUDA graphs of a training pass: the launches of forward and of backward, recorded once and replayed whole.
+
+With few tokens a pass is some thousand short kernels, and the host that launches them one by one is three times slower
+than the GPU. What is random or of changing shape stays outside: weights arrive masked and cast, the loss comes after.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
+
+from chorus.spans import span
+
+MAX_CAPTURES = 8  # each keeps its rows' inputs and outputs; other shapes run unrecorded
+
+
+class Rows(NamedTuple):
+    """What of a batch a pass goes through, of all its agents: as in `data.Batch`, N = K x B."""
+
+    ids_NT: Tensor
+    position_NT: Tensor | None
+    sample_NT: Tensor | None
+
+    def repeated(self, times: int) -> "Rows":
+        """The rows over and over, in tensors of their own."""
+        tensors = (None if tensor is None else tensor.repeat(times, 1) for tensor in self)
+        return Rows(*tensors)  # pyright: ignore[reportArgumentType]
+
+
+Pass = Callable[[Rows, Tensor, Any], Tensor]  # rows, flat_KF, attention masks (None: the pass makes them)
+
+
+@dataclass
+class _Capture:
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    rows: Rows
+    flat_KF: Tensor
+    hidden_NTD: Tensor
+    hidden_gradient_NTD: Tensor
+    masks: Any  # held, because a replay reads them
+    flat_gradient_KF: Tensor
+
+
+@dataclass
+class CapturedPasses:
+    """Passes by graph. Their intermediate tensors share one pool of memory: only one pass may await its backward.
+
+    A pass while another does so, and one of a shape beyond the first `MAX_CAPTURES`, runs as it would without graphs.
+    """
+
+    masks_of: Callable[[Rows], Any]  # a copy from the host, such as of a mask's zero, is refused while recording
+    captures: dict[Hashable, _Capture] = field(default_factory=dict)
+    awaiting: weakref.ref[Tensor] | None = None
+
+    def __call__(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> Tensor:
+        """`run(rows, flat_KF, None)`, which must do the same for all arguments of an equal `key`."""
+        is_awaited = self.awaiting is not None and self.awaiting() is not None
+        if is_awaited or (key not in self.captures and len(self.captures) == MAX_CAPTURES):
+            return run(rows, flat_KF, None)
+        if key not in self.captures:
+            pool = next((capture.forward.pool() for capture in self.captures.values()), None)
+            with span("recording"):
+                self.captures[key] = _capture(run, rows.repeated(1), flat_KF, self.masks_of, pool)
+        hidden_NTD: Tensor = _Replayed.apply(self, self.captures[key], rows, flat_KF)  # pyright: ignore
+        if hidden_NTD.requires_grad:
+            self.awaiting = weakref.ref(hidden_NTD)
+        return hidden_NTD
+
+
+class _Replayed(torch.autograd.Function):
+    """What leaves a graph is copied: its own tensors are written again by the next replay."""
+
+    @staticmethod
+    def forward(ctx: Any, passes: CapturedPasses, capture: _Capture, rows: Rows, flat_KF: Tensor) -> Tensor:
+        ctx.passes, ctx.capture = passes, capture
+        fill(capture.rows, capture.masks, rows, passes.masks_of)
+        capture.flat_KF.detach().copy_(flat_KF)
+        capture.forward.replay()
+        return capture.hidden_NTD.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        capture: _Capture = ctx.capture
+        capture.hidden_gradient_NTD.copy_(gradients[0])
+        capture.backward.replay()
+        ctx.passes.awaiting = None
+        return None, None, None, capture.flat_gradient_KF.clone()
+
+
+def fill(into: Rows, masks: Any, rows: Rows, masks_of: Callable[[Rows], Any]) -> None:
+    """Write `rows` over the rows that a recording reads, and their masks, where packing makes them differ, likewise."""
+    for old, new in zip(into, rows, strict=True):
+        if old is not None and new is not None:
+            old.copy_(new)
+    if into.sample_NT is not None:  # a flex mask also reads `into` itself
+        for old, new in zip(_tensors(masks), _tensors(masks_of(into)), strict=True):
+            old.copy_(new)
+
+
+def _tensors(masks: Any) -> list[Tensor]:
+    match masks:
+        case dict():
+            return [tensor for key in sorted(masks) for tensor in _tensors(masks[key])]
+        case BlockMask():
+            return [part for part in masks.as_tuple() if isinstance(part, Tensor)]
+        case _:
+            return [] if masks is None else [masks]
+
+
+@torch.enable_grad()
+def _capture(run: Pass, rows: Rows, flat_KF: Tensor, masks_of: Callable[[Rows], Any], pool: Any) -> _Capture:
+    flat_KF, masks = flat_KF.detach().clone().requires_grad_(), masks_of(rows)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # compiles and sizes workspaces, which a recording must not
+        for _ in range(2):
+            hidden_NTD = run(rows, flat_KF, masks)
+            torch.autograd.grad(hidden_NTD, flat_KF, torch.zeros_like(hidden_NTD))
+            del hidden_NTD
+    torch.cuda.current_stream().wait_stream(aside)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    # Other threads, such as NCCL's watchdog or one that pins memory, may call CUDA meanwhile: not an error of ours.
+    with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
+        hidden_NTD = run(rows, flat_KF, masks)
+    gradient_NTD = torch.zeros_like(hidden_NTD)
+    with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+        (flat_gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, gradient_NTD)
+    return _Capture(forward, backward, rows, flat_KF, hidden_NTD.detach(), gradient_NTD, masks, flat_gradient_KF)

@@ -1,0 +1,146 @@
+"""How decoder layers run in training, compiled, recomputed in backward, both or neither; and passes, recomputed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from chorus.errors import InputError, RunError
+from chorus.model.adapters import AdapterRouter
+from chorus.model.kernels.joined_linears import joining
+from chorus.model.kernels.lora_linear import ONE, SEVERAL
+
+Recompute = Literal["none", "selective", "full"]
+
+# What selective recomputation keeps: the results of products with the base's weights, which take nearly all of a
+# forward pass's time. Those of attention's own products grow with the square of the length and are made again.
+KEPT = frozenset(
+    {ONE, SEVERAL, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+)  # the latter two: of linears without an adapter
+
+
+def prepare_layers(
+    model: PreTrainedModel, router: AdapterRouter, *, recompute: Recompute, compiled: bool | str
+) -> None:
+    """Have torch compile each decoder layer, and recompute it in backward under the turn of its forward pass.
+
+    A layer is wrapped and not the model: equal layers are compiled once, for all of them. In evaluation mode the layers
+    run as they are: its shapes change with every batch. The recomputation is not transformers' own, which lies inside
+    of a layer's forward, where it would be compiled with it.
+
+    Args:
+        recompute: none of a layer; selective: all but the results of its products with weights; full: all of it.
+
+    Raises:
+        InputError: the architecture does not mark its layers as ones that may be recomputed.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for key, wanted, off in (
+        ("gradient_checkpointing", recompute != "none", "none"),
+        ("compile", compiled, "false"),
+    ):
+        if wanted and not layers:
+            raise InputError(f"key {key!r}: {type(model).__name__} does not support it; set it to {off}")
+    if compiled or model.config._attn_implementation == "flex_attention":
+        # Kinds of layers x shapes; running out of it is not to be a silent return to what is uncompiled.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if compiled:
+        torch._inductor.config.inductor_choices_class = _choices
+    for layer in layers:
+        if compiled or recompute != "none":
+            in_training = _in_training(layer.forward, router, recompute, compiled)
+            layer.forward = partial(_run, layer, layer.forward, in_training)
+
+
+def _choices() -> Any:
+    from chorus.model.kernels.one_pass import OnePass
+
+    return OnePass()
+
+
+def _in_training(plain: Callable, router: AdapterRouter, recompute: Recompute, compiled: bool | str) -> Callable:
+    # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
+    recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    backend = compiled if isinstance(compiled, str) else "inductor"
+    compile_whole = partial(torch.compile, fullgraph=True, backend=joining(backend))
+    if recompute == "selective" and compiled:
+        # Inside, where the compiler sees what is to be kept: its backward needs no layer, and so no turn.
+        return compile_whole(partial(recomputed, plain, context_fn=_selective_contexts))
+    run = compile_whole(plain) if compiled else plain
+    match recompute:
+        case "none":
+            return run
+        case "selective":
+            return partial(recomputed, run, context_fn=partial(_selective_contexts, router))
+        case "full":
+            return partial(recomputed, run, context_fn=router.checkpoint_contexts)
+
+
+def _selective_contexts(router: AdapterRouter | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` for torch's checkpoint: what is in `KEPT` is kept, the rest made again under the forward's turn."""
+    keeping, taking = create_selective_checkpoint_contexts(_policy)
+    if router is None:
+        return keeping, taking
+    return keeping, _both(router.checkpoint_contexts()[1], taking)
+
+
+def _policy(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _run(layer: nn.Module, plain: Callable, in_training: Callable, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return (in_training if layer.training else plain)(*args, **kwargs)
+    except FailOnRecompileLimitHit as error:
+        raise RunError(
+            f"key 'compile': more than {torch._dynamo.config.recompile_limit} kinds of layers and lengths to compile; "
+            "set a larger pad_to_multiple_of, or compile to false"
+        ) from error
+    except TorchDynamoException as error:
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise RunError(
+            f"key 'compile': {type(layer).__name__} cannot be compiled whole: {reason}; set it to false"
+        ) from error
+
+
+def recomputed(run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    """`run()` without its activations: forward keeps the outputs alone, backward runs it again.
+
+    The parameters are arguments of one autograd node, so their gradients leave it as ordinary outputs: a single
+    backward serves all agents, and the hooks by which DDP and DeepSpeed reduce gradients see each of them once.
+    """
+    return _Recomputed.apply(run, *parameters)  # pyright: ignore[reportReturnType]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[], tuple[Tensor, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.set_materialize_grads(False)  # without the diversity term no gradient comes through the hidden states
+        ctx.save_for_backward(*parameters)
+        return run()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        with torch.enable_grad():
+            outputs = ctx.run()
+        due = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+        outputs, gradients = zip(*due, strict=True)
+        return None, *torch.autograd.grad(outputs, ctx.saved_tensors, gradients)

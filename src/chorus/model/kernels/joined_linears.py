@@ -1,0 +1,57 @@
+"""Linears of one input, found in what torch.compile has traced of a layer and made one operator.
+
+Found there and not among the modules: whatever the architecture and its names, a trace tells which linears share their
+input, and the model's own code stays as it is.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from chorus.model.kernels.lora_linear import ONE, SEVERAL
+
+
+@cache  # one object for all layers: to torch.compile, each backend is a reason to compile anew
+def joining(backend: str) -> Callable:
+    """This backend of torch.compile, given traces in which the linears of one input are joined."""
+    compile_trace: Any = torch._dynamo.lookup_backend(backend)
+
+    def join_and_compile(trace: GraphModule, example_inputs: list[Any]) -> Callable:
+        for part in trace.modules():  # what is made again in backward is a part of its own
+            if isinstance(part, GraphModule):
+                join_linears(part)
+        return compile_trace(trace, example_inputs)
+
+    return join_and_compile
+
+
+def join_linears(trace: GraphModule) -> None:
+    """Put one operator in the place of every two or more LoRA linears of one input. Those with a bias stay alone."""
+    found: defaultdict[Any, list[Node]] = defaultdict(list)
+    for node in trace.graph.find_nodes(op="call_function", target=ONE):
+        x_KNI, _, bias_O, _, _, scaling = node.args
+        if bias_O is None:
+            found[x_KNI.target, x_KNI.args, scaling].append(node)  # each takes a view of its own
+    for nodes in found.values():
+        if len(nodes) > 1:
+            _join(trace, nodes)
+    trace.graph.lint()
+    trace.recompile()
+
+
+def _join(trace: GraphModule, nodes: list[Node]) -> None:
+    x_KNI, _, _, _, _, scaling = nodes[0].args
+    weights, As, Bs = ([node.args[place] for node in nodes] for place in (1, 3, 4))
+    with trace.graph.inserting_before(nodes[0]):
+        joined = trace.graph.call_function(SEVERAL, (x_KNI, weights, As, Bs, scaling))
+    for place, node in enumerate(nodes):
+        for taken in list(node.users):
+            if taken.args[1] == 0:  # y_KNO; low_KNR is for backward alone
+                taken.args = (joined, place)
+            else:
+                trace.graph.erase_node(taken)
+        trace.graph.erase_node(node)

@@ -1,0 +1,51 @@
+"""What of a training step's arithmetic counts as useful, the same in the profiler and in the benchmarks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from chorus.data.batches import Batch
+
+
+class Work(NamedTuple):
+    """Weights of the base that a token meets in body and head, and the layers' attention width in all."""
+
+    body: int
+    head: int
+    attention: int
+
+    def useful_flops(self, rows: int, length: int, targets: int) -> float:
+        """Of one training pass over `rows` rows of all agents together, with `targets` target tokens among them.
+
+        Forward 2 FLOP for each weight and token, backward 2 more: the base is frozen, so there is no weight gradient.
+        The head is due on targets alone. Attention's two products over the causal half, backward twice the forward.
+        LoRA's own and recomputation do not count; padding, which is computed, does.
+        """
+        products = 4.0 * (self.body * rows * length + self.head * targets)
+        return products + 3 * (2.0 * length * length * self.attention) * rows
+
+    def of_batch(self, batch: Batch, num_agents: int) -> float:
+        """Of one training pass of all agents over a batch on the CPU. In a packed row a token meets its own sample."""
+        B, T = batch.input_BT.shape
+        rows, targets = num_agents * B, num_agents * len(batch.target_rows_N)
+        if batch.sample_BT is None:
+            return self.useful_flops(rows, T, targets)
+        row_BT = torch.arange(B)[:, None].expand(B, T)
+        samples_2N = torch.stack((row_BT, batch.sample_BT))[:, batch.sample_BT >= 0]
+        lengths = samples_2N.unique(dim=1, return_counts=True)[1].tolist()
+        attention = sum(self._replace(body=0, head=0).useful_flops(num_agents, length, 0) for length in lengths)
+        return self._replace(attention=0).useful_flops(rows, T, targets) + attention
+
+
+def work_of(model: PreTrainedModel) -> Work:
+    """Counted from the frozen linear layers: adapters that the model carries are not among them."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    # By their shapes: ZeRO-3's weights are empty while they are in shards.
+    body = sum(linear.in_features * linear.out_features for linear in linears if not linear.weight.requires_grad)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * config.num_attention_heads * head_dim
+    assert isinstance(head, nn.Linear), "a language model without a linear head"
+    return Work(body, head.in_features * head.out_features, attention)

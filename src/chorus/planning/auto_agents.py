@@ -1,0 +1,181 @@
+"""`num_agents: auto`: the most agents that fit, by forecast, then by a step that is really taken."""
+
+import gc
+import json
+import sys
+from math import ceil
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chorus.checkpoint.store import checkpoints
+from chorus.collectives import on_first_process
+from chorus.config import Config, RunConfig
+from chorus.data.batches import Sample, collate
+from chorus.errors import InputError
+from chorus.model.adapters import lora_shape
+from chorus.model.agents import Regularisation, build_agents, copy_sharing_storage
+from chorus.model.base import load_base
+from chorus.model.execution import decide_execution
+from chorus.monitoring.memory import memory_limit, peak_bytes, reset_peak
+from chorus.planning.memory_forecast import GIB, Machine, forecast, longest_batch, trained_bytes
+from chorus.training.engine import DTYPES
+from chorus.training.objective import objective_of
+from chorus.training.optimizer import adamw
+
+MOST_AGENTS = 64  # to have more, name a number
+OUT_OF_MEMORY = sys.maxsize
+WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller batch_size or max_seq_length"
+
+
+def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[RunConfig, str]:
+    """The configuration with a number for `num_agents`, and how it came about, for the log ("" if it was a number).
+
+    A run that goes on keeps its checkpoint's number. Otherwise it is the largest, up to `MOST_AGENTS`, whose forecast
+    fits `memory_fraction` of the smallest device, lowered until a measured step fits too. A collective call: all
+    processes agree.
+
+    Raises:
+        InputError: not even the fewest agents fit (one; two with lambda_sw above 0).
+    """
+    if config.num_agents != "auto":
+        return with_agents(config, config.num_agents), ""
+    kept = on_first_process(accelerator, lambda: agents_of_checkpoint(config))
+    if kept is not None:
+        return with_agents(config, kept), f"num_agents auto: {kept}, as in the checkpoint"
+    machine = machine_of(accelerator)
+    limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
+    num_agents, first, each = on_first_process(accelerator, lambda: most_that_fit(config, precision, machine, limit))
+    execution = decide_execution(config, accelerator.device, machine.base_in_shards)
+    model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
+    while True:
+        tried = with_agents(config, num_agents)
+        measured = max(gather_object([measured_step(model, tried, precision, machine, accelerator.device)]))
+        if measured <= limit:
+            break
+        excess = num_agents // 8 if measured == OUT_OF_MEMORY else -((limit - measured) // each)
+        num_agents -= max(1, excess)
+        if num_agents < fewest_agents(config):
+            raise InputError(_too_little(config, "a measured step", measured, limit))
+    cap = " (auto takes no more; name a number to have them)" if num_agents == MOST_AGENTS else ""
+    return tried, (
+        f"num_agents auto: {num_agents}{cap}; a step took {measured / GIB:.2f} GiB, forecast "
+        f"{(first + num_agents * each) / GIB:.2f}, allowed {limit / GIB:.2f} (memory_fraction "
+        f"{config.memory_fraction:g} of the smallest device)"
+    )
+
+
+def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) -> tuple[int, int, int]:
+    """The most agents by forecast, and the forecast's two numbers: bytes = first + num_agents x each.
+
+    What a step needs is a straight line in the number of agents, in every mode, once there are two passes.
+
+    Raises:
+        InputError: the fewest agents do not fit.
+    """
+    some = max(2, config.agents_per_pass or 0)
+    peaks = [forecast(with_agents(config, count), precision, machine).peak for count in (some, 2 * some)]
+    each = max(1, (peaks[1] - peaks[0]) // some)
+    first = peaks[0] - some * each
+    num_agents = min(MOST_AGENTS, (limit - first) // each)
+    fewest = fewest_agents(config)
+    if num_agents < fewest:
+        raise InputError(_too_little(config, f"the forecast for {fewest}", first + fewest * each, limit))
+    return num_agents, first, each
+
+
+def fewest_agents(config: Config) -> int:
+    """A distance between agents needs two of them."""
+    return 2 if config.lambda_sw > 0 else 1
+
+
+def with_agents(config: Config, num_agents: int) -> RunConfig:
+    """The configuration with another number of agents, checked as a whole."""
+    return RunConfig.model_validate({**config.model_dump(), "num_agents": num_agents})
+
+
+def agents_of_checkpoint(config: Config) -> int | None:
+    """K of the checkpoint from which this run may go on. Whether it is whole and of this run, `resume` checks later."""
+    if config.resume_from_checkpoint is None:
+        return None
+    named = config.resume_from_checkpoint
+    folders = checkpoints(Path(config.output_dir)) if named == "auto" else [Path(named)]
+    for folder in folders:
+        try:
+            return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]["num_agents"])
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: it will be passed over, or refused by name
+            continue
+    return None
+
+
+def machine_of(accelerator: Accelerator) -> Machine:
+    """What a forecast must know of where this run runs."""
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type is DistributedType.DEEPSPEED else None
+    settings = None if plugin is None else plugin.deepspeed_config
+    return Machine(accelerator.device.type, accelerator.num_processes, settings)
+
+
+def measured_step(
+    model: PreTrainedModel, config: RunConfig, precision: str, machine: Machine, device: torch.device
+) -> int:
+    """The most bytes that this process holds in two optimiser steps at the longest batch; `OUT_OF_MEMORY` without.
+
+    Each process steps on its own: one that has run out of memory would leave the others waiting in a collective. What
+    an engine holds beside is stood in for by an empty tensor, and a share of the optimizer's state by AdamW over a
+    share of the tensors.
+    """
+    reset_peak(device)
+    try:
+        _two_steps(copy_sharing_storage(model), config, precision, machine, device)
+        measured = peak_bytes(device)
+    except torch.cuda.OutOfMemoryError:
+        measured = OUT_OF_MEMORY
+    gc.collect()  # module trees are cycles
+    reset_peak(device)
+    return measured
+
+
+def _two_steps(
+    model: PreTrainedModel, config: RunConfig, precision: str, machine: Machine, device: torch.device
+) -> None:
+    rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
+    execution = decide_execution(config, device, machine.base_in_shards)
+    agents = build_agents(config.parallel_mode, model, config.num_agents, lora_shape(config), rates, execution)
+    shares = 1
+    if machine.deepspeed is not None:
+        agents.to(DTYPES[precision])
+        shares = machine.num_processes
+    adapters = list(agents.adapters().values())
+    stepped = [nn.Parameter(adapter_F.detach()[: ceil(len(adapter_F) / shares)]) for adapter_F in adapters]
+    optimizer = adamw(stepped, config.lr, config.weight_decay)
+    standing = sum(trained_bytes(sum(map(torch.numel, adapters)), config, DTYPES[precision], machine).values())
+    counted = sum(adapter_F.nbytes for adapter_F in adapters) + 2 * sum(own.nbytes for own in stepped)
+    beside = torch.empty(max(0, standing - counted), dtype=torch.uint8, device=device)
+    length = longest_batch(config)
+    row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
+    batch = collate([row] * config.batch_size, 0, config.pad_to_multiple_of, config.swd_points_per_row).to(device)
+    loss_fn = objective_of(config, gather=lambda own: own)
+    for step in range(2):
+        output = agents(batch, step=step)
+        part = loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=step)
+        del output
+        part.share.backward()
+        for own, adapter_F in zip(stepped, adapters, strict=True):
+            own.grad = cast(Tensor, adapter_F.grad)[: len(own)]
+        optimizer.step()
+        optimizer.zero_grad()
+        agents.zero_grad()
+    del beside
+
+
+def _too_little(config: Config, what: str, needed: int, limit: int) -> str:
+    found = "runs out of memory" if needed == OUT_OF_MEMORY else f"needs {needed / GIB:.2f} GiB"
+    return (
+        f"key 'num_agents' is auto, but {what} {found}, and {limit / GIB:.2f} are allowed (memory_fraction "
+        f"{config.memory_fraction:g} of the smallest device); make room: {WAYS_OUT}"
+    )

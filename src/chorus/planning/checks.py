@@ -1,0 +1,157 @@
+"""How a dry run tells what it found: as tables for a terminal, readable without colour, or as one JSON object."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from chorus.errors import InputError, RunError
+from chorus.planning.auto_agents import WAYS_OUT
+from chorus.planning.memory_forecast import in_words
+from chorus.planning.trial_run import ModeRun
+
+STYLE = {"PASS": "green", "FAIL": "bold red", "skip": "yellow"}
+
+
+class Check(NamedTuple):
+    """One thing that was looked at. `status` is PASS, FAIL or skip; a remedy goes with those that fail."""
+
+    name: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+class Stopped(Exception):
+    """Nothing more can be tried. Why is the last check."""
+
+
+@dataclass
+class Report:
+    """What was found so far; printed as it comes, unless this process keeps silent (`console` is None).
+
+    Attributes:
+        facts: for JSON: plan, forecast, sample, modes.
+        out: where JSON goes at the end; None where it was not asked for.
+        bad_input: the run itself would be refused.
+        is_alone: the other processes have been left behind in the middle of a step.
+    """
+
+    console: Console | None
+    out: TextIO | None = None
+    checks: list[Check] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    bad_input: bool = False
+    is_alone: bool = False
+
+    def show(self, *what: RenderableType) -> None:
+        if self.console is not None:
+            for one in what:
+                self.console.print(one, highlight=False)
+
+    def add(self, name: str, passed: bool, found: str, remedy: str = "") -> None:
+        self.checks.append(Check(name, "PASS" if passed else "FAIL", found, "" if passed else remedy))
+
+    @contextmanager
+    def trying(self, name: str, may_be_refused: bool = False) -> Iterator[None]:
+        """What is refused within is a failed check, after which nothing more can be tried.
+
+        Args:
+            may_be_refused: bad input is then a check left out: it is not what the run would do.
+        """
+        try:
+            yield
+        except InputError as error:
+            if may_be_refused:
+                self.checks.append(Check(name, "skip", str(error)))
+                return
+            self.bad_input = True
+            self.checks.append(Check(name, "FAIL", str(error)))
+            raise Stopped from error
+        except RunError as error:
+            self.checks.append(Check(name, "FAIL", str(error)))
+            raise Stopped from error
+        except torch.cuda.OutOfMemoryError as error:
+            self.is_alone = True
+            self.checks.append(Check(name, "FAIL", str(error).partition(". ")[0], f"make room: {WAYS_OUT}"))
+            raise Stopped from error
+
+    def failures(self) -> list[Check]:
+        return [check for check in self.checks if check.status == "FAIL"]
+
+    def join(self, failures: Sequence[Sequence[Check]]) -> None:
+        """Take up what failed on other processes alone."""
+        own = {check.name for check in self.checks if check.status == "FAIL"}
+        for index, of_process in enumerate(failures):
+            for name, _, found, remedy in of_process:
+                if name not in own:
+                    own.add(name)
+                    self.checks.append(Check(f"{name} (process {index})", "FAIL", found, remedy))
+
+    @property
+    def exit_code(self) -> int:
+        """0 all passed, 2 bad input, 3 a check failed."""
+        return 2 if self.bad_input else 3 if self.failures() else 0
+
+    def conclude(self) -> None:
+        """Print all checks, and whether they passed."""
+        failed = len(self.failures())
+        verdict = f"{failed} of {len(self.checks)} checks failed" if failed else f"all {len(self.checks)} checks passed"
+        self.show(check_table(self.checks), Text(verdict, style="bold red" if failed else "bold green"))
+        if self.out is not None:
+            checks = [check._asdict() for check in self.checks]
+            whole = {"passed": not failed, "exit_code": self.exit_code, **self.facts, "checks": checks}
+            print(json.dumps(whole, allow_nan=False), file=self.out, flush=True)
+
+
+def report_of_this_process(json_to: TextIO | None) -> Report:
+    """That of the first process speaks: as tables on stdout, or as one JSON object on `json_to`."""
+    if os.environ.get("RANK", "0") != "0":
+        return Report(None)
+    if json_to is not None:
+        return Report(None, json_to)
+    return Report(Console(width=None if sys.stdout.isatty() else 100))
+
+
+def check_table(checks: Sequence[Check]) -> Table:
+    table = Table(title="checks", title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column("check", max_width=34)
+    table.add_column("found")
+    for name, status, found, remedy in checks:
+        text = escape(found) + (f"\n[bold]remedy:[/] {escape(remedy)}" if remedy else "")
+        table.add_row(f"[{STYLE[status]}]{status}[/]", escape(name), text)
+    return table
+
+
+def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int], device_type: str) -> Table:
+    rough = "" if device_type == "cuda" else ", resident: rough"
+    table = Table(title="modes, at the longest rows", title_justify="left")
+    table.add_column("mode")
+    for name in ("ms/step", f"peak{rough}", "forecast", "loss of each agent"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        losses = " ".join(f"{loss:.4f}" for loss in run.losses[-1])
+        peaks = (in_words(run.peak), in_words(forecasts[run.mode]))
+        table.add_row(run.mode, f"{1000 * run.step_s:,.0f}", *peaks, losses)
+    return table
+
+
+def sample_view(tokens: Sequence[Mapping[str, Any]]) -> Group:
+    """The first training row, token by token: | behind a token without loss, [] around one with."""
+    line = Text()
+    for token in tokens:
+        text = token["text"].replace("\n", "\\n")
+        line.append(f"[{text}]" if token["loss"] else f"{text}|", style="bold green" if token["loss"] else "dim")
+    targets = sum(token["loss"] for token in tokens)
+    title = f"the first training row: {len(tokens)} tokens, loss on the {targets} in brackets"
+    return Group(Text(title, style="italic"), line, Text())

@@ -1,0 +1,333 @@
+"""The dry run: a configuration is really tried, in every mode, and nothing of it is kept.
+
+Each check says what was found and, where it fails, what to do. Every process takes part; the first one tells.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from chorus.checkpoint.output_dir import refuse_unshared, refuse_unusable
+from chorus.collectives import on_every_process, on_first_process, refuse_differences
+from chorus.config import Config, RunConfig
+from chorus.data.batches import Sample
+from chorus.data.sources import Problem, read_problems
+from chorus.errors import InputError
+from chorus.model.adapters import check_targets
+from chorus.model.base import load_base, load_skeleton, load_tokenizer, write_toy_like
+from chorus.model.execution import decide_execution
+from chorus.monitoring.memory import memory_limit
+from chorus.monitoring.run_log import quiet_libraries
+from chorus.planning.auto_agents import WAYS_OUT, decide_num_agents, machine_of
+from chorus.planning.checks import Report, Stopped, mode_table, sample_view
+from chorus.planning.memory_forecast import GIB, Forecast, Machine, forecast, in_words
+from chorus.planning.run_plan import Plan, Rows, place_of, plan, read_rows, sample_tokens
+from chorus.planning.trial_run import Loop, ModeRun, Setting, disagreement, rehearse
+from chorus.training.engine import DTYPES, decide_precision, make_accelerator
+from chorus.training.zero.deepspeed_json import deepspeed_json, deepspeed_wanted
+
+MODES = ("fused", "sequential", "parallel")
+SETTINGS = "settings agree"
+# Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of it.
+TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
+TOY_TOKENS = 256  # of a row, on a base that stands in for one that does not fit
+ROOM_TO_MAKE = (  # from the cheapest in time to the dearest
+    {"gradient_checkpointing": "selective"},
+    {"gradient_checkpointing": "full"},
+    {"parallel_mode": "sequential"},
+    {"parallel_mode": "sequential", "gradient_checkpointing": "full"},
+    {"parallel_mode": "sequential", "gradient_checkpointing": "full", "batch_size": 1},
+)
+
+
+def dry_run(config: Config, loop: Loop, report: Report) -> int:
+    """Try the configuration and tell how it went; the exit code: 0 all passed, 2 bad input, 3 a check failed.
+
+    Args:
+        loop: `train` of train.py: it is what is tried.
+        report: of this process; only that of the first one speaks.
+    """
+    quiet_libraries()
+    accelerator = None
+    try:
+        with report.trying(SETTINGS):
+            precision = decide_precision(config.mixed_precision)
+            accelerator = make_accelerator(config)
+            report.add(SETTINGS, True, _deepspeed_settings(config, precision, accelerator))
+        _try_all(report, config, precision, accelerator, loop)
+    except Stopped:
+        pass
+    if accelerator is not None and not report.is_alone:
+        report.join(gather_object([report.failures()]))
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    report.conclude()
+    return report.exit_code
+
+
+def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator) -> str:
+    """What was agreed on. DeepSpeed's JSON is checked also where this launch does not ask for DeepSpeed."""
+    path = config.deepspeed_config_file
+    if deepspeed_wanted(config):
+        path = path or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "its built-in settings")
+        return f"DeepSpeed by {path}, precision {precision}"
+    if path is None or not Path(path).exists():
+        return f"no DeepSpeed, precision {precision}"
+    num_processes = accelerator.num_processes
+    try:
+        deepspeed_json(config, precision, num_processes)
+    except InputError:
+        # It may be written for more processes than this launch has.
+        rows = json.loads(Path(path).read_text(encoding="utf-8")).get("train_batch_size")
+        own = config.batch_size * config.gradient_accumulation_steps
+        if not isinstance(rows, int) or rows % own or rows == own * num_processes:
+            raise
+        num_processes = rows // own
+        deepspeed_json(config, precision, num_processes)
+    return f"no DeepSpeed, precision {precision}; {path} would do, at {num_processes} x {config.batch_size} rows"
+
+
+def _try_all(report: Report, config: Config, precision: str, accelerator: Accelerator, loop: Loop) -> None:
+    with _folder_beside_output(report, config, accelerator) as folder:
+        if accelerator.num_processes > 1:
+            _check_processes(report, config, accelerator, folder)
+        with report.trying("data, tokenizer and target modules"):
+            tokenizer = load_tokenizer(config.model_name)
+            skeleton = load_skeleton(config.model_name)
+            check_targets(skeleton, config.lora_target_modules)
+            problems = read_problems(config).train
+            rows = read_rows(problems, tokenizer, config.max_seq_length)
+        with report.trying("num_agents auto"):
+            config, note = decide_num_agents(config, precision, accelerator)
+        if note:
+            report.add("num_agents auto", True, note)
+        with report.trying("memory"):
+            told = on_first_process(accelerator, partial(forecast, config, precision, machine_of(accelerator)))
+        planned = plan(config, rows, told.trainable, skeleton.num_parameters(), accelerator.num_processes)
+        tokens = sample_tokens(rows.samples[0], tokenizer)
+        report.facts |= {"plan": planned._asdict(), "forecast_gib": told.report(), "sample": tokens}
+        report.show(planned.table(config), told.table(), sample_view(tokens))
+        _check_rows(report, config, problems, rows)
+        _check_disk(report, planned, folder)
+        fits = _check_memory(report, config, precision, accelerator, told)
+        with report.trying("base"):
+            if not fits:
+                toy = folder / "toy"
+                on_first_process(accelerator, lambda: write_toy_like(config.model_name, tokenizer, toy))
+                config = config.model_copy(update={"model_name": str(toy), "batch_size": min(2, config.batch_size)})
+            in_shards = machine_of(accelerator).base_in_shards
+            compiled = decide_execution(config, accelerator.device, in_shards).compiled
+            load = partial(load_base, config, DTYPES[precision], accelerator.device, compiled=compiled)
+            base = None if in_shards else load()
+        samples = sorted(rows.samples, key=lambda sample: -len(sample.ids))  # the longest decide what fits
+        if not fits:
+            samples = [Sample(ids[-TOY_TOKENS:], is_target[-TOY_TOKENS:]) for ids, is_target in samples]
+        setting = Setting(config, accelerator, base, load, samples, cast(int, tokenizer.eos_token_id), loop, folder)
+        _check_modes(report, setting, precision, is_real=fits)
+
+
+@contextmanager
+def _folder_beside_output(report: Report, config: Config, accelerator: Accelerator) -> Iterator[Path]:
+    """A folder on the disk of `output_dir`, gone at the end. Nothing is written into `output_dir` itself."""
+    output_dir = Path(config.output_dir)
+    with report.trying("output_dir can be written"):
+        on_every_process(partial(refuse_unusable, output_dir, resumed=False))
+        beside = next(path for path in output_dir.absolute().parents if path.exists())
+        made = on_first_process(accelerator, lambda: _make_folder(beside))
+    report.add("output_dir can be written", True, f"{config.output_dir} itself is left alone")
+    try:
+        yield made
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _make_folder(beside: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=".chorus-dry-run-", dir=beside))
+    except OSError as error:
+        raise InputError(f"key 'output_dir': no folder can be made in {beside}: {error.strerror}") from error
+
+
+def _check_processes(report: Report, config: Config, accelerator: Accelerator, folder: Path) -> None:
+    count = accelerator.num_processes
+    with report.trying("processes have one configuration"):
+        own = sha256(config.model_dump_json().encode()).hexdigest()
+        refuse_differences({"the digest of the configuration": own, "torch's version": str(torch.__version__)})
+        report.add("processes have one configuration", True, f"as has the first of {count}, and one version of torch")
+    with report.trying("processes see one output_dir"):
+        on_every_process(partial(refuse_unshared, folder))
+        report.add("processes see one output_dir", True, f"{count} of {count} see what the first one makes there")
+    summed = accelerator.reduce(torch.tensor([accelerator.process_index + 1.0], device=accelerator.device), "sum")
+    report.add(
+        "an all-reduce gives the right sum",
+        float(cast(torch.Tensor, summed)) == count * (count + 1) / 2,
+        f"1 + ... + {count} = {float(cast(torch.Tensor, summed)):g}",
+        "look at the network between the processes: NCCL_DEBUG=INFO tells more",
+    )
+
+
+def _check_rows(report: Report, config: RunConfig, problems: list[Problem], rows: Rows) -> None:
+    limit, longest = config.max_seq_length, max(rows.lengths)
+    cut = [index for index, length in enumerate(rows.lengths) if length > limit]
+    found = f"the longest of {len(rows.lengths):,} rows has {longest} tokens, max_seq_length is {limit}"
+    if cut:
+        first = cut[0]
+        found = (
+            f"{len(cut):,} of {len(rows.lengths):,} rows are longer than max_seq_length {limit}: the end of the "
+            f"completion is cut off; first {place_of(config, problems[first])} with {rows.lengths[first]} tokens"
+        )
+    report.add(
+        "no completion is cut off",
+        not cut,
+        found,
+        f"set max_seq_length={longest} (the longest row), or shorten or take out such rows",
+    )
+
+
+def _check_disk(report: Report, planned: Plan, folder: Path) -> None:
+    free, needed = shutil.disk_usage(folder).free, planned.checkpoint_bytes * planned.checkpoints
+    report.add(
+        "room on the disk",
+        free >= needed,
+        f"{needed / 1e6:,.1f} MB for checkpoints, {free / 1e9:,.1f} GB free",
+        "make room, or lower save_total_limit",
+    )
+
+
+def _check_memory(report: Report, config: RunConfig, precision: str, accelerator: Accelerator, told: Forecast) -> bool:
+    """Whether the real base is to be tried."""
+    limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
+    whole = min(gather_object([memory_limit(accelerator.device, 1.0)]))
+    remedy = ""
+    if told.peak > limit:
+        remedy = on_first_process(accelerator, lambda: _way_out(config, precision, machine_of(accelerator), limit))
+    report.add(
+        "memory",
+        told.peak <= limit,
+        f"forecast {in_words(told.peak)} of {in_words(limit)} allowed (memory_fraction "
+        f"{config.memory_fraction:g} of the smallest device)",
+        remedy,
+    )
+    return told.peak <= whole
+
+
+def _way_out(config: RunConfig, precision: str, machine: Machine, limit: int) -> str:
+    """The first change that is enough, by forecast."""
+    for change in ROOM_TO_MAKE[machine.base_in_shards :]:  # shards do not go with selective
+        peak = forecast(config.model_copy(update=change), precision, machine).peak
+        if peak <= limit:
+            settings = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+            return f"{settings} needs {in_words(peak)}"
+    return f"{WAYS_OUT} are not enough by themselves; take a smaller base, fewer agents or a larger GPU"
+
+
+def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool) -> None:
+    config, accelerator = setting.config, setting.accelerator
+    machine = machine_of(accelerator)
+    own = config.parallel_mode
+    runs: list[ModeRun] = []
+    forecasts: dict[str, int] = {}
+    longest = len(setting.samples[0].ids) - 1
+    pad = config.pad_to_multiple_of
+    for mode in (own, *(mode for mode in MODES if mode != own)):
+        report.show(f"trying {mode} ...")
+        name = f"{mode}: optimiser steps"
+        with report.trying(name, may_be_refused=mode != own):
+            of_mode = config.model_copy(update={"parallel_mode": mode, "eval_samples": 0})
+            peak = on_first_process(
+                accelerator,
+                lambda of_mode=of_mode: forecast(of_mode, precision, machine, -(-longest // pad) * pad).peak,
+            )
+            forecasts[mode] = peak
+            runs.append(rehearse(setting, mode, is_own=mode == own))
+            where = "on the real base" if is_real else "on a toy base: the real one does not fit"
+            report.add(name, True, f"{len(runs[-1].losses)} steps {where}, loss {_mean(runs[-1].losses[-1]):.4f}")
+            _check_mode(report, runs[-1], config)
+    _check_engine(report, config, runs[0])
+    worst = disagreement(runs)
+    report.add(
+        "modes agree",
+        worst <= TOLERANCE[precision],
+        f"losses differ by {worst:.1e} at most in {len(runs)} modes; {TOLERANCE[precision]:g} is rounding",
+        f"train in {own} alone, and report it: the modes promise equal gradients",
+    )
+    _check_reload(report, runs[0], precision)
+    report.facts["modes"] = [run.report() | {"forecast_gib": round(forecasts[run.mode] / GIB, 3)} for run in runs]
+    report.show(mode_table(runs, forecasts, accelerator.device.type))
+
+
+def _check_mode(report: Report, run: ModeRun, config: Config) -> None:
+    stuck = [f"agent {agent} ({count} matrices)" for agent, count in run.unmoved.items() if count]
+    report.add(
+        f"{run.mode}: every agent learns",
+        not stuck,
+        f"all B of {len(run.unmoved)} agents moved" if not stuck else f"unmoved B: {', '.join(stuck)}",
+        f"no gradient reaches them: look at lora_target_modules and lr ({config.lr:g}), or report it",
+    )
+    report.add(
+        f"{run.mode}: the base is as it was",
+        not run.changed,
+        "every bit" if not run.changed else f"changed: {', '.join(run.changed[:3])} ({len(run.changed)} tensors)",
+        "report it: the base must be frozen",
+    )
+    shared = not run.not_shared and run.growth == 0
+    found = "one storage; an agent more takes its adapters alone"
+    if not shared:
+        found = f"{len(run.not_shared)} tensors of their own ({', '.join(run.not_shared[:2])}); "
+        found += f"an agent more takes {run.growth / 2**20:,.1f} MiB beside its adapters"
+    report.add(
+        f"{run.mode}: the base is shared", shared, found, "report it; until then set parallel_mode to another mode"
+    )
+
+
+def _check_engine(report: Report, config: Config, run: ModeRun) -> None:
+    if deepspeed_wanted(config):
+        active = run.engine.startswith("DeepSpeed")
+        report.add("DeepSpeed is active", active, run.engine, "launch with --config_file accelerate_config.yaml")
+
+
+def _check_reload(report: Report, run: ModeRun, precision: str) -> None:
+    assert run.reload is not None, "the mode of the run is the first"
+    unchanged, differs, peft_differs, probability, weights = run.reload
+    report.add(
+        "learning changes the answers",
+        not unchanged,
+        "the loss of every agent changed"
+        if not unchanged
+        else f"to the bit the same: agents {', '.join(map(str, unchanged))}",
+        "raise lr: the steps are lost in rounding",
+    )
+    report.add(
+        "a checkpoint gives back the agents",
+        differs == 0,
+        f"hidden states differ by {differs:g}; 0 is to the bit",
+        "report it, with the versions of torch and safetensors",
+    )
+    report.add(
+        "stock PEFT reads the agents",
+        peft_differs <= TOLERANCE[precision],
+        f"logits differ by {peft_differs:.1e} of the largest, {TOLERANCE[precision]:g} is rounding",
+        "report it, with the version of peft",
+    )
+    report.add(
+        "the mixture is normalised",
+        abs(probability - 1) < 1e-4 and abs(weights - 1) < 1e-5,
+        f"probabilities sum to {probability:.6f}, weights to {weights:.6f}",
+        "report it, with dirichlet_alpha_aggregator",
+    )
+
+
+def _mean(losses_K: list[float]) -> float:
+    return sum(losses_K) / len(losses_K)

@@ -1,0 +1,142 @@
+"""Counting the bytes that live while code runs on the meta device, and stand-ins for what does not run there.
+
+On the meta device tensors have shapes and storages of a size, but no values: a model of any size takes no memory.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from chorus.model.kernels.cuda_graphs import Pass, Rows
+from chorus.model.regularisation import Noise
+
+ALLOCATION = 512  # CUDA's allocator hands out multiples of it
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators make within its context, while anything holds them.
+
+    Attributes:
+        now: bytes that live.
+        peak: the most that ever did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # what compiled code does is counted, what compiling it does is not
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1  # someone asks for a value, such as whether a mask is all True
+        for tensor in tree_leaves((args, kwargs)):
+            self._note(tensor, counts=False)  # what comes from outside is no news, nor is a view of it
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            self._note(tensor, counts=True)
+        return made
+
+    def _note(self, tensor: object, counts: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            size = ceil(storage.nbytes() / ALLOCATION) * ALLOCATION if counts else 0
+            self._known.add(storage._cdata)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, storage._cdata, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Undrawn(Noise):
+    """Noise of the right shapes: a meta device has no generator to draw from."""
+
+    def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
+        if self.dropout_p == 0:
+            return x_NI
+        return x_NI * torch.empty_like(x_NI, dtype=torch.bool) / (1 - self.dropout_p)
+
+
+class Recorded:
+    """Stands for `graphs.CapturedPasses`: a recorded pass keeps its peak for itself, its inputs and outputs beside."""
+
+    def __init__(self, live: LiveBytes, masks_of: Callable[[Rows], Any]):
+        self.live, self.masks_of = live, masks_of
+        self.held: dict[Hashable, list[Tensor]] = {}
+        self.awaiting: weakref.ref[Tensor] | None = None
+
+    def __call__(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> Tensor:
+        if self.awaiting is not None and self.awaiting() is not None:
+            return run(rows, flat_KF, None)
+        if key not in self.held:
+            self.held[key] = self._capture(run, rows, flat_KF)
+        hidden_NTD: Tensor = _Replayed.apply(self.held[key][-1], flat_KF)  # pyright: ignore
+        if hidden_NTD.requires_grad:
+            self.awaiting = weakref.ref(hidden_NTD)
+        return hidden_NTD
+
+    @torch.enable_grad()
+    def _capture(self, run: Pass, rows: Rows, flat_KF: Tensor) -> list[Tensor]:
+        flat_KF = flat_KF.detach().clone().requires_grad_()
+        masks = self.masks_of(rows)
+        before, self.live.peak = self.live.now, self.live.now
+        hidden_NTD = run(rows, flat_KF, masks)
+        (gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, torch.empty_like(hidden_NTD))
+        inside = self.live.peak - before - hidden_NTD.nbytes
+        if self.held:  # they share one pool, but for what leaves it
+            return [masks, flat_KF, gradient_KF, hidden_NTD.detach()]
+        del gradient_KF
+        return [masks, flat_KF, torch.empty(inside, dtype=torch.uint8, device="meta"), hidden_NTD.detach()]
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NTD: Tensor, flat_KF: Tensor) -> Tensor:
+        ctx.save_for_backward(flat_KF)
+        return hidden_NTD.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, torch.empty_like(ctx.saved_tensors[0])
+
+
+def fused_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+    """What a kernel without scores (flex, flash, sdpa) keeps: its inputs, its output and a number for each row."""
+    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # pyright: ignore
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, torch.empty_like(query[..., 0], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])

@@ -1,0 +1,295 @@
+"""What a run will need of each device's memory, told before a weight is read.
+
+No architecture has a formula here: one micro-batch runs through the real code, every layer of it, on torch's meta
+device, where tensors have shapes and no values, and the bytes of the storages that live at a time are counted. So
+modes, groups of agents, gradient checkpointing, compiled layers and the attention's scores need what the code makes of
+them. Added by count is what that pass does not hold: optimizer state and its sharding, an engine's buffers, the loss
+as a GPU computes it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from math import ceil
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from rich.table import Table
+from transformers import AttentionInterface
+
+from chorus.config import RunConfig
+from chorus.data.batches import Batch
+from chorus.model import token_nll
+from chorus.model.adapters import lora_shape
+from chorus.model.agents import Agents, Regularisation, build_agents, causal_lm, masks_of
+from chorus.model.attention import choose_attention
+from chorus.model.base import Head, load_skeleton
+from chorus.model.execution import Execution, decide_execution
+from chorus.planning.live_bytes import LiveBytes, Recorded, Undrawn, bytes_of, fused_attention
+from chorus.training.engine import DTYPES
+
+GIB = 2**30
+# What a GPU's allocator reserved beyond all that is counted, whatever the model: 0.5 to 1.5 GiB in 22 of 29 rows on an
+# H200, up to 2.7 in the others (benchmarks/LOG.md): the libraries' workspaces, and gaps between blocks.
+GPU_REMAINDER = GIB
+FUSED_ATTENTION = "chorus_forecast"
+
+
+class Machine(NamedTuple):
+    """Where a process runs: the kind of its device, how many processes there are, and DeepSpeed's JSON if active."""
+
+    device_type: str
+    num_processes: int = 1
+    deepspeed: Mapping[str, Any] | None = None
+
+    @property
+    def base_in_shards(self) -> bool:
+        return self.deepspeed is not None and self.deepspeed["zero_optimization"]["stage"] == 3
+
+
+class Forecast(NamedTuple):
+    """Bytes on each device. At the peak of a training step: `standing` + activations + the larger of loss and backward.
+
+    Attributes:
+        standing: there during the whole of a step, by what it is.
+        activations: kept for the backward pass when the last loss is computed.
+        loss: beside them, while the logits of a chunk exist.
+        backward: beside them, in the backward pass; gradients included.
+        evaluation: beside what stands, while held-out rows are scored; 0 without any.
+        trainable: numbers that are trained, of all agents.
+    """
+
+    standing: dict[str, int]
+    activations: int
+    loss: int
+    backward: int
+    evaluation: int
+    trainable: int
+
+    @property
+    def training(self) -> int:
+        return sum(self.standing.values()) + self.activations + max(self.loss, self.backward)
+
+    @property
+    def peak(self) -> int:
+        return max(self.training, sum(self.standing.values()) + self.evaluation)
+
+    def report(self) -> dict[str, float]:
+        """GiB by part, for JSON."""
+        parts = {**self.standing, **{name: getattr(self, name) for name in self._fields[1:5]}}
+        return {name: round(size / GIB, 3) for name, size in {**parts, "peak": self.peak}.items()}
+
+    def table(self) -> Table:
+        table = Table(title="memory forecast, for each process", title_justify="left")
+        table.add_column("part")
+        table.add_column("needs", justify="right")
+        table.add_column("when")
+        for name, size in self.standing.items():
+            table.add_row(name, in_words(size), "always")
+        table.add_row("activations", in_words(self.activations), "from forward to backward")
+        for name, size in (("loss", self.loss), ("backward", self.backward)):
+            what = f"while {'the loss is computed' if name == 'loss' else 'backward runs, gradients included'}"
+            is_peak = size == max(self.loss, self.backward) and self.training == self.peak
+            table.add_row(name, in_words(size), what if is_peak else f"{what} (not at the peak)")
+        if self.evaluation:
+            beside = "in place of the three above" + ("" if self.peak > self.training else " (not at the peak)")
+            table.add_row("evaluation", in_words(self.evaluation), beside)
+        table.add_section()
+        table.add_row("peak", in_words(self.peak), "")
+        return table
+
+
+def in_words(size: int) -> str:
+    """A number of bytes for people: `9.31 GiB`, or `5.0 MiB` where it is little."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def forecast(config: RunConfig, precision: str, machine: Machine, length: int | None = None) -> Forecast:
+    """What a run of this configuration needs of each process's device.
+
+    Args:
+        precision: "no", "fp16" or "bf16": `mixed_precision` with "auto" already decided.
+        length: T of the longest batch; None: the longest that the configuration allows.
+
+    Raises:
+        InputError: no such model, or target modules, checkpointing or compilation that it does not have.
+    """
+    dtype = DTYPES[precision]
+    length = length or longest_batch(config)
+    execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
+    agents = _agents_without_values(config, dtype, execution, machine)
+    elements = sum(map(torch.numel, agents.adapters().values()))
+    standing = base_bytes(bytes_of(agents.frozen_tensors().values()), dtype, machine)
+    standing |= trained_bytes(elements, config, dtype, machine)
+    if machine.device_type == "cpu":
+        standing = {"Python and its libraries": psutil.Process().memory_info().rss} | standing
+    else:
+        standing = {"libraries, and gaps": GPU_REMAINDER} | standing
+    if machine.deepspeed is not None:
+        agents.to(dtype)  # as DeepSpeed does
+
+    at_loss, step_peak = _micro_batch(agents, config.batch_size, length, execution)
+    passes = len(at_loss) if config.parallel_mode == "parallel" else 1  # whose losses' gradients wait for backward
+    rows = agents_of_a_pass(config) * config.batch_size * length
+    loss, gradient = loss_bytes(agents.head(), rows, dtype, machine.device_type)
+    activations = max(at_loss) + (passes - 1) * gradient
+    backward = step_peak + passes * gradient - activations
+    scoring = _scoring_bytes(config, agents, length, machine)
+    return Forecast(standing, activations, loss, backward, scoring, elements)
+
+
+def longest_batch(config: RunConfig) -> int:
+    """T of the longest batch that the configuration allows."""
+    return ceil((config.max_seq_length - 1) / config.pad_to_multiple_of) * config.pad_to_multiple_of
+
+
+def agents_of_a_pass(config: RunConfig) -> int:
+    """How many agents go through the base together."""
+    return min(config.agents_per_pass or config.num_agents, config.num_agents) if config.parallel_mode == "fused" else 1
+
+
+def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
+    """What stands for a base of so many bytes: all of it, or under stage 3 a share and what is put together for use."""
+    if not machine.base_in_shards:
+        return {"base": whole}
+    zero = (machine.deepspeed or {})["zero_optimization"]
+    at_once = _number(zero, "stage3_max_live_parameters", 1e9) + _number(zero, "stage3_prefetch_bucket_size", 5e7)
+    is_offloaded = ((zero.get("offload_param") or {}).get("device") or "none") != "none"
+    share = 0 if is_offloaded else ceil(whole / machine.num_processes)
+    return {"base, its share": share, "base, put together": min(whole - share, dtype.itemsize * at_once)}
+
+
+def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
+    """What stands for `elements` trainable numbers: weights, AdamW's two moments, and what the engine holds beside.
+
+    Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the precision of
+    the run; fp32 weights and moments, and stage 2's gradients, a share on each process; buckets of a fixed size.
+    """
+    if machine.deepspeed is None:
+        parts = {"adapters": 4 * elements, "optimizer": 8 * elements}
+        if machine.num_processes > 1:
+            parts["buckets of DDP"] = 4 * elements
+        elif config.gradient_accumulation_steps > 1:
+            parts["gradients of earlier micro-batches"] = 4 * elements
+        return parts
+    zero = machine.deepspeed["zero_optimization"]
+    share = ceil(elements / machine.num_processes)
+    is_offloaded = ((zero.get("offload_optimizer") or {}).get("device") or "none") != "none"
+    gradients = elements if zero["stage"] == 1 else share
+    buckets = 0
+    if zero.get("contiguous_gradients", True):
+        buckets = _number(zero, "reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm") else 1)
+    return {
+        "adapters": dtype.itemsize * elements,
+        "optimizer, its share": 0 if is_offloaded else 12 * share,
+        "gradients and buckets of ZeRO": dtype.itemsize * (gradients + buckets),
+    }
+
+
+def _number(zero: Mapping[str, Any], key: str, default: float) -> int:
+    """DeepSpeed's own default where the JSON leaves it open."""
+    value = zero.get(key, "auto")
+    return int(default if value == "auto" else value)
+
+
+def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
+    """Bytes at the peak of the loss over `rows` tokens, and those of them that stay: the gradient of hidden_ND."""
+    V, D = head.weight_VD.shape
+    hidden_ND = torch.empty(rows, D, dtype=dtype, device="meta", requires_grad=True)
+    if device_type == "cuda":  # compiled: a chunk's logits, over which their slope is written, and nothing beside
+        chunk = min(rows, max(1, token_nll.CHUNK_ELEMENTS // V))
+        gradient = hidden_ND.nbytes
+        # In backward it is scaled in fp32, cast, and put in its place among all rows.
+        return max(2 * gradient + chunk * V * dtype.itemsize, 3 * gradient + 4 * rows * D), gradient
+    ids_N = torch.empty(rows, dtype=torch.int64, device="meta")
+    with LiveBytes() as live:
+        nll_BT = token_nll.token_nll(hidden_ND[None], ids_N[None], ids_N, head)
+        nll_BT.backward(torch.empty_like(nll_BT))
+    return live.peak, hidden_ND.nbytes
+
+
+def _agents_without_values(config: RunConfig, dtype: torch.dtype, execution: Execution, machine: Machine) -> Agents:
+    """The agents on the meta device; layers are compiled only as far as it takes to tell what they keep."""
+    skeleton = load_skeleton(config.model_name, dtype).requires_grad_(False)
+    attention = choose_attention(
+        config.attn_implementation,
+        skeleton.config,
+        torch.device(machine.device_type),
+        dtype,
+        length=config.max_seq_length,
+        compiled=bool(execution.compiled),
+        packing=config.packing,
+    )
+    if attention != "eager":
+        AttentionInterface.register(FUSED_ATTENTION, fused_attention)
+        skeleton.set_attn_implementation(FUSED_ATTENTION)
+    counted = replace(execution, captured=False)
+    if execution.compiled:
+        from chorus.planning.counted_kernels import COUNTED
+
+        counted = replace(counted, compiled=COUNTED)
+    rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
+    with torch.device("meta"):
+        agents = build_agents(config.parallel_mode, skeleton, config.num_agents, lora_shape(config), rates, counted)
+    if rates.dropconnect_p > 0 or rates.dropout_p > 0:
+        masked = agents.adapters().items() if rates.dropconnect_p > 0 else ()
+        keep = {agent: torch.empty_like(adapter_F, dtype=torch.bool) for agent, adapter_F in masked}
+        agents._noise = Undrawn(rates.seed, 0, 0, keep, rates.dropconnect_p, rates.dropout_p)
+    return agents
+
+
+def _micro_batch(agents: Agents, rows: int, length: int, execution: Execution) -> tuple[list[int], int]:
+    """Bytes that live before each loss of a micro-batch, and their peak. It has no targets: loss is counted apart."""
+    batch, live, head, at_loss = _batch(rows, length), LiveBytes(), agents.head, []
+
+    def noted() -> Head:
+        at_loss.append(live.now)
+        return head()
+
+    base_masks_of = partial(masks_of, causal_lm(agents.peft_models[0]))  # pyright: ignore[reportArgumentType]
+
+    def run() -> None:
+        output = agents(batch, step=0)
+        output.hidden_KBTD.backward(torch.empty_like(output.hidden_KBTD))
+
+    if execution.compiled:  # at the first run
+        # With masks made beforehand, of which nobody asks a value: counting would keep a layer from being compiled.
+        agents.captured = lambda key, run, rows, flat_KF: run(rows, flat_KF, base_masks_of(rows))  # pyright: ignore
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # whatever was forecast before
+            run()
+        agents.captured = None
+        agents.zero_grad()
+    if execution.captured:
+        agents.captured = Recorded(live, base_masks_of)  # pyright: ignore[reportAttributeAccessIssue]
+    agents.head = noted
+    with live:
+        run()
+    agents.head = head
+    return at_loss, live.peak
+
+
+def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Machine) -> int:
+    """The larger of scoring held-out rows and of generating from the mixture, which holds a cache for every agent."""
+    rows = min(config.eval_batch_size, ceil(config.eval_samples / machine.num_processes))
+    if rows == 0:
+        return 0
+    agents.eval()
+    dtype, head = next(iter(agents.frozen_tensors().values())).dtype, agents.head()
+    with torch.no_grad():
+        with LiveBytes() as live:
+            agents.agent_pass(0, _batch(rows, length))
+        scoring = live.peak
+        ids_BT = torch.empty(rows, config.max_seq_length + config.max_new_tokens_eval, dtype=torch.int64, device="meta")
+        with LiveBytes() as live, agents.trunk(0) as trunk:
+            output = trunk(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
+            cache = live.now - output.last_hidden_state.nbytes
+    logits = 3 * 4 * rows * len(head.weight_VD)  # as computed, as log-probabilities, and in their mixture; fp32
+    scoring += loss_bytes(head, rows * length, dtype, machine.device_type)[0]
+    return max(scoring, live.peak + (config.num_agents - 1) * cache + config.num_agents * logits)
+
+
+def _batch(rows: int, length: int) -> Batch:
+    ids_BT = torch.empty(rows, length, dtype=torch.int64, device="meta")
+    nothing_N = torch.empty(0, dtype=torch.int64, device="meta")
+    return Batch(ids_BT, ids_BT, ids_BT.bool(), nothing_N, ids_BT[:, :1])

@@ -1,0 +1,91 @@
+"""The diversity term: the sliced Wasserstein distance between agents, on clouds of hidden states."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chorus.data.batches import Batch
+from chorus.seeding import derive_seed
+
+Representation = Literal["tokens", "mean", "last"]
+
+
+class SwdSettings(NamedTuple):
+    """How the clouds are compared: how many slices, of which points."""
+
+    num_projections: int
+    representation: Representation
+    seed: int
+
+
+def cloud(
+    hidden_KBTD: Tensor, batch: Batch, representation: Representation, rows_per_process: int
+) -> tuple[Tensor, Tensor]:
+    """Each agent's cloud of RMS-normalised hidden states, and which of its points are real.
+
+    Returns:
+        points_KNH: fp32, N = rows_per_process times the points of a sample; every point has norm sqrt(D), so that the
+            distance between clouds is bounded by construction.
+        valid_N: bool, the same for every agent; padding points are False.
+    """
+    K, B, T, D = hidden_KBTD.shape
+    S = len(batch.points_SM)
+    if representation == "mean":
+        number_S1 = torch.arange(S, device=hidden_KBTD.device)[:, None]
+        sample_N = number_S1.expand(B, T).flatten() if batch.sample_BT is None else batch.sample_BT.flatten()
+        weight_SN = ((sample_N == number_S1) & batch.mask_BT.flatten()).float()
+        valid_SM = weight_SN.any(1, keepdim=True)
+        weight_SN = weight_SN / weight_SN.sum(1, keepdim=True).clamp(min=1)
+        points_KSMD = torch.einsum("knd,sn->ksd", hidden_KBTD.flatten(1, 2).float(), weight_SN)[:, :, None]
+    else:
+        places_SM = batch.points_SM
+        if representation == "last":
+            places_SM = places_SM.amax(1, keepdim=True)
+        valid_SM = places_SM >= 0
+        index_KND = places_SM.clamp(min=0).flatten()[None, :, None].expand(K, -1, D)
+        points_KSMD = hidden_KBTD.flatten(1, 2).gather(1, index_KND).float().unflatten(1, places_SM.shape)
+    points_KSMD = points_KSMD * torch.rsqrt(points_KSMD.square().mean(-1, keepdim=True) + 1e-6)
+    missing = rows_per_process - S
+    assert missing >= 0, "more samples than every process makes room for"
+    points_KSMD = torch.nn.functional.pad(points_KSMD, (0, 0, 0, 0, 0, missing))
+    valid_SM = torch.nn.functional.pad(valid_SM, (0, 0, 0, missing))
+    return points_KSMD.flatten(1, 2), valid_SM.flatten()
+
+
+def random_slices(width: int, num_projections: int, seed: int, step: int) -> Tensor:
+    """Unit directions slices_HP, fp32, the same on every process; drawn on the CPU so that no device differs."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "slices", step))
+    normal_HP = torch.randn(width, num_projections, generator=generator)
+    return normal_HP / normal_HP.norm(dim=0)
+
+
+def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
+    """Mean over pairs of agents of the squared sliced 2-Wasserstein distance (Bonneel et al. 2015, eq. 9, squared).
+
+    On a line the optimal plan pairs points in sorted order, and the mean over pairs of squared differences is twice
+    the unbiased variance: every agent is sorted once, no pair is formed. The squared distance has a zero gradient
+    where agents agree; its root would have none. An agent with a point that is no number leaves the sum: its pairs
+    count as 0 and pull at no one, the other pairs count as ever.
+
+    Args:
+        projected_KPN: fp32 projections of each agent's points. Invalid points may hold anything.
+        valid_N: bool, the same for all agents.
+
+    Returns:
+        A scalar >= 0; 0 with a zero gradient when no point is valid. Needs K >= 2.
+    """
+    last = torch.finfo(projected_KPN.dtype).max  # invalid points sort behind all valid ones, alike for every agent
+    sorted_KPN = projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values
+    num_valid = valid_N.sum()
+    is_real_N = torch.arange(valid_N.numel(), device=valid_N.device) < num_valid
+    is_sound_K11 = sorted_KPN.isfinite().all(dim=(1, 2), keepdim=True)
+    sorted_KPN = torch.where(is_sound_K11, sorted_KPN, 0.0)
+    # A variance does not depend on where it is taken from; from agent 0, agents that agree are exactly at zero.
+    from_first_KPN = (sorted_KPN - sorted_KPN[0].detach()).masked_fill(~is_real_N, 0.0)
+    # An agent at the mean of the others adds nothing to the squared differences from it.
+    num_sound = is_sound_K11.sum()
+    mean_PN = (from_first_KPN.detach() * is_sound_K11).sum(0) / num_sound.clamp(min=1)
+    variance_PN = torch.where(is_sound_K11, from_first_KPN, mean_PN).var(dim=0, correction=1)
+    share_of_pairs = num_sound / len(projected_KPN)  # the sum over pairs is K times that of squared differences
+    return 2 * share_of_pairs * variance_PN.sum() / (num_valid.clamp(min=1) * projected_KPN.shape[1])

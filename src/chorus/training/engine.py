@@ -1,0 +1,300 @@
+"""Accelerate and DeepSpeed, set up in one place; the training loop sees one engine, whichever it is.
+
+Plain (one process or DDP) and ZeRO-2 differ in who clips, who steps and who divides by the accumulation steps. All
+of it ends here: `backward` takes a share of the optimiser step's objective, and shares simply add up.
+"""
+
+import logging
+import math
+import os
+import socket
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    AutocastKwargs,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    is_tensorboard_available,
+)
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from chorus.collectives import described, limit_waiting, refuse_differences
+from chorus.config import Config
+from chorus.errors import InputError
+from chorus.model.adapters import TensorId
+from chorus.model.agents import Agents
+from chorus.spans import span
+from chorus.training.optimizer import StepNorms, adamw, skip_non_finite
+from chorus.training.zero import partitions, stage3
+from chorus.training.zero.deepspeed_json import check_launcher, deepspeed_json, deepspeed_wanted, look_up_no_operators
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def decide_precision(mixed_precision: str) -> str:
+    """ "auto" decided: bf16 where the GPU has it, fp32 ("no") elsewhere.
+
+    Raises:
+        InputError: fp16 without a GPU, where loss scaling has nothing to run on.
+    """
+    if mixed_precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("key 'mixed_precision' is fp16, which needs a GPU; set it to auto, bf16 or no")
+    return mixed_precision
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The Accelerator of this run, plain or DeepSpeed, after the launcher, the JSON and configs.yaml agree.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    check_launcher(config)
+    with_deepspeed = deepspeed_wanted(config)
+    precision = decide_precision(config.mixed_precision)
+    on_gpu = torch.cuda.is_available()
+    handlers: list[Any] = [
+        AutocastKwargs(enabled=False),  # every dtype in the forward is explicit; autocast would add casts
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    # Unnamed, Accelerate sees one process where DeepSpeed sees several on CPUs. None leaves it to Accelerate.
+    backend = "gloo" if with_deepspeed and not on_gpu else None
+    handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.collective_timeout_s)))
+    plugin = None
+    if with_deepspeed:
+        look_up_no_operators()
+        _single_process_rendezvous()
+        num_processes = int(os.environ["WORLD_SIZE"])
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False)
+    accelerator = Accelerator(
+        cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
+        # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
+        mixed_precision="no" if precision == "bf16" and not with_deepspeed else precision,
+        deepspeed_plugin=plugin,
+        # A plugin, because an integer would give way to the launcher's environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        kwargs_handlers=handlers,
+        log_with=["tensorboard"] if is_tensorboard_available() else None,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+    )
+    if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
+        started = accelerator.distributed_type.value
+        raise InputError(
+            f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: Accelerate started "
+            f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed to false"
+        )
+    limit_waiting(config.collective_timeout_s)
+    unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
+    return accelerator
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's stage: 3 has the base in shards; 0 is no DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
+
+
+def _single_process_rendezvous() -> None:
+    """What a launcher of several processes would have set, for `use_deepspeed: true` under a launcher of one."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+
+
+@dataclass
+class Engine:
+    """What the training loop needs of Accelerate and DeepSpeed.
+
+    Attributes:
+        agents: the modes' own module, for evaluation and saving.
+        module: the same, wrapped by DDP or DeepSpeed, for training.
+        description: one line for the log.
+    """
+
+    accelerator: Accelerator
+    agents: Agents
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+    description: str
+    grad_norm: Any = math.nan  # of the latest optimiser step, before clipping, over the agents that were stepped
+    norms: StepNorms | None = None  # of each agent in the latest optimiser step; not finite: it was skipped
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type is DistributedType.DEEPSPEED
+
+    @property
+    def num_processes(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def process_index(self) -> int:
+        return self.accelerator.process_index
+
+    def micro_batch(self) -> AbstractContextManager[None]:
+        """The context of one micro-batch's forward and backward; the last of an optimiser step steps in it."""
+        return self.accelerator.accumulate(self.module)
+
+    def backward(self, share: Tensor) -> None:
+        """Add the gradient of a share of the step's objective.
+
+        DDP and ZeRO average over processes, and both divide by the accumulation steps: undone here, so that the
+        gradient is that of the sum of all shares, however they are spread.
+        """
+        loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
+        is_last = self.accelerator.sync_gradients
+        with span("backward_pass"):
+            if self.is_deepspeed:  # in two calls, where `accelerator.backward` would also step
+                engine = cast(Any, self.module)
+                engine.set_gradient_accumulation_boundary(is_last)
+                engine.backward(loss)
+            else:
+                self.accelerator.backward(loss)
+        if not is_last:
+            return
+        with span("optimizer_step"):
+            self.norms = StepNorms(self._step_zero() if self.is_deepspeed else self._step_plain())
+
+    def _step_plain(self) -> Tensor:
+        """Clip, step and zero; each agent's gradient norm. Nothing here waits for the device."""
+        self.accelerator.unscale_gradients()
+        adapters = self.agents.adapters().values()
+        norm_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
+        self.grad_norm = skip_non_finite(self.optimizer.param_groups, norm_K)  # an agent each
+        if self.max_grad_norm > 0:
+            clip_grads_with_norm_(adapters, self.max_grad_norm, self.grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm_K
+
+    def _step_zero(self) -> Tensor:
+        """The same by DeepSpeed, whose own answer to a gradient that is no number is to step no agent, without a word.
+
+        So it is shown none, but for fp16, where that answer is the right one.
+        """
+        zero: Any = self.module.optimizer
+        norm_K = torch.zeros(len(self.agents.agents), dtype=torch.float64, device=self.accelerator.device)
+        if self.loss_scale() <= 1:
+            gradients = partitions.gradients(zero)
+            norm_K = torch.stack([get_total_norm(own).to(norm_K) for own in gradients])
+            squared_K = norm_K.square()
+            with span("communication"):
+                torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
+            norm_K = squared_K.sqrt().to(gradients[0][0].device)
+            skip_non_finite(zero.optimizer.param_groups, norm_K)
+            for own, is_sound in zip(gradients, norm_K.isfinite().tolist(), strict=True):  # DeepSpeed waits as well
+                if not is_sound:
+                    partitions.clear_gradient(zero, own)
+        cast(Any, self.module).step()
+        self.grad_norm = cast(Any, self.module).get_global_grad_norm()
+        return norm_K.fill_(math.inf) if zero.overflow else norm_K
+
+    def loss_scale(self) -> float:
+        """fp16's; 1 in other precisions."""
+        if self.is_deepspeed:
+            return float(cast(Any, self.module.optimizer).loss_scale)
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """The context of passes beside training, in which processes need not keep step. Collective at both ends."""
+        if zero_stage(self.accelerator) < 3:
+            return nullcontext()
+        return stage3.whole(self.module, list(self.agents.adapters().values()))
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Concatenate `own` over processes along its first axis; a gradient flows to the own slice only.
+
+        That is all a gradient needs: each process adds its own slice's part, and the reduction sums the parts.
+        """
+        if self.num_processes == 1:
+            return own
+        with span("communication"):
+            parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
+        parts[self.process_index] = own
+        return torch.cat(parts)
+
+    def adapter_values(self) -> dict[TensorId, Tensor]:
+        """Every adapter tensor in fp32 on the CPU: under DeepSpeed its master weights. A collective call."""
+        read = Tensor.detach
+        if self.is_deepspeed:
+            from deepspeed.utils import safe_get_full_fp32_param as read  # two seconds of imports for those who use it
+        flat = {agent: cast(Tensor, read(own)).float().cpu() for agent, own in self.agents.adapters().items()}
+        return self.agents.named(flat)
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum of `own` over processes."""
+        if self.num_processes == 1:
+            return own
+        with span("communication"):
+            return cast(Tensor, self.accelerator.reduce(own, "sum"))
+
+    def close(self) -> None:
+        """End training: close the trackers and the process group. Nothing waits for the other processes here."""
+        self.unwrap()
+        self.accelerator.end_training()
+
+    def unwrap(self) -> None:
+        """Let go of what DDP or DeepSpeed has wrapped around the agents; nothing can be trained from here on.
+
+        DDP's C++ part holds the process group too; were it the last to let go, it would destroy the group while it
+        holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
+        """
+        self.module = self.agents
+        self.accelerator.free_memory()
+
+
+def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
+    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
+
+    Raises:
+        InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would overwrite
+            all tensors with the first process's, one after the other, whatever they are.
+    """
+    named = ((f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items())
+    refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
+    adapters = list(agents.adapters().values())
+    num_elements = sum(map(torch.numel, adapters))
+    optimizer = adamw(adapters, config.lr, config.weight_decay)
+    stage = zero_stage(accelerator)
+    module, optimizer = accelerator.prepare(agents, optimizer)
+    limit_waiting(config.collective_timeout_s)
+    description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
+    if stage > 0:
+        assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
+        partitions.make_state(module.optimizer)
+        num_own = sum(flat.numel() for _, flat in partitions.partitions(module.optimizer))
+        description = (
+            f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
+            f"{num_own:,} of {num_elements:,} optimizer elements on this process"
+        )
+    if stage == 3:
+        stage3.register_reads(agents)
+        stage3.keep_gathered(module.optimizer, adapters)
+    return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)

@@ -1,0 +1,59 @@
+"""SIGTERM and SIGINT while training: the step under way ends, and every process stops after the same one."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from chorus.errors import SIGNALS, Preempted
+from chorus.spans import span
+
+ONE_REQUEST_S = 3.0  # Ctrl-C reaches a process from the terminal and again from its launcher, which passes it on
+
+
+class StopRequest:
+    """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once.
+
+    Once it is left by Preempted, a RunError or a lost process, all that is left to do is to say so: signals are then
+    ignored to the end of the process.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout_s: int):
+        self._received: float | None = None
+        self._group = None
+        self._has_others = accelerator.num_processes > 1
+        if self._has_others and torch.distributed.get_backend() != "gloo":
+            # Over the CPU: asking on the GPU would wait for all that is queued there, at every step.
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # torchrun passes on both of two signals, and sends one where another process has ended: none must take the last
+        # line and the exit code away. Not by a handler of Python's: it takes these off before its own end.
+        is_last = kind is not None and issubclass(kind, Preempted | RuntimeError)  # the libraries' word for a lost one
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if is_last else handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._received is None:
+            self._received = now
+        elif now - self._received > ONE_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def is_agreed(self) -> bool:
+        """Whether any process has received a signal: the same answer on all, at the same step. A collective call."""
+        if not self._has_others:
+            return self._received is not None
+        received = torch.tensor([self._received is not None], dtype=torch.int32)
+        with span("communication"):
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(received)

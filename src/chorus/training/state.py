@@ -1,0 +1,137 @@
+"""All that a run carries from step to step, under the one identity of a tensor, whatever engine holds it.
+
+Learning rate, order of the rows and random draws are functions of the step, so weights and AdamW's state are all. Under
+fp16 there is also the loss scale, which starts anew.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from chorus.errors import InputError
+from chorus.model.adapters import TensorId
+from chorus.training.engine import Engine, zero_stage
+from chorus.training.zero.partitions import MOMENTS, set_steps_taken, steps_taken
+from chorus.training.zero.stage3 import gather_adapters
+
+FlatByAgent = Mapping[int, Tensor]  # laid out as each agent's adapter is
+
+
+class TrainingState(NamedTuple):
+    """On the CPU, in fp32.
+
+    weights: every adapter tensor: the master weights.
+    moments: AdamW's `exp_avg` and `exp_avg_sq`, each of the weights' shapes.
+    optimizer_step: steps that AdamW has taken, for its bias correction: one number, or one for each agent where a
+        step of some was skipped.
+    """
+
+    weights: dict[TensorId, Tensor]
+    moments: dict[str, dict[TensorId, Tensor]]
+    optimizer_step: int | list[int]
+
+
+def read_state(engine: Engine) -> TrainingState:
+    """The engine's state after an optimiser step. A collective call."""
+    adapters = engine.agents.adapters()
+    if engine.is_deepspeed:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = steps_taken(engine.module.optimizer)
+        moments = {
+            name: {agent: safe_get_full_optimizer_state(own, name) for agent, own in adapters.items()}
+            for name in MOMENTS
+        }
+    else:
+        states = {agent: engine.optimizer.state[own] for agent, own in adapters.items()}
+        steps = [int(own["step"]) for own in states.values()]
+        moments = {name: {agent: own[name] for agent, own in states.items()} for name in MOMENTS}
+    named = {
+        name: engine.agents.named({agent: cast(Tensor, flat).float().cpu() for agent, flat in own.items()})
+        for name, own in moments.items()
+    }
+    return TrainingState(engine.adapter_values(), named, steps[0] if len(set(steps)) == 1 else steps)
+
+
+def restore_state(engine: Engine, state: TrainingState) -> None:
+    """Put a state into an engine that has not stepped yet. Every process has read the same one.
+
+    Raises:
+        InputError: it has other tensors, or other shapes, than the agents.
+    """
+    _refuse_other_tensors(engine.agents.adapter_tensors(), state.weights)
+    weights = engine.agents.joined(state.weights)
+    moments = {name: engine.agents.joined(own) for name, own in state.moments.items()}
+    steps = state.optimizer_step
+    if isinstance(steps, int):
+        steps = [steps] * len(weights)
+    if engine.is_deepspeed:
+        set_steps_taken(engine.module.optimizer, steps)
+    if zero_stage(engine.accelerator) == 3:
+        _restore_shards(engine, weights, moments)
+    elif engine.is_deepspeed:
+        _restore_zero(engine, weights, moments)
+    else:
+        _restore_plain(engine, weights, moments, steps)
+
+
+@torch.no_grad()
+def _restore_plain(
+    engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent], steps: Sequence[int]
+) -> None:
+    for agent, adapter_F in engine.agents.adapters().items():
+        adapter_F.copy_(weights[agent])
+    optimizer: torch.optim.Optimizer = engine.optimizer.optimizer  # pyright: ignore  (Accelerate's wrapper)
+    own = {
+        place: {"step": torch.tensor(float(steps[place])), **{name: moments[name][agent] for name in MOMENTS}}
+        for place, agent in enumerate(engine.agents.agents)
+    }
+    # torch's own loading puts each tensor, and the step count, where this kind of AdamW wants it.
+    optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def _restore_zero(engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent]) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    for agent, adapter_F in engine.agents.adapters().items():
+        safe_set_full_fp32_param(adapter_F, weights[agent])
+        adapter_F.copy_(weights[agent])
+        for name in MOMENTS:
+            safe_set_full_optimizer_state(adapter_F, moments[name][agent], name)
+
+
+@torch.no_grad()
+def _restore_shards(engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent]) -> None:
+    """The same under stage 3, which cuts each adapter by itself into as many shards as there are processes."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    adapters = engine.agents.adapters()
+    with GatheredParameters(adapters.values(), modifier_rank=0):
+        for agent, adapter_F in adapters.items():
+            adapter_F.copy_(weights[agent])
+    for agent, adapter_F in adapters.items():
+        size = cast(Any, adapter_F).ds_tensor.numel()  # of a shard, the last of which is padded
+
+        def own(whole_F: Tensor, size: int = size) -> Tensor:
+            padded = torch.nn.functional.pad(whole_F, (0, size * engine.num_processes - whole_F.numel()))
+            return padded.narrow(0, size * engine.process_index, size)
+
+        safe_set_local_fp32_param(adapter_F, own(weights[agent]))
+        for name in MOMENTS:
+            safe_set_local_optimizer_state(adapter_F, own(moments[name][agent]), name)
+    gather_adapters(list(adapters.values()))
+
+
+def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[TensorId, Tensor]) -> None:
+    for identity in sorted(ours.keys() | theirs.keys()):
+        shapes = [tuple(side[identity].shape) if identity in side else None for side in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"key 'resume_from_checkpoint': agent {identity.agent}, {identity.path} ({identity.matrix}) has shape "
+                f"{shapes[1]} in the checkpoint and {shapes[0]} in this run (None: it has no such tensor); resume with "
+                "the base and the adapters of the checkpoint"
+            )

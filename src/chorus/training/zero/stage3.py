@@ -1,0 +1,59 @@
+"""DeepSpeed ZeRO stage 3: the frozen base in shards, a part of each matrix on every process.
+
+DeepSpeed makes a module's own parameters whole while the module is at work. Chorus reads some from elsewhere, and
+announces them: a LoRA layer those of the linear layer inside of it, the loss those of the head. The adapters stay
+whole, because a pass reads all of them at its start; their gradients and optimizer state are in shards, as under stage
+2.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import nn
+
+from chorus.model.adapters import lora_layers
+from chorus.model.agents import Agents
+
+
+def register_reads(agents: Agents) -> None:
+    """Tell DeepSpeed, which holds the agents by now, which weights a module reads that are another's."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for peft_model in agents.peft_models:
+        for layer in lora_layers(peft_model).values():
+            for weight in layer.base_linear.parameters(recurse=False):
+                register_external_parameter(layer, weight)
+    for weight in agents.head().linear.parameters(recurse=False):
+        register_external_parameter(agents, weight)
+
+
+def keep_gathered(zero: Any, adapters: Sequence[nn.Parameter]) -> None:
+    """Have DeepSpeed's optimizer gather the adapters after every step, and cut them for the step alone.
+
+    It does so by itself only below one number of elements, whatever a parameter is for; most of a base lies below an
+    adapter. A collective call.
+    """
+    cut = [adapter_F for adapter_F in cast(Sequence[Any], adapters) if not adapter_F.ds_persist]
+    for adapter_F in cut:
+        adapter_F.ds_persist = True
+    zero.persistent_parameters.extend(cut)
+    gather_adapters(adapters)
+
+
+def gather_adapters(adapters: Sequence[nn.Parameter]) -> None:
+    """Gather the adapters, as DeepSpeed itself does after every step. A collective call."""
+    cast(Any, adapters[0]).all_gather(list(adapters))
+
+
+@contextmanager
+def whole(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The context in which base and adapters lie whole on every process, which then need not keep step.
+
+    Evaluation takes it: processes have other numbers of batches and of tokens to write. A collective call at both ends.
+    """
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(module):
+        yield
+    gather_adapters(adapters)

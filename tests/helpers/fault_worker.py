@@ -1,0 +1,93 @@
+"""train.py, in which one process meets its end: `fault_worker.py WHERE ACT settings`.
+
+WHERE: forward or backward, of process 1 in step 5; or save, of process 0, which writes, after step 4.
+ACT: kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only.
+
+WHERE may also be `last words`, and ACT ask or kill: the last process is asked to stop, or killed, in step 5. Every one
+is asked as it closes the engine, before its last line, and again after that line, as Python takes itself down.
+"""
+
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import train
+from chorus.checkpoint import store
+from chorus.collectives import limit_waiting, lost_processes_named
+from chorus.config import load_config
+from chorus.errors import SIGNALS, input_errors_end_the_program
+from chorus.training.engine import Engine
+
+ENDS = {
+    "ask": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(0),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+
+class Asked:
+    """Sends this process every signal that asks it to end, as the last reference to it goes."""
+
+    def __del__(self, kill: Any = os.kill, own: int = os.getpid(), numbers: Any = SIGNALS) -> None:
+        for number in numbers:
+            kill(own, number)
+
+
+def arrange_last_words(act: str) -> None:
+    run_backward, close, steps = Engine.backward, Engine.close, itertools.count(1)
+
+    def backward(self: Engine, share: Any) -> None:
+        if next(steps) == 5 and self.process_index == self.num_processes - 1:
+            ENDS[act]()
+        run_backward(self, share)
+
+    def close_and_ask(self: Engine) -> None:
+        Asked()
+        close(self)
+
+    Engine.backward, Engine.close = backward, close_and_ask
+    sys.asked = Asked()  # pyright: ignore[reportAttributeAccessIssue]  # the last module that Python takes down
+
+
+def arrange(where: str, act: str) -> None:
+    is_victim = int(os.environ["RANK"]) == (0 if where == "save" else 1)
+    write, run_backward, steps = store.save_file, Engine.backward, itertools.count(1)
+
+    def end() -> None:
+        Path(os.environ["CHORUS_TEST_FAULT"]).write_text(str(os.getpid()))
+        ENDS[act.split()[0]]()
+
+    def save_file(tensors: Any, file: Path, *arguments: Any, **more: Any) -> None:
+        if where == "save" and "step_000004" in str(file):
+            end()
+        write(tensors, file, *arguments, **more)
+
+    def backward(self: Engine, share: Any) -> None:
+        if next(steps) == 5:
+            if act == "stop soon":
+                limit_waiting(5)
+            if is_victim and where == "forward":  # the other process goes on alone into the backward pass
+                end()
+            if is_victim and where == "backward":
+                share.register_hook(lambda _gradient: end())
+        run_backward(self, share)
+
+    store.save_file, Engine.backward = save_file, backward
+
+
+if __name__ == "__main__":
+    where, act, *settings = sys.argv[1:]
+    with input_errors_end_the_program():
+        config = load_config(settings)
+        if where == "last words":
+            arrange_last_words(act)
+        else:
+            arrange(where, act)
+        with lost_processes_named(config.collective_timeout_s):
+            train.main(config)

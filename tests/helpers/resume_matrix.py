@@ -1,0 +1,190 @@
+"""Runs that are saved and taken up again in every way to carry them out, many in one process, without a launcher each.
+
+test_resume_matrix.py runs them alone; as one of two processes: `resume_matrix.py FOLDER ENGINE FROM,FROM`;
+what ENGINE itself saves is taken up the first time only.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from isolation_worker import clone
+from torch import Tensor
+
+import train as script
+from chorus.config import Config
+from chorus.data.batches import Sample, collate, tokenise, training_steps
+from chorus.data.sources import read_problems
+from chorus.model.adapters import lora_shape
+from chorus.model.agents import Mode, Regularisation, build_agents
+from chorus.model.base import load_model, load_tokenizer
+from chorus.monitoring.run_log import RunLog
+from chorus.training.engine import Engine, make_accelerator, start_engine
+from chorus.training.state import MOMENTS, TrainingState, read_state, restore_state
+
+ROWS_OF_A_STEP, NUM_ROWS, NUM_STEPS = 6, 15, 6  # an epoch is three steps, the last of three rows
+POSITIONS = {"mid-epoch": 2, "epoch end": 3, "last step": NUM_STEPS}
+WAYS = list(product(get_args(Mode), (1, 3)))  # mode, accumulation
+
+
+class Saved(NamedTuple):
+    """A run, step by step.
+
+    states, forwards: after so many steps; `forwards` are nll_KBT of a fixed batch, without training's noise.
+    ids: the rows of each step, in order.
+    metrics: the rows of metrics.jsonl.
+    """
+
+    states: dict[int, TrainingState]
+    forwards: dict[int, Tensor]
+    ids: dict[int, list[int]]
+    metrics: dict[int, dict[str, Any]]
+
+
+class Recorder(RunLog):
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: dict[int, dict[str, Any]] = {}
+
+    def advance(self, metrics: Any) -> None:
+        self.metrics[metrics["step"]] = metrics
+
+
+class StatesKept:
+    """A keeper that keeps them in memory."""
+
+    def __init__(self, fixed: Any) -> None:
+        self.fixed, self.facts = fixed, {}
+        self.states: dict[int, TrainingState] = {}
+        self.forwards: dict[int, Tensor] = {}
+
+    def save(self, engine: Engine, step: int, epoch: int) -> None:
+        self.states[step] = clone(read_state(engine))
+        self.forwards[step] = forward(engine, self.fixed)
+
+
+def forward(engine: Engine, batch: Any) -> Tensor:
+    with torch.no_grad():
+        return engine.agents(batch).nll_KBT.clone()
+
+
+def run(mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved | None = None, start: int = 0) -> Saved:
+    """The run, or what is left of it after `start` steps of a saved one."""
+    AcceleratorState._reset_state()
+    config = Config(
+        parallel_mode=mode,
+        gradient_accumulation_steps=accumulation,
+        num_agents=2,
+        lambda_sw=0.0,
+        dropconnect_p=0.1,
+        logging_steps=1,
+        save_steps=1,
+        batch_size=1,
+    )
+    accelerator = make_accelerator(config)
+    config = config.model_copy(
+        update={"batch_size": ROWS_OF_A_STEP // (accumulation * accelerator.num_processes), "mixed_precision": "no"}
+    )
+    model = load_model(config.model_name, torch.float32, accelerator.device)
+    agents = build_agents(mode, model, 2, lora_shape(config), Regularisation(config.dropconnect_p, 0.0, config.seed))
+    engine = start_engine(accelerator, agents, config)
+    checkpointer, recorder = StatesKept(collate(samples[:4], pad_id=0)), Recorder()
+    if saved is not None:
+        restore_state(engine, clone(saved.states[start]))  # AdamW steps in the tensors that it is given
+        checkpointer.save(engine, start, 0)
+    place = {tuple(sample.ids[:-1].tolist()): number for number, sample in enumerate(samples)}
+    ids: dict[int, list[int]] = {}
+    steps = training_steps(
+        samples,
+        config,
+        pad_id=0,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_steps=NUM_STEPS,
+        start_step=start,
+    )
+
+    def watched() -> Any:
+        for step, batch in enumerate(steps, start):
+            own = [rows_of(part, place) for part in batch.micro_batches]
+            ids[step] = in_order(gather_object([own]))
+            yield batch
+
+    keeper_like: Any = checkpointer
+    script.train(engine, watched(), start, NUM_STEPS, config, keeper_like, recorder)
+    return Saved(checkpointer.states, checkpointer.forwards, ids, recorder.metrics)
+
+
+def rows_of(batch: Any, place: dict[tuple, int]) -> list[int]:
+    rows = [tuple(row[: len(row) - int((row.flip(0) != 0).int().argmax())].tolist()) for row in batch.input_BT]
+    return [place[row] for row in rows if any(row)]  # a process without rows has one of padding
+
+
+def in_order(of_processes: list[list[list[int]]]) -> list[int]:
+    """Of a step: micro-batch by micro-batch, the processes side by side."""
+    return [row for parts in zip(*of_processes, strict=True) for part in parts for row in part]
+
+
+def assert_goes_on(saved: Saved, start: int, resumed: Saved, is_bitwise: bool) -> None:
+    """Bitwise the same state, the same rows in the same order, the same first forward; then losses within rounding."""
+    assert difference(saved.states[start], resumed.states[start]) == 0
+    assert saved.states[start].optimizer_step == resumed.states[start].optimizer_step == start
+    assert resumed.ids == {step: rows for step, rows in saved.ids.items() if step >= start}
+    if is_bitwise:
+        assert torch.equal(saved.forwards[start], resumed.forwards[start])
+    assert torch.allclose(saved.forwards[start], resumed.forwards[start], rtol=0, atol=2e-5)
+    assert list(resumed.metrics) == list(range(start + 1, NUM_STEPS + 1))
+    for step, metrics in resumed.metrics.items():
+        assert metrics["lr"] == saved.metrics[step]["lr"]
+        expected = saved.metrics[step]["task_loss_per_agent"]
+        assert metrics["task_loss_per_agent"] == (expected if is_bitwise else pytest.approx(expected, rel=2e-5))
+    last = difference(saved.states[NUM_STEPS], resumed.states[NUM_STEPS])
+    assert last == 0 if is_bitwise else last < 2e-4
+
+
+def difference(one: TrainingState, other: TrainingState) -> float:
+    pairs = [(one.weights, other.weights), *((one.moments[name], other.moments[name]) for name in MOMENTS)]
+    assert all(ours.keys() == theirs.keys() for ours, theirs in pairs)
+    return max(float((ours[key] - theirs[key]).abs().max()) for ours, theirs in pairs for key in ours)
+
+
+def rows_to_train_on() -> list[Sample]:
+    config = Config(debug_subset_size=NUM_ROWS)
+    samples = tokenise(read_problems(config).train, load_tokenizer(config.model_name), config.max_seq_length)
+    assert len({tuple(sample.ids.tolist()) for sample in samples}) == NUM_ROWS
+    return samples
+
+
+def save_all(samples: Sequence[Sample]) -> dict[tuple[Mode, int], Saved]:
+    return {(mode, accumulation): run(mode, accumulation, samples) for mode, accumulation in WAYS}
+
+
+def main(folder: Path, engine: str, others: str) -> None:
+    samples = rows_to_train_on()
+    runs, own = {}, folder / f"{engine}.pt"
+    if not own.exists():  # both processes see none: the first one writes it after a run of both
+        runs[engine] = save_all(samples)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(runs[engine], own)
+    for other in filter(None, others.split(",")):
+        runs[other] = torch.load(folder / f"{other}.pt", weights_only=False)
+    for origin, saved_way, way, position in product(runs, WAYS, WAYS, POSITIONS.values()):
+        saved = runs[origin][saved_way]
+        assert_goes_on(saved, position, run(*way, samples, saved, position), (origin, saved_way) == (engine, way))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import resume_matrix  # what is pickled names the module of its class, and the reader has another __main__
+
+    resume_matrix.main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,31 @@
+"""Shared by several test files."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from saving import state_of
+from transformers import AutoTokenizer
+
+from chorus.checkpoint.resume import (
+    describe_run,
+)
+from chorus.checkpoint.store import write_checkpoint
+from chorus.config import Config
+from chorus.data.sources import Problem
+
+ROWS = [Problem("1 + 1 =", " 2"), Problem("2 + 2 =", " 4")]
+
+
+def run_of(config: Config, accelerator: Accelerator, rows: list[Problem] = ROWS, **more: Any) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny-gemma-2")
+    return {**describe_run(config, rows, tokenizer, "no", accelerator), "num_steps": 4, **more}
+
+
+def save_run(config: Config, accelerator: Accelerator, step: int) -> Path:
+    facts = {"format": 1, "step": step, "optimizer_step": step, **run_of(config, accelerator)}
+    return write_checkpoint(Path(config.output_dir), state_of(float(step)), facts, config)
+
+
+def config_of(folder: Path, **more: Any) -> Config:
+    return Config(**{"output_dir": str(folder), "save_total_limit": None, **more})

@@ -1,0 +1,157 @@
+"""The dry run as its users start it, and each fault that it must catch, let in through a real door."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from launching import ROOT, ZERO2, environment
+
+import chorus.model.agents
+import chorus.planning.trial_run
+from chorus.config import Config
+from chorus.planning.checks import Check, Report
+from chorus.planning.dry_run import dry_run
+from train import train
+
+SMALL = ("num_agents=3", "batch_size=2", "debug_subset_size=40", "eval_samples=8", "max_seq_length=80")
+
+
+def started(command: list[str], *settings: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command, "dry_run_sanity_check.py", "--json", *SMALL, *settings],
+        cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def checks_of(told: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["status"] for check in told["checks"]}
+
+
+@pytest.mark.launch
+def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
+    result = started([sys.executable], f"output_dir={tmp_path}/run")
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout
+    told = json.loads(result.stdout)  # and nothing else there
+    assert told["passed"]
+    assert set(checks_of(told).values()) == {"PASS"}
+    assert not list(tmp_path.iterdir())
+    assert told["plan"]["rows_of_a_step"] == 2
+    assert told["forecast_gib"]["peak"] > 0
+    assert [run["mode"] for run in told["modes"]] == ["fused", "sequential", "parallel"]
+    assert all(run["step_ms"] > 0 and run["peak_gib"] > 0 and len(run["losses"]) == 2 for run in told["modes"])
+    assert any(token["loss"] for token in told["sample"])
+
+
+@pytest.mark.launch
+def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
+    launcher = [*ZERO2, "--num_processes", "2"]
+    result = started(launcher, f"output_dir={tmp_path}/run", "parallel_mode=sequential")
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout
+    told = json.loads(result.stdout.splitlines()[-1])  # the launcher may say something of its own before
+    assert set(checks_of(told).values()) == {"PASS"}
+    assert {
+        "processes have one configuration", "an all-reduce gives the right sum", "processes see one output_dir",
+        "DeepSpeed is active", "modes agree", "a checkpoint gives back the agents", "stock PEFT reads the agents",
+    } <= checks_of(told).keys()  # fmt: skip
+    assert told["plan"]["num_processes"] == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.launch
+def test_deepspeed_that_is_asked_for_and_not_active_is_caught(tmp_path: Path):
+    result = started([sys.executable], "use_deepspeed=true", f"output_dir={tmp_path}/run", ACCELERATE_USE_CPU="true")
+    assert result.returncode == 2, result.stderr[-3000:]
+    (check,) = json.loads(result.stdout)["checks"]
+    assert check["status"] == "FAIL"
+    assert "DeepSpeed is asked for and not active" in check["found"]
+
+
+def test_a_misspelt_key_is_answered_at_once_in_json_too():
+    result = started([sys.executable], "num_agent=3")
+    assert result.returncode == 2
+    assert "did you mean 'num_agents'" in json.loads(result.stdout)["checks"][0]["found"]
+    assert len(result.stderr.splitlines()) == 1
+
+
+# ---- faults ----
+
+
+@pytest.fixture
+def tried(tmp_path: Path) -> Iterator[Any]:
+    """Runs the dry run in this process; the exit code and the checks by name."""
+
+    def run(**settings: Any) -> tuple[int, dict[str, Check]]:
+        small = {"num_agents": 2, "batch_size": 2, "debug_subset_size": 20, "eval_samples": 0, "lora_rank": 2}
+        report = Report(None)
+        code = dry_run(Config(**{**small, "output_dir": str(tmp_path / "run"), **settings}), train, report)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert not list(tmp_path.glob(".chorus-dry-run-*"))
+        return code, {check.name: check for check in report.checks}
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def failed(checks: dict[str, Check]) -> list[str]:
+    return [name for name, check in checks.items() if check.status == "FAIL"]
+
+
+def test_wrong_batch_arithmetic_in_the_json_is_caught_also_without_deepspeed(tried, tmp_path: Path):
+    settings = json.loads(Path("ds_config_zero2.json").read_text())
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({**settings, "train_batch_size": 7}))
+    code, checks = tried(deepspeed_config_file=str(file))
+    assert (code, failed(checks)) == (2, ["settings agree"])
+    assert "'train_batch_size' is 7, but configs.yaml makes it 2" in checks["settings agree"].found
+    file.write_text(json.dumps({**settings, "train_micro_batch_size_per_gpu": 4}))
+    assert tried(deepspeed_config_file=str(file))[0] == 2
+
+
+def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_toy_base(tried, tmp_path: Path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": "1 + 1?", "answer": "2"}] * 3 + [{"question": "1 + 1?", "answer": "2 " * 60}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A JSON for eight processes is none of this launch's business.
+    eight = tmp_path / "eight.json"
+    eight.write_text(json.dumps({**json.loads(Path("ds_config_zero2.json").read_text()), "train_batch_size": 800_000}))
+    code, checks = tried(
+        dataset_name=str(file), validation_split=0.0, max_seq_length=64, batch_size=100_000,
+        deepspeed_config_file=str(eight),
+    )  # fmt: skip
+    assert code == 3
+    assert failed(checks) == ["no completion is cut off", "memory"]
+    cut = checks["no completion is cut off"]
+    assert (
+        f"1 of 4 rows are longer than max_seq_length 64: the end of the completion is cut off; first {file}:4"
+        in cut.found
+    )
+    assert cut.remedy.startswith("set max_seq_length=")
+    assert "allowed (memory_fraction 0.9 of the smallest device)" in checks["memory"].found
+    assert "batch_size=1 needs" in checks["memory"].remedy
+    assert "on a toy base" in checks["fused: optimiser steps"].found
+    assert "at 8 x 100000 rows" in checks["settings agree"].found
+
+
+def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(tried, monkeypatch: pytest.MonkeyPatch):
+    def losing_gradients(*arguments: Any) -> chorus.model.agents.Agents:
+        agents = chorus.model.agents.build_agents(*arguments)
+        if 1 in agents.agents:
+            agents.adapters()[1].register_hook(lambda gradient: gradient * 0)
+        return agents
+
+    monkeypatch.setattr(chorus.planning.trial_run, "build_agents", losing_gradients)
+    monkeypatch.setattr(chorus.model.agents, "copy_sharing_storage", copy.deepcopy)  # of parallel mode's other agents
+    code, checks = tried(parallel_mode="parallel")
+    assert code == 3
+    assert failed(checks) == [
+        *("parallel: every agent learns", "parallel: the base is shared"),
+        *("fused: every agent learns", "sequential: every agent learns", "learning changes the answers"),
+    ]
+    assert checks["fused: every agent learns"].found == "unmoved B: agent 1 (28 matrices)"
+    assert "tensors of their own (agent 1: " in checks["parallel: the base is shared"].found

@@ -1,0 +1,235 @@
+"""Signals and outcomes in one process, and what becomes of a run one process of which is lost;
+test_resumed_runs.py sends signals to launched ones."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launching import ROOT, ddp, environment, launch, train, wait_for, zero2
+
+from chorus import collectives
+from chorus.checkpoint.store import checkpoints, step_of, verify
+from chorus.collectives import lost_processes_named, on_every_process, on_first_process, refuse_differences
+from chorus.errors import InputError, LostProcess, RunError
+from chorus.training.signals import StopRequest
+
+
+class FirstOfOne:
+    num_processes, is_main_process = 1, True
+
+
+def test_a_signal_is_remembered_and_ends_nothing():
+    one: Any = FirstOfOne()
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with StopRequest(one, timeout_s=60) as stop:
+            assert not stop.is_agreed()
+            os.kill(os.getpid(), number)
+            assert stop.is_agreed()
+            os.kill(os.getpid(), number)  # as when a launcher passes Ctrl-C on to whom it has reached already
+            assert stop.is_agreed()
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(number: signal.Signals):
+    code = f"""
+import os, time
+from chorus.training import signals
+signals.ONE_REQUEST_S = 0.1
+class One: num_processes = 1
+with signals.StopRequest(One(), timeout_s=60) as stop:
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(0.3)
+    print("lives", flush=True)
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(0.3)
+    print("survives", flush=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.stdout == "lives\n", ended.stderr
+    assert ended.returncode == -number
+
+
+@pytest.mark.parametrize("error", [InputError("bad key"), RunError("disk full")])
+def test_an_error_of_the_first_process_is_every_process_s(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    """Two processes in turn, with the broadcast between them."""
+    sent: list = []
+
+    class Process:
+        def __init__(self, is_main_process: bool):
+            self.is_main_process = is_main_process
+
+    def broadcast(outcome: list) -> None:
+        if not sent:
+            sent.extend(outcome)
+        outcome[:] = sent
+
+    def act() -> None:
+        raise error
+
+    monkeypatch.setattr(collectives, "broadcast_object_list", broadcast)
+    for is_main_process in (True, False):
+        process: Any = Process(is_main_process)
+        with pytest.raises(type(error), match=str(error)):
+            on_first_process(process, act)
+
+
+def test_the_result_of_the_act_is_returned():
+    assert on_first_process(Accelerator(cpu=True), lambda: 3) == 3
+
+
+@pytest.mark.parametrize("own", [None, InputError("no such folder")])
+def test_an_error_of_any_process_is_every_processs_and_names_its_host(
+    own: Exception | None, monkeypatch: pytest.MonkeyPatch
+):
+    """This process, and another whose outcome arrives by the gathering."""
+    other = InputError("disk full")
+    monkeypatch.setattr(collectives, "gather_object", lambda outcomes: [*outcomes, (other, "far"), (None, "farther")])
+
+    def act() -> None:
+        if own is not None:
+            raise own
+
+    with pytest.raises(InputError) as error:
+        on_every_process(act)
+    expected = "disk full (on host far)" if own is None else f"{own} (on host {socket.gethostname()})"
+    assert str(error.value) == expected
+
+
+def test_an_error_that_all_processes_have_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(collectives, "gather_object", lambda outcomes: outcomes * 2)
+    with pytest.raises(RunError, match=r"^disk full$"):
+        on_every_process(lambda: (_ for _ in ()).throw(RunError("disk full")))
+
+
+def test_what_differs_from_the_first_process_is_refused_with_both_values(monkeypatch: pytest.MonkeyPatch):
+    def broadcast(values: list) -> None:
+        values[0] = {"key 'lr'": 0.1, "the version of torch": "2.13"}
+
+    monkeypatch.setattr(collectives, "broadcast_object_list", broadcast)
+    refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.13"})
+    with pytest.raises(InputError, match=r"the version of torch is 2.11, but 2.13 on the first process"):
+        refuse_differences({"key 'lr'": 0.1, "the version of torch": "2.11"})
+
+
+# ---- another process is gone ----
+
+
+def test_an_error_that_is_not_about_another_process_is_left_as_it_is():
+    for error in (RuntimeError("CUDA out of memory"), RunError("agent 0: full disk"), ValueError("gloo timed out")):
+        with pytest.raises(type(error)) as caught, lost_processes_named(3):
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2946"), "has ended"),
+        (RuntimeError("[/gloo/buf.cc:81] Timed out waiting 3000ms for recv operation"), "did not answer within 3 s"),
+        (torch.distributed.DistStoreError("wait timeout after 3000ms"), "did not answer within 3 s"),
+        (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes"), "has ended"),
+    ],
+)
+def test_a_lost_process_is_named_in_one_line_with_the_key(error: Exception, expected: str):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(LostProcess) as caught, lost_processes_named(3):
+        on_first_process(Accelerator(cpu=True), fail)
+    line = str(caught.value)
+    assert line.startswith("process 0: another process ")
+    assert expected in line
+    assert "in on_first_process (collectives.py:" in line
+    assert "\n" not in line
+
+
+LOST = ("num_agents=2", "eval_samples=0", "logging_steps=1", "debug_subset_size=100", "max_train_steps=6")
+LOST = (*LOST, "save_steps=2", "save_total_limit=null", "lambda_sw=0.1", "batch_size=2")
+
+
+def lose(command: list[str], where: str, act: str, folder: Path, timeout_s: int) -> tuple[int, str, float]:
+    """Launch a run that loses a process; exit code, what it said, and how long it took from the loss to the end."""
+    settings = (*LOST, f"output_dir={folder}/run", f"collective_timeout_s={timeout_s}")
+    with (folder / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*command[:-1], "tests/helpers/fault_worker.py", where, act, *settings],
+            cwd=ROOT,
+            env=environment(CHORUS_TEST_FAULT=str(folder / "lost")),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            if act == "stop soon":  # the launcher waits half a minute for a process that it has asked to end
+                wait_for(lambda: "error: " in (folder / "log").read_text(), 300)
+                os.kill(int((folder / "lost").read_text()), signal.SIGKILL)
+            code = launcher.wait(timeout=300)
+        finally:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+    return code, (folder / "log").read_text(), time.time() - (folder / "lost").stat().st_mtime
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("processes", "act"), [(1, "ask"), (2, "ask"), (2, "kill")])
+def test_no_signal_takes_the_last_line_or_the_exit_code_of_a_run_that_is_stopped_or_loses_a_process(
+    processes: int, act: str, tmp_path: Path
+):
+    """As from a launcher that is asked twice, or has seen another process end."""
+    command = [sys.executable, "train.py"] if processes == 1 else ddp(2)
+    ended = launch([*command[:-1], "tests/helpers/fault_worker.py", "last words", act], f"output_dir={tmp_path}", *LOST)
+    lines = [line for line in ended.stderr.splitlines() if re.match("stopped and saved after step 5;|error: ", line)]
+    codes = re.findall(r"exitcode +: (-?\d+) ", ended.stderr) if processes > 1 else [str(ended.returncode)]
+    if act == "ask":
+        assert (len(lines), codes) == (processes, ["4"] * processes), ended.stderr[-3000:]
+    else:
+        assert [line[:42] for line in lines] == ["error: process 0: another process has ende"], ended.stderr[-3000:]
+        assert sorted(codes) == ["-9", "3"], ended.stderr[-3000:]
+    assert step_of(checkpoints(tmp_path)[0]) == (5 if act == "ask" else 4)
+
+
+COMMANDS = {"ddp": ddp(2), "zero2": zero2(2)}
+SAMPLE = [("ddp", "save", "kill"), ("zero2", "forward", "exit"), ("ddp", "backward", "stop soon")]
+REST = [  # the whole of it, and that the run goes on, and that the launcher has ended within a minute
+    *(
+        (engine, where, act)
+        for engine in COMMANDS
+        for where in ("forward", "backward", "save")
+        for act in ("kill", "exit")
+    ),
+    *((engine, where, "stop") for engine in COMMANDS for where in ("forward", "save")),
+]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("engine", "where", "act"),
+    [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)],
+)
+def test_a_run_that_loses_a_process_ends_and_goes_on_from_its_last_checkpoint(
+    engine: str, where: str, act: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    timeout_s = 30 if act == "stop" else 600
+    code, said, seconds = lose(COMMANDS[engine], where, act, tmp_path, timeout_s)
+    assert code != 0, said[-3000:]
+    survivor = 1 if where == "save" else 0
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    expected = f"did not answer within {timeout_s} s" if "stop" in act else "has ended"
+    assert line.startswith(f"error: process {survivor}: another process {expected}"), line
+    announced = [2] if where == "save" else [4, 2]
+    assert [verify(folder)["step"] for folder in checkpoints(tmp_path / "run")] == announced
+    if request.node.get_closest_marker("slow") is not None:
+        rows = train(COMMANDS[engine], tmp_path / "run", *LOST)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert seconds < 60 + (timeout_s if act == "stop" else 0)

@@ -1,0 +1,86 @@
+"""Precision, launchers, clipping, partitions, the end. test_agents.py and test_train.py compare gradients."""
+
+import json
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launching import launch, zero2
+from torch.nn.parallel import DistributedDataParallel
+from toy import gradients_of, toy_agents, toy_batch
+
+from chorus.config import Config
+from chorus.errors import InputError
+from chorus.training.engine import decide_precision, make_accelerator, start_engine
+
+
+def test_auto_precision_is_fp32_without_a_gpu_and_fp16_is_refused_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert decide_precision("auto") == "no"
+    assert decide_precision("bf16") == "bf16"
+    with pytest.raises(InputError, match="fp16"):
+        decide_precision("fp16")
+
+
+def test_accumulation_is_that_of_configs_yaml_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    assert make_accelerator(Config(gradient_accumulation_steps=3)).gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.25])
+def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: float):
+    """One SGD-like step cannot be read off AdamW, so the gradient is read where the optimizer would use it."""
+    agents = toy_agents("parallel")
+    engine = start_engine(Accelerator(cpu=True), agents, Config(max_grad_norm=max_grad_norm))
+    seen: list[torch.Tensor] = []
+    engine.optimizer.optimizer.register_step_pre_hook(  # pyright: ignore
+        lambda *_: seen.__setitem__(  # it may be called for each agent
+            slice(None),
+            [gradient.clone() for gradient in gradients_of(agents).values()],  # pyright: ignore
+        )
+    )
+    with engine.micro_batch():
+        engine.backward(engine.module(toy_batch(), step=0).nll_KBT.sum())
+    norm = torch.stack([gradient.norm() for gradient in seen]).norm().item()
+    assert norm == pytest.approx(max_grad_norm or float(engine.grad_norm), rel=1e-4)
+    assert float(engine.grad_norm) > 1
+
+
+def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults():
+    agents = toy_agents("sequential")
+    engine = start_engine(Accelerator(cpu=True), agents, Config(lr=0.5, weight_decay=0.25))
+    stock = torch.optim.AdamW([torch.zeros(1)], lr=0.5, weight_decay=0.25, fused=True)
+    for agent, group in enumerate(engine.optimizer.param_groups):
+        assert list(map(id, group["params"])) == [id(agents.adapters()[agent])]
+        assert {key: group[key] for key in stock.defaults} == stock.defaults
+    assert len(engine.optimizer.param_groups) == 3
+
+
+def test_ddp_does_not_outlive_the_process_group():
+    """DDP that is freed later destroys the group under Python's lock: one exit in some tens then hangs for good."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    engine = start_engine(Accelerator(cpu=True), toy_agents("fused"), Config())
+    wrapped = DistributedDataParallel(engine.agents)
+    engine.accelerator._models[:] = [wrapped]  # as Accelerate keeps it
+    engine = replace(engine, module=wrapped)
+    wrapped(toy_batch(), step=0).nll_KBT.sum().backward()
+    wrapped = weakref.ref(wrapped)
+    engine.close()
+    assert wrapped() is None
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.launch
+def test_two_zero2_processes_hold_half_of_the_gradients_and_of_the_optimizer_state_each(tmp_path: Path):
+    result = launch([*zero2(2)[:-1], "tests/helpers/engine_worker.py"], str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):
+        facts = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        half = facts["trainable"] / 2
+        assert (facts["stage"], facts["world"], facts["clipping"]) == (2, 2, 0.5)
+        # A partition is padded to the world's alignment, by a few elements.
+        assert half <= facts["gradients"] <= half + 64
+        assert all(half <= numel <= half + 64 for numel in facts["optimizer_state"])
