@@ -1,4 +1,4 @@
-"""The configuration: what is read, what is refused, and in which words; test_config_keys.py goes through the keys."""
+"""The configuration: what is read, what is refused, and in which words; test_keys.py goes through the keys."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Strict YAML on its own; test_config.py has what a user meets of it."""
+"""Strict YAML on its own; test_load.py has what a user meets of it."""
 
 import re
 from pathlib import Path
