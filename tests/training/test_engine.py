@@ -42,11 +42,13 @@ def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: flo
             [gradient.clone() for gradient in gradients_of(agents).values()],  # pyright: ignore
         )
     )
-    with engine.micro_batch():
+    with engine.micro_batch(is_last=True):
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.sum())
+    result = engine.step(0.01)
     norm = torch.stack([gradient.norm() for gradient in seen]).norm().item()
-    assert norm == pytest.approx(max_grad_norm or float(engine.grad_norm), rel=1e-4)
-    assert float(engine.grad_norm) > 1
+    assert norm == pytest.approx(max_grad_norm or float(result.grad_norm), rel=1e-4)
+    assert float(result.grad_norm) > 1
+    assert (result.lr, engine.optimizer.param_groups[0]["lr"]) == (0.01, 0.01)
 
 
 def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults():
