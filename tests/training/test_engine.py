@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import launch, zero2
+from accelerate.state import AcceleratorState
+from accumulation_worker import MICRO_BATCHES, step_over
+from launching import ddp, launch, zero2
 from torch.nn.parallel import DistributedDataParallel
-from toy import gradients_of, toy_agents, toy_batch
+from toy import gradients_of, max_difference, toy_agents, toy_batch
 
 from chorus.config import Config
 from chorus.errors import InputError
@@ -28,6 +30,35 @@ def test_auto_precision_is_fp32_without_a_gpu_and_fp16_is_refused_there(monkeypa
 def test_accumulation_is_that_of_configs_yaml_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     assert make_accelerator(Config(gradient_accumulation_steps=3)).gradient_accumulation_steps == 3
+
+
+def one_large_micro_batch() -> tuple[dict[str, torch.Tensor], float]:
+    return step_over(start_engine(Accelerator(cpu=True), toy_agents("fused"), Config(max_grad_norm=0.0)), 1)
+
+
+def assert_same_step(
+    ours: tuple[dict[str, torch.Tensor], float], theirs: tuple[dict[str, torch.Tensor], float]
+) -> None:
+    assert ours[0].keys() == theirs[0].keys()
+    for name, tensor in theirs[0].items():
+        assert max_difference(ours[0][name], tensor) < 1e-5, name
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+def test_several_micro_batches_and_one_step_are_one_large_micro_batch():
+    expected = one_large_micro_batch()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
+    engine = start_engine(accelerator, toy_agents("fused"), Config(max_grad_norm=0.0))
+    assert_same_step(step_over(engine, MICRO_BATCHES), expected)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("command", [ddp(2), zero2(2)], ids=["ddp", "zero2"])
+def test_micro_batches_of_two_processes_and_one_step_are_one_large_micro_batch(command: list[str], tmp_path: Path):
+    result = launch([*command[:-1], "tests/helpers/accumulation_worker.py"], str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_step(torch.load(tmp_path / "step.pt", weights_only=True), one_large_micro_batch())
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.25])
