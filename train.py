@@ -14,7 +14,7 @@ if __name__ == "__main__":
 gc.disable()  # the libraries make a million objects, and all of them stay: looking for garbage costs a second
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import cast
@@ -22,26 +22,27 @@ from typing import cast
 from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ensemble
 from chorus.checkpoint.output_dir import prepare_output_dir
 from chorus.checkpoint.resume import base_fingerprint, describe_run, find_start, refuse_another_base, restore_run
+from chorus.checkpoint.saving import PeriodicCheckpoints
 from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
 from chorus.data.batches import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.data.sources import read_problems
 from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share
-from chorus.errors import Preempted
 from chorus.model.adapters import check_targets, lora_shape
 from chorus.model.agents import Regularisation, build_agents
 from chorus.model.base import load_base, load_skeleton, load_tokenizer
 from chorus.model.execution import decide_execution
-from chorus.monitoring.metrics import Meter
-from chorus.monitoring.profiler import profiled
+from chorus.monitoring.metrics import LoggedMetrics
+from chorus.monitoring.profiler import profiling
 from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
 from chorus.planning.auto_agents import decide_num_agents
-from chorus.spans import span
+from chorus.spans import each_in_span, span
 from chorus.training.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.training.nonfinite import SkippedUpdates
-from chorus.training.objective import objective_of
+from chorus.training.objective import Objective, objective_of
 from chorus.training.schedule import learning_rate
 from chorus.training.signals import StopRequest
+from chorus.training.step import AfterStep, MicroBatchLosses, StepDone
 
 gc.freeze()  # nor is it looked for among them later, in the midst of a step
 gc.enable()
@@ -97,7 +98,6 @@ def main(config: Config) -> None:
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
-        run["skips_in_a_row"] = begin.facts.get("skips_in_a_row", 0)
         refuse_another_base(begin, run)
         agents = build_agents(
             config.parallel_mode,
@@ -113,13 +113,14 @@ def main(config: Config) -> None:
             "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
         )
 
-        with engine.whole():
+        with engine.unsharded():
             before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
         restore_run(engine, begin, output_dir)
         gc.freeze()  # the agents last, too
-        train(engine, steps, begin.step, num_steps, config, Checkpointer(output_dir, config, run), run_log)
+        checkpointer = Checkpointer(output_dir, config, run)
+        train(engine, steps, begin.step, num_steps, config, checkpointer, run_log, begin.skips_in_a_row)
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
-        with engine.whole():
+        with engine.unsharded():
             after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
         scores = {"evaluation": {"before": before.report(), "after": after.report()}}
         on_first_process(accelerator, lambda: write_ensemble(output_dir, after.weights, config, scores))
@@ -136,54 +137,76 @@ def train(
     config: RunConfig,
     checkpointer: Checkpointer,
     run_log: RunLog,
+    skips_in_a_row: int = 0,
 ) -> None:
-    """Take the optimiser steps from `start_step` to `num_steps` - 1: one loop for every mode and every engine.
+    """Train from `start_step` to `num_steps`, with all that happens every so many steps: the list of hooks.
 
     Raises:
-        Preempted: SIGTERM or SIGINT has come, and the step that was under way is saved.
-        RunError: too many steps in a row in which an agent had to be skipped; what they left is saved.
+        Preempted: SIGTERM or SIGINT has come, and the current step is saved.
+        RunError: too many steps in a row skipped an agent's update; their state is saved.
     """
-    device = engine.accelerator.device
-    accumulation = config.gradient_accumulation_steps
-    lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
     loss_fn = objective_of(config, engine.gather)
-    meter = Meter(config.num_agents, device, config.log_memory_usage)
-    skips = SkippedUpdates(config.max_skipped_steps, checkpointer.facts)
+    lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
+    skips = SkippedUpdates(config.max_skipped_steps, skips_in_a_row, config.output_dir)
+    metrics = LoggedMetrics(
+        *(run_log, engine, skips),
+        logging_steps=config.logging_steps,
+        lambda_sw=config.lambda_sw,
+        with_memory=config.log_memory_usage,
+    )
     with (
         run_log.training(num_steps, start_step),
         StopRequest(engine.accelerator, config.collective_timeout_s) as stop,
-        profiled(steps, start_step, num_steps, engine, config, run_log) as profiled_steps,
+        profiling(config, engine, run_log, Path(config.output_dir), start_step, num_steps) as profile_step,
     ):
-        for step, step_batch in enumerate(profiled_steps, start_step):
-            engine.set_lr(lr_at(step))
-            for micro_step, batch in enumerate(step_batch.micro_batches):
-                with span("data_transfer"):
-                    batch = batch.to(device)
-                slot = micro_step * engine.num_processes + engine.process_index
-                # ---- forward and backward; after the last micro-batch also clip, step and zero ----
-                with engine.micro_batch():
-                    with span("forward_pass"):
-                        output = engine.module(batch, step=step, slot=slot)
-                    part = loss_fn(*output, batch, num_targets=step_batch.num_targets, step=step)
-                    engine.backward(part.share)
-                # -----------------------------------------------------------------------------------
-                meter.add(part, step_batch.num_targets, accumulation, batch.input_BT.numel())
-            meter.end_step()
-            done = step + 1
-            is_logged = done in (1, num_steps) or done % config.logging_steps == 0
-            is_stopped = stop.is_agreed()
-            is_due = is_stopped or done == num_steps or bool(config.save_steps and done % config.save_steps == 0)
-            is_spent = skips.look(done, engine, at_once=is_logged or is_due)
-            metrics = meter.read(engine, config.lambda_sw, done, lr_at(step), skips.read()) if is_logged else None
-            run_log.advance(metrics)
-            if is_due or is_spent:
-                with span("checkpoint"):
-                    checkpointer.save(engine, done, step_batch.epoch)
-            if is_stopped or is_spent:
-                engine.accelerator.wait_for_everyone()
-                if is_spent:
-                    raise skips.error(done, output_dir=config.output_dir)
-                raise Preempted(f"stopped and saved after step {done}; resume_from_checkpoint=auto goes on from there")
+        # Called after every step, in this order and on every process. A hook that may ask for a checkpoint, or for the
+        # end of training, stands before the checkpoints. The profiler is last: it times the others, too.
+        hooks = [
+            stop.after_step,
+            skips.after_step,
+            metrics.after_step,
+            PeriodicCheckpoints(checkpointer, engine, skips, config.save_steps).after_step,
+            profile_step,
+        ]
+        take_steps(engine, steps, start_step, num_steps, loss_fn, lr_at, hooks)
+
+
+def take_steps(
+    engine: Engine,
+    steps: Iterator[StepBatch],
+    start_step: int,
+    num_steps: int,
+    loss_fn: Callable[..., Objective],
+    lr_at: Callable[[int], float],
+    hooks: Sequence[AfterStep],
+) -> None:
+    """The training loop: one for every mode and every engine.
+
+    Raises:
+        Exception: the error with which a hook ends training; the step is saved by then.
+    """
+    device = engine.accelerator.device
+    for step, step_batch in enumerate(each_in_span("data_loading", steps), start_step):
+        losses = []
+        for micro_step, batch in enumerate(step_batch.micro_batches):
+            with span("data_transfer"):
+                batch = batch.to(device)
+            slot = micro_step * engine.num_processes + engine.process_index
+            with engine.micro_batch(is_last=micro_step == len(step_batch.micro_batches) - 1):
+                with span("forward_pass"):
+                    output = engine.module(batch, step=step, slot=slot)
+                part = loss_fn(*output, batch, num_targets=step_batch.num_targets, step=step)
+                engine.backward(part.share)
+            losses.append(MicroBatchLosses(part.nll_K, part.swd))
+        result = engine.step(lr_at(step))
+        done = StepDone(step + 1, num_steps, step_batch, losses, result)
+        for after_step in hooks:
+            after_step(done)
+        if done.error is not None:
+            engine.accelerator.wait_for_everyone()
+            raise done.error
+        if done.ends_training:
+            return
 
 
 def save(engine: Engine, config: RunConfig, output_dir: Path) -> None:

@@ -129,10 +129,11 @@ def step_of(engine: Engine, config: Config, batch: Batch) -> Callable[[], Tensor
 
     def step() -> Tensor:
         now = next(steps)
-        with engine.micro_batch():
+        with engine.micro_batch(is_last=True):
             output = engine.module(batch, step=now)
             part = loss_fn(*output, batch, num_targets=own_targets * engine.num_processes, step=now)
             engine.backward(part.share)
+        engine.step(config.lr)
         return part.nll_K / own_targets
 
     return step

@@ -209,7 +209,7 @@ def test_a_launcher_that_contradicts_configs_yaml_is_refused():
     assert "error: key 'use_deepspeed' is false, but the launcher starts DeepSpeed" in result.stderr
 
 
-def test_losses_that_are_no_number_are_skipped_and_then_end_the_run_with_agents_step_and_a_whole_checkpoint(
+def test_non_finite_losses_are_skipped_and_then_end_the_run_with_agents_step_and_a_whole_checkpoint(
     tmp_path: Path,
 ):
     run = tmp_path / "run"
@@ -217,7 +217,7 @@ def test_losses_that_are_no_number_are_skipped_and_then_end_the_run_with_agents_
     result = launch([sys.executable, "train.py"], *settings, f"output_dir={run}")
     assert result.returncode == 3, result.stderr[-2000:]
     line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
-    assert "agents 0, 1, 2: loss or gradient is no number at step 4" in line
+    assert "agents 0, 1, 2: loss or gradient is not finite at step 4" in line
     assert f"{run}/checkpoints/step_000004 holds" in line
     assert [f"at step {step} " in (run / "train.log").read_text() for step in range(1, 5)] == [False, True, True, True]
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]

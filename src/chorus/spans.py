@@ -1,23 +1,25 @@
-"""Names for the parts of a training step, said where the part is: `with span("task_loss"):`.
+"""Names for the parts of a training step, given where the part is: `with span("task_loss"):`.
 
-A span costs an eighth of a microsecond while nobody listens. The code that names its parts knows nothing of who does:
-a `Stopwatch` (profiler.py), or PyTorch's profiler (trace.py). No span lies inside of a compiled layer or of a recorded
-pass, where there would be no moment to time.
+A span without a listener costs an eighth of a microsecond. Code that names its parts does not know the listener: a
+`Stopwatch` (profiler.py), PyTorch's profiler (trace.py) or the memory forecast. There is no span inside of a compiled
+layer or a captured pass, where nothing could be timed.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Listener = Callable[[str], AbstractContextManager[Any]]
 
-# A plain variable, and no ContextVar: backward on a GPU has a thread of its own, in which that would be unset.
+# A plain variable, not a ContextVar: backward on a GPU runs in a thread of its own, where that would be unset.
 _listener: Listener | None = None
 _SILENT = nullcontext()
+_END = object()
 
 
 def span(name: str) -> AbstractContextManager[Any]:
@@ -25,9 +27,19 @@ def span(name: str) -> AbstractContextManager[Any]:
     return _SILENT if _listener is None else _listener(name)
 
 
+def each_in_span(name: str, items: Iterator[T]) -> Iterator[T]:
+    """The items, each fetched within a span."""
+    while True:
+        with span(name):
+            item = next(items, _END)
+        if item is _END:
+            return
+        yield item  # pyright: ignore[reportReturnType]
+
+
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Have `listener(name)` be the context of every span."""
+    """The context in which `listener(name)` is the context of every span. Process-wide."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -38,7 +50,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @dataclass
 class Span:
-    """What was timed: marks of the clock (seconds, or events on a GPU), and the spans inside."""
+    """A timed span: clock marks (seconds, or events on a GPU), and the spans inside."""
 
     name: str
     begin: Any
@@ -46,13 +58,13 @@ class Span:
     inner: list["Span"] = field(default_factory=list)
 
     def seconds(self) -> float:
-        """From begin to end. On a GPU the end must have been reached."""
+        """From begin to end. On a GPU the device must have reached the end."""
         if isinstance(self.begin, float):
             return self.end - self.begin
         return self.begin.elapsed_time(self.end) / 1000
 
     def own_seconds(self) -> float:
-        """Without the parts inside: those of a step add up to it. Details stay in."""
+        """Without the parts inside, so that the parts of a step add up to it. Details count as part of it."""
         return self.seconds() - _parts_inside(self)
 
     def everything_inside(self) -> Iterator["Span"]:
@@ -67,7 +79,7 @@ def _parts_inside(span: Span) -> float:
 
 
 class Stopwatch:
-    """Times spans on the host's clock, or as a GPU passes them: then nothing waits, and it is read in the end."""
+    """Times spans by the host's clock, or by events on a GPU: then nothing waits until the times are read."""
 
     def __init__(self, device: torch.device):
         self._mark = _event if device.type == "cuda" else perf_counter
@@ -76,7 +88,7 @@ class Stopwatch:
     @contextmanager
     def __call__(self, name: str) -> Iterator[Span]:
         if self._open and self._open[-1].name == "backward_pass":
-            yield self._open[-1]  # passes that are made again in backward are its own time
+            yield self._open[-1]  # passes that backward recomputes count as backward
             return
         timed = Span(name, self._mark())
         if self._open:

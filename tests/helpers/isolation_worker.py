@@ -20,7 +20,7 @@ from toy import toy_agents, toy_samples
 
 import chorus.model.agents
 from chorus.config import Config
-from chorus.data.batches import Batch, collate
+from chorus.data.batches import Batch, StepBatch, collate
 from chorus.errors import InputError
 from chorus.model.agents import AgentOutput, Agents
 from chorus.training.diversity import SwdSettings
@@ -29,6 +29,7 @@ from chorus.training.nonfinite import SkippedUpdates
 from chorus.training.objective import objective
 from chorus.training.signals import StopRequest
 from chorus.training.state import TrainingState, read_state
+from chorus.training.step import StepDone
 
 BROKEN = 1  # the agent
 STEPS, BROKEN_STEP = 3, 1  # of 0, 1, 2
@@ -75,10 +76,10 @@ def rows_of_step(step: int, share: slice = slice(None)) -> Batch:
     return collate(toy_samples(4, seed=step)[share], pad_id=0, points_per_row=3)
 
 
-def take_step(engine: Engine, config: Config, step: int) -> None:
+def take_step(engine: Engine, config: Config, step: int) -> StepDone:
     whole, own = rows_of_step(step), 4 // engine.num_processes
     batch = rows_of_step(step, slice(engine.process_index * own, (engine.process_index + 1) * own))
-    with engine.micro_batch():
+    with engine.micro_batch(is_last=True):
         part = objective(
             *engine.module(batch, step=step),
             batch,
@@ -91,20 +92,25 @@ def take_step(engine: Engine, config: Config, step: int) -> None:
             gather=engine.gather,
         )
         engine.backward(part.share)
+    step_batch = StepBatch([batch], len(whole.target_rows_N), 4, 0)
+    return StepDone(step + 1, 1000, step_batch, [], engine.step(config.lr))
 
 
 def run(engine: Engine, config: Config, kind: str | None = None) -> tuple[list[TrainingState], dict[str, Any]]:
     """The state after each step, with the fault in one of them on the last process; and what is kept of it."""
-    states, facts = [], {}
-    skips = SkippedUpdates(config.max_skipped_steps, facts)
+    states, grad_norm = [], math.nan
+    skips = SkippedUpdates(config.max_skipped_steps, 0, config.output_dir)
     for step in range(STEPS):
         if kind is not None and step == BROKEN_STEP and engine.process_index == engine.num_processes - 1:
             fault(kind, engine)
-        take_step(engine, config, step)
+        done = take_step(engine, config, step)
         mend(engine)
-        skips.look(step + 1, engine, at_once=True)
+        skips.after_step(done)
+        skips.settle(done)
         states.append(clone(read_state(engine)))
-    return states, facts | {"skipped": skips.read(), "grad_norm": float(engine.grad_norm)}
+        grad_norm = float(done.result.grad_norm)
+    facts = {"skips_in_a_row": skips.in_a_row, "skipped": skips.take_count(), "grad_norm": grad_norm}
+    return states, facts
 
 
 def clone(state: TrainingState) -> TrainingState:

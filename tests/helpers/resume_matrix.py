@@ -60,14 +60,14 @@ class Recorder(RunLog):
 
 
 class StatesKept:
-    """A keeper that keeps them in memory."""
+    """A checkpointer that keeps states in memory."""
 
     def __init__(self, fixed: Any) -> None:
-        self.fixed, self.facts = fixed, {}
+        self.fixed = fixed
         self.states: dict[int, TrainingState] = {}
         self.forwards: dict[int, Tensor] = {}
 
-    def save(self, engine: Engine, step: int, epoch: int) -> None:
+    def save(self, engine: Engine, step: int, epoch: int, skips_in_a_row: int) -> None:
         self.states[step] = clone(read_state(engine))
         self.forwards[step] = forward(engine, self.fixed)
 
@@ -100,7 +100,7 @@ def run(mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved |
     checkpointer, recorder = StatesKept(collate(samples[:4], pad_id=0)), Recorder()
     if saved is not None:
         restore_state(engine, clone(saved.states[start]))  # AdamW steps in the tensors that it is given
-        checkpointer.save(engine, start, 0)
+        checkpointer.save(engine, start, epoch=0, skips_in_a_row=0)
     place = {tuple(sample.ids[:-1].tolist()): number for number, sample in enumerate(samples)}
     ids: dict[int, list[int]] = {}
     steps = training_steps(
@@ -119,8 +119,8 @@ def run(mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved |
             ids[step] = in_order(gather_object([own]))
             yield batch
 
-    keeper_like: Any = checkpointer
-    script.train(engine, watched(), start, NUM_STEPS, config, keeper_like, recorder)
+    checkpointer_like: Any = checkpointer
+    script.train(engine, watched(), start, NUM_STEPS, config, checkpointer_like, recorder)
     return Saved(checkpointer.states, checkpointer.forwards, ids, recorder.metrics)
 
 

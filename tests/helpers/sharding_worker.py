@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
         engine, *_ = deepspeed.initialize(model=agents, optimizer=torch.optim.AdamW(adapters), config=settings)
         stage3.register_reads(agents)
         stage3.keep_gathered(engine.optimizer, adapters)
-        with stage3.whole(engine, adapters):
+        with stage3.unsharded(engine, adapters):
             assert share_held(agents) == 1
         for _ in range(2):  # DeepSpeed learns the order of the layers in the first pass and fetches ahead in the next
             engine.backward(engine(toy_batch(), step=3, slot=1).nll_KBT.sum())
@@ -64,8 +64,9 @@ def main(folder: Path) -> None:
     assert state.optimizer_step == 5
     for before, after in ((put_in.weights, state.weights), *((put_in.moments[m], state.moments[m]) for m in MOMENTS)):
         assert all(torch.equal(tensor, after[identity]) for identity, tensor in before.items())
-    with engine.micro_batch():
+    with engine.micro_batch(is_last=True):
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.mean() / 2)
+    engine.step(config.lr)
     weights = {json.dumps(identity): tensor for identity, tensor in read_state(engine).weights.items()}
     live = {json.dumps(identity): tensor for identity, tensor in engine.agents.adapter_tensors().items()}
     assert all(torch.equal(tensor, live[name]) for name, tensor in weights.items())

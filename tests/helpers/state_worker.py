@@ -26,9 +26,10 @@ def main(folder: Path) -> None:
     facts = {"format": 1, "step": 2, "optimizer_step": state.optimizer_step}
     on_first_process(accelerator, lambda: write_checkpoint(folder, state, facts, config))
     assert accelerator.num_processes == 2
-    with engine.micro_batch():
+    with engine.micro_batch(is_last=True):
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.mean() / 2)
-    Checkpointer(folder, config, {}).save(engine, step=3, epoch=0)
+    engine.step(config.lr)
+    Checkpointer(folder, config, {}).save(engine, step=3, epoch=0, skips_in_a_row=0)
     engine.close()
 
 

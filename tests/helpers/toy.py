@@ -18,7 +18,7 @@ from transformers import (
 
 from chorus.data.batches import Batch, Sample
 from chorus.model.adapters import LoraShape, TensorId
-from chorus.model.agents import AgentOutput, Agents, Mode, Regularisation, build_agents
+from chorus.model.agents import AgentOutput, Agents, Mode, Regularisation, RunPass, build_agents
 from chorus.model.execution import Execution
 from chorus.model.kernels.decoder_layers import Recompute
 from chorus.training.diversity import SwdSettings
@@ -119,13 +119,14 @@ def toy_agents(
     device: str = "cpu",
     attention: str = "eager",
     head_dim: int = 8,
+    run_pass: RunPass | None = None,
     **execution: Any,
 ) -> Agents:
     """Agents on a tiny Gemma-2. `trained` gives A and B values of everyday size, so that agents really differ."""
     rates = Regularisation(dropconnect_p, dropout_p, seed=7)
     base = tiny_gemma(dtype=dtype, attention=attention, head_dim=head_dim).to(device)
     how = Execution(recompute=gradient_checkpointing, **execution)
-    agents = build_agents(mode, base, num_agents, toy_shape(), rates, how)
+    agents = build_agents(mode, base, num_agents, toy_shape(), rates, how, run_pass)
     if trained:
         for identity, tensor in agents.adapter_tensors().items():
             generator = torch.Generator().manual_seed(hash_of(str(identity)))

@@ -23,7 +23,7 @@ from chorus.model import agents as agents_module
 from chorus.model.agents import Agents, Mode
 from chorus.model.kernels import cuda_graphs as graphs
 from chorus.monitoring.metrics import Meter
-from chorus.monitoring.profiler import profiled, summary
+from chorus.monitoring.profiler import profiling, summary
 from chorus.monitoring.run_log import RunLog
 from chorus.spans import span
 from chorus.training import objective
@@ -94,7 +94,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     spend_in(objective, "sliced_wasserstein", "swd_loss")
     spend_in(Accelerator, "backward", "backward_pass")
     spend_in(AgentwiseAdamW, "step", "optimizer_step")
-    spend_in(Meter, "end_step", "other")
+    spend_in(Meter, "add", "other")
     return clock
 
 
@@ -165,11 +165,10 @@ def test_the_summary_is_for_people():
     assert "useful TFLOP/s of a process: 1.5" in of_two
 
 
-def test_without_a_profile_the_loop_gets_the_very_iterator_and_no_span_is_heard():
-    steps = steps_of(1)
+def test_without_a_profile_no_span_is_timed(tmp_path: Path):
     nothing: Any = None
-    with profiled(steps, 0, 1, nothing, Config(), nothing) as given:
-        assert given is steps
+    with profiling(Config(), nothing, nothing, tmp_path, 0, 1) as after_step:
+        after_step(nothing)
         assert span("step") is span("forward_pass")
 
 
@@ -233,7 +232,7 @@ def test_a_run_that_fails_leaves_nobody_listening_and_no_trace(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     left = [1, 2]
-    monkeypatch.setattr(Meter, "end_step", after(Meter.end_step, left.pop))
+    monkeypatch.setattr(Meter, "add", after(Meter.add, left.pop))
     with pytest.raises(IndexError) as failure:  # held, and the loop's frame with it
         run(tmp_path, "fused", steps=steps_of(4), count=4, **settings)
     assert span("step") is span("forward_pass"), failure

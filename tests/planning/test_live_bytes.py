@@ -7,7 +7,7 @@ import torch
 from toy import tiny_gemma, toy_agents, toy_batch
 
 from chorus.model.agents import masks_of
-from chorus.planning.live_bytes import LiveBytes, Recorded, bytes_of, fused_attention
+from chorus.planning.live_bytes import CountedPasses, LiveBytes, bytes_of, fused_attention
 
 
 def test_counting_ends_where_nothing_holds_a_tensor_any_more():
@@ -25,16 +25,14 @@ def test_a_storage_is_counted_once_and_its_views_not_at_all():
     assert bytes_of([tensor, tensor[:10], torch.ones(5)]) == 4000 + 20
 
 
-def test_a_recorded_pass_holds_the_peak_of_its_forward_and_backward_between_replays():
-    agents = toy_agents("fused").to("meta")
+def test_a_captured_pass_holds_the_peak_of_its_forward_and_backward_between_replays():
     batch = toy_batch(without_targets=None).to("meta")
     batch = batch._replace(target_rows_N=batch.target_rows_N[:0])
 
     def peak(captured: bool) -> tuple[int, int]:
-        live = LiveBytes()
-        if captured:
-            agents.captured = Recorded(live, partial(masks_of, tiny_gemma()))  # pyright: ignore
-        with live:
+        live, passes = LiveBytes(), CountedPasses(partial(masks_of, tiny_gemma()), captured)
+        agents = toy_agents("fused", run_pass=passes).to("meta")
+        with passes.counted_by(live):
             agents(batch, step=0).hidden_KBTD.sum().backward()
         agents.zero_grad()
         return live.peak, live.now

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import launch, zero2
+from accelerate.state import AcceleratorState
+from accumulation_worker import MICRO_BATCHES, step_over
+from launching import ddp, launch, zero2
 from torch.nn.parallel import DistributedDataParallel
-from toy import gradients_of, toy_agents, toy_batch
+from toy import gradients_of, max_difference, toy_agents, toy_batch
 
 from chorus.config import Config
 from chorus.errors import InputError
@@ -30,6 +32,35 @@ def test_accumulation_is_that_of_configs_yaml_whatever_the_environment_says(monk
     assert make_accelerator(Config(gradient_accumulation_steps=3)).gradient_accumulation_steps == 3
 
 
+def one_large_micro_batch() -> tuple[dict[str, torch.Tensor], float]:
+    return step_over(start_engine(Accelerator(cpu=True), toy_agents("fused"), Config(max_grad_norm=0.0)), 1)
+
+
+def assert_same_step(
+    ours: tuple[dict[str, torch.Tensor], float], theirs: tuple[dict[str, torch.Tensor], float]
+) -> None:
+    assert ours[0].keys() == theirs[0].keys()
+    for name, tensor in theirs[0].items():
+        assert max_difference(ours[0][name], tensor) < 1e-5, name
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+def test_several_micro_batches_and_one_step_are_one_large_micro_batch():
+    expected = one_large_micro_batch()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=MICRO_BATCHES)
+    engine = start_engine(accelerator, toy_agents("fused"), Config(max_grad_norm=0.0))
+    assert_same_step(step_over(engine, MICRO_BATCHES), expected)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("command", [ddp(2), zero2(2)], ids=["ddp", "zero2"])
+def test_micro_batches_of_two_processes_and_one_step_are_one_large_micro_batch(command: list[str], tmp_path: Path):
+    result = launch([*command[:-1], "tests/helpers/accumulation_worker.py"], str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_step(torch.load(tmp_path / "step.pt", weights_only=True), one_large_micro_batch())
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.25])
 def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: float):
     """One SGD-like step cannot be read off AdamW, so the gradient is read where the optimizer would use it."""
@@ -42,11 +73,13 @@ def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: flo
             [gradient.clone() for gradient in gradients_of(agents).values()],  # pyright: ignore
         )
     )
-    with engine.micro_batch():
+    with engine.micro_batch(is_last=True):
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.sum())
+    result = engine.step(0.01)
     norm = torch.stack([gradient.norm() for gradient in seen]).norm().item()
-    assert norm == pytest.approx(max_grad_norm or float(engine.grad_norm), rel=1e-4)
-    assert float(engine.grad_norm) > 1
+    assert norm == pytest.approx(max_grad_norm or float(result.grad_norm), rel=1e-4)
+    assert float(result.grad_norm) > 1
+    assert (result.lr, engine.optimizer.param_groups[0]["lr"]) == (0.01, 0.01)
 
 
 def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults():

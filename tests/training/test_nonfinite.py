@@ -1,4 +1,4 @@
-"""What is no number in one agent, and what becomes of the others: what it would have been without."""
+"""A non-finite loss or gradient of one agent leaves the other agents as if it had not been there."""
 
 import logging
 import math
@@ -18,6 +18,7 @@ from chorus.config import Config
 from chorus.training.engine import Engine, start_engine
 from chorus.training.nonfinite import SkippedUpdates
 from chorus.training.state import read_state, restore_state
+from chorus.training.step import StepDone
 
 MODES = ["fused", "sequential", "parallel"]
 FAULTS = ["forward", "loss", "gradient"]
@@ -74,7 +75,7 @@ def test_the_norm_and_the_clipping_are_those_of_the_agents_that_are_stepped():
     config = CONFIG.model_copy(update={"max_grad_norm": 0.05})
     engine = plain_engine("fused", config)
     fault("gradient", engine)
-    take_step(engine, config, 0)
+    done = take_step(engine, config, 0)
     adapters = {agent: own for agent, own in toy_agents("fused").adapters().items() if agent != BROKEN}
     batch = rows_of_step(0)
     for adapter_F in adapters.values():
@@ -84,7 +85,7 @@ def test_the_norm_and_the_clipping_are_those_of_the_agents_that_are_stepped():
         adapter_F.grad = alone.adapters()[0].grad
     norm = torch.nn.utils.clip_grad_norm_(adapters.values(), config.max_grad_norm)
     assert float(norm) > config.max_grad_norm
-    assert float(engine.grad_norm) == pytest.approx(float(norm), rel=1e-5)
+    assert float(done.result.grad_norm) == pytest.approx(float(norm), rel=1e-5)
     first_moment = read_state(engine).moments["exp_avg"]
     for agent, moment_F in engine.agents.joined(first_moment).items():
         if agent != BROKEN:
@@ -131,63 +132,67 @@ def test_a_state_with_a_skipped_step_is_taken_up_as_it_was():
 
 
 def test_every_skip_is_said_with_agent_and_step(caplog: pytest.LogCaptureFixture):
-    engine, skips = plain_engine(), SkippedUpdates(10, {})
+    engine, skips = plain_engine(), SkippedUpdates(10, 0, "runs/x")
     with caplog.at_level(logging.INFO, "chorus"):
-        take_step(engine, CONFIG, 0)
-        assert not skips.look(1, engine, at_once=False)
+        skips.after_step(take_step(engine, CONFIG, 0))
         fault("forward", engine)
-        take_step(engine, CONFIG, 1)
-        assert not skips.look(2, engine, at_once=False)
+        skips.after_step(take_step(engine, CONFIG, 1))
         assert caplog.messages == []  # read a step later, without waiting for the device ...
-        take_step(engine, CONFIG, 2)
-        assert not skips.look(3, engine, at_once=True)  # ... but where the host waits anyway
+        done = take_step(engine, CONFIG, 2)
+        skips.after_step(done)
+        assert len(caplog.messages) == 1
+        skips.settle(done)  # ... but at once where the host waits anyway
+        assert not done.ends_training
     first, second = caplog.messages
-    assert "agent 1: loss or gradient is no number at step 2 (gradient norm nan)" in first
+    assert "agent 1: loss or gradient is not finite at step 2 (gradient norm nan)" in first
     assert "at step 3" in second
-    assert skips.read() == 2
-    assert skips.read() == 0
+    assert skips.take_count() == 2
+    assert skips.take_count() == 0
 
 
 @pytest.mark.parametrize("allowed", [0, 2])
 def test_only_more_steps_in_a_row_than_allowed_end_the_run_also_over_a_resume(allowed: int):
-    facts: dict = {}
-    engine, skips = plain_engine(), SkippedUpdates(allowed, facts)
+    engine, skips = plain_engine(), SkippedUpdates(allowed, 0, "runs/x")
 
-    def is_spent(done: int, kind: str | None) -> bool:
+    def after(number: int, kind: str | None) -> StepDone:
         if kind:
             fault(kind, engine)
-        take_step(engine, CONFIG, done - 1)
+        done = take_step(engine, CONFIG, number - 1)
         mend(engine)
-        return skips.look(done, engine, at_once=True)
+        skips.after_step(done)
+        skips.settle(done)
+        return done
 
-    for done in range(1, allowed + 1):
-        assert not is_spent(done, "gradient")
-    assert not is_spent(allowed + 1, None)
-    for done in range(allowed + 2, 2 * allowed + 2):
-        assert not is_spent(done, "gradient")
-    assert facts["skips_in_a_row"] == allowed
-    skips = SkippedUpdates(allowed, dict(facts))  # as read from a checkpoint
-    assert is_spent(2 * allowed + 2, "gradient")
-    line = str(skips.error(2 * allowed + 2, "runs/x"))
-    assert line.startswith(f"agent 1: loss or gradient is no number at step {2 * allowed + 2} (gradient norm ")
+    for number in range(1, allowed + 1):
+        assert not after(number, "gradient").ends_training
+    assert not after(allowed + 1, None).ends_training
+    for number in range(allowed + 2, 2 * allowed + 2):
+        assert not after(number, "gradient").ends_training
+    assert skips.in_a_row == allowed
+    skips = SkippedUpdates(allowed, skips.in_a_row, "runs/x")  # as read from a checkpoint
+    done = after(2 * allowed + 2, "gradient")
+    assert done.ends_training
+    assert done.must_save
+    line = str(done.error)
+    assert line.startswith(f"agent 1: loss or gradient is not finite at step {2 * allowed + 2} (gradient norm ")
     assert f"'max_skipped_steps' allows {allowed} " in line
     assert f"runs/x/checkpoints/step_{2 * allowed + 2:06d} holds" in line
 
 
 def test_fp16s_overflow_skips_all_agents_shrinks_the_scale_and_is_not_counted_until_the_scale_is_1():
     """With torch's own scaler, given to Accelerate, which makes one on a GPU only."""
-    accelerator, facts = Accelerator(cpu=True), {}
+    accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     engine = start_engine(accelerator, toy_agents("fused"), CONFIG)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # now, or it would cast the forward
-    skips = SkippedUpdates(10, facts)
-    take_step(engine, CONFIG, 0)
+    skips = SkippedUpdates(10, 0, "runs/x")
+    skips.after_step(take_step(engine, CONFIG, 0))
     before = clone(read_state(engine))
-    assert not skips.look(1, engine, at_once=True)
     fault("gradient", engine)
-    for done, scale, counted in ((2, 2.0, 0), (3, 1.0, 1), (4, 0.5, 2)):
-        take_step(engine, CONFIG, done)
+    for step, scale, counted in ((2, 2.0, 0), (3, 1.0, 1), (4, 0.5, 2)):
+        done = take_step(engine, CONFIG, step)
         assert engine.loss_scale() == scale
-        skips.look(done, engine, at_once=True)
-        assert facts["skips_in_a_row"] == counted
+        skips.after_step(done)
+        skips.settle(done)
+        assert skips.in_a_row == counted
         assert all(are_equal(read_state(engine), before, agent) for agent in range(3))

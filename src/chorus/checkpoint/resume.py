@@ -53,6 +53,11 @@ class Start(NamedTuple):
         """Optimiser steps that are already done."""
         return self.facts.get("step", 0)
 
+    @property
+    def skips_in_a_row(self) -> int:
+        """How many of the last steps, without a gap, skipped an agent's update."""
+        return self.facts.get("skips_in_a_row", 0)
+
     def log(self) -> None:
         """Say where the run begins, and which checkpoints were passed over."""
         for note in self.notes:

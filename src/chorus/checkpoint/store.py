@@ -55,8 +55,11 @@ class Checkpointer:
     config: Config
     facts: dict[str, Any]
 
-    def save(self, engine: Engine, step: int, epoch: int) -> None:
+    def save(self, engine: Engine, step: int, epoch: int, skips_in_a_row: int) -> None:
         """Write the checkpoint after `step` optimiser steps. A collective call; the first process writes.
+
+        Args:
+            skips_in_a_row: how many of the last steps, without a gap, skipped an agent's update.
 
         Raises:
             RunError: on every process alike: it could not be written, or a number in it is none.
@@ -64,7 +67,8 @@ class Checkpointer:
         state = read_state(engine)
         for tensors in (state.weights, *state.moments.values()):
             refuse_non_finite(tensors)
-        facts = {"format": FORMAT, "step": step, "epoch": epoch, "optimizer_step": state.optimizer_step, **self.facts}
+        done = {"format": FORMAT, "step": step, "epoch": epoch, "optimizer_step": state.optimizer_step}
+        facts = {**done, **self.facts, "skips_in_a_row": skips_in_a_row}
         folder = on_first_process(
             engine.accelerator, lambda: write_checkpoint(self.output_dir, state, facts, self.config)
         )

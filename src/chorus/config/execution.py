@@ -7,13 +7,16 @@ from pydantic.types import PositiveInt
 
 from chorus.config.section import MayChange, Section
 
+Mode = Literal["fused", "sequential", "parallel"]
+Recompute = Literal["none", "selective", "full"]
+
 
 class ExecutionSettings(Section):
     """How passes are carried out. No key here changes a result, beyond rounding."""
 
     TITLE: ClassVar[str] = "Execution"
 
-    parallel_mode: MayChange[Literal["fused", "sequential", "parallel"]] = "fused"
+    parallel_mode: MayChange[Mode] = "fused"
     """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
     agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""
     agents_per_pass: MayChange[PositiveInt | None] = None
@@ -23,7 +26,7 @@ class ExecutionSettings(Section):
     """auto, eager, sdpa, flex_attention or flash_attention_2. auto: with a soft-cap (Gemma-2) eager, and on a GPU, for
     rows of 1,024 tokens or more, flash_attention_2 where it is installed or flex_attention in compiled layers; without
     a soft-cap what transformers takes. The log says what was chosen, and why."""
-    gradient_checkpointing: MayChange[Literal["none", "selective", "full"] | None] = None
+    gradient_checkpointing: MayChange[Recompute | None] = None
     """What of each decoder layer is computed again in the backward pass, for less memory and more time. none: nothing.
     selective: all but the results of its products with weights. full: the whole layer. null: none, or what
     use_gradient_checkpointing says."""
@@ -53,6 +56,6 @@ class ExecutionSettings(Section):
         return wanted
 
     @property
-    def recomputation(self) -> Literal["none", "selective", "full"]:
+    def recomputation(self) -> Recompute:
         """What `gradient_checkpointing` and its older spelling come to."""
         return self.gradient_checkpointing or ("full" if self.use_gradient_checkpointing else "none")

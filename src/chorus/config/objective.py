@@ -7,6 +7,8 @@ from pydantic.types import NonNegativeFloat, PositiveInt
 
 from chorus.config.section import Section
 
+Representation = Literal["tokens", "mean", "last"]
+
 
 class ObjectiveSettings(Section):
     """The diversity term beside the cross-entropy."""
@@ -18,7 +20,7 @@ class ObjectiveSettings(Section):
     Above 0 it needs num_agents of at least 2; 0 turns it off at no cost."""
     swd_num_projections: PositiveInt = 64
     """Random directions onto which the sliced distance projects, new at every optimiser step."""
-    swd_representation: Literal["tokens", "mean", "last"] = "tokens"
+    swd_representation: Representation = "tokens"
     """The points that are compared. tokens: target tokens, each a point; mean: the mean of a row's target tokens;
     last: a row's last target token."""
     swd_points_per_row: PositiveInt = 16

@@ -1,12 +1,12 @@
 """K agents over one frozen base, in one of three modes behind one interface.
 
 fused       one PeftModel with K adapters; all agents in one pass over K x B rows: the fastest. In groups of
-            `agents_per_pass`, a group's activations are made again in backward, so that only one group's are ever held;
-            but where every layer's are anyway (recompute "full"), which leaves one group's at the layer under way.
+            `agents_per_pass`, backward recomputes a group's activations, so that only one group's are held at a time;
+            not with recompute "full", which already holds those of one layer only.
 sequential  groups of one: the least memory, one forward pass more.
 parallel    K PeftModels whose frozen parameters and buffers are the same storage; all activations are held.
 
-Every mode keeps five promises (tests/test_agents.py holds them):
+Every mode keeps five promises (tests/model/test_agents.py holds them):
 
 1. the agents in order, the stated shapes and dtypes;
 2. gradients reach the adapters of every agent and nothing else;
@@ -16,18 +16,19 @@ Every mode keeps five promises (tests/test_agents.py holds them):
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chorus.config.execution import Mode
 from chorus.data.batches import Batch
 from chorus.model.adapters import (
     BASE_ALONE,
@@ -44,13 +45,14 @@ from chorus.model.attention import attention_masks
 from chorus.model.base import Head, base_tensors, head_of, trunk_of
 from chorus.model.execution import PLAIN, Execution
 from chorus.model.flat_adapter import Layout, stack
-from chorus.model.kernels.cuda_graphs import CapturedPasses, Rows
+from chorus.model.kernels.cuda_graphs import CapturedPasses, Pass, Rows
 from chorus.model.kernels.decoder_layers import prepare_layers, recomputed
 from chorus.model.regularisation import Noise, draw_keep_masks
 from chorus.model.token_nll import token_nll
 from chorus.spans import span
 
-Mode = Literal["fused", "sequential", "parallel"]
+# Carries out `pass(rows, flat_KF, masks)` of a key; passes of equal keys do the same. `CapturedPasses` is one.
+RunPass = Callable[[Hashable, Pass, Rows, Tensor], Tensor]
 
 
 class AgentOutput(NamedTuple):
@@ -74,6 +76,16 @@ class Regularisation:
     seed: int
 
 
+def draw_noise(adapters: Mapping[int, Tensor], rates: Regularisation, step: int) -> Noise:
+    """The random draws of an optimiser step, for its first micro-batch. DropConnect masks are drawn here."""
+    masked = adapters if rates.dropconnect_p > 0 else {}
+    keep = draw_keep_masks(masked, rates.dropconnect_p, rates.seed, step)
+    return Noise(rates.seed, step, 0, keep, rates.dropconnect_p, rates.dropout_p)
+
+
+DrawNoise = Callable[[Mapping[int, Tensor], Regularisation, int], Noise]
+
+
 def held_agents(num_agents: int) -> tuple[int, ...]:
     """The agents that this process holds: all of them. The one place to change if they are ever spread over GPUs."""
     return tuple(range(num_agents))
@@ -86,29 +98,37 @@ def build_agents(
     shape: LoraShape,
     rates: Regularisation,
     execution: Execution = PLAIN,
+    run_pass: RunPass | None = None,
+    draw: DrawNoise = draw_noise,
 ) -> "Agents":
     """Put the agents this process holds on `model`, which must already lie on its device, frozen.
+
+    Args:
+        run_pass: carries out training passes; None: as CUDA graphs or not, as `execution` says.
+        draw: draws the noise of an optimiser step.
 
     Raises:
         InputError: target modules, gradient checkpointing or compilation that the model does not have.
     """
     agents = held_agents(num_agents)
     router = AdapterRouter()
+    if run_pass is None and execution.captured:
+        run_pass = CapturedPasses(partial(masks_of, model))
     match mode:
         case "fused" | "sequential":
             size = 1 if mode == "sequential" else execution.agents_per_pass or len(agents)
+            groups = [agents[first : first + size] for first in range(0, len(agents), size)]
+            is_recomputed = mode == "sequential" or execution.recompute != "full"
             peft_models = [attach_agents(model, agents, shape, router)]
-            grouped = GroupedAgents(agents, peft_models, router, rates, shape)
-            grouped.groups = [agents[first : first + size] for first in range(0, len(agents), size)]
-            grouped.is_recomputed = mode == "sequential" or execution.recompute != "full"
-            built = grouped
+            built = GroupedAgents(
+                agents, peft_models, router, rates, shape, run_pass, draw, groups, is_recomputed=is_recomputed
+            )
         case "parallel":
             copies = [model, *(copy_sharing_storage(model) for _ in agents[1:])]
             peft_models = [attach_agents(own, [k], shape, router) for own, k in zip(copies, agents, strict=True)]
-            built = ParallelAgents(agents, peft_models, router, rates, shape)
+            built = ParallelAgents(agents, peft_models, router, rates, shape, run_pass, draw)
     for peft_model in peft_models:
         prepare_layers(causal_lm(peft_model), router, recompute=execution.recompute, compiled=execution.compiled)
-    built.captured = CapturedPasses(partial(masks_of, model)) if execution.captured else None
     return built
 
 
@@ -137,6 +157,8 @@ class Agents(nn.Module):
         router: AdapterRouter,
         rates: Regularisation,
         shape: LoraShape,
+        run_pass: RunPass | None,
+        draw: DrawNoise,
     ):
         super().__init__()
         self.agents = tuple(agents)
@@ -144,7 +166,7 @@ class Agents(nn.Module):
         self.router = router
         self.rates = rates
         self.config = causal_lm(peft_models[0]).config
-        self.captured: CapturedPasses | None = None
+        self._run_pass, self._draw = run_pass, draw
         # Looked up once: a walk through some thousand modules takes the host as long as a small pass.
         self._layers = {peft_model: lora_layers(peft_model) for peft_model in peft_models}
         for agent in self.agents:
@@ -249,10 +271,10 @@ class Agents(nn.Module):
         with span("_".join(["forward_pass.agent", *map(str, agents)])):
             rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
             flat_KF = self._weights(agents, noise)
-            if self.captured is not None and self.training and flat_KF is not None:
-                # The agents' weights are an argument: one recording serves every group of as many agents of a model.
+            if self._run_pass is not None and self.training and flat_KF is not None:
+                # The agents' weights are an argument: one capture serves every group of as many agents of a model.
                 key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
-                hidden_NTD = self.captured(key, run, rows, flat_KF)
+                hidden_NTD = self._run_pass(key, run, rows, flat_KF)
             else:
                 hidden_NTD = run(rows, flat_KF, None)
         with span("task_loss"):
@@ -267,21 +289,32 @@ class Agents(nn.Module):
         if step is None or (rates.dropconnect_p == 0 and rates.dropout_p == 0):
             return None
         if self._noise is None or self._noise.step != step:
-            masked = self.adapters() if rates.dropconnect_p > 0 else {}
-            keep = draw_keep_masks(masked, rates.dropconnect_p, rates.seed, step)
-            self._noise = Noise(rates.seed, step, slot, keep, rates.dropconnect_p, rates.dropout_p)
+            self._noise = self._draw(self.adapters(), rates, step)
         return replace(self._noise, slot=slot)
 
 
 class GroupedAgents(Agents):
     """Groups of agents through one PeftModel, each group in one pass.
 
-    Attributes:
-        is_recomputed: several groups' activations are made again in backward, one group at a time.
+    Args:
+        groups: the agents in order, cut into groups.
+        is_recomputed: backward recomputes the activations of several groups, one group at a time.
     """
 
-    groups: list[tuple[int, ...]]
-    is_recomputed: bool
+    def __init__(
+        self,
+        agents: Sequence[int],
+        peft_models: list[PeftModel],
+        router: AdapterRouter,
+        rates: Regularisation,
+        shape: LoraShape,
+        run_pass: RunPass | None,
+        draw: DrawNoise,
+        groups: Sequence[tuple[int, ...]],
+        is_recomputed: bool,
+    ):
+        super().__init__(agents, peft_models, router, rates, shape, run_pass, draw)
+        self.groups, self.is_recomputed = groups, is_recomputed
 
     def peft_model(self, agent: int) -> PeftModel:
         return self.peft_models[0]  # pyright: ignore[reportReturnType]

@@ -1,22 +1,37 @@
-"""Sums over micro-batches that become a row of metrics.jsonl."""
+"""The row of metrics.jsonl: means over the steps since the row before."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from chorus.monitoring.memory import peak_bytes
+from chorus.monitoring.run_log import RunLog
 from chorus.training.engine import Engine
-from chorus.training.objective import Objective
+from chorus.training.nonfinite import SkippedUpdates
+from chorus.training.step import StepDone
+
+
+class Means(NamedTuple):
+    """Means over some steps, all processes and all micro-batches.
+
+    Attributes:
+        task_losses: CE of each agent, nats a token; NaN where a loss was not finite.
+        swd: R_SW; None when lambda is 0.
+        agent_tokens_per_second: K x B x T over the time, padding included.
+    """
+
+    task_losses: list[float]
+    swd: float | None
+    agent_tokens_per_second: float
 
 
 class Meter:
-    """Sums of what every micro-batch reports, kept on the device: reading them is the only synchronisation."""
+    """Sums of losses and tokens over steps. They stay on the device until `read`, so that nothing waits before."""
 
-    def __init__(self, num_agents: int, device: torch.device, with_memory: bool = False):
+    def __init__(self, num_agents: int, device: torch.device):
         self.num_agents = num_agents
         self.device = device
-        self.with_memory = with_memory
         self._reset()
 
     def _reset(self) -> None:
@@ -27,39 +42,67 @@ class Meter:
         self.steps = 0
         self.began = time.perf_counter()
 
-    def add(self, part: Objective, num_targets: int, num_micro_batches: int, tokens: int) -> None:
-        """One micro-batch of this process. `tokens` counts B x T, padding included, as the device computes it."""
-        self.ce_K += part.nll_K.double() / num_targets
-        self.tokens += tokens
-        if part.swd is not None:
-            self.has_swd = True
-            self.swd += part.swd.double() / num_micro_batches
-
-    def end_step(self) -> None:
+    def add(self, step: StepDone) -> None:
+        """Add the losses of this process. Tokens count as the device computes them: B x T, padding included."""
         self.steps += 1
+        for batch, losses in zip(step.batch.micro_batches, step.losses, strict=True):
+            self.ce_K += losses.nll_K.double() / step.batch.num_targets
+            self.tokens += batch.input_BT.numel()
+            if losses.swd is not None:
+                self.has_swd = True
+                self.swd += losses.swd.double() / len(step.losses)
 
-    def read(self, engine: Engine, lambda_sw: float, step: int, lr: float, skipped: int) -> dict[str, Any]:
-        """Means over the steps since the last reading, over all processes; a collective call. Starts anew.
-
-        `skipped` counts the agents' updates that were skipped since then. A mean is NaN where a loss was no number.
-        """
+    def read(self, engine: Engine) -> Means:
+        """Means over the steps since the last reading; then start again. A collective call."""
         tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.device)
         *ce, tokens = engine.sum(torch.cat([self.ce_K / self.steps, tokens])).tolist()
         seconds = time.perf_counter() - self.began
         swd = float(self.swd) / self.steps if self.has_swd else None
-        task_loss = sum(ce) / len(ce)
-        metrics = {
-            "step": step,
-            "loss": task_loss - lambda_sw * (swd or 0.0),
+        self._reset()
+        return Means(ce, swd, self.num_agents * tokens / seconds)
+
+
+class LoggedMetrics:
+    """Writes a row of metrics every `logging_steps` steps, after the first step, and after the last one."""
+
+    def __init__(
+        self,
+        run_log: RunLog,
+        engine: Engine,
+        skips: SkippedUpdates,
+        *,
+        logging_steps: int,
+        lambda_sw: float,
+        with_memory: bool = False,
+    ):
+        self.run_log, self.engine, self.skips = run_log, engine, skips
+        self.logging_steps, self.lambda_sw, self.with_memory = logging_steps, lambda_sw, with_memory
+        self.device = engine.accelerator.device
+        self.meter = Meter(len(engine.agents.agents), self.device)
+
+    def after_step(self, step: StepDone) -> None:
+        """Count the step; write a row where it is due. A collective call there."""
+        self.meter.add(step)
+        row = None
+        if step.number == 1 or step.is_due(self.logging_steps):
+            self.skips.settle(step)
+            row = self._row(step)
+        self.run_log.advance(row)
+
+    def _row(self, step: StepDone) -> dict[str, Any]:
+        means = self.meter.read(self.engine)
+        task_loss = sum(means.task_losses) / len(means.task_losses)
+        row = {
+            "step": step.number,
+            "loss": task_loss - self.lambda_sw * (means.swd or 0.0),
             "task_loss": task_loss,
-            "swd": swd,
-            "task_loss_per_agent": ce,
-            "lr": lr,
-            "grad_norm": float(engine.grad_norm),
-            "skipped": skipped,
-            "agent_tokens_per_second": self.num_agents * tokens / seconds,
+            "swd": means.swd,
+            "task_loss_per_agent": means.task_losses,
+            "lr": step.result.lr,
+            "grad_norm": float(step.result.grad_norm),
+            "skipped": self.skips.take_count(),
+            "agent_tokens_per_second": means.agent_tokens_per_second,
         }
         if self.with_memory:
-            metrics["peak_memory_gib"] = peak_bytes(self.device) / 2**30
-        self._reset()
-        return metrics
+            row["peak_memory_gib"] = peak_bytes(self.device) / 2**30
+        return row

@@ -1,16 +1,16 @@
-"""Where the time of a step goes: the first steps of a run, timed part by part, and then a trace of two more.
+"""Where the time of a step goes: times the first steps of a run part by part, then traces two more.
 
-The parts of a step are spans (spans.py) that do not overlap: what lies in one part and is a part itself is taken out of
-it, and what is in none is `other`, so that they add up to the step. What no clock can separate stays where it happens:
-the gradients' reduction, which DDP and ZeRO-2 overlap with `backward_pass`, and ZeRO-2's gathering of the stepped
-weights in `optimizer_step`. On a GPU a part lasts from where the device reaches it to where the device leaves it: what
-the host does while the device is busy costs nothing, and shows as nothing.
+The parts of a step are spans (spans.py). They do not overlap: a part inside of another is subtracted from it, and time
+outside of all parts is `other`, so that parts add up to the step. Some work cannot be separated and counts where it
+happens: the reduction of gradients, which DDP and ZeRO-2 overlap with `backward_pass`, and ZeRO-2's gathering of the
+updated weights in `optimizer_step`. On a GPU a part lasts from when the device reaches it until the device leaves it:
+host work that overlaps with a busy device shows as nothing.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from chorus.collectives import on_first_process
-from chorus.config import RunConfig
+from chorus.config.instruments import InstrumentSettings
 from chorus.data.batches import StepBatch
 from chorus.model.agents import causal_lm
 from chorus.monitoring.flops import Work, work_of
@@ -27,6 +27,7 @@ from chorus.monitoring.run_log import RunLog
 from chorus.monitoring.trace import Trace, tracing, write_trace
 from chorus.spans import Span, Stopwatch, listening, span
 from chorus.training.engine import Engine
+from chorus.training.step import AfterStep, StepDone
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +37,10 @@ TRACED_STEPS = 2  # enough to see what a step does and what is between two of th
 class ProfiledStep(NamedTuple):
     """One optimiser step of this process.
 
-    timed: the step and the parts in it.
+    timed: the step and its parts.
     tokens: agent-tokens, K x B x T over its micro-batches, padding included.
     flops: useful ones.
-    is_warm: nothing was made for the first time in it.
+    is_warm: nothing was compiled or captured in it, and it was not the first.
     """
 
     timed: Span
@@ -48,30 +49,36 @@ class ProfiledStep(NamedTuple):
     is_warm: bool
 
 
-def profiled(
-    steps: Iterator[StepBatch], start_step: int, num_steps: int, engine: Engine, config: RunConfig, run_log: RunLog
-) -> AbstractContextManager[Iterator[StepBatch]]:
-    """A context that gives the steps, profiled in passing as `config` asks; the same iterator where it does not.
+@contextmanager
+def profiling(
+    settings: InstrumentSettings, engine: Engine, run_log: RunLog, output_dir: Path, start_step: int, num_steps: int
+) -> Iterator[AfterStep]:
+    """The context of profiled training; gives the hook that marks the end of a step.
 
-    The step after `start_step` warms up, `profile_steps` are timed and reported, then `profile_trace` traces two more.
-    Reporting is a collective call, at the same step on every process.
+    Enter it just before the first step, and call the hook after all others, so that their time counts. The first step
+    warms up, `profile_steps` are timed and reported, then `profile_trace` traces two more. The report is a collective
+    call, at the same step on every process.
     """
-    if not config.profile_steps and not config.profile_trace:
-        return nullcontext(steps)
-    wanted = 1 + config.profile_steps + config.profile_trace
+    if not settings.profile_steps and not settings.profile_trace:
+        yield lambda step: None
+        return
+    wanted = 1 + settings.profile_steps + settings.profile_trace
     if num_steps - start_step < wanted:
         left = max(num_steps - start_step, 0)
         logger.warning("profiling needs %d steps, one to warm up, and %d are left: it will be short", wanted, left)
-    # Closed also when the run fails, so that nobody listens any more.
-    return closing(_profiled(steps, start_step, num_steps, engine, config, run_log))
+    # Closed also when the run fails, so that the listener goes.
+    with closing(_profile(settings, engine, run_log, output_dir, start_step, num_steps)) as profile:
+        next(profile)
+        yield profile.send
 
 
-def _profiled(
-    steps: Iterator[StepBatch], start_step: int, num_steps: int, engine: Engine, config: RunConfig, run_log: RunLog
-) -> Generator[StepBatch]:
-    accelerator = engine.accelerator
-    timed_until = min(start_step + 1 + config.profile_steps, num_steps)
-    traced_until = min(timed_until + config.profile_trace * TRACED_STEPS, num_steps)
+def _profile(
+    settings: InstrumentSettings, engine: Engine, run_log: RunLog, output_dir: Path, start_step: int, num_steps: int
+) -> Generator[None, StepDone]:
+    """Every `yield` is a step of the loop, and gives what was done in it."""
+    accelerator, num_agents = engine.accelerator, len(engine.agents.agents)
+    timed_until = min(start_step + 1 + settings.profile_steps, num_steps)
+    traced_until = min(timed_until + settings.profile_trace * TRACED_STEPS, num_steps)
     watched: list[ProfiledStep] = []
     work = work_of(causal_lm(engine.agents.peft_model(engine.agents.agents[0])))
     stopwatch = Stopwatch(accelerator.device)
@@ -79,23 +86,19 @@ def _profiled(
         for _ in range(start_step, timed_until):
             compiled = counters["stats"]["unique_graphs"]
             with stopwatch("step") as timed:
-                with span("data_loading"):
-                    step_batch = next(steps)
-                yield step_batch
+                done = yield
             is_warm = bool(watched) and compiled == counters["stats"]["unique_graphs"]
-            watched.append(_profiled_step(timed, step_batch, config.num_agents, work, is_warm))
-    if config.profile_steps:
+            watched.append(_profiled_step(timed, done.batch, num_agents, work, is_warm))
+    if settings.profile_steps:
         _report(watched, timed_until, engine, run_log)
     if traced_until > timed_until:
         with tracing(accelerator.device) if accelerator.is_main_process else nullcontext() as trace:
             for step in range(timed_until, traced_until):
                 with span(f"step {step + 1}"):
-                    with span("data_loading"):
-                        step_batch = next(steps)
-                    yield step_batch
-        folder = Path(config.output_dir, "profile")
-        on_first_process(accelerator, lambda: write_trace(cast(Trace, trace), folder))
-    yield from steps
+                    yield
+        on_first_process(accelerator, lambda: write_trace(cast(Trace, trace), output_dir / "profile"))
+    while True:
+        yield
 
 
 def _profiled_step(timed: Span, step_batch: StepBatch, num_agents: int, work: Work, is_warm: bool) -> ProfiledStep:
@@ -109,7 +112,7 @@ def _profiled_step(timed: Span, step_batch: StepBatch, num_agents: int, work: Wo
 
 
 def _report(watched: Sequence[ProfiledStep], step: int, engine: Engine, run_log: RunLog) -> None:
-    """Tell the journal. A collective call, in which every process does the same."""
+    """Write the report to the run's log. A collective call: every process takes part."""
     device = engine.accelerator.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -122,7 +125,7 @@ def _report(watched: Sequence[ProfiledStep], step: int, engine: Engine, run_log:
 
 
 def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any] | None:
-    """Averages over the warm steps, as they go to metrics.jsonl; None where a process has none. A collective call.
+    """Averages over the warm steps, for metrics.jsonl; None if a process has no warm step. A collective call.
 
     parts: by name, in order of appearance: seconds (a call), calls, share of the step, and over all processes
         slowest_process_seconds (a call).
@@ -130,7 +133,7 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
     warm = [step for step in watched if step.is_warm]
     names = dict.fromkeys(inner.name for step in watched for inner in step.timed.everything_inside())
     passes = Counter(name.partition(".")[0] for name in names if "." in name)
-    alone = {name for name in names if passes[name.partition(".")[0]] == 1 and "." in name}  # all of its part: no news
+    alone = {name for name in names if passes[name.partition(".")[0]] == 1 and "." in name}  # equal to their part
     names = [*(name for name in names if name != "recording" and name not in alone), "other", "step"]
     total, calls = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for step in warm:
@@ -174,10 +177,10 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
 
 def summary(report: Mapping[str, Any], step: int) -> list[str]:
     """The report in lines for people."""
-    is_one_of_many = report["processes"] > 1
+    has_others = report["processes"] > 1
 
     def line(name: str, part: Mapping[str, Any]) -> str:
-        slowest = f", {part['slowest_process_seconds']:.4f}s on the slowest process" if is_one_of_many else ""
+        slowest = f", {part['slowest_process_seconds']:.4f}s on the slowest process" if has_others else ""
         share = f", {part['share']:.1%} of the step" if name != "step" else ""
         return f"{name}: {part['seconds']:.4f}s (avg over {part['calls']} calls){share}{slowest}"
 
@@ -186,6 +189,6 @@ def summary(report: Mapping[str, Any], step: int) -> list[str]:
         *(line(name, part) for name, part in report["parts"].items()),
         line("step", report["step"]),
         f"agent-tokens/s: {report['agent_tokens_per_second']:,.0f}",
-        f"useful TFLOP/s{' of a process' if is_one_of_many else ''}: {report['useful_tflops_per_process']:.4g}",
+        f"useful TFLOP/s{' of a process' if has_others else ''}: {report['useful_tflops_per_process']:.4g}",
         f"warm-up: {report['warm_up_seconds']:.4f}s in {report['warm_up_steps']} steps, not in the averages",
     ]

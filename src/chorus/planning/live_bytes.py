@@ -1,10 +1,11 @@
-"""Counting the bytes that live while code runs on the meta device, and stand-ins for what does not run there.
+"""Count the bytes that live while code runs on the meta device, and stand in for what does not run there.
 
 On the meta device tensors have shapes and storages of a size, but no values: a model of any size takes no memory.
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from chorus.model.agents import Regularisation
 from chorus.model.kernels.cuda_graphs import Pass, Rows
 from chorus.model.regularisation import Noise
 
@@ -28,7 +30,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make within its context, while anything holds them.
+    """Counts the storages that operators make within its context, for as long as anything holds them.
 
     Attributes:
         now: bytes that live.
@@ -42,13 +44,13 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # what compiled code does is counted, what compiling it does is not
+        return True  # count what compiled code does, but not what the compiler does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 1  # someone asks for a value, such as whether a mask is all True
+            return 1  # code reads a value, such as whether a mask is all True
         for tensor in tree_leaves((args, kwargs)):
-            self._note(tensor, counts=False)  # what comes from outside is no news, nor is a view of it
+            self._note(tensor, counts=False)  # made outside of the context: neither it nor a view of it counts
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             self._note(tensor, counts=True)
@@ -72,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Undrawn(Noise):
-    """Noise of the right shapes: a meta device has no generator to draw from."""
+    """Noise of the right shapes. The meta device has no generator to draw from."""
 
     def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
         if self.dropout_p == 0:
@@ -80,33 +82,61 @@ class Undrawn(Noise):
         return x_NI * torch.empty_like(x_NI, dtype=torch.bool) / (1 - self.dropout_p)
 
 
-class Recorded:
-    """Stands for `graphs.CapturedPasses`: a recorded pass keeps its peak for itself, its inputs and outputs beside."""
+def undrawn_noise(adapters: Mapping[int, Tensor], rates: Regularisation, step: int) -> Undrawn:
+    """As `agents.draw_noise`, without drawing."""
+    masked = adapters.items() if rates.dropconnect_p > 0 else ()
+    keep = {agent: torch.empty_like(adapter_F, dtype=torch.bool) for agent, adapter_F in masked}
+    return Undrawn(rates.seed, step, 0, keep, rates.dropconnect_p, rates.dropout_p)
 
-    def __init__(self, live: LiveBytes, masks_of: Callable[[Rows], Any]):
-        self.live, self.masks_of = live, masks_of
+
+class CountedPasses:
+    """Stands for `CapturedPasses` on the meta device, where there are no CUDA graphs.
+
+    A captured pass keeps all the memory of its peak, and its inputs and outputs beside. Outside of `counted_by` a pass
+    runs with masks that already exist, and nothing is kept: layers compile then. With masks made inside of the pass,
+    reading a mask's value would keep a layer from being compiled.
+
+    Args:
+        is_captured: count what a CUDA graph keeps. False: count the pass as it runs without graphs.
+    """
+
+    def __init__(self, masks_of: Callable[[Rows], Any], is_captured: bool):
+        self.masks_of, self.is_captured = masks_of, is_captured
+        self.live: LiveBytes | None = None
         self.held: dict[Hashable, list[Tensor]] = {}
         self.awaiting: weakref.ref[Tensor] | None = None
 
+    @contextmanager
+    def counted_by(self, live: LiveBytes) -> Iterator[None]:
+        """The context of counted passes; enters that of `live`, too."""
+        self.live = live
+        with live:
+            yield
+        self.live = None
+
     def __call__(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> Tensor:
+        if self.live is None:
+            return run(rows, flat_KF, self.masks_of(rows))
+        if not self.is_captured:
+            return run(rows, flat_KF, None)
         if self.awaiting is not None and self.awaiting() is not None:
             return run(rows, flat_KF, None)
         if key not in self.held:
-            self.held[key] = self._capture(run, rows, flat_KF)
+            self.held[key] = self._capture(self.live, run, rows, flat_KF)
         hidden_NTD: Tensor = _Replayed.apply(self.held[key][-1], flat_KF)  # pyright: ignore
         if hidden_NTD.requires_grad:
             self.awaiting = weakref.ref(hidden_NTD)
         return hidden_NTD
 
     @torch.enable_grad()
-    def _capture(self, run: Pass, rows: Rows, flat_KF: Tensor) -> list[Tensor]:
+    def _capture(self, live: LiveBytes, run: Pass, rows: Rows, flat_KF: Tensor) -> list[Tensor]:
         flat_KF = flat_KF.detach().clone().requires_grad_()
         masks = self.masks_of(rows)
-        before, self.live.peak = self.live.now, self.live.now
+        before, live.peak = live.now, live.now
         hidden_NTD = run(rows, flat_KF, masks)
         (gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, torch.empty_like(hidden_NTD))
-        inside = self.live.peak - before - hidden_NTD.nbytes
-        if self.held:  # they share one pool, but for what leaves it
+        inside = live.peak - before - hidden_NTD.nbytes
+        if self.held:  # all captures share one pool, except for what leaves it
             return [masks, flat_KF, gradient_KF, hidden_NTD.detach()]
         del gradient_KF
         return [masks, flat_KF, torch.empty(inside, dtype=torch.uint8, device="meta"), hidden_NTD.detach()]

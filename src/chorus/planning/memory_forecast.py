@@ -1,13 +1,14 @@
-"""What a run will need of each device's memory, told before a weight is read.
+"""Forecast how much memory of each device a run needs, before any weight is read.
 
-No architecture has a formula here: one micro-batch runs through the real code, every layer of it, on torch's meta
-device, where tensors have shapes and no values, and the bytes of the storages that live at a time are counted. So
-modes, groups of agents, gradient checkpointing, compiled layers and the attention's scores need what the code makes of
-them. Added by count is what that pass does not hold: optimizer state and its sharding, an engine's buffers, the loss
-as a GPU computes it.
+There is no formula for an architecture. One micro-batch runs through the real code, every layer of it, on torch's meta
+device, where tensors have shapes but no values, and the bytes of the storages that live at the same time are counted.
+So the forecast follows the code in modes, groups of agents, gradient checkpointing, compiled layers and attention
+scores. What that pass does not hold is added by arithmetic: optimizer state and its sharding, an engine's buffers, and
+the loss as a GPU computes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -22,22 +23,23 @@ from chorus.config import RunConfig
 from chorus.data.batches import Batch
 from chorus.model import token_nll
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Agents, Regularisation, build_agents, causal_lm, masks_of
+from chorus.model.agents import Agents, Regularisation, build_agents, masks_of
 from chorus.model.attention import choose_attention
 from chorus.model.base import Head, load_skeleton
 from chorus.model.execution import Execution, decide_execution
-from chorus.planning.live_bytes import LiveBytes, Recorded, Undrawn, bytes_of, fused_attention
+from chorus.planning.live_bytes import CountedPasses, LiveBytes, bytes_of, fused_attention, undrawn_noise
+from chorus.spans import listening
 from chorus.training.engine import DTYPES
 
 GIB = 2**30
-# What a GPU's allocator reserved beyond all that is counted, whatever the model: 0.5 to 1.5 GiB in 22 of 29 rows on an
-# H200, up to 2.7 in the others (benchmarks/LOG.md): the libraries' workspaces, and gaps between blocks.
+# Measured: what a GPU's allocator reserved beyond all that is counted, whatever the model. 0.5 to 1.5 GiB in 22 of 29
+# rows on an H200, up to 2.7 in the others (benchmarks/LOG.md): the libraries' workspaces, and gaps between blocks.
 GPU_REMAINDER = GIB
 FUSED_ATTENTION = "chorus_forecast"
 
 
 class Machine(NamedTuple):
-    """Where a process runs: the kind of its device, how many processes there are, and DeepSpeed's JSON if active."""
+    """Where a process runs: its device type, the number of processes, and DeepSpeed's JSON if it is active."""
 
     device_type: str
     num_processes: int = 1
@@ -49,15 +51,15 @@ class Machine(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """Bytes on each device. At the peak of a training step: `standing` + activations + the larger of loss and backward.
+    """Bytes on each device. A training step peaks at `standing` + activations + the larger of loss and backward.
 
     Attributes:
-        standing: there during the whole of a step, by what it is.
-        activations: kept for the backward pass when the last loss is computed.
-        loss: beside them, while the logits of a chunk exist.
-        backward: beside them, in the backward pass; gradients included.
-        evaluation: beside what stands, while held-out rows are scored; 0 without any.
-        trainable: numbers that are trained, of all agents.
+        standing: held during the whole step, by name.
+        activations: held for the backward pass when the last loss is computed.
+        loss: in addition, while the logits of a chunk exist.
+        backward: in addition, in the backward pass; gradients included.
+        evaluation: in addition to `standing`, while held-out rows are scored; 0 without any.
+        trainable: trained numbers of all agents.
     """
 
     standing: dict[str, int]
@@ -106,11 +108,11 @@ def in_words(size: int) -> str:
 
 
 def forecast(config: RunConfig, precision: str, machine: Machine, length: int | None = None) -> Forecast:
-    """What a run of this configuration needs of each process's device.
+    """The memory that a run of this configuration needs on each process's device.
 
     Args:
         precision: "no", "fp16" or "bf16": `mixed_precision` with "auto" already decided.
-        length: T of the longest batch; None: the longest that the configuration allows.
+        length: T of the longest batch; None is the longest that the configuration allows.
 
     Raises:
         InputError: no such model, or target modules, checkpointing or compilation that it does not have.
@@ -118,7 +120,7 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     dtype = DTYPES[precision]
     length = length or longest_batch(config)
     execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
-    agents = _agents_without_values(config, dtype, execution, machine)
+    agents, passes = _agents_without_values(config, dtype, execution, machine)
     elements = sum(map(torch.numel, agents.adapters().values()))
     standing = base_bytes(bytes_of(agents.frozen_tensors().values()), dtype, machine)
     standing |= trained_bytes(elements, config, dtype, machine)
@@ -129,12 +131,12 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     if machine.deepspeed is not None:
         agents.to(dtype)  # as DeepSpeed does
 
-    at_loss, step_peak = _micro_batch(agents, config.batch_size, length, execution)
-    passes = len(at_loss) if config.parallel_mode == "parallel" else 1  # whose losses' gradients wait for backward
+    at_loss, step_peak = _micro_batch(agents, passes, config.batch_size, length)
+    losses = len(at_loss) if config.parallel_mode == "parallel" else 1  # whose gradients wait for backward
     rows = agents_of_a_pass(config) * config.batch_size * length
     loss, gradient = loss_bytes(agents.head(), rows, dtype, machine.device_type)
-    activations = max(at_loss) + (passes - 1) * gradient
-    backward = step_peak + passes * gradient - activations
+    activations = max(at_loss) + (losses - 1) * gradient
+    backward = step_peak + losses * gradient - activations
     scoring = _scoring_bytes(config, agents, length, machine)
     return Forecast(standing, activations, loss, backward, scoring, elements)
 
@@ -145,12 +147,12 @@ def longest_batch(config: RunConfig) -> int:
 
 
 def agents_of_a_pass(config: RunConfig) -> int:
-    """How many agents go through the base together."""
+    """How many agents share one pass through the base."""
     return min(config.agents_per_pass or config.num_agents, config.num_agents) if config.parallel_mode == "fused" else 1
 
 
 def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What stands for a base of so many bytes: all of it, or under stage 3 a share and what is put together for use."""
+    """What each process holds of a base of `whole` bytes: all, or under stage 3 a share and the gathered layers."""
     if not machine.base_in_shards:
         return {"base": whole}
     zero = (machine.deepspeed or {})["zero_optimization"]
@@ -161,10 +163,10 @@ def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, in
 
 
 def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What stands for `elements` trainable numbers: weights, AdamW's two moments, and what the engine holds beside.
+    """What each process holds for `elements` trainable numbers: weights, AdamW's two moments, the engine's buffers.
 
-    Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the precision of
-    the run; fp32 weights and moments, and stage 2's gradients, a share on each process; buckets of a fixed size.
+    Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the run's precision
+    on every process; a share of fp32 weights and moments and, from stage 2, of gradients; buckets of a fixed size.
     """
     if machine.deepspeed is None:
         parts = {"adapters": 4 * elements, "optimizer": 8 * elements}
@@ -188,19 +190,19 @@ def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine:
 
 
 def _number(zero: Mapping[str, Any], key: str, default: float) -> int:
-    """DeepSpeed's own default where the JSON leaves it open."""
+    """The JSON's number, or DeepSpeed's own default where the JSON has none."""
     value = zero.get(key, "auto")
     return int(default if value == "auto" else value)
 
 
 def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
-    """Bytes at the peak of the loss over `rows` tokens, and those of them that stay: the gradient of hidden_ND."""
+    """Peak bytes of the loss over `rows` tokens, and the bytes that it keeps: the gradient of hidden_ND."""
     V, D = head.weight_VD.shape
     hidden_ND = torch.empty(rows, D, dtype=dtype, device="meta", requires_grad=True)
-    if device_type == "cuda":  # compiled: a chunk's logits, over which their slope is written, and nothing beside
+    if device_type == "cuda":  # compiled: only a chunk's logits, which their gradient overwrites
         chunk = min(rows, max(1, token_nll.CHUNK_ELEMENTS // V))
         gradient = hidden_ND.nbytes
-        # In backward it is scaled in fp32, cast, and put in its place among all rows.
+        # Backward scales it in fp32, casts it, and copies it into the gradient of all rows.
         return max(2 * gradient + chunk * V * dtype.itemsize, 3 * gradient + 4 * rows * D), gradient
     ids_N = torch.empty(rows, dtype=torch.int64, device="meta")
     with LiveBytes() as live:
@@ -209,8 +211,13 @@ def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> t
     return live.peak, hidden_ND.nbytes
 
 
-def _agents_without_values(config: RunConfig, dtype: torch.dtype, execution: Execution, machine: Machine) -> Agents:
-    """The agents on the meta device; layers are compiled only as far as it takes to tell what they keep."""
+def _agents_without_values(
+    config: RunConfig, dtype: torch.dtype, execution: Execution, machine: Machine
+) -> tuple[Agents, CountedPasses | None]:
+    """The agents on the meta device, and what carries out their passes if layers are compiled or passes captured.
+
+    Layers are compiled only as far as it takes to know what they keep.
+    """
     skeleton = load_skeleton(config.model_name, dtype).requires_grad_(False)
     attention = choose_attention(
         config.attn_implementation,
@@ -230,47 +237,40 @@ def _agents_without_values(config: RunConfig, dtype: torch.dtype, execution: Exe
 
         counted = replace(counted, compiled=COUNTED)
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
+    passes = None
+    if execution.compiled or execution.captured:
+        passes = CountedPasses(partial(masks_of, skeleton), execution.captured)
+    shape, how = lora_shape(config), {"run_pass": passes, "draw": undrawn_noise}
     with torch.device("meta"):
-        agents = build_agents(config.parallel_mode, skeleton, config.num_agents, lora_shape(config), rates, counted)
-    if rates.dropconnect_p > 0 or rates.dropout_p > 0:
-        masked = agents.adapters().items() if rates.dropconnect_p > 0 else ()
-        keep = {agent: torch.empty_like(adapter_F, dtype=torch.bool) for agent, adapter_F in masked}
-        agents._noise = Undrawn(rates.seed, 0, 0, keep, rates.dropconnect_p, rates.dropout_p)
-    return agents
+        agents = build_agents(config.parallel_mode, skeleton, config.num_agents, shape, rates, counted, **how)
+    return agents, passes
 
 
-def _micro_batch(agents: Agents, rows: int, length: int, execution: Execution) -> tuple[list[int], int]:
+def _micro_batch(agents: Agents, passes: CountedPasses | None, rows: int, length: int) -> tuple[list[int], int]:
     """Bytes that live before each loss of a micro-batch, and their peak. It has no targets: loss is counted apart."""
-    batch, live, head, at_loss = _batch(rows, length), LiveBytes(), agents.head, []
+    batch, live, at_loss = _batch(rows, length), LiveBytes(), []
 
-    def noted() -> Head:
-        at_loss.append(live.now)
-        return head()
-
-    base_masks_of = partial(masks_of, causal_lm(agents.peft_models[0]))  # pyright: ignore[reportArgumentType]
+    @contextmanager
+    def note(name: str) -> Iterator[None]:
+        if name == "task_loss":
+            at_loss.append(live.now)
+        yield
 
     def run() -> None:
         output = agents(batch, step=0)
         output.hidden_KBTD.backward(torch.empty_like(output.hidden_KBTD))
 
-    if execution.compiled:  # at the first run
-        # With masks made beforehand, of which nobody asks a value: counting would keep a layer from being compiled.
-        agents.captured = lambda key, run, rows, flat_KF: run(rows, flat_KF, base_masks_of(rows))  # pyright: ignore
+    if passes is not None:  # layers compile in the first run, which is not counted
         with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # whatever was forecast before
             run()
-        agents.captured = None
         agents.zero_grad()
-    if execution.captured:
-        agents.captured = Recorded(live, base_masks_of)  # pyright: ignore[reportAttributeAccessIssue]
-    agents.head = noted
-    with live:
+    with listening(note), live if passes is None else passes.counted_by(live):
         run()
-    agents.head = head
     return at_loss, live.peak
 
 
 def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Machine) -> int:
-    """The larger of scoring held-out rows and of generating from the mixture, which holds a cache for every agent."""
+    """Bytes of scoring held-out rows, or of generating from the mixture with a cache for every agent, if larger."""
     rows = min(config.eval_batch_size, ceil(config.eval_samples / machine.num_processes))
     if rows == 0:
         return 0
@@ -284,7 +284,7 @@ def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Mach
         with LiveBytes() as live, agents.trunk(0) as trunk:
             output = trunk(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
             cache = live.now - output.last_hidden_state.nbytes
-    logits = 3 * 4 * rows * len(head.weight_VD)  # as computed, as log-probabilities, and in their mixture; fp32
+    logits = 3 * 4 * rows * len(head.weight_VD)  # raw, as log-probabilities, and in their mixture; fp32
     scoring += loss_bytes(head, rows * length, dtype, machine.device_type)[0]
     return max(scoring, live.peak + (config.num_agents - 1) * cache + config.num_agents * logits)
 

@@ -123,8 +123,8 @@ class _Recorder(RunLog):
 
 
 class _NoCheckpointer(Checkpointer):
-    def save(self, engine: Engine, step: int, epoch: int) -> None:
-        """The mode of the run alone is saved."""
+    def save(self, engine: Engine, step: int, epoch: int, skips_in_a_row: int) -> None:
+        """Only the run's own mode is saved."""
 
 
 def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
@@ -153,7 +153,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     engine = start_engine(accelerator, agents, config)
     weights = {identity: tensor.clone() for identity, tensor in engine.adapter_values().items()}
     batch = collate(setting.samples[: config.batch_size], setting.pad_id).to(device)
-    with engine.whole():
+    with engine.unsharded():
         checksums = checksums_of(agents)
         nll_before_K = answers(agents, batch)[0] if is_own else None
     recorder = _Recorder()
@@ -181,7 +181,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
         growth=more,
     )
     accelerator.wait_for_everyone()  # the first process has written the checkpoint
-    with engine.whole():
+    with engine.unsharded():
         run.changed = [name for name, value in checksums_of(agents).items() if value != checksums[name]]
         if nll_before_K is not None:
             run.reload = reload(setting.folder, base, config, agents, batch, nll_before_K)

@@ -1,14 +1,13 @@
 """The diversity term: the sliced Wasserstein distance between agents, on clouds of hidden states."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from chorus.config.objective import Representation
 from chorus.data.batches import Batch
 from chorus.seeding import derive_seed
-
-Representation = Literal["tokens", "mean", "last"]
 
 
 class SwdSettings(NamedTuple):

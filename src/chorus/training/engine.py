@@ -1,14 +1,15 @@
-"""Accelerate and DeepSpeed, set up in one place; the training loop sees one engine, whichever it is.
+"""Accelerate and DeepSpeed behind one interface: the training loop sees an engine, whichever it is.
 
-Plain (one process or DDP) and ZeRO-2 differ in who clips, who steps and who divides by the accumulation steps. All
-of it ends here: `backward` takes a share of the optimiser step's objective, and shares simply add up.
+Plain (one process or DDP) and ZeRO differ in who clips, who steps and who divides by the accumulation steps. The engine
+hides that: `backward` takes a micro-batch's share of the objective, shares add up, and `step` clips, steps and zeroes.
 """
 
 import logging
 import math
 import os
 import socket
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -36,7 +37,8 @@ from chorus.errors import InputError
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
 from chorus.spans import span
-from chorus.training.optimizer import StepNorms, adamw, skip_non_finite
+from chorus.training.optimizer import adamw, skip_non_finite
+from chorus.training.step import StepResult
 from chorus.training.zero import partitions, stage3
 from chorus.training.zero.deepspeed_json import check_launcher, deepspeed_json, deepspeed_wanted, look_up_no_operators
 
@@ -138,8 +140,6 @@ class Engine:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     description: str
-    grad_norm: Any = math.nan  # of the latest optimiser step, before clipping, over the agents that were stepped
-    norms: StepNorms | None = None  # of each agent in the latest optimiser step; not finite: it was skipped
 
     @property
     def is_deepspeed(self) -> bool:
@@ -153,46 +153,57 @@ class Engine:
     def process_index(self) -> int:
         return self.accelerator.process_index
 
-    def micro_batch(self) -> AbstractContextManager[None]:
-        """The context of one micro-batch's forward and backward; the last of an optimiser step steps in it."""
-        return self.accelerator.accumulate(self.module)
+    @contextmanager
+    def micro_batch(self, is_last: bool) -> Iterator[None]:
+        """The context of one micro-batch's forward and backward.
+
+        Args:
+            is_last: of its optimiser step. DDP reduces gradients in the backward pass of the last one alone, and so
+                does DeepSpeed below stage 2.
+        """
+        if self.is_deepspeed:
+            cast(Any, self.module).set_gradient_accumulation_boundary(is_last)
+        with nullcontext() if is_last else self.accelerator.no_sync(self.module):
+            yield
 
     def backward(self, share: Tensor) -> None:
-        """Add the gradient of a share of the step's objective.
+        """Add the gradient of one micro-batch's share of the step's objective.
 
-        DDP and ZeRO average over processes, and both divide by the accumulation steps: undone here, so that the
-        gradient is that of the sum of all shares, however they are spread.
+        The gradient of a step is that of the sum of all shares, over micro-batches and processes. DDP and ZeRO average
+        over processes, and Accelerate and DeepSpeed divide by the accumulation steps: the factors here undo both.
         """
         loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
-        is_last = self.accelerator.sync_gradients
         with span("backward_pass"):
-            if self.is_deepspeed:  # in two calls, where `accelerator.backward` would also step
-                engine = cast(Any, self.module)
-                engine.set_gradient_accumulation_boundary(is_last)
-                engine.backward(loss)
+            if self.is_deepspeed:  # `accelerator.backward` would also step
+                cast(Any, self.module).backward(loss)
             else:
                 self.accelerator.backward(loss)
-        if not is_last:
-            return
-        with span("optimizer_step"):
-            self.norms = StepNorms(self._step_zero() if self.is_deepspeed else self._step_plain())
 
-    def _step_plain(self) -> Tensor:
-        """Clip, step and zero; each agent's gradient norm. Nothing here waits for the device."""
+    def step(self, lr: float) -> StepResult:
+        """Clip the gradients, update every agent whose gradient is finite, and zero them."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with span("optimizer_step"):
+            norm_K, grad_norm = self._step_zero() if self.is_deepspeed else self._step_plain()
+            return StepResult(lr, norm_K, grad_norm, self.loss_scale)
+
+    def _step_plain(self) -> tuple[Tensor, Tensor]:
+        """Each agent's gradient norm, and that over the finite ones. Nothing here waits for the device."""
         self.accelerator.unscale_gradients()
         adapters = self.agents.adapters().values()
         norm_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
-        self.grad_norm = skip_non_finite(self.optimizer.param_groups, norm_K)  # an agent each
+        grad_norm = skip_non_finite(self.optimizer.param_groups, norm_K)  # an agent each
         if self.max_grad_norm > 0:
-            clip_grads_with_norm_(adapters, self.max_grad_norm, self.grad_norm)
+            clip_grads_with_norm_(adapters, self.max_grad_norm, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm_K
+        return norm_K, grad_norm
 
-    def _step_zero(self) -> Tensor:
-        """The same by DeepSpeed, whose own answer to a gradient that is no number is to step no agent, without a word.
+    def _step_zero(self) -> tuple[Tensor, Tensor]:
+        """The same by DeepSpeed, which silently skips the step of all agents when a gradient is not finite.
 
-        So it is shown none, but for fp16, where that answer is the right one.
+        So non-finite gradients are cleared before DeepSpeed sees them. Not under fp16, where an overflow must skip the
+        whole step.
         """
         zero: Any = self.module.optimizer
         norm_K = torch.zeros(len(self.agents.agents), dtype=torch.float64, device=self.accelerator.device)
@@ -208,8 +219,8 @@ class Engine:
                 if not is_sound:
                     partitions.clear_gradient(zero, own)
         cast(Any, self.module).step()
-        self.grad_norm = cast(Any, self.module).get_global_grad_norm()
-        return norm_K.fill_(math.inf) if zero.overflow else norm_K
+        grad_norm = torch.as_tensor(cast(Any, self.module).get_global_grad_norm())
+        return norm_K.fill_(math.inf) if zero.overflow else norm_K, grad_norm
 
     def loss_scale(self) -> float:
         """fp16's; 1 in other precisions."""
@@ -218,20 +229,17 @@ class Engine:
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else scaler.get_scale()
 
-    def whole(self) -> AbstractContextManager[None]:
-        """The context of passes beside training, in which processes need not keep step. Collective at both ends."""
+    def unsharded(self) -> AbstractContextManager[None]:
+        """The context of passes beside training, such as evaluation: every process holds the whole base, so processes
+        may run different numbers of passes. Entering and leaving it are collective calls."""
         if zero_stage(self.accelerator) < 3:
             return nullcontext()
-        return stage3.whole(self.module, list(self.agents.adapters().values()))
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        return stage3.unsharded(self.module, list(self.agents.adapters().values()))
 
     def gather(self, own: Tensor) -> Tensor:
         """Concatenate `own` over processes along its first axis; a gradient flows to the own slice only.
 
-        That is all a gradient needs: each process adds its own slice's part, and the reduction sums the parts.
+        That is enough: each process adds its own slice's part, and the reduction of gradients sums the parts.
         """
         if self.num_processes == 1:
             return own
@@ -241,7 +249,7 @@ class Engine:
         return torch.cat(parts)
 
     def adapter_values(self) -> dict[TensorId, Tensor]:
-        """Every adapter tensor in fp32 on the CPU: under DeepSpeed its master weights. A collective call."""
+        """Every adapter tensor in fp32 on the CPU; under DeepSpeed the master weights. A collective call."""
         read = Tensor.detach
         if self.is_deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param as read  # two seconds of imports for those who use it
@@ -256,15 +264,15 @@ class Engine:
             return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
     def close(self) -> None:
-        """End training: close the trackers and the process group. Nothing waits for the other processes here."""
+        """End training: let go of the agents and destroy the process group. Does not wait for other processes."""
         self.unwrap()
         self.accelerator.end_training()
 
     def unwrap(self) -> None:
-        """Let go of what DDP or DeepSpeed has wrapped around the agents; nothing can be trained from here on.
+        """Drop the wrapper of DDP or DeepSpeed around the agents. The engine cannot train afterwards.
 
-        DDP's C++ part holds the process group too; were it the last to let go, it would destroy the group while it
-        holds Python's lock, for which gloo's threads may be waiting: a hang at exit.
+        DDP's C++ part also holds the process group. If it were the last to let go, it would destroy the group while it
+        holds Python's lock, and gloo's threads may wait for that lock: a hang at exit.
         """
         self.module = self.agents
         self.accelerator.free_memory()

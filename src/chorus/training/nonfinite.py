@@ -1,71 +1,74 @@
-"""What is said of skipped updates, and when too many steps in a row had one."""
+"""Skipped updates: reported in the log, and a reason to end the run when too many steps in a row had one."""
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
 
 from chorus.errors import RunError
-from chorus.training.optimizer import StepNorms
-
-if TYPE_CHECKING:
-    from chorus.training.engine import Engine
-
+from chorus.training.step import StepDone, StepResult
 
 logger = logging.getLogger(__name__)
 
 
 class SkippedUpdates:
-    """Says whose update was skipped at which step, and when that has come about in too many steps in a row.
+    """Reports which agent's update was skipped at which step, and ends a run with too many such steps in a row.
 
-    How many, `skips_in_a_row`, is kept in `facts`, the entries of `state.json`: going on does not forgive.
+    The host reads a step's norms one step later, when they have arrived; `settle` reads those of the latest step, too.
+    The outcome is the same on every process, as the norms are.
+
+    Args:
+        in_a_row: steps in a row with a skipped update so far: of the checkpoint, for a resumed run.
+        output_dir: where the checkpoint of the last step will lie, for the error message.
     """
 
-    def __init__(self, max_skipped_steps: int, facts: dict[str, Any]):
-        self.max_skipped_steps, self._facts = max_skipped_steps, facts
-        facts.setdefault("skips_in_a_row", 0)
-        self._waiting: list[tuple[int, StepNorms]] = []
-        self._since_read = 0
+    def __init__(self, max_skipped_steps: int, in_a_row: int, output_dir: str):
+        self.max_skipped_steps, self.in_a_row, self.output_dir = max_skipped_steps, in_a_row, output_dir
+        self._unread: list[tuple[int, StepResult]] = []
+        self._since_taken = 0
         self._latest = ""
 
-    def look(self, step: int, engine: "Engine", at_once: bool) -> bool:
-        """Look at the step before, and `at_once` also at the one that is done; whether the run must end.
+    def after_step(self, step: StepDone) -> None:
+        """Look at all steps but this one."""
+        self._read_unread(step)
+        self._unread.append((step.number, step.result))
 
-        The answer is the same on every process, as the norms are. Under fp16, while the loss scale is above 1, a
-        gradient that is no number is how the scale finds its place: no agent is updated, and the step does not count.
+    def settle(self, step: StepDone) -> None:
+        """Look at all steps, this one included. For hooks that wait for the device anyway."""
+        self._read_unread(step)
 
-        Args:
-            step: optimiser steps that are done.
-        """
-        assert engine.norms is not None
-        self._waiting.append((step, engine.norms))
-        while len(self._waiting) > (0 if at_once else 1):
-            step, norms = self._waiting.pop(0)
-            bad = {agent: norm for agent, norm in enumerate(norms.read()) if not math.isfinite(norm)}
-            if bad and engine.loss_scale() > 1:
-                logger.info("step %d: the gradient overflowed under fp16's loss scale, which shrinks; no update", step)
-                continue
-            self._facts["skips_in_a_row"] = self._facts["skips_in_a_row"] + 1 if bad else 0
-            self._since_read += len(bad)
-            if bad:
-                self._latest = (
-                    f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: loss or gradient is no number at step "
-                    f"{step} (gradient norm {', '.join(map(str, bad.values()))})"
-                )
-                logger.warning(
-                    "%s; the update was skipped, and no other agent's (%d such steps in a row, max_skipped_steps %d)",
-                    *(self._latest, self._facts["skips_in_a_row"], self.max_skipped_steps),
-                )
-        return self._facts["skips_in_a_row"] > self.max_skipped_steps
-
-    def read(self) -> int:
-        """Agents' updates that were skipped since the last reading."""
-        count, self._since_read = self._since_read, 0
+    def take_count(self) -> int:
+        """How many updates of agents were skipped since the last call."""
+        count, self._since_taken = self._since_taken, 0
         return count
 
-    def error(self, step: int, output_dir: str) -> RunError:
-        """Why the run ends after `step`, which is saved."""
+    def _read_unread(self, step: StepDone) -> None:
+        for number, result in self._unread:
+            self._read(number, result)
+            if self.in_a_row > self.max_skipped_steps:
+                step.end(self._error(step.number))
+        self._unread.clear()
+
+    def _read(self, number: int, result: StepResult) -> None:
+        """Under fp16, a gradient that overflows while the loss scale is above 1 only lowers the scale: no agent steps,
+        and the step does not count as skipped."""
+        bad = {agent: norm for agent, norm in enumerate(result.agent_norms()) if not math.isfinite(norm)}
+        if bad and result.loss_scale() > 1:
+            logger.info("step %d: the gradient overflowed under fp16's loss scale, which shrinks; no update", number)
+            return
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        self._since_taken += len(bad)
+        if bad:
+            self._latest = (
+                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: loss or gradient is not finite at step "
+                f"{number} (gradient norm {', '.join(map(str, bad.values()))})"
+            )
+            logger.warning(
+                "%s; the update was skipped, and no other agent's (%d such steps in a row, max_skipped_steps %d)",
+                *(self._latest, self.in_a_row, self.max_skipped_steps),
+            )
+
+    def _error(self, step: int) -> RunError:
         return RunError(
             f"{self._latest}; key 'max_skipped_steps' allows {self.max_skipped_steps} steps in a row with a skipped "
-            f"update, and this was number {self._facts['skips_in_a_row']}; {output_dir}/checkpoints/step_{step:06d} "
+            f"update, and this was number {self.in_a_row}; {self.output_dir}/checkpoints/step_{step:06d} "
             "holds every agent's last good state; lower lr, or look at the rows of that step"
         )

@@ -1,8 +1,8 @@
-"""What is no number in one agent stays that agent's: its update is left out, the others' are what they would have been.
+"""AdamW that skips the update of an agent with a non-finite loss or gradient; the other agents step normally.
 
-A loss that is NaN or infinite makes its agent's whole gradient NaN (`objective`), so the reduction of gradients tells
-every process, and one norm for each agent tells all there is to know. Whether to step is decided where the gradients
-are, and the host reads the norms a step later, so that nothing waits for them.
+A non-finite loss makes its agent's whole gradient NaN (see `objective`), so the reduction of gradients brings it to
+every process, and one norm for each agent shows it. The device decides whether to step; the host reads the norms a step
+later, so that nothing waits for them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 
 class AgentwiseAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) over a parameter group for each agent, one that leaves a group as it was while
-    the group's `skip` is 1.: weights, moments and step count.
+    """AdamW (Loshchilov & Hutter 2019) with a parameter group for each agent. A group whose `skip` is 1 keeps its
+    weights, moments and step count.
 
-    Fused AdamW knows such a flag, for loss scaling: one for all groups, on the device. Here every group has its own.
-    DeepSpeed, too, steps group after group, so this holds in its partitions.
+    Fused AdamW has one such flag on the device for all groups, meant for loss scaling. Here every group has its own.
+    DeepSpeed also steps group by group, so the flag works in its partitions.
     """
 
     @torch.no_grad()
@@ -33,30 +33,14 @@ class AgentwiseAdamW(torch.optim.AdamW):
 
 
 def adamw(adapters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> AgentwiseAdamW:
-    """AdamW with torch's defaults besides, each agent's adapter a group."""
+    """AdamW with torch's other defaults; each agent's adapter is a group."""
     groups = [{"params": [adapter_F], "skip": torch.zeros((), device=adapter_F.device)} for adapter_F in adapters]
     return AgentwiseAdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> Tensor:
-    """Have AdamW skip the agents whose gradient norm is no finite number; the norm over the others, a scalar."""
+    """Have AdamW skip the agents whose gradient norm is not finite. Returns the norm over the others, a scalar."""
     is_bad_K = ~norm_K.isfinite()
     for group, skip in zip(groups, is_bad_K.float(), strict=True):
         group["skip"] = skip
     return torch.linalg.vector_norm(norm_K.masked_fill(is_bad_K, 0.0))
-
-
-class StepNorms:
-    """Each agent's gradient norm in one optimiser step, on its way to the host."""
-
-    def __init__(self, norm_K: Tensor):
-        self._norm_K = norm_K.to("cpu", non_blocking=True)
-        self._has_come = None
-        if norm_K.is_cuda:
-            self._has_come = torch.cuda.Event()
-            self._has_come.record()
-
-    def read(self) -> list[float]:
-        if self._has_come is not None:
-            self._has_come.synchronize()
-        return self._norm_K.tolist()

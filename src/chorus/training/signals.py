@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while training: the step under way ends, and every process stops after the same one."""
+"""SIGTERM and SIGINT while training: the current step ends, and every process stops after the same step."""
 
 import os
 import signal
@@ -11,15 +11,16 @@ from accelerate import Accelerator
 
 from chorus.errors import SIGNALS, Preempted
 from chorus.spans import span
+from chorus.training.step import StepDone
 
 ONE_REQUEST_S = 3.0  # Ctrl-C reaches a process from the terminal and again from its launcher, which passes it on
 
 
 class StopRequest:
-    """Within its context, the first SIGTERM or SIGINT is remembered, and a second one, seconds later, ends at once.
+    """Within its context, the first SIGTERM or SIGINT is remembered; a second one, seconds later, ends the process.
 
-    Once it is left by Preempted, a RunError or a lost process, all that is left to do is to say so: signals are then
-    ignored to the end of the process.
+    When Preempted, a RunError or a lost process ends the context, the process has only its last line left to print:
+    signals are then ignored to the end of the process.
     """
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
@@ -27,7 +28,7 @@ class StopRequest:
         self._group = None
         self._has_others = accelerator.num_processes > 1
         if self._has_others and torch.distributed.get_backend() != "gloo":
-            # Over the CPU: asking on the GPU would wait for all that is queued there, at every step.
+            # On the CPU: a collective on the GPU would wait for all work that is queued there, at every step.
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def __enter__(self) -> "StopRequest":
@@ -35,9 +36,9 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # torchrun passes on both of two signals, and sends one where another process has ended: none must take the last
-        # line and the exit code away. Not by a handler of Python's: it takes these off before its own end.
-        is_last = kind is not None and issubclass(kind, Preempted | RuntimeError)  # the libraries' word for a lost one
+        # torchrun passes on both of two signals, and sends one when another process has ended. None may take away the
+        # last line and the exit code. SIG_IGN and no handler of Python's: Python removes those before it ends.
+        is_last = kind is not None and issubclass(kind, Preempted | RuntimeError)  # libraries raise it for a lost one
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
 
@@ -49,8 +50,15 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def after_step(self, step: StepDone) -> None:
+        """End training after this step if any process has received a signal. A collective call."""
+        if self.is_agreed():
+            step.end(
+                Preempted(f"stopped and saved after step {step.number}; resume_from_checkpoint=auto goes on from there")
+            )
+
     def is_agreed(self) -> bool:
-        """Whether any process has received a signal: the same answer on all, at the same step. A collective call."""
+        """Whether any process has received a signal: the same answer on all. A collective call."""
         if not self._has_others:
             return self._received is not None
         received = torch.tensor([self._received is not None], dtype=torch.int32)

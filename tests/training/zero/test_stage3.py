@@ -56,8 +56,9 @@ def test_two_zero3_processes_have_the_gradients_and_take_the_step_of_a_plain_one
 
 
 def step(engine: Any) -> None:
-    with engine.micro_batch():
+    with engine.micro_batch(is_last=True):
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.mean())
+    engine.step(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -14,12 +14,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from chorus.config.execution import Recompute
 from chorus.errors import InputError, RunError
 from chorus.model.adapters import AdapterRouter
 from chorus.model.kernels.joined_linears import joining
 from chorus.model.kernels.lora_linear import ONE, SEVERAL
-
-Recompute = Literal["none", "selective", "full"]
 
 # What selective recomputation keeps: the results of products with the base's weights, which take nearly all of a
 # forward pass's time. Those of attention's own products grow with the square of the length and are made again.

@@ -47,10 +47,11 @@ def gather_adapters(adapters: Sequence[nn.Parameter]) -> None:
 
 
 @contextmanager
-def whole(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The context in which base and adapters lie whole on every process, which then need not keep step.
+def unsharded(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The context in which every process holds the whole base, and may run as many passes as it likes.
 
-    Evaluation takes it: processes have other numbers of batches and of tokens to write. A collective call at both ends.
+    Evaluation needs it: processes have different numbers of batches and of tokens to generate. Entering and leaving it
+    are collective calls.
     """
     from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 

@@ -1,0 +1,25 @@
+"""Checkpoints while a run trains: every so many steps, and before it ends."""
+
+from chorus.checkpoint.store import Checkpointer
+from chorus.spans import span
+from chorus.training.engine import Engine
+from chorus.training.nonfinite import SkippedUpdates
+from chorus.training.step import StepDone
+
+
+class PeriodicCheckpoints:
+    """Saves every `save_steps` steps (0: never), and wherever a hook before this one asks for a checkpoint."""
+
+    def __init__(self, checkpointer: Checkpointer, engine: Engine, skips: SkippedUpdates, save_steps: int):
+        self.checkpointer, self.engine, self.skips, self.save_steps = checkpointer, engine, skips, save_steps
+
+    def after_step(self, step: StepDone) -> None:
+        """Save where it is due. A collective call there.
+
+        Raises:
+            RunError: on every process alike: the disk did not take it, or a value is not finite.
+        """
+        if step.must_save or step.is_due(self.save_steps):
+            self.skips.settle(step)
+            with span("checkpoint"):
+                self.checkpointer.save(self.engine, step.number, step.batch.epoch, self.skips.in_a_row)

@@ -1,0 +1,84 @@
+"""What one optimiser step did, and the hooks that run after it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chorus.data.batches import StepBatch
+
+
+class StepResult:
+    """What `Engine.step` did. Making one waits for nothing; reading its numbers may wait for the device.
+
+    Attributes:
+        lr: the learning rate of this step.
+        grad_norm: scalar: the gradient norm before clipping, over the agents that were stepped. Reading it waits for
+            all work that is queued on the device.
+        loss_scale: reads fp16's loss scale as it is now; 1 in other precisions.
+    """
+
+    def __init__(self, lr: float, norm_K: Tensor, grad_norm: Tensor, loss_scale: Callable[[], float]):
+        self.lr, self.grad_norm, self.loss_scale = lr, grad_norm, loss_scale
+        self._norm_K = norm_K.to("cpu", non_blocking=True)
+        self._has_come = None
+        if norm_K.is_cuda:
+            self._has_come = torch.cuda.Event()
+            self._has_come.record()
+
+    def agent_norms(self) -> list[float]:
+        """Each agent's gradient norm. Not finite: the agent's update was skipped. Waits for this step alone."""
+        if self._has_come is not None:
+            self._has_come.synchronize()
+        return self._norm_K.tolist()
+
+
+class MicroBatchLosses(NamedTuple):
+    """What one micro-batch of this process adds to the reported losses.
+
+    Attributes:
+        nll_K: summed NLL of each agent over this process's target tokens, nats.
+        swd: R_SW over all processes; None when lambda is 0.
+    """
+
+    nll_K: Tensor
+    swd: Tensor | None
+
+
+@dataclass
+class StepDone:
+    """A finished optimiser step, as hooks see it. A hook may ask for a checkpoint, or for the end of training.
+
+    Attributes:
+        number: optimiser steps done, this one included.
+        num_steps: those of the whole run.
+        batch: this process's micro-batches.
+        losses: one entry for each micro-batch, on the device.
+        must_save: a checkpoint of this step is wanted, whatever `save_steps` says.
+        ends_training: a hook has asked for the end of training, after the hooks of this step.
+        error: what training ends with; None is a normal end.
+    """
+
+    number: int
+    num_steps: int
+    batch: StepBatch
+    losses: list[MicroBatchLosses]
+    result: StepResult
+    must_save: bool = False
+    ends_training: bool = False
+    error: Exception | None = None
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, is due. 0: at the end alone."""
+        return self.number == self.num_steps or (every > 0 and self.number % every == 0)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Ask for a checkpoint of this step, and for the end of training. Call it on every process alike."""
+        self.must_save = self.ends_training = True
+        self.error = self.error or error
+
+
+# Called after every optimiser step, on every process and in the same order, so that collective calls meet.
+AfterStep = Callable[[StepDone], None]
