@@ -1,8 +1,8 @@
-# `make train` and `make test` set up what they need. PYTHON chooses the interpreter (3.11 or newer).
+# Each target sets up what it needs. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test lint check bench table soak clean
+.PHONY: install train test lint check canary bench table soak clean
 
 install: .venv/.installed
 
@@ -20,7 +20,7 @@ install: .venv/.installed
 train: install
 	$(BIN)/accelerate launch train.py
 
-test: .venv/.dev  # two at a time, a file's tests together: they share runs
+test: .venv/.dev  # two processes; a file's tests stay together, because they share runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev
@@ -32,8 +32,26 @@ lint: .venv/.dev
 check: lint
 	$(BIN)/python -m pytest -q -m "not launch and not slow"
 
+# The fast tests with the newest versions of all libraries, beyond the bounds of pyproject.toml: what would break there?
+# Not part of CI. pip's own settings choose the index, such as one with CPU builds of torch.
+canary:
+	$(PYTHON) -m venv --clear .venv-canary
+	.venv-canary/bin/pip install --quiet --upgrade pip
+	.venv-canary/bin/pip install --quiet $$($(PYTHON) -c "$$UNBOUNDED")
+	.venv-canary/bin/pip install --quiet --no-deps -e .
+	.venv-canary/bin/pip list | grep -iE '^(torch|transformers|peft|accelerate|deepspeed|datasets) '
+	HF_HUB_OFFLINE=1 .venv-canary/bin/python -m pytest -q -m "not launch and not slow"
+
+define UNBOUNDED
+import re, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+print(*(re.match(r"[\w.-]+(\[[\w,]+\])?", one)[0] for one in wanted))
+endef
+export UNBOUNDED
+
 KILLS ?= 300
-soak: .venv/.dev  # so many SIGKILLs in each engine; a few more through the real launchers; then the slow tests
+soak: .venv/.dev  # KILLS SIGKILLs in each engine, a few more through the real launchers, then the slow tests
 	$(BIN)/python tests/helpers/soak.py --kills $(KILLS)
 	$(BIN)/python tests/helpers/soak.py --kills 20 --launchers
 	$(BIN)/python -m pytest -m slow
@@ -45,4 +63,4 @@ table: .venv/.dev
 	$(BIN)/python benchmarks/table.py
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+	rm -rf .venv .venv-canary runs .pytest_cache .ruff_cache .import_linter_cache
