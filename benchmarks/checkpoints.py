@@ -42,7 +42,9 @@ def timed(act: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 
 def step_ms(output_dir: Path) -> float:
     """Median time from one step's line in train.log to the next one's; the first three steps warm up."""
-    lines = re.findall(r"^(\S+ \S+) INFO chorus\.journal: step ", (output_dir / "train.log").read_text(), re.MULTILINE)
+    lines = re.findall(
+        r"^(\S+ \S+) INFO chorus\.monitoring\.run_log: step ", (output_dir / "train.log").read_text(), re.MULTILINE
+    )
     times = [datetime.strptime(line, "%Y-%m-%d %H:%M:%S,%f").timestamp() for line in lines]
     return 1000 * statistics.median(b - a for a, b in itertools.pairwise(times[3:]))
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and with."""
+"""The machine, versions and commit that a figure was measured with."""
 
 import subprocess
 import sys
@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 
-def conditions(device: torch.device, dtype: torch.dtype, matmul: float) -> dict[str, Any]:
+def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": matmul,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "deepspeed": version("deepspeed"),

@@ -1,5 +1,15 @@
-"""One row of modes.py: a step of one mode, on one base, timed in a process of its own."""
+"""One row of a benchmark: an optimiser step of one mode, on one base, timed in processes of its own.
 
+`modes.py` calls `measure` in a fresh process. `table.py` starts this file by a launcher, on one or several processes:
+
+    accelerate launch [...] benchmarks/measure.py '{"model": "tiny", "K": 2, ...}' FILE
+
+where the first process writes the figures to FILE. Weights and token ids are random, and the same on every process and
+in every row.
+"""
+
+import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,69 +17,93 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from baselines import Switching, fuse_norms
 from case import Case, attention_of, lengths_of, random_batch, run_config, start, step_of
+from conditions import conditions
+from results import Row
 from shapes import random_base
 from timing import matmul_tflops, num_timed, reserved_gib, timed, wait, warm_up
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from chorus.config import Config
 from chorus.data.batches import Batch
+from chorus.errors import input_errors_end_the_program
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents, copy_sharing_storage
 from chorus.model.execution import decide_execution
 from chorus.monitoring.flops import Work, work_of
-from chorus.training.engine import make_accelerator
+from chorus.training.engine import DTYPES, decide_precision, make_accelerator, zero_stage
 
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of device types
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, of losses of the same agents in another mode
 
 
-def measure(case: Case, rank: int, steps: int, expected_loss_K: list[float] | None, profile_to: Path | None) -> dict:
-    """One row: median ms of a step after warm-up, the peak memory of those steps, and what follows from them.
+def measure(
+    case: Case,
+    accelerator: Accelerator,
+    config: Config,
+    *,
+    steps: int,
+    expected_loss_K: list[float] | None = None,
+    profile_to: Path | None = None,
+) -> Row:
+    """One row: median ms of a step after warm-up, the peak memory of those steps, and the rates. A collective call.
+
+    The slowest process and the one with the most memory count.
 
     Raises:
         ValueError: an agent's first loss is not the expected one; then nothing is timed.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[device.type]
+    device, dtype = accelerator.device, DTYPES[decide_precision(config.mixed_precision)]
     matmul = matmul_tflops(device, dtype)
-    torch.manual_seed(0)  # of the base's weights
-    base = random_base(case.model, device, dtype, attention_of(case, device, dtype, case.compiled is True))
+    torch.manual_seed(0)  # the base's weights
+    compiled = decide_execution(config, device).compiled is True
+    base = random_base(case.model, device, dtype, attention_of(case, device, dtype, compiled))
     work = work_of(base)
     batch = random_batch(case, base.config.vocab_size, device)
-    step, notes = prepare(case, rank, base, batch)
+    step, execution, notes, close = prepare(case, config, base, batch, accelerator)
 
     started = time.perf_counter()
     first_loss_K = step().tolist()
     first_step_s = time.perf_counter() - started
     differs = difference(first_loss_K, expected_loss_K or first_loss_K, TOLERANCE[dtype])
-    times = list(timed(step, num_timed(steps, warm_up(step, device)), device))
+    num_steps = num_timed(steps, max(gather_object([warm_up(step, device)])))  # the same number on every process
+    accelerator.wait_for_everyone()
+    times = list(timed(step, num_steps, device))
     if profile_to is not None:
         write_profile(step, profile_to / f"profile-{case.name.replace(' ', '-').replace('/', '-')}.txt", device)
-    return {
-        **rates(case, work, median(times) / 1000, matmul),
-        "ms_min": min(times),
-        "ms_max": max(times),
-        "steps": len(times),
-        "peak_gib": reserved_gib(device),
+    figures = {
+        **rates(case, work, times, matmul, accelerator),
         "warm_up_s": first_step_s,
         "first_loss": first_loss_K,
         "loss_differs": differs,
         "rows_of_the_batch": list(batch.input_BT.shape),
+        "execution": execution,
         "notes": notes,
+        "about": conditions(device, dtype),
     }
+    close()
+    return figures
 
 
-def rates(case: Case, work: Work, seconds: float, matmul: float) -> dict[str, float]:
-    """What follows from the seconds of a step."""
-    lengths = lengths_of(case)
+def rates(case: Case, work: Work, times: list[float], matmul: float, accelerator: Accelerator) -> Row:
+    """Of all processes together, from this one's milliseconds. A collective call."""
+    ms, fastest, slowest, peaks = zip(
+        *gather_object([(median(times), min(times), max(times), reserved_gib(accelerator.device))]), strict=True
+    )
+    seconds, lengths = max(ms) / 1000, lengths_of(case)
     useful = sum(work.useful_flops(case.K, length, case.K * length) for length in lengths) / seconds / 1e12
     return {
-        "ms_per_step": 1000 * seconds,
-        "agent_tokens_per_second": case.K * sum(lengths) / seconds,
-        "useful_tflops": useful,
+        "ms_per_step": max(ms),
+        "ms_min": min(fastest),
+        "ms_max": max(slowest),
+        "steps": len(times),
+        "peak_gib": None if None in peaks else max(peaks),
+        "agent_tokens_per_second": case.K * sum(lengths) * accelerator.num_processes / seconds,
+        "useful_tflops": useful,  # of each GPU
         "matmul_tflops": matmul,
         "share_of_matmul": useful / matmul,
     }
@@ -83,22 +117,23 @@ def difference(first_loss_K: list[float], expected_loss_K: list[float], toleranc
     return worst
 
 
-def prepare(case: Case, rank: int, base: PreTrainedModel, batch: Batch) -> tuple[Callable[[], Tensor], str]:
-    """The step of a case, from the same adapters in every mode, and notes for the table."""
-    notes = f"{base.config._attn_implementation} attention"
+def prepare(
+    case: Case, config: Config, base: PreTrainedModel, batch: Batch, accelerator: Accelerator
+) -> tuple[Callable[[], Tensor], str, str, Callable[[], object]]:
+    """The step of a case, from the same adapters in every mode; its execution and notes, for the table; its end."""
+    attention = f"{base.config._attn_implementation} attention"
     if "switching" not in case.mode:
-        config = run_config(case, rank)
-        accelerator = make_accelerator(config)
-        engine = start(config, base, decide_execution(config, accelerator.device), accelerator)
-        return step_of(engine, config, batch), notes
-    shape = lora_shape(run_config(case._replace(mode="sequential"), rank))
+        execution = decide_execution(config, accelerator.device)
+        engine = start(config, base, execution, accelerator)
+        ways = {"compiled": execution.compiled, "captured": execution.captured}
+        return step_of(engine, config, batch), ", ".join(way for way in ways if ways[way]), attention, engine.close
+    shape = lora_shape(config)
     agents = build_agents("sequential", copy_sharing_storage(base), case.K, shape, Regularisation(0, 0, 0))
     initial = {identity: tensor.detach() for identity, tensor in agents.adapter_tensors().items()}
-    tuned = case.mode == "tuned switching"
-    if tuned:
-        notes = f"{notes}, {fuse_norms(base)}"
-    switching = Switching(base, shape, initial, tuned=tuned, recompute=case.recompute != "none")
-    return lambda: switching.step(batch), notes
+    is_tuned = case.mode == "tuned switching"
+    notes = f"{attention}, {fuse_norms(base)}" if is_tuned else attention
+    switching = Switching(base, shape, initial, tuned=is_tuned, recompute=case.recompute != "none")
+    return lambda: switching.step(batch), "", notes, lambda: None
 
 
 def write_profile(step: Callable[[], Any], path: Path, device: torch.device) -> None:
@@ -108,6 +143,28 @@ def write_profile(step: Callable[[], Any], path: Path, device: torch.device) -> 
         wait(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     averages = profiler.key_averages()
-    key = f"self_{device.type}_time_total"
-    by_device = averages.table(sort_by=key, row_limit=60, max_name_column_width=90)
+    by_device = averages.table(sort_by=f"self_{device.type}_time_total", row_limit=60, max_name_column_width=90)
     path.write_text(f"{by_device}\n{averages.table(sort_by='self_cpu_time_total', row_limit=40)}\n")
+
+
+def measure_alone(case: Case, rank: int, **settings: Any) -> Row:
+    """`measure` in this process alone. A switching baseline takes its adapters from `sequential` mode."""
+    config = run_config(case._replace(mode="sequential") if "switching" in case.mode else case, rank)
+    return measure(case, make_accelerator(config), config, **settings)
+
+
+def measure_as_launched(row: Row, file: Path) -> None:
+    """Measure a row of `table.py` in the processes that a launcher started. The first one writes the figures."""
+    case = Case(**{field: row[field] for field in Case._fields})
+    config = run_config(case, row["rank"], str(file.parent))
+    accelerator = make_accelerator(config)
+    assert accelerator.num_processes == row["processes"], "the launcher started another number of processes"
+    assert zero_stage(accelerator) == (2 if row["engine"] == "zero2" else 0), "another engine than the row's"
+    figures = measure(case, accelerator, config, steps=row["steps"])
+    if accelerator.is_main_process:
+        file.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    with input_errors_end_the_program():
+        measure_as_launched(json.loads(sys.argv[1]), Path(sys.argv[2]))

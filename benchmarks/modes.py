@@ -4,14 +4,12 @@
     python benchmarks/modes.py --only 4x4x512 --minutes 5         # those of them whose name has this in it
     python benchmarks/modes.py --model gemma-2-2b --shapes 4x1x512 --modes fused switching --recompute none full
 
-prints a table and writes modes.md and modes.json to --out, where a row that is measured again replaces its old self. A
-shape is K x B x T. Weights and token ids are random, every token is a target. One step is forward, backward, clipping
-and AdamW. Every row runs in a process of its own, so that one which runs out of memory takes no other with it.
+prints a table and writes modes.md and modes.json to --out, where a row that is measured again replaces the earlier one.
+A shape is K x B x T. Weights and token ids are random, every token is a target. One step is forward, backward, clipping
+and AdamW. Every row runs in a process of its own, so that a row that runs out of memory does not affect the others.
 """
 
 import argparse
-import json
-import math
 import multiprocessing
 import os
 import time
@@ -26,13 +24,16 @@ import timing
 import torch
 from case import FLAGS, Case
 from conditions import conditions
-from measure import DTYPES, measure
+from measure import measure_alone
+from results import Results, Row, gib_cell, markdown_table, recompute_cell
 
 from chorus.model.kernels.decoder_layers import Recompute
+from chorus.training.engine import DTYPES, decide_precision
 
 MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
-SLOWEST_ROW_S = 180  # a row that takes longer is given up: compiling and recording takes 20 to 60 s, the steps a few
-SHORTEST_ROW_S = 20  # none is begun with less time left
+SLOWEST_ROW_S = 180  # a row that takes longer is abandoned: compiling and capturing takes 20 to 60 s, the steps a few
+SHORTEST_ROW_S = 20  # no row starts with less time left
+SAME_RUN = ("device", "dtype", "torch", "commit")  # rows that agree in these may be compared
 
 
 def headline_rows() -> list[Case]:
@@ -78,10 +79,10 @@ def chosen_rows(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(model, mode, K, B, T, recompute, compiled, captured, mixed, packing)
 
 
-def alone(case: Case, seconds: float, **settings: Any) -> dict[str, Any] | None:
-    """`measure` in a process of its own: its row, or under `failed` why there is none; None: not in so many seconds."""
+def alone(case: Case, seconds: float, **settings: Any) -> Row | None:
+    """`measure_alone` in a process of its own: its row, or `failed` with the reason. None: not within these seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["measure"])  # each row starts with everything imported, and no GPU touched yet
+    context.set_forkserver_preload(["measure"])  # each row starts with everything imported and no GPU touched yet
     ours, theirs = context.Pipe(duplex=False)
     process, begun = context.Process(target=_measure_into, args=(theirs, case, settings)), time.monotonic()
     process.start()  # the first one waits for the imports
@@ -98,7 +99,7 @@ def alone(case: Case, seconds: float, **settings: Any) -> dict[str, Any] | None:
 
 def _measure_into(pipe: Connection, case: Case, settings: dict[str, Any]) -> None:
     try:
-        pipe.send(measure(case, **settings))
+        pipe.send(measure_alone(case, **settings))
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "")
         whole = traceback.format_exc()[-8000:]
@@ -106,19 +107,23 @@ def _measure_into(pipe: Connection, case: Case, settings: dict[str, Any]) -> Non
         raise
 
 
-def table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
+def case_of(row: Row) -> Case:
+    return Case(**{field: row[field] for field in Case._fields})
+
+
+def table(rows: Sequence[Row], newest: dict[str, Any] | None = None) -> str:
+    """Args: newest: a row of another run than this one names its device and commit."""
     head = ["model", "mode", "K", "B x T", "recompute", "how", "ms/step", "agent-tok/s", "useful TFLOP/s", "of matmul"]
-    lines = [[*head, "peak GiB", "notes"], ["---"] * 12]
+    lines = [[*head, "peak GiB", "notes"]]
     for row in rows:
         lengths = " to ".join(f"{length}" for length in ([row["T"] // 8] if row["mixed"] else []) + [row["T"]])
-        start = [row["model"], row["mode"], str(row["K"]), f"{row['B']} x {lengths}"]
         groups = [f"groups of {row['agents_per_pass']}"] if row["agents_per_pass"] else []
         how = ", ".join([*(flag for flag in FLAGS if row[flag]), *groups])
-        start += ["" if row["recompute"] == "none" else row["recompute"], how]
+        start = [row["model"], row["mode"], str(row["K"]), f"{row['B']} x {lengths}", recompute_cell(row), how]
         if "failed" in row:
             lines.append([*start, "failed", *[""] * 4, row["failed"]])
             continue
-        is_of_another_run = row["about"] != {key: about[key] for key in row["about"]}
+        is_of_another_run = newest is not None and not is_same_run(row, newest)
         lines.append(
             [
                 *start,
@@ -126,18 +131,23 @@ def table(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
                 f"{row['agent_tokens_per_second']:,.0f}",
                 f"{row['useful_tflops']:.1f}",
                 f"{row['share_of_matmul']:.0%}",
-                "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}",
+                gib_cell(row),
                 row["notes"] + (f"; {row['about']['device']}, {row['about']['commit']}" if is_of_another_run else ""),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
-def equality(rows: Sequence[dict[str, Any]]) -> str:
-    """How far first losses of the same agents over the same samples differ; a row that differs more was not timed."""
+def is_same_run(row: Row, about: dict[str, Any]) -> bool:
+    return all(row["about"][key] == about[key] for key in SAME_RUN)
+
+
+def equality(rows: Sequence[Row]) -> str:
+    """How far first losses of the same agents over the same samples differ. A row that differs more is not timed."""
     said = []
-    for key in dict.fromkeys(_case(row).same_losses for row in rows if "failed" not in row):
-        same = [row for row in rows if "failed" not in row and _case(row).same_losses == key]
+    measured = [row for row in rows if "failed" not in row]
+    for key in dict.fromkeys(case_of(row).same_losses for row in measured):
+        same = [row for row in measured if case_of(row).same_losses == key]
         modes = list(dict.fromkeys(row["mode"] for row in same))
         if len(same) > 1:
             worst = max(row["loss_differs"] for row in same)
@@ -145,32 +155,25 @@ def equality(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(said) or "nothing to compare, one row of each shape"
 
 
-def _case(row: dict[str, Any]) -> Case:
-    return Case(**{field: row[field] for field in Case._fields})
-
-
-def write(out: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any], left_out: Sequence[str]) -> str:
-    matmuls = [f"{row['matmul_tflops']:.0f}" for row in rows if "failed" not in row]
-    text = f"""# Modes
+def page(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if "failed" not in row]
+    if not measured:
+        return f"# Modes\n\n{table(rows)}\n"
+    about, matmuls = measured[-1]["about"], [f"{row['matmul_tflops']:.0f}" for row in measured]
+    return f"""# Modes
 
 {about["device"]}, driver {about["driver"]}, {about["dtype"]}; torch {about["torch"]}, transformers \
 {about["transformers"]}; commit {about["commit"]}; a large matrix product, timed before each row, runs at \
-{min(matmuls, default="?", key=float)} to {max(matmuls, default="?", key=float)} TFLOP/s. Before timing: \
-{equality(rows)}.
+{min(matmuls, key=float)} to {max(matmuls, key=float)} TFLOP/s. Before timing: {equality(rows)}.
 
 `{about["command"]}`
 
 {table(rows, about)}
-{f"{chr(10)}Not measured, for want of time: {', '.join(left_out)}.{chr(10)}" if left_out else ""}
-Counted for each agent-token: 4 FLOP for each weight of body and head, and causal attention; recomputation, padding and
+
+Counted for each agent-token: 4 FLOP for each weight of body and head, and causal attention. Recomputation, padding and
 the adapters' own products are not useful work. Median of the steps after warm-up. Peak memory of the same steps is what
-the allocator reserved, the graphs' own memory included.
+the allocator reserved, the memory of CUDA graphs included.
 """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "modes.md").write_text(text)
-    whole = {"about": about, "equality": equality(rows), "left_out": list(left_out), "rows": list(rows)}
-    (out / "modes.json").write_text(json.dumps(whole, indent=1) + "\n")
-    return text
 
 
 def arguments() -> argparse.Namespace:
@@ -180,7 +183,7 @@ def arguments() -> argparse.Namespace:
         "--only", nargs="+", metavar="TEXT", default=[""], help="only rows with one of these in the name"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and measure none")
-    parser.add_argument("--minutes", type=float, default=60.0, help="end then; the rows that are left out are named")
+    parser.add_argument("--minutes", type=float, default=60.0, help="end after this time; the rows left out are named")
     parser.add_argument("--model", nargs="+", default=None)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--recompute", nargs="+", choices=get_args(Recompute), default=["none"])
@@ -199,48 +202,43 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def expected_loss(case: Case, rows: dict[Case, dict[str, Any]], about: dict[str, Any]) -> list[float] | None:
-    """Each agent's first loss by another row of this run, if there is one."""
-    for other, row in rows.items():
-        is_comparable = other != case and other.same_losses == case.same_losses
-        if is_comparable and row["about"] == about and "failed" not in row:
-            return row["first_loss"]
-    return None
+def expected_loss(case: Case, rows: Sequence[Row], about: dict[str, Any]) -> list[float] | None:
+    """Each agent's first loss by another row of the same machine and commit, if there is one."""
+    others = (row for row in rows if case_of(row) != case and case_of(row).same_losses == case.same_losses)
+    return next((row["first_loss"] for row in others if "failed" not in row and is_same_run(row, about)), None)
 
 
 def main() -> None:
     options = arguments()
     end = timing.deadline(60 * options.minutes)
     cases = headline_rows() if options.is_headline or options.list else list(chosen_rows(options))
-    cases = [case for case in cases if any(text in case.name for text in options.only)]
+    waiting = [case for case in cases if any(text in case.name for text in options.only)]
     if options.list:
-        print(*(case.name for case in cases), sep="\n")
+        print(*(case.name for case in waiting), sep="\n")
         return
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about, file = conditions(device, DTYPES[device.type], math.nan), options.out / "modes.json"
-    del about["matmul_tflops"]  # each row has its own
-    of_this_run = {key: about[key] for key in ("device", "dtype", "torch", "commit")}
-    before = json.loads(file.read_text())["rows"] if file.exists() else []
-    rows = {_case(row): row for row in before}
-    waiting = list(cases)
+    about = conditions(device, DTYPES[decide_precision("auto")])
+    results, failed = Results(options.out, "modes", case_of, page), False
     while waiting:
         case, left = waiting[0], end - time.monotonic()
         if left < SHORTEST_ROW_S:
             break
-        how = {"rank": options.rank, "steps": options.steps, "profile_to": options.out if options.profile else None}
-        begun, expected = time.monotonic(), expected_loss(case, rows, of_this_run)
-        outcome = alone(case, min(SLOWEST_ROW_S, left), **how, expected_loss_K=expected)
+        profile_to = options.out if options.profile else None
+        settings = {"rank": options.rank, "steps": options.steps, "profile_to": profile_to}
+        begun, expected = time.monotonic(), expected_loss(case, results.rows, about)
+        outcome = alone(case, min(SLOWEST_ROW_S, left), **settings, expected_loss_K=expected)
         if outcome is None and left < SLOWEST_ROW_S:
-            break  # no fault of the row's: it is left out, and its old self stands
-        rows.pop(case, None)
-        rows[case] = case._asdict() | {"about": of_this_run}
-        rows[case] |= outcome or {"failed": f"took longer than {SLOWEST_ROW_S} s"}
+            break  # cut off by the end, which is not the row's fault: an earlier measurement stays
+        row = case._asdict() | (outcome or {"failed": f"took longer than {SLOWEST_ROW_S} s"}) | {"about": about}
+        failed = failed or "failed" in row
+        results.add(row)
         waiting.pop(0)
-        print(f"{time.monotonic() - begun:4.0f} s", table([rows[case]], about).splitlines()[-1], flush=True)
-        write(options.out, list(rows.values()), about, [case.name for case in waiting])
-    print(write(options.out, list(rows.values()), about, [case.name for case in waiting]))
-    if any("failed" in rows[case] for case in cases if case not in waiting):
+        print(f"{time.monotonic() - begun:4.0f} s", table([row]).splitlines()[-1], flush=True)
+    print(page(results.rows))
+    if waiting:
+        print(f"not measured, for want of time: {', '.join(case.name for case in waiting)}")
+    if failed:
         raise SystemExit(1)
 
 

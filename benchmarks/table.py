@@ -3,9 +3,9 @@
     python benchmarks/table.py --seconds 540                      # what matters most first
     python benchmarks/table.py --rows "gemma-2-2b fused" "gemma-2-9b zero2 x1"
 
-writes table.md and table.json to --out after every row. A row that table.json has is not measured again, so that the
-table can be made in pieces; one that failed is. Names of the rows, in their order: --list. Where there are more GPUs
-than a row needs, rows of different models run side by side. What counts as useful work: modes.py.
+writes table.md and table.json to --out after every row. A row that table.json holds is not measured again, so that the
+table can be made in pieces; a failed row is. `--list` prints the names of the rows in their order. Where there are more
+GPUs than a row needs, rows of different models run side by side. What counts as useful work: modes.py.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 
 import psutil
 import timing
 import torch
 from case import Case
-from verdicts import ENGINES, MODES, Row, checks, key_of, name_of, with_ratios
+from results import Results, Row, gib_cell, markdown_table, recompute_cell
+from verdicts import ENGINES, MODES, checks, key_of, name_of, with_ratios
 
 ROOT = Path(__file__).parents[1]
 # model, K, B, T, recompute
@@ -38,7 +38,7 @@ ON_GPU = (
     ("gemma-2-9b", 8, 4, 1024, "full"),
 )
 ON_CPU = (("tiny", 2, 2, 16, "none"),)
-FIRST = (  # what the first description and the aims are held to, in the order of weight; then all others
+FIRST = (  # the rows that the checks need, most important first; then all others
     "gemma-2-2b K=4 fused plain x1",
     "gemma-2-9b K=4 sequential zero2 x1",
     "gemma-2-2b K=4 fused zero2 x1",
@@ -53,7 +53,7 @@ FIRST = (  # what the first description and the aims are held to, in the order o
     "gemma-2-2b K=4 fused zero2 x4",
 )
 RATIOS = (("over_plain", "+.1%"), ("scaling", ".0%"))
-SHORTEST_ROW_S = 30  # none is begun with less time left
+SHORTEST_ROW_S = 30  # no row starts with less time left
 
 
 def rows(options: argparse.Namespace, shapes: Sequence[tuple]) -> list[Row]:
@@ -75,7 +75,7 @@ def is_named(row: Row, words: str) -> bool:
 
 
 def launcher(row: Row) -> list[str]:
-    """As the README launches train.py; by module, since not every machine has the commands beside its interpreter."""
+    """As train.py is launched; by module, because some machines lack the commands beside their interpreter."""
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     processes = ["--num_processes", str(row["processes"])]
     if row["engine"] == "zero2":
@@ -87,10 +87,10 @@ def launcher(row: Row) -> list[str]:
 
 
 def measured(row: Row, gpus: Sequence[str], seconds: float) -> Row | None:
-    """The row with its figures, or with `failed`: why it has none. None: they did not come in so many seconds."""
+    """The row with its figures, or with `failed`, the reason. None: they did not come within these seconds."""
     with TemporaryDirectory() as folder:
         file, log = Path(folder) / "figures.json", Path(folder) / "log"
-        command = [*launcher(row), str(Path(__file__).with_name("row.py")), json.dumps(row), str(file)]
+        command = [*launcher(row), str(Path(__file__).with_name("measure.py")), json.dumps(row), str(file)]
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         with log.open("w") as stream:
             process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, env=os.environ | seen)
@@ -106,12 +106,11 @@ def measured(row: Row, gpus: Sequence[str], seconds: float) -> Row | None:
             reason = " ".join(reason[:200].replace("|", "/").split())
             return {**row, "failed": reason, "log": said[-8000:]}
         figures = json.loads(file.read_text())
-    figures["about"]["command"] = " ".join(["python", *sys.argv])
-    return {**row, **figures}
+    return {**row, **figures, "about": figures["about"] | {"command": " ".join(["python", *sys.argv])}}
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a launcher and all that it started: left behind, they would hold the GPUs."""
+    """End a launcher and everything it started, which would otherwise keep the GPUs."""
     launched = psutil.Process(process.pid)
     everyone = [launched, *launched.children(recursive=True)]
     for member in everyone:
@@ -121,41 +120,38 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def table(done: list[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     head = ["model", "K", "B x T", "recompute", "mode", "engine", "GPUs", "GiB/GPU", "ms/step", "agent-tok/s"]
-    lines = [[*head, "useful TFLOP/s a GPU", "of matmul", "over plain", "scaling", "how"], ["---"] * 15]
-    for row in with_ratios(done):
-        line = [row["model"], str(row["K"]), f"{row['B']} x {row['T']}"]
-        line += ["" if row["recompute"] == "none" else row["recompute"], row["mode"]]
-        line += [{"plain": "plain" if row["processes"] == 1 else "DDP"}.get(row["engine"], "ZeRO-2")]
-        line += [str(row["processes"])]
+    lines = [[*head, "useful TFLOP/s a GPU", "of matmul", "over plain", "scaling", "how"]]
+    for row in with_ratios(rows):
+        engine = {"plain": "plain" if row["processes"] == 1 else "DDP"}.get(row["engine"], "ZeRO-2")
+        shape = [row["model"], str(row["K"]), f"{row['B']} x {row['T']}", recompute_cell(row)]
+        line = [*shape, row["mode"], engine, str(row["processes"])]
         if "failed" in row:
             line += [row["failed"], *[""] * 7]
         else:
-            peak, share = row["peak_gib"], row["useful_tflops_per_gpu"] / row["about"]["matmul_tflops"]
-            line += ["" if peak is None else f"{peak:.1f}", f"{row['ms_per_step']:.1f}"]
-            line += [f"{row['agent_tokens_per_second']:,.0f}", f"{row['useful_tflops_per_gpu']:.1f}", f"{share:.0%}"]
-            line += ["" if row[name] is None else f"{row[name]:{how}}" for name, how in RATIOS]
-            line.append(row["execution"])
+            line += [gib_cell(row), f"{row['ms_per_step']:.1f}", f"{row['agent_tokens_per_second']:,.0f}"]
+            line += [f"{row['useful_tflops']:.1f}", f"{row['share_of_matmul']:.0%}"]
+            line += ["" if row[name] is None else f"{row[name]:{form}}" for name, form in RATIOS]
+            line.append(", ".join(filter(None, [row["execution"], row["notes"]])))
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(lines)
 
 
-def write(out: Path, done: list[Row]) -> None:
-    abouts = [row["about"] for row in done if "about" in row]
-    kinds = {tuple(sorted((k, str(v)) for k, v in about.items() if k != "matmul_tflops")): about for about in abouts}
+def page(rows: Sequence[Row]) -> str:
+    abouts = {tuple(row["about"].items()): row["about"] for row in rows if "about" in row}
     described = "\n".join(
         f"- {about['device']}, driver {about['driver']}, {about['dtype']}; torch {about['torch']}, transformers "
         f"{about['transformers']}, deepspeed {about['deepspeed']}; commit {about['commit']}: `{about['command']}`"
-        for about in kinds.values()
+        for about in abouts.values()
     )
-    text = f"""# Time and memory of a step
+    return f"""# Time and memory of a step
 
-{table(done)}
+{table(rows)}
 
-{chr(10).join(f"- {line}" for line in checks(done))}
+{chr(10).join(f"- {line}" for line in checks(rows))}
 
-Weights and token ids are random, in the real shapes; every token is a target; rank {done[0]["rank"]} on all seven
+Weights and token ids are random, in the real shapes; every token is a target; rank {rows[0]["rank"]} on all seven
 linears. A step is forward, objective with the sliced distance, backward, clipping and AdamW, by the product's engine.
 The median of the slowest process's steps; the memory that the allocator of the fullest one reserved. Useful work is
 counted as in `modes.py`, beside a large matrix product timed in the same process. Scaling: the time of one process
@@ -163,11 +159,6 @@ over that of several with as many rows each.
 
 {described}
 """
-    whole = {"rows": done, "checks": [verdict._asdict() for verdict in checks(done)]}
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in (("table.md", text), ("table.json", json.dumps(whole, indent=1) + "\n")):
-        (out / f"{name}.new").write_text(content)
-        (out / f"{name}.new").replace(out / name)
 
 
 def arguments() -> argparse.Namespace:
@@ -180,33 +171,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=float, default=200, help="seconds for one row")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all: end then, whatever is under way")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after this time, even within a row")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and end")
-    # Figures of a CPU say nothing of the product's speed: they go where nobody takes them for the table.
+    # Figures of a CPU say nothing about the speed on a GPU: they do not go beside the table.
     parser.add_argument("--out", type=Path, default=Path(__file__).parent if on_gpu else ROOT / "runs" / "table")
     return parser.parse_args()
-
-
-class Progress:
-    """The rows that are done, on disk after each; several lanes add to it."""
-
-    def __init__(self, out: Path):
-        self.out, self._lock, file = out, Lock(), out / "table.json"
-        self.done: list[Row] = json.loads(file.read_text())["rows"] if file.exists() else []
-
-    def of(self, row: Row) -> Row | None:
-        return next((known for known in self.done if key_of(known) == key_of(row)), None)
-
-    def is_measured(self, row: Row) -> bool:
-        known = self.of(row)
-        return known is not None and "failed" not in known
-
-    def add(self, row: Row) -> None:
-        with self._lock:
-            self.done = [known for known in self.done if key_of(known) != key_of(row)] + [row]
-            self.done.sort(key=lambda known: [str(value).rjust(9) for value in key_of(known)])
-            write(self.out, self.done)
-            print(table([row]).splitlines()[-1], flush=True)
 
 
 def visible_gpus() -> list[str]:
@@ -229,7 +198,11 @@ def waves(waiting: Sequence[Row], gpus: Sequence[str]) -> Iterator[list[tuple[li
         yield [(lane, gpus[number * processes : (number + 1) * processes]) for number, lane in enumerate(lanes)]
 
 
-def measure_all(waiting: Sequence[Row], progress: Progress, limit: float, deadline: float) -> None:
+def in_order(row: Row) -> list[str]:
+    return [str(value).rjust(9) for value in key_of(row)]
+
+
+def measure_all(waiting: Sequence[Row], results: Results, limit: float, deadline: float) -> None:
     """Wave after wave, until the deadline; rows that it cuts off are left out."""
 
     def run(lane: list[Row], gpus: Sequence[str]) -> None:
@@ -239,8 +212,9 @@ def measure_all(waiting: Sequence[Row], progress: Progress, limit: float, deadli
                 return
             new = measured(row, gpus, min(limit, left))
             if new is None and left < limit:
-                return  # no fault of the row's
-            progress.add(new or {**row, "failed": f"took more than {limit:.0f} s"})
+                return  # cut off by the deadline, which is not the row's fault
+            results.add(new or {**row, "failed": f"took more than {limit:.0f} s"}, in_order)
+            print(name_of(row), "is done", flush=True)
 
     for wave in waves(waiting, visible_gpus()):
         with ThreadPoolExecutor(len(wave)) as pool:
@@ -249,16 +223,16 @@ def measure_all(waiting: Sequence[Row], progress: Progress, limit: float, deadli
 
 def main() -> None:
     options = arguments()
-    progress = Progress(options.out)
+    results = Results(options.out, "table", key_of, page)
     wanted = rows(options, ON_GPU if torch.cuda.is_available() else ON_CPU)
     if not options.list:
-        waiting = [row for row in wanted if not progress.is_measured(row)]
-        measure_all(waiting, progress, options.limit, timing.deadline(options.seconds))
+        waiting = [row for row in wanted if not results.is_measured(row)]
+        measure_all(waiting, results, options.limit, timing.deadline(options.seconds))
     for row in wanted:
-        known = progress.of(row)
+        known = results.of(row)
         print(name_of(row) + (": not measured" if known is None else ": failed" if "failed" in known else ": measured"))
-    if progress.done and not options.list:
-        print("\n".join(["", table(progress.done), "", *map(str, checks(progress.done))]))
+    if results.rows and not options.list:
+        print("\n".join(["", table(results.rows), "", *map(str, checks(results.rows))]))
 
 
 if __name__ == "__main__":

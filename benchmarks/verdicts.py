@@ -1,22 +1,16 @@
-"""What the rows of table.py say of each other, and of what was claimed and aimed at."""
+"""Checks over the rows of table.py: equal losses, memory, the cost of ZeRO-2, scaling."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import NamedTuple
 
 from case import Case
+from results import Row
 
 MODES = ("sequential", "parallel", "fused")
 ENGINES = ("plain", "zero2")
 KEY = (*Case._fields, "rank", "engine", "processes")
-Row = dict[str, Any]
 
-# What the project was first described with, simulated: GB a GPU and seconds a step, of no named GPU, batch or engine.
-CLAIMS = {
-    ("gemma-2-2b", 2, "sequential", "plain"): (12, 0.8),
-    ("gemma-2-2b", 2, "parallel", "plain"): (12, 0.7),
-    ("gemma-2-9b", 4, "sequential", "zero2"): (35, 3.2),
-    ("gemma-2-9b", 4, "parallel", "zero2"): (35, 2.8),
-}
 LARGE, LARGE_GB = "gemma-2-9b", 40  # with 4 agents or more, a GPU
 AIMED_AT = {"model": "gemma-2-2b", "K": 4, "B": 4, "T": 512, "mode": "fused"}
 AT_MOST_OVER_PLAIN = 0.05  # what ZeRO-2 may cost on one GPU
@@ -25,7 +19,7 @@ TOLERANCE = 1e-2  # of first losses in bf16, relative
 
 
 class Verdict(NamedTuple):
-    """A claim, whether it holds (None: its rows are not measured), and the figures that say so."""
+    """A claim, whether it holds (None: its rows are not measured), and the figures."""
 
     claim: str
     holds: bool | None
@@ -51,7 +45,7 @@ def with_ratios(done: Sequence[Row]) -> list[Row]:
     for row in done:
         key, own = key_of(row), ms.get(key_of(row))
         plain = ms.get((*key[:-2], "plain", key[-1]))
-        alone = ms.get((*key[:-1], 1))  # as many rows on each process: time, too, should be equal
+        alone = ms.get((*key[:-1], 1))  # as many rows on each process: the time should be equal
         result.append(
             {
                 **row,
@@ -63,16 +57,16 @@ def with_ratios(done: Sequence[Row]) -> list[Row]:
 
 
 def checks(done: Sequence[Row]) -> list[Verdict]:
-    """Equal losses, then the claims of the first description, then the aims."""
+    """All verdicts, of the rows that were measured."""
     rows = [row for row in with_ratios(done) if "failed" not in row]
-    return [*equal_losses(rows), *first_described(rows), large_base_fits(rows), *aims(rows)]
+    return [*equal_losses(rows), large_base_fits(rows), *aims(rows)]
 
 
 def equal_losses(rows: Sequence[Row]) -> list[Verdict]:
-    """Of all modes, engines and numbers of processes: every one starts with the same agents, over the same rows."""
+    """Over modes, engines and numbers of processes: each row starts with the same agents and the same batch."""
     losses: dict[str, list[float]] = {}
     for row in rows:
-        losses.setdefault(f"{row['model']} K={row['K']} {row['B']}x{row['T']}", []).append(row["first_loss"])
+        losses.setdefault(f"{row['model']} K={row['K']} {row['B']}x{row['T']}", []).append(fmean(row["first_loss"]))
     verdicts = []
     for shape, values in losses.items():
         differ = max(values) / min(values) - 1
@@ -82,23 +76,8 @@ def equal_losses(rows: Sequence[Row]) -> list[Verdict]:
     return verdicts
 
 
-def first_described(rows: Sequence[Row]) -> list[Verdict]:
-    verdicts = []
-    for (model, K, mode, engine), (claimed_gb, claimed_s) in CLAIMS.items():
-        wanted = {"model": model, "K": K, "mode": mode, "engine": engine, "processes": 1}
-        row = next((row for row in rows if is_one_of(row, wanted) and row["peak_gib"] is not None), None)
-        claim = f"first described: {model} K={K} {mode}, {claimed_gb} GB and {claimed_s} s a step at most"
-        if row is None:
-            verdicts.append(Verdict(claim, None, f"{engine} on one GPU is not measured"))
-            continue
-        own_gb, own_s = gb(row), row["ms_per_step"] / 1000
-        holds = own_gb <= claimed_gb and own_s <= claimed_s
-        verdicts.append(Verdict(claim, holds, f"{name_of(row)}: {own_gb:.1f} GB, {own_s:.2f} s"))
-    return verdicts
-
-
 def large_base_fits(rows: Sequence[Row]) -> Verdict:
-    """All rows of the large base must be below; the fullest is named."""
+    """All rows of the large base must be below; the verdict names the one with the most memory."""
     claim = f"{LARGE} with K of 4 or more is under {LARGE_GB} GB a GPU"
     large = [row for row in rows if row["model"] == LARGE and row["K"] >= 4 and row["peak_gib"] is not None]
     if not large:
@@ -110,7 +89,7 @@ def large_base_fits(rows: Sequence[Row]) -> Verdict:
 
 
 def aims(rows: Sequence[Row]) -> list[Verdict]:
-    """ZeRO-2 on one process, and each engine on several; on a CPU of whatever there is."""
+    """The cost of ZeRO-2 on one process, and the scaling of each engine; on a CPU for the tiny base."""
     aimed_at = [row for row in rows if is_one_of(row, AIMED_AT)] or [row for row in rows if row["model"] == "tiny"]
     claim = f"ZeRO-2 costs at most {AT_MOST_OVER_PLAIN:.0%} over plain on one process"
     alone = [row for row in aimed_at if row["over_plain"] is not None and row["processes"] == 1]

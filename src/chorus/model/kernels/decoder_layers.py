@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.autograd.function import once_differentiable
@@ -53,18 +52,10 @@ def prepare_layers(
         # Kinds of layers x shapes; running out of it is not to be a silent return to what is uncompiled.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if compiled:
-        torch._inductor.config.inductor_choices_class = _choices
     for layer in layers:
         if compiled or recompute != "none":
             in_training = _in_training(layer.forward, router, recompute, compiled)
             layer.forward = partial(_run, layer, layer.forward, in_training)
-
-
-def _choices() -> Any:
-    from chorus.model.kernels.one_pass import OnePass
-
-    return OnePass()
 
 
 def _in_training(plain: Callable, router: AdapterRouter, recompute: Recompute, compiled: bool | str) -> Callable:
