@@ -1,4 +1,4 @@
-"""What all processes must know alike: how an act ended, what the run is, whether it shall stop, that one is gone."""
+"""Agreement between processes: errors, equal inputs and tensors, timeouts, and the loss of a process."""
 
 import hashlib
 import os
@@ -23,9 +23,10 @@ T = TypeVar("T")
 
 
 def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
-    """Run `act` on the first process alone; its result, or its InputError or RunError, on every one. A collective call.
+    """Run `act` on the first process only. A collective call.
 
-    Without it the others would wait for a process that has given up.
+    Every process returns its result, or raises its InputError or RunError: otherwise the others would wait for a
+    process that has ended.
     """
     outcome: list = [None, None]
     if accelerator.is_main_process:
@@ -41,9 +42,10 @@ def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 
 def on_every_process(act: Callable[[], None]) -> None:
-    """Run `act` on every process; where any raises an InputError or RunError, all raise the first. A collective call.
+    """Run `act` on every process; if any raises an InputError or RunError, all do. A collective call.
 
-    Hosts differ in what they see, and one that gave up alone would leave the others waiting for it.
+    They raise the first one, with the name of its host. Hosts may see different files, and a process that ended
+    alone would leave the others waiting.
     """
     error = None
     try:
@@ -58,12 +60,12 @@ def on_every_process(act: Callable[[], None]) -> None:
 
 
 def refuse_differences(own: Mapping[str, Any]) -> None:
-    """Raise InputError, on every process alike, where one of them has another value than the first. A collective call.
+    """Raise InputError on every process if any has another value than the first one. A collective call.
 
-    Hosts have files of their own: where those differ, a mixture of two runs would be trained, without a word.
+    Hosts have files of their own. If those differ, a mixture of two runs would be trained silently.
 
     Args:
-        own: this process's values, by what they are called in the message.
+        own: this process's values, by their names in the message.
     """
     firsts: list = [own]
     broadcast_object_list(firsts)
@@ -80,7 +82,7 @@ def refuse_differences(own: Mapping[str, Any]) -> None:
 
 
 def described(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """Named tensors in their order, for `refuse_differences`: name, shape and a digest of 16 values of each."""
+    """Named tensors in their order, for `refuse_differences`: the name, shape and digest of 16 values of each."""
     named = list(tensors)
     digests = [hashlib.sha256(values).hexdigest()[:8] for values in sampled([tensor for _, tensor in named])]
     lines = [f"{name} {list(own.shape)} of values {digest}" for (name, own), digest in zip(named, digests, strict=True)]
@@ -88,7 +90,7 @@ def described(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
 
 
 def sampled(tensors: Sequence[Tensor]) -> list[bytes]:
-    """16 evenly spaced values of each tensor, as the bytes of fp32. One copy from the device for all of them."""
+    """16 evenly spaced values of each tensor, as fp32 bytes. All tensors take one copy from the device."""
     flat = [tensor.detach().flatten() for tensor in tensors]
     places = [torch.arange(16, device=one.device) * max(len(one) - 1, 0) // 15 for one in flat]
     values = [one[place].float() if len(one) else one.float() for one, place in zip(flat, places, strict=True)]
@@ -97,9 +99,9 @@ def sampled(tensors: Sequence[Tensor]) -> list[bytes]:
 
 
 def limit_waiting(seconds: int) -> None:
-    """Give every process group that exists this timeout: libraries make some of their own, with a default of theirs.
+    """Give this timeout to every existing process group. Libraries create groups with a default of their own.
 
-    Under gloo a collective call then raises. Under NCCL its watchdog ends the process.
+    Under gloo a collective call then raises. Under NCCL the watchdog ends the process.
     """
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
@@ -107,7 +109,7 @@ def limit_waiting(seconds: int) -> None:
 
 @contextmanager
 def lost_processes_named(timeout_s: int) -> Iterator[None]:
-    """Raise LostProcess, a RunError, where a collective call fails because another process is gone or silent."""
+    """Raise LostProcess, a RunError, if a collective call fails because another process has ended or is silent."""
     try:
         yield
     except RuntimeError as error:
@@ -120,7 +122,7 @@ def lost_processes_named(timeout_s: int) -> Iterator[None]:
         what = f"did not answer within {timeout_s} s, key 'collective_timeout_s'," if is_silent else "has ended"
         raise LostProcess(
             f"process {os.environ.get('RANK', 0)}: another process {what} while this one waited for it in {place.name} "
-            f"({Path(place.filename).name}:{place.lineno}); see what that one said last, then go on with "
+            f"({Path(place.filename).name}:{place.lineno}); see its last lines, then resume with "
             "resume_from_checkpoint=auto"
         ) from error
 

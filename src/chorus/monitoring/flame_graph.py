@@ -1,8 +1,8 @@
-"""A flame graph: one page, readable in any browser, with nothing to load from elsewhere.
+"""A flame graph as one HTML page, for any browser, without anything to load from elsewhere.
 
-A box is as wide as its time; below it lies what ran inside of it (Gregg 2016, hanging,
-https://queue.acm.org/detail.cfm?id=2927301). Boxes of the same name in the same place are one. A click widens a box, a
-click on the top one goes back.
+The width of a box is its time. What ran inside it lies below it (Gregg 2016, the hanging form,
+https://queue.acm.org/detail.cfm?id=2927301). Boxes of the same name under the same box are merged. A click on a box
+widens it; a click on the top box goes back.
 """
 
 import html
@@ -14,7 +14,7 @@ Stack = tuple[str, ...]
 
 
 def flame_graph(microseconds: Mapping[Stack, float], title: str) -> str:
-    """The page."""
+    """The HTML page, from the own time of each stack."""
     root: dict[str, Any] = {"name": title, "time": 0.0, "inner": {}}
     for stack, time in microseconds.items():
         node = root
@@ -22,12 +22,12 @@ def flame_graph(microseconds: Mapping[Stack, float], title: str) -> str:
         for name in stack:
             node = node["inner"].setdefault(name, {"name": name, "time": 0.0, "inner": {}})
             node["time"] += time
-    tree = json.dumps(_plain(root)).replace("<", "\\u003c")  # a name may not end the script
+    tree = json.dumps(_plain(root)).replace("<", "\\u003c")  # no name can end the script
     return PAGE.replace("TITLE", html.escape(title)).replace("TREE", tree)
 
 
 def _plain(node: Mapping[str, Any]) -> list[Any]:
-    """[name, milliseconds, inner nodes, the longest first]"""
+    """[name, milliseconds, inner nodes with the longest first]"""
     inner = sorted(node["inner"].values(), key=lambda each: -each["time"])
     return [node["name"], round(node["time"] / 1000, 4), [_plain(each) for each in inner]]
 
@@ -43,7 +43,7 @@ body { font: 13px system-ui, sans-serif; margin: 12px; background: #fff; color: 
 #graph div:hover { filter: brightness(0.88) }
 </style>
 <h3>TITLE, as a flame graph</h3>
-<p id="told">A box is as wide as its time; what ran inside of it lies below. Click a box to widen it.</p>
+<p id="told">The width of a box is its time; what ran inside it lies below. Click a box to widen it.</p>
 <div id="graph"></div>
 <script>
 const tree = TREE, graph = document.getElementById("graph"), told = document.getElementById("told"), height = 20;

@@ -1,4 +1,4 @@
-"""What of a training step's arithmetic counts as useful, the same in the profiler and in the benchmarks."""
+"""The useful arithmetic of a training step, the same count for profiler and benchmarks."""
 
 from typing import NamedTuple
 
@@ -10,24 +10,34 @@ from chorus.data.batches import Batch
 
 
 class Work(NamedTuple):
-    """Weights of the base that a token meets in body and head, and the layers' attention width in all."""
+    """What sets the useful FLOP of a base.
+
+    Attributes:
+        body: weights of its linear layers, without the head.
+        head: weights of the head.
+        attention: heads x head width, summed over the layers.
+    """
 
     body: int
     head: int
     attention: int
 
     def useful_flops(self, rows: int, length: int, targets: int) -> float:
-        """Of one training pass over `rows` rows of all agents together, with `targets` target tokens among them.
+        """FLOP of one training pass over `rows` rows (of all agents) with `targets` target tokens among them.
 
-        Forward 2 FLOP for each weight and token, backward 2 more: the base is frozen, so there is no weight gradient.
-        The head is due on targets alone. Attention's two products over the causal half, backward twice the forward.
-        LoRA's own and recomputation do not count; padding, which is computed, does.
+        Each weight takes 2 FLOP a token forward and 2 backward: the base is frozen, so it has no weight
+        gradient. The head runs on target tokens only. Attention has two products over the causal half; its
+        backward takes twice its forward. The adapters' own products and recomputation do not count. Padding is
+        computed, so it counts.
         """
         products = 4.0 * (self.body * rows * length + self.head * targets)
         return products + 3 * (2.0 * length * length * self.attention) * rows
 
     def of_batch(self, batch: Batch, num_agents: int) -> float:
-        """Of one training pass of all agents over a batch on the CPU. In a packed row a token meets its own sample."""
+        """FLOP of one training pass of all agents over a batch, which lies on the CPU.
+
+        In a packed row a token attends to its own sample only.
+        """
         B, T = batch.input_BT.shape
         rows, targets = num_agents * B, num_agents * len(batch.target_rows_N)
         if batch.sample_BT is None:
@@ -40,10 +50,10 @@ class Work(NamedTuple):
 
 
 def work_of(model: PreTrainedModel) -> Work:
-    """Counted from the frozen linear layers: adapters that the model carries are not among them."""
+    """Counted from the frozen linear layers, so without adapters."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    # By their shapes: ZeRO-3's weights are empty while they are in shards.
+    # From in_features and out_features: under ZeRO-3 a sharded weight is empty.
     body = sum(linear.in_features * linear.out_features for linear in linears if not linear.weight.requires_grad)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * head_dim

@@ -1,4 +1,4 @@
-"""Two steps as PyTorch's profiler sees them, in files that are read without anything being installed."""
+"""A trace of two steps by PyTorch's profiler, in files that need no installed viewer."""
 
 import gzip
 import json
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 Clock = Literal["host", "device"]
 TRACE, OPERATORS = "trace.json.gz", "top_operators.txt"
-MEMORY = "memory.html"  # torch's own viewer, which the page loads from the web
+MEMORY = "memory.html"  # the page loads torch's viewer from the web
 FLAMES = {"host": "flame_graph.html", "device": "flame_graph_gpu.html"}
 SPAN, OPERATOR, MODULE = "user_annotation", ("cpu_op", "cuda_runtime", "cuda_driver"), "nn.Module: "
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 class Trace(NamedTuple):
-    """What was traced, and (on a GPU, once it has ended) the allocator's snapshot: none or one."""
+    """The profiler, and the allocator's snapshots: one once a trace on a GPU has ended, otherwise none."""
 
     profiler: profile
     snapshots: list[Any]
@@ -37,14 +37,14 @@ class Trace(NamedTuple):
 
 @contextmanager
 def tracing(device: torch.device) -> Iterator[Trace]:
-    """Trace what runs in this context, spans named. `write_trace` then makes files of it."""
+    """Trace what runs in this context, with the names of spans. `write_trace` then writes the files."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     snapshots: list[Any] = []
     with (
         listening(record_function),
         _memory_history(snapshots) if on_gpu else nullcontext(),
-        profile(activities=activities, with_stack=True) as profiler,  # with stacks, for the names of modules
+        profile(activities=activities, with_stack=True) as profiler,  # stacks give the names of modules
     ):
         yield Trace(profiler, snapshots)
         if on_gpu:
@@ -52,10 +52,10 @@ def tracing(device: torch.device) -> Iterator[Trace]:
 
 
 def write_trace(trace: Trace, folder: Path) -> None:
-    """The files of a trace.
+    """Write the files of a trace into `folder`.
 
     Raises:
-        RunError: the disk does not take them.
+        RunError: they cannot be written.
     """
     try:
         folder.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def write_trace(trace: Trace, folder: Path) -> None:
     except OSError as error:
         remedy = "make room, or set profile_trace to false"
         raise RunError(f"{folder}: the trace could not be written: {error}; {remedy}") from error
-    logger.info("the trace is written; %s shows where the time of its steps went", folder / FLAMES["host"])
+    logger.info("wrote the trace; %s shows where the time of its steps went", folder / FLAMES["host"])
 
 
 def _write_readable(events: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -82,7 +82,7 @@ def _write_readable(events: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 @contextmanager
 def _memory_history(snapshots: list[Any]) -> Iterator[None]:
-    """Append what the GPU's allocator does in this context, and who called it."""
+    """Append a snapshot of what the GPU's allocator did in this context, with its callers."""
     torch.cuda.memory._record_memory_history(max_entries=1_000_000)
     try:
         yield
@@ -92,7 +92,7 @@ def _memory_history(snapshots: list[Any]) -> Iterator[None]:
 
 
 class Event(NamedTuple):
-    """What ran on the host. `correlation` is that of the kernel it launched, if any; times are microseconds."""
+    """An event on the host. `correlation` identifies the kernel it launched, if any. Times in microseconds."""
 
     begin: float
     end: float
@@ -102,10 +102,10 @@ class Event(NamedTuple):
 
 
 def stacks(events: Sequence[Mapping[str, Any]], clock: Clock) -> dict[Stack, float]:
-    """Microseconds of each stack itself, without what it holds, from the events of PyTorch's Chrome trace.
+    """Microseconds of each stack itself, without the stacks inside it, from the events of PyTorch's Chrome trace.
 
-    Spans, modules and operators nest as they lie in time. Backward's threads are taken for a part of the one that waits
-    for them. On the clock `device` a stack has the time of the kernels that it launched, and ends in the kernel.
+    Spans, modules and operators nest by their times. The threads of backward count as part of the thread that
+    waits for them. On the clock `device` a stack ends in a kernel and has the time of its kernels.
     """
     own: dict[Stack, float] = defaultdict(float)
     launched: dict[Any, Stack] = {}
@@ -123,9 +123,9 @@ def stacks(events: Sequence[Mapping[str, Any]], clock: Clock) -> dict[Stack, flo
 
 
 def operator_table(events: Sequence[Mapping[str, Any]], clock: Clock, rows: int = 40) -> str:
-    """The most expensive operators, or kernels, each by its own time in all of the trace.
+    """A table of the most expensive operators (kernels on the clock `device`), by their own time in the whole trace.
 
-    Not torch's `key_averages`, which takes minutes where there are stacks, and counts every Python function.
+    torch's `key_averages` takes minutes on a trace with stacks, and counts every Python function.
     """
     if clock == "host":
         seen = [(event.name, time) for _, event, time in _nested(events) if event.is_operator]
@@ -143,7 +143,7 @@ def operator_table(events: Sequence[Mapping[str, Any]], clock: Clock, rows: int 
 
 
 def _nested(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Stack, Event, float]]:
-    """Each event with its stack and the time that is its own. Of two that overlap, the later one is cut short."""
+    """Each event with its stack and its own time. An event that ends after the one around it is cut there."""
     held: list[list[Any]] = []  # stack, event, end, own time
 
     def closed(until: float) -> Iterator[tuple[Stack, Event, float]]:
@@ -161,19 +161,19 @@ def _nested(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Stack, Event,
 
 
 def _host_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
-    """Of the thread that takes the steps and of those that work for its backward."""
+    """The events of the thread that trains and of the threads that run its backward."""
     threads = {event["tid"] for event in events if event.get("cat") == SPAN or _is_a_node(event)}
     for event in events:
         category = event.get("cat")
         is_operator = category in OPERATOR and not _is_a_node(event)
         is_module = category == "python_function" and event["name"].startswith(MODULE)
         if (is_operator or is_module or category == SPAN) and event["ph"] == "X" and event["tid"] in threads:
-            # The layers of a model, and its steps, are told apart in the trace; here they are added up.
+            # The trace numbers the layers of a model and the steps. Without the number they add up.
             name = re.sub(rf"^({MODULE})(.*)_\d+$|^(step) \d+$", r"\2\3", event["name"])
             correlation = event.get("args", {}).get("correlation")
             yield Event(event["ts"], event["ts"] + event["dur"], name, is_operator, correlation)
 
 
 def _is_a_node(event: Mapping[str, Any]) -> bool:
-    """Autograd's frame around an operator of backward: it says in which threads backward runs, and no more."""
+    """Whether this is autograd's frame around an operator of backward. It tells the threads of backward."""
     return event.get("name", "").startswith("autograd::engine::evaluate_function: ")

@@ -1,4 +1,4 @@
-"""How a dry run tells what it found: as tables for a terminal, readable without colour, or as one JSON object."""
+"""The report of a dry run: tables for a terminal, readable without colour, or one JSON object."""
 
 import json
 import os
@@ -23,7 +23,7 @@ STYLE = {"PASS": "green", "FAIL": "bold red", "skip": "yellow"}
 
 
 class Check(NamedTuple):
-    """One thing that was looked at. `status` is PASS, FAIL or skip; a remedy goes with those that fail."""
+    """One check. `status` is PASS, FAIL or skip; a failed check has a remedy."""
 
     name: str
     status: str
@@ -32,18 +32,18 @@ class Check(NamedTuple):
 
 
 class Stopped(Exception):
-    """Nothing more can be tried. Why is the last check."""
+    """Nothing more can be tried. The last check says why."""
 
 
 @dataclass
 class Report:
-    """What was found so far; printed as it comes, unless this process keeps silent (`console` is None).
+    """The findings so far. They are printed as they come, unless `console` is None: then this process prints nothing.
 
     Attributes:
         facts: for JSON: plan, forecast, sample, modes.
-        out: where JSON goes at the end; None where it was not asked for.
+        out: where JSON goes at the end; None if it was not asked for.
         bad_input: the run itself would be refused.
-        is_alone: the other processes have been left behind in the middle of a step.
+        is_alone: this process left a step that the others are still in, so no collective call is possible.
     """
 
     console: Console | None
@@ -63,10 +63,13 @@ class Report:
 
     @contextmanager
     def trying(self, name: str, may_be_refused: bool = False) -> Iterator[None]:
-        """What is refused within is a failed check, after which nothing more can be tried.
+        """An error in this context becomes a failed check, after which nothing more can be tried.
 
         Args:
-            may_be_refused: bad input is then a check left out: it is not what the run would do.
+            may_be_refused: bad input is a skipped check: the run itself would not do this.
+
+        Raises:
+            Stopped: after a failed check.
         """
         try:
             yield
@@ -89,7 +92,7 @@ class Report:
         return [check for check in self.checks if check.status == "FAIL"]
 
     def join(self, failures: Sequence[Sequence[Check]]) -> None:
-        """Take up what failed on other processes alone."""
+        """Add the checks that failed only on other processes."""
         own = {check.name for check in self.checks if check.status == "FAIL"}
         for index, of_process in enumerate(failures):
             for name, _, found, remedy in of_process:
@@ -103,7 +106,7 @@ class Report:
         return 2 if self.bad_input else 3 if self.failures() else 0
 
     def conclude(self) -> None:
-        """Print all checks, and whether they passed."""
+        """Print all checks and the verdict."""
         failed = len(self.failures())
         verdict = f"{failed} of {len(self.checks)} checks failed" if failed else f"all {len(self.checks)} checks passed"
         self.show(check_table(self.checks), Text(verdict, style="bold red" if failed else "bold green"))
@@ -114,7 +117,7 @@ class Report:
 
 
 def report_of_this_process(json_to: TextIO | None) -> Report:
-    """That of the first process speaks: as tables on stdout, or as one JSON object on `json_to`."""
+    """The report of the first process prints: tables on stdout, or one JSON object on `json_to`."""
     if os.environ.get("RANK", "0") != "0":
         return Report(None)
     if json_to is not None:
@@ -147,7 +150,7 @@ def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int], device_typ
 
 
 def sample_view(tokens: Sequence[Mapping[str, Any]]) -> Group:
-    """The first training row, token by token: | behind a token without loss, [] around one with."""
+    """The first training row, token by token: [] around a token with loss, | after one without."""
     line = Text()
     for token in tokens:
         text = token["text"].replace("\n", "\\n")

@@ -1,7 +1,7 @@
-"""What compiled layers hold, without compiling them: a backend of torch.compile for `counting.LiveBytes`.
+"""The memory of compiled layers without compiling them: a backend of torch.compile for `live_bytes.LiveBytes`.
 
-What is kept for backward is decided as inductor decides it. Of what inductor would make one kernel, only the ends have
-bytes: counted one by one, the dozen fp32 intermediates of GeGLU's backward are a tenth of what 9b needs.
+The backend keeps for backward what inductor would keep. Intermediates inside one fused kernel have no bytes: counted
+one by one, the dozen fp32 intermediates of GeGLU's backward would be a tenth of what gemma-2-9b needs.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ PRODUCTS = frozenset({aten.mm, aten.bmm, aten.addmm, aten.baddbmm})
 
 @torch._dynamo.register_backend(name=COUNTED)  # pyright: ignore
 def compile_for_counting(trace: GraphModule, example_inputs: list[Any]) -> Any:
-    """The backend. It generates no code."""
+    """The backend. It runs the traced graph and generates no code."""
     compile_trace = aot_autograd(
         fw_compiler=_counted,
         bw_compiler=_counted,
@@ -38,16 +38,16 @@ def _counted(trace: GraphModule, example_inputs: list[Any]) -> Any:
     kernels = _Kernels(trace)
 
     def run(inputs: list[Any]) -> Any:
-        made = kernels.boxed_run(inputs)  # empties the list: an input lives until it was used for the last time
+        made = kernels.boxed_run(inputs)  # empties the list: each input is freed after its last use
         kernels.env.clear()
         return made
 
-    run._boxed_call = True  # so that it is given one  # pyright: ignore[reportFunctionMemberAccess]
+    run._boxed_call = True  # the caller then passes a list  # pyright: ignore[reportFunctionMemberAccess]
     return run
 
 
 class _Kernels(Interpreter):
-    """Runs a traced graph operator by operator; what stays inside of a kernel is kept from `LiveBytes`."""
+    """Runs a traced graph operator by operator, and hides from `LiveBytes` what stays inside a kernel."""
 
     def __init__(self, trace: GraphModule):
         super().__init__(trace)
@@ -59,9 +59,10 @@ class _Kernels(Interpreter):
 
 
 def inside_of_kernels(graph: Graph) -> set[Node]:
-    """Elementwise results that nothing needs but operators of the same kernel.
+    """Elementwise results that only operators of the same kernel use.
 
-    Inductor makes one kernel of what stands between two operators that it cannot fuse: products, and others' operators.
+    Inductor fuses into one kernel what lies between two operators that it cannot fuse: matrix products and operators of
+    other libraries.
     """
     kernel_of, kernel = {}, 0
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""What a run is going to do, in numbers and by the example of one row, before it does it."""
+"""What a run will do: its sizes, its steps, and one training row with its loss mask."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,15 +10,15 @@ from chorus.config import RunConfig
 from chorus.data.batches import Sample, steps_per_epoch, tokenise
 from chorus.data.sources import Problem, Row, open_source, template_fields
 
-UNCUT = 2**31  # no row is longer
+UNCUT = 2**31  # longer than any row
 
 
 class Rows(NamedTuple):
     """The training rows as the agents will see them.
 
     Attributes:
-        samples: cut to max_seq_length, without those that then hold no target.
-        lengths: tokens of every row before it is cut.
+        samples: cut to max_seq_length, without those that then have no target token.
+        lengths: tokens of every row before the cut.
     """
 
     samples: list[Sample]
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The arithmetic of a run. `describe` says it in words."""
+    """The sizes of a run. `describe` puts them into words."""
 
     agents: int
     rank: int
@@ -68,18 +68,18 @@ def read_rows(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, m
     """Tokenise the training rows once, and cut them as `tokenise` does.
 
     Raises:
-        InputError: no row keeps a target.
+        InputError: no row keeps a target token.
     """
     whole = tokenise(problems, tokenizer, UNCUT)
     cut = (Sample(ids[:max_seq_length], is_target[:max_seq_length]) for ids, is_target in whole)
     samples = [sample for sample in cut if sample.num_targets > 0]
     if not samples:
-        tokenise(problems, tokenizer, max_seq_length)  # which refuses it in its own words
+        tokenise(problems, tokenizer, max_seq_length)  # raises the error of the run itself
     return Rows(samples, [len(sample.ids) for sample in whole])
 
 
 def plan(config: RunConfig, rows: Rows, trainable: int, base_parameters: int, num_processes: int) -> Plan:
-    """The arithmetic of a run over these rows."""
+    """The sizes of a run over these rows."""
     rows_of_a_step = config.batch_size * config.gradient_accumulation_steps * num_processes
     of_an_epoch = steps_per_epoch(
         len(rows.samples), config.batch_size, config.gradient_accumulation_steps, num_processes
@@ -98,8 +98,8 @@ def plan(config: RunConfig, rows: Rows, trainable: int, base_parameters: int, nu
         rows_of_a_step=rows_of_a_step,
         steps_of_an_epoch=of_an_epoch,
         steps=steps,
-        checkpoint_bytes=12 * trainable + 10**6,  # weight and two moments in fp32; the JSON beside them
-        checkpoints=kept + 1,  # the oldest goes when the newest is whole
+        checkpoint_bytes=12 * trainable + 10**6,  # weights and two moments in fp32, and the JSON files
+        checkpoints=kept + 1,  # the oldest is deleted once the newest is whole
     )
 
 
@@ -110,7 +110,7 @@ def place_of(config: RunConfig, problem: Problem) -> str:
     for row in open_source(config.dataset_name, config.dataset_subset, fields)["train"]:
         if _fills(row, templates, problem):
             return row.place
-    raise AssertionError("a row that its own source does not hold")
+    raise AssertionError("the source does not hold this row")
 
 
 def _fills(row: Row, templates: Problem, problem: Problem) -> bool:
@@ -121,7 +121,7 @@ def _fills(row: Row, templates: Problem, problem: Problem) -> bool:
 
 
 def sample_tokens(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Each token with its id and whether loss is due on it. The first one has none before it to be predicted from."""
+    """Each token with its id and whether it has a loss. The first token has none: nothing precedes it."""
     texts = [tokenizer.decode([token]) for token in sample.ids.tolist()]
     targets = [False, *sample.is_target[1:].tolist()]
     rows = zip(sample.ids.tolist(), texts, targets, strict=True)
