@@ -1,6 +1,7 @@
 """The tests run offline, on the CPU unless marked `gpu`, and from the repository's root."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,14 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy tensors: a second thread only waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for what the processes of one test run learn about launchers: see helpers/preloaded.py."""
+    if not hasattr(config, "workerinput"):  # the workers of pytest-xdist inherit it
+        folder = tempfile.TemporaryDirectory(prefix="chorus-launchers-")
+        os.environ["CHORUS_TEST_LAUNCHERS"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture(autouse=True)

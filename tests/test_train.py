@@ -1,4 +1,4 @@
-"""train.py as a user runs it: through the real launchers, in real processes."""
+"""train.py as a user runs it, in real processes; where the launcher is not the matter, forked (preloaded.py)."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from launching import PLAIN, ROOT, ddp, environment, launch, processes_of, train, wait_for, zero2
 from peft import PeftModel
+from preloaded import train as forked_train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -57,7 +58,7 @@ COUPLED = (*SMALL, "max_train_steps=6", "lambda_sw=0.2", "dropconnect_p=0.1", "g
 def coupled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """One process, 8 rows a micro-batch, two micro-batches, lambda > 0, DropConnect."""
     folder = tmp_path_factory.mktemp("coupled")
-    return folder, train(PLAIN, folder, *COUPLED, "batch_size=8", "parallel_mode=parallel")
+    return folder, forked_train(PLAIN, folder, *COUPLED, "batch_size=8", "parallel_mode=parallel")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
     coupled_run: tuple[Path, list[dict]], tmp_path: Path, command: list[str], settings: tuple[str, ...]
 ):
     folder, rows = coupled_run
-    other_rows = train(command, tmp_path, *COUPLED, *settings)
+    other_rows = forked_train(command, tmp_path, *COUPLED, *settings)
     assert_same_run(folder, tmp_path, rows, other_rows, tolerance=2e-5)
     if "--config_file" in command:
         assert "DeepSpeed ZeRO-2 is active" in (tmp_path / "train.log").read_text()
@@ -84,9 +85,9 @@ def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
 def test_one_process_accumulating_four_equals_four_processes_and_two_of_two(tmp_path: Path):
     settings = (*SMALL, "max_train_steps=4", "lambda_sw=0", "batch_size=3", "max_grad_norm=0.5")
     runs = {
-        "1x4": train(PLAIN, tmp_path / "1x4", *settings, "gradient_accumulation_steps=4"),
+        "1x4": forked_train(PLAIN, tmp_path / "1x4", *settings, "gradient_accumulation_steps=4"),
         "2x2": train(zero2(2), tmp_path / "2x2", *settings, "gradient_accumulation_steps=2"),
-        "4x1": train(ddp(4), tmp_path / "4x1", *settings, "gradient_accumulation_steps=1"),
+        "4x1": forked_train(ddp(4), tmp_path / "4x1", *settings, "gradient_accumulation_steps=1"),
     }
     for name in ("2x2", "4x1"):
         assert_same_run(tmp_path / "1x4", tmp_path / name, runs["1x4"], runs[name], tolerance=2e-5)
@@ -113,7 +114,7 @@ def test_every_agent_learns_the_default_task(tmp_path: Path):
 
 
 def test_zero_steps_write_initial_adapters_that_differ_and_that_stock_peft_reads_as_the_base(tmp_path: Path):
-    train(PLAIN, tmp_path, *SMALL, "max_train_steps=0")
+    forked_train(PLAIN, tmp_path, *SMALL, "max_train_steps=0")
     base = AutoModelForCausalLM.from_pretrained("assets/tiny-gemma-2")
     ids = torch.arange(4, 20)[None]
     expected = base(input_ids=ids).logits

@@ -1,4 +1,4 @@
-"""Runs that are stopped and taken up again, through the real launchers: the rest is the uninterrupted run."""
+"""Runs that are stopped through the real launchers and resumed: the rest is the uninterrupted run."""
 
 import json
 import signal
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, environment, launch, train, zero2
+from launching import ROOT, environment, zero2
+from preloaded import forked, train
 from safetensors.torch import load_file
 
 from chorus.checkpoint.store import checkpoints
@@ -128,11 +129,11 @@ def test_a_finished_run_says_so_and_another_learning_rate_is_refused(kind: str, 
     folder = uninterrupted(kind)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     command, settings = KINDS[kind]
-    again = launch(command, *SETTINGS, *settings, f"output_dir={folder}")
+    again = forked(command, *SETTINGS, *settings, f"output_dir={folder}")
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"finished after {STEPS} steps" in again.stdout
     assert "resume_from_checkpoint=null" in again.stdout
-    other = launch(command, *SETTINGS, *settings, f"output_dir={folder}", "lr=0.5")
+    other = forked(command, *SETTINGS, *settings, f"output_dir={folder}", "lr=0.5")
     assert other.returncode == 2 or (kind == "zero2" and other.returncode != 0)  # a launcher has its own code
     assert "error: key 'lr' is 0.5, but 0.002 in" in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

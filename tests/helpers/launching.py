@@ -1,11 +1,11 @@
-"""Starting train.py as its users do, in processes of its own."""
+"""Starting train.py as its users do, by the real launchers. Where the launcher is not the matter: preloaded.py."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,18 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def launch(command: list[str], *settings: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def launch(command: Sequence[str], *settings: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, *settings], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
-def train(command: list[str], output_dir: Path, *settings: str) -> list[dict[str, Any]]:
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def train(command: Sequence[str], output_dir: Path, *settings: str, run: Run = launch) -> list[dict[str, Any]]:
     """A run that must succeed; its rows of metrics.jsonl."""
-    result = launch(command, f"output_dir={output_dir}", *settings)
+    result = run(command, f"output_dir={output_dir}", *settings)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -1,27 +1,33 @@
-"""Processes of train.py forked from one that has imported all it needs: a launcher's start is seconds of CPU, nearly
-all of it imports.
+"""Processes forked from one that has imported all they need, in place of those that a launcher starts.
 
-Before the fork nothing is done but imports: no thread, process group, generator or model is inherited. After it each
-process has a session and group of its own, the environment that the real launcher gives, and train.py as `__main__`.
-As a script it is what a launcher launches to learn that environment: `preloaded.py FOLDER`.
+A launcher's start takes some ten seconds of CPU time for each process, nearly all of it imports. So `train` and
+`forked` fork the processes of a run, in the environment that the real launcher gives, with train.py (or another script)
+as `__main__`. Before the fork nothing is done but imports: no thread, process group, generator or model is inherited.
+After it each process has a session and group of its own. Tests of the launchers themselves use `launching.py`.
+
+As a script this file is what a launcher launches to learn that environment: `preloaded.py FOLDER`.
 """
 
 import json
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     own = Path(sys.argv[1], os.environ.get("RANK", "0"))
     own.write_text(json.dumps(dict(os.environ)))
     sys.exit()
 
+import launching
 from launching import ROOT, environment, launch
 from torch.distributed import TCPStore
 
@@ -31,7 +37,7 @@ LOCK = threading.Lock()  # multiprocessing looks at all its children at each sta
 
 
 def preload() -> None:
-    """Start the parent of all processes; in the environment of every run, for libraries look at it as they come."""
+    """Start the parent of all processes, unless it runs. Its environment is a run's: libraries read it on import."""
     FORKS.set_forkserver_preload([*MODULES])
     kept = dict(os.environ)
     os.environ.update(environment(PYTHONPATH=os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])))
@@ -41,7 +47,7 @@ def preload() -> None:
 
 
 def environments(launcher: Sequence[str]) -> list[dict[str, str]]:
-    """What the launcher sets for each process, by rank."""
+    """What the launcher sets for each process, by rank. The last word of `launcher` is the script."""
     with tempfile.TemporaryDirectory() as place:
         result = launch([*launcher[:-1], str(Path(__file__)), place])
         assert result.returncode == 0, result.stderr
@@ -49,16 +55,56 @@ def environments(launcher: Sequence[str]) -> list[dict[str, str]]:
         return [json.loads(file.read_text()) for file in files]
 
 
-class Workers:
-    """The processes of one run, in the manner of `subprocess.Popen`."""
+def environments_once(launcher: Sequence[str]) -> list[dict[str, str]]:
+    """`environments`, asked of each launcher once in a test run, by whichever of its processes comes first."""
+    file = Path(os.environ["CHORUS_TEST_LAUNCHERS"], "-".join(launcher[:-1]).replace("/", "_"))
+    if not file.exists():
+        new = file.with_name(f"{file.name}.{os.getpid()}")
+        new.write_text(json.dumps(environments(launcher)))
+        new.replace(file)
+    return json.loads(file.read_text())
 
-    def __init__(self, of_ranks: Sequence[Mapping[str, str]], settings: Sequence[str], log: Path):
+
+def forked(command: Sequence[str], *settings: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """As `launching.launch`, forked: the script that ends `command`. Its exit code is the first one that is not 0."""
+    preload()
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "stdout"), Path(place, "stderr")
+        workers = Workers(environments_once(command), settings, out, err, script=command[-1])
+        end = time.monotonic() + timeout
+        while workers.poll() is None:
+            if time.monotonic() > end:
+                workers.kill()
+                raise subprocess.TimeoutExpired(list(command), timeout, out.read_text(), err.read_text())
+            time.sleep(0.02)
+        return subprocess.CompletedProcess([*command, *settings], workers.poll() or 0, out.read_text(), err.read_text())
+
+
+def train(command: Sequence[str], output_dir: Path, *settings: str) -> list[dict[str, Any]]:
+    """As `launching.train`, forked."""
+    return launching.train(command, output_dir, *settings, run=forked)
+
+
+class Workers:
+    """The forked processes of one run, in the manner of `subprocess.Popen`."""
+
+    def __init__(
+        self,
+        of_ranks: Sequence[Mapping[str, str]],
+        settings: Sequence[str],
+        log: Path,
+        error_log: Path | None = None,
+        script: str = "train.py",
+    ):
         meeting = {}
-        if len(of_ranks) > 1:  # torchrun holds the store, too, and not the first worker
+        if len(of_ranks) > 1:  # as under torchrun, whose launcher holds the store, not the first worker
             self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
             meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self._store.port)}
         with LOCK:
-            self._processes = [FORKS.Process(target=work, args=({**own, **meeting}, settings, log)) for own in of_ranks]
+            logs = (log, error_log or log)
+            self._processes = [
+                FORKS.Process(target=work, args=({**own, **meeting}, script, settings, logs)) for own in of_ranks
+            ]
             for process in self._processes:
                 process.start()
 
@@ -73,18 +119,24 @@ class Workers:
             codes = [process.exitcode for process in self._processes]
         return None if None in codes else next(filter(None, codes), 0)
 
+    def kill(self) -> None:
+        with LOCK:
+            for process in self._processes:
+                process.kill()
+                process.join()
 
-def work(own: Mapping[str, str], settings: Sequence[str], log: Path) -> None:
-    """train.py, as a launcher's process."""
+
+def work(own: Mapping[str, str], script: str, settings: Sequence[str], logs: tuple[Path, Path]) -> None:
+    """The script, as a launcher's process."""
     os.setsid()
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, log in enumerate(logs, start=1):
+        with log.open("a") as file:
+            os.dup2(file.fileno(), number)
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "a thread before the fork"
     assert sys.modules.keys() >= set(MODULES), "not preloaded"
-    multiprocessing.set_start_method(None, force=True)  # of DataLoader workers: it was this process's own
+    multiprocessing.set_start_method(None, force=True)  # for DataLoader workers: so far it is this process's own
     os.environ.clear()
     os.environ.update(own)
     os.chdir(ROOT)
-    sys.argv = ["train.py", *settings]
-    runpy.run_path("train.py", run_name="__main__")
+    sys.argv = [script, *settings]
+    runpy.run_path(script, run_name="__main__")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from isolation_worker import BROKEN, BROKEN_STEP, CASES, CONFIG, STEPS, rows_of_step
-from launching import launch
+from preloaded import forked
 from torch import Tensor
 from toy import toy_agents
 
@@ -63,7 +63,7 @@ def check_isolated(states: list[TrainingState], facts: dict) -> None:
 
 
 def check_two_processes(command: list[str], folder: Path, json_file: str | None = None) -> None:
-    result = launch(
+    result = forked(
         [*command[:-1], "tests/helpers/isolation_worker.py"], str(folder), *([json_file] if json_file else [])
     )
     assert result.returncode == 0, result.stderr[-3000:]

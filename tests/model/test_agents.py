@@ -1,8 +1,6 @@
 """The five promises of every mode. A new mode joins by its name in `chorus.model.agents.Mode`."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +8,8 @@ from typing import get_args
 
 import pytest
 import torch
-from launching import HELPERS, environment
+from launching import ddp
+from preloaded import forked
 from promises import (
     EVERY_MODE,
     EXACT,
@@ -270,11 +269,7 @@ def test_sequential_mode_holds_the_activations_of_one_agent_at_a_time():
 @pytest.mark.launch
 def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Path):
     """Each process holds half of the samples; gradients are read from the engine (deepspeed_worker.py)."""
-    worker = HELPERS / "deepspeed_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    result = subprocess.run(
-        [*command, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    result = forked([*ddp(2)[:-1], "tests/helpers/deepspeed_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     batch = collate(toy_samples(8), 0, points_per_row=3)
     for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:

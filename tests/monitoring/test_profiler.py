@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from clock import Clock
-from launching import launch, zero2
+from launching import zero2
+from preloaded import forked
 from toy import toy_agents, toy_batch
 
 import train as script
@@ -251,7 +252,7 @@ def test_under_two_zero2_processes_the_engines_step_is_the_optimizers_time_and_n
         "batch_size=4",
     )
     command = [*zero2(2)[:-1], "tests/helpers/profiler_worker.py"]
-    result = launch(command, f"output_dir={tmp_path}", *settings, "profile_steps=2", "profile_trace=true")
+    result = forked(command, f"output_dir={tmp_path}", *settings, "profile_steps=2", "profile_trace=true")
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     [profile] = [row["profile"] for row in rows if "profile" in row]

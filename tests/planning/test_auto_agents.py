@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import PLAIN, train
+from launching import PLAIN
+from preloaded import train
 
 import chorus.planning.auto_agents
 from chorus.config import Config, RunConfig

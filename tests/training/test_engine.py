@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accumulation_worker import MICRO_BATCHES, step_over
-from launching import ddp, launch, zero2
+from launching import ddp, zero2
+from preloaded import forked
 from torch.nn.parallel import DistributedDataParallel
 from toy import gradients_of, max_difference, toy_agents, toy_batch
 
@@ -56,7 +57,7 @@ def test_several_micro_batches_and_one_step_are_one_large_micro_batch():
 @pytest.mark.launch
 @pytest.mark.parametrize("command", [ddp(2), zero2(2)], ids=["ddp", "zero2"])
 def test_micro_batches_of_two_processes_and_one_step_are_one_large_micro_batch(command: list[str], tmp_path: Path):
-    result = launch([*command[:-1], "tests/helpers/accumulation_worker.py"], str(tmp_path))
+    result = forked([*command[:-1], "tests/helpers/accumulation_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_step(torch.load(tmp_path / "step.pt", weights_only=True), one_large_micro_batch())
 
@@ -108,7 +109,7 @@ def test_ddp_does_not_outlive_the_process_group():
 
 @pytest.mark.launch
 def test_two_zero2_processes_hold_half_of_the_gradients_and_of_the_optimizer_state_each(tmp_path: Path):
-    result = launch([*zero2(2)[:-1], "tests/helpers/engine_worker.py"], str(tmp_path))
+    result = forked([*zero2(2)[:-1], "tests/helpers/engine_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     for rank in (0, 1):
         facts = json.loads((tmp_path / f"rank_{rank}.json").read_text())

@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from launching import launch, zero2
+from launching import zero2
+from preloaded import forked
 from toy import toy_agents, toy_batch
 
 from chorus.checkpoint.store import Checkpointer, read_tensors, verify
@@ -91,7 +92,7 @@ def test_plain_to_two_zero2_processes_and_back_is_bitwise_at_load(tmp_path: Path
     for seed in range(3):
         step(engine, seed)
     Checkpointer(tmp_path, CONFIG, {}).save(engine, step=1, epoch=0, skips_in_a_row=0)
-    result = launch([*zero2(2)[:-1], "tests/helpers/state_worker.py"], str(tmp_path))
+    result = forked([*zero2(2)[:-1], "tests/helpers/state_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     plain, loaded, stepped = (
         read_tensors(folder, verify(folder)["optimizer_step"])

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import BIN, PLAIN, launch, train
+from launching import PLAIN, ddp
+from preloaded import forked, train
 from safetensors.torch import load_file
 from toy import gradients_of, max_difference, toy_agents, toy_batch
 
@@ -41,8 +42,7 @@ def test_two_zero3_processes_have_the_gradients_and_take_the_step_of_a_plain_one
     checkpoint = write_checkpoint(tmp_path, state, facts, config)
     step(plain)
 
-    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "tests/helpers/sharding_worker.py"]
-    result = launch(command, str(checkpoint))
+    result = forked([*ddp(2)[:-1], "tests/helpers/sharding_worker.py"], str(checkpoint))
     assert result.returncode == 0, result.stderr[-3000:]
     for mode, checkpointing in product(get_args(Mode), ("none", "full")):
         agents = toy_agents(mode, dropconnect_p=0.4)
@@ -85,8 +85,7 @@ def assert_same_run(folder: Path, rows: list[dict], other: Path, other_rows: lis
 
 @pytest.mark.launch
 def test_a_base_in_shards_trains_scores_and_saves_as_a_whole_one(plain_run: tuple[Path, list[dict]], tmp_path: Path):
-    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "train.py", "use_deepspeed=true"]
-    rows = train(command, tmp_path, *SETTINGS, "batch_size=2", ZERO3)
+    rows = train(ddp(2), tmp_path, *SETTINGS, "batch_size=2", "use_deepspeed=true", ZERO3)
     assert "DeepSpeed ZeRO-3 is active" in (tmp_path / "train.log").read_text()
     assert_same_run(*plain_run, tmp_path, rows)
 
