@@ -21,7 +21,7 @@ train: install
 	$(BIN)/accelerate launch train.py
 
 test: .venv/.dev  # two processes; a file's tests stay together, because they share runs
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

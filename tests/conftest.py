@@ -21,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: they take longest, and one that came last would leave a core
+    idle.
+    """
+    long = {item.path for item in items if item.get_closest_marker("launch")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """Default paths, such as the bundled base, are relative to the working directory."""

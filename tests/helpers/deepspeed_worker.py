@@ -1,6 +1,6 @@
 """One of two ZeRO-2 processes: the gradients of half the samples in every mode, read from DeepSpeed's engine.
 
-Run by test_agents.py under torch's launcher; writes one file of gradients for each combination into the folder named.
+Run by test_agents.py as under torch's launcher; writes a file of gradients for each combination into a folder.
 """
 
 import json
@@ -17,7 +17,7 @@ from chorus.config import Config
 from chorus.data.batches import collate
 from chorus.training.diversity import SwdSettings
 from chorus.training.objective import objective
-from chorus.training.zero.deepspeed_json import deepspeed_json
+from chorus.training.zero.deepspeed_json import deepspeed_json, look_up_no_operators
 
 
 def gather(own: torch.Tensor) -> torch.Tensor:
@@ -28,6 +28,7 @@ def gather(own: torch.Tensor) -> torch.Tensor:
 
 
 def main(folder: Path) -> None:
+    look_up_no_operators()  # as the engine does: it would compile for a minute, once on each machine
     deepspeed.init_distributed(dist_backend="gloo")
     rank = distributed.get_rank()
     samples = toy_samples(8)
