@@ -18,6 +18,7 @@ from chorus.planning.auto_agents import (
     OUT_OF_MEMORY,
     agents_of_checkpoint,
     decide_num_agents,
+    lower_until_a_step_fits,
     measured_step,
     most_that_fit,
     with_agents,
@@ -27,7 +28,6 @@ from chorus.planning.memory_forecast import Machine, forecast
 AUTO = Config(
     num_agents="auto", batch_size=2, eval_samples=0, lora_target_modules=["q_proj"], resume_from_checkpoint=None
 )
-CPU = torch.device("cpu")
 GPU = Machine("cuda")  # on a CPU the libraries are part of the forecast, and grow
 
 
@@ -54,19 +54,22 @@ def test_a_measured_step_that_does_not_fit_lowers_the_number(accelerator: Accele
         return 0 if config.num_agents <= 40 else OUT_OF_MEMORY
 
     monkeypatch.setattr(chorus.planning.auto_agents, "measured_step", short_of_memory)
-    config, note = decide_num_agents(AUTO, "no", accelerator)
-    assert tried[0] == MOST_AGENTS  # a tiny base: all of them fit by forecast
+    settings = {"num_agents": 64, "each": 2**20, "limit": 2**30, "precision": "no", "accelerator": accelerator}
+    assert lower_until_a_step_fits(AUTO, **settings) == (tried[-1], 0)
+    assert tried[0] == 64
     assert tried == sorted(tried, reverse=True)
-    assert config.num_agents == tried[-1] <= 40 < tried[-2]
-    assert f"num_agents auto: {config.num_agents};" in note
+    assert tried[-1] <= 40 < tried[-2]
     monkeypatch.setattr(chorus.planning.auto_agents, "measured_step", lambda *_: OUT_OF_MEMORY)
     with pytest.raises(InputError, match="'num_agents' is auto, but a measured step runs out of memory"):
-        decide_num_agents(AUTO, "no", accelerator)
+        lower_until_a_step_fits(AUTO, **settings)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_step_is_really_measured():
-    model = load_model(AUTO.model_name, torch.float32, CPU)
-    few, many = (measured_step(model, with_agents(AUTO, count), "no", Machine("cpu"), CPU) for count in (2, 12))
+    device = torch.device("cuda")
+    model = load_model(AUTO.model_name, torch.float32, device)
+    few, many = (measured_step(model, with_agents(AUTO, count), "no", GPU, device) for count in (2, 12))
     assert many - few > 2**26  # ten agents more of two rows, some 8 MiB each
 
 
@@ -98,6 +101,6 @@ def test_a_run_says_in_its_log_how_many_agents_it_took_and_why(tmp_path: Path):
     few = ("lora_target_modules=[layers.0.self_attn.q_proj]", "batch_size=1", "debug_subset_size=20")
     train(PLAIN, tmp_path / "run", "num_agents=auto", *few, "eval_samples=0", "max_train_steps=1")
     log = (tmp_path / "run" / "train.log").read_text()
-    assert f"num_agents auto: {MOST_AGENTS} (auto takes no more; name a number to have them); a step took" in log
+    assert f"num_agents auto: {MOST_AGENTS} (auto takes no more; name a number to have them); forecast" in log
     assert len(list((tmp_path / "run" / "agents").iterdir())) == MOST_AGENTS
     assert f"num_agents: {MOST_AGENTS}\n" in (tmp_path / "run" / "config.yaml").read_text()

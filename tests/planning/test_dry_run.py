@@ -44,7 +44,7 @@ def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
     assert told["plan"]["rows_of_a_step"] == 2
     assert told["forecast_gib"]["peak"] > 0
     assert [run["mode"] for run in told["modes"]] == ["fused", "sequential", "parallel"]
-    assert all(run["step_ms"] > 0 and run["peak_gib"] > 0 and len(run["losses"]) == 2 for run in told["modes"])
+    assert all(run["step_ms"] > 0 and run["peak_gib"] is None and len(run["losses"]) == 2 for run in told["modes"])
     assert any(token["loss"] for token in told["sample"])
 
 

@@ -17,7 +17,7 @@ class AdapterSettings(Section):
 
     num_agents: PositiveInt | Literal["auto"] = 4
     """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
-    that a measured step confirms; a run that goes on keeps its checkpoint's."""
+    and, on a GPU, by a measured step; a resumed run keeps the number of its checkpoint."""
     memory_fraction: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
     """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and beyond
     which the dry run fails; above 0, up to 1."""

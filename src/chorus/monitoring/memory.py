@@ -1,7 +1,6 @@
 """How much memory a process's device has, and the most that it has held."""
 
 import os
-import re
 import resource
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,27 +27,20 @@ def memory_limit(device: torch.device, fraction: float) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to measure anew."""
+    """Start a new measurement of a GPU's peak. On a CPU the peak is that of the process."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):  # some containers forbid it; the peak is then that since the start
-            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held since `reset_peak`.
+    """The most memory that this process has held.
 
-    On a GPU what the allocator reserved, since a recorded pass holds memory in which no tensor lives between replays;
-    on a CPU the resident set, with all libraries in it: rough.
+    On a GPU what the allocator reserved since `reset_peak`: a CUDA graph keeps memory in which no tensor lives
+    between replays. On a CPU the resident set since the process began, libraries included.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    with suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return 1024 * int(found.group(1))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -62,7 +54,7 @@ def memory_usage(device: torch.device) -> dict[str, float]:
         names = ("allocated", "max_allocated", "reserved")
         return {name: of(device) / 1e9 for name, of in zip(names, held, strict=True)}
     resident, most = psutil.Process().memory_info().rss, peak_bytes(device)
-    return {"resident": resident / 1e9, "max_resident": max(resident, most) / 1e9}  # the kernel's peak may lag behind
+    return {"resident": resident / 1e9, "max_resident": max(resident, most) / 1e9}  # the kernel updates its peak late
 
 
 def memory_line(step: int, device: torch.device, usage: Mapping[str, float]) -> str:

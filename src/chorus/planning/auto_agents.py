@@ -1,4 +1,4 @@
-"""`num_agents: auto`: the most agents that fit, by forecast, then by a step that is really taken."""
+"""`num_agents: auto`: the most agents that fit, by forecast, and on a GPU also by a measured step."""
 
 import gc
 import json
@@ -34,11 +34,11 @@ WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller bat
 
 
 def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[RunConfig, str]:
-    """The configuration with a number for `num_agents`, and how it came about, for the log ("" if it was a number).
+    """The configuration with a number for `num_agents`, and the reason, for the log ("" if it was a number).
 
-    A run that goes on keeps its checkpoint's number. Otherwise it is the largest, up to `MOST_AGENTS`, whose forecast
-    fits `memory_fraction` of the smallest device, lowered until a measured step fits too. A collective call: all
-    processes agree.
+    A resumed run keeps the number of its checkpoint. Otherwise it is the largest, up to `MOST_AGENTS`, whose
+    forecast fits `memory_fraction` of the smallest device; on a GPU lowered until a measured step fits too (a CPU's
+    allocator keeps no count). A collective call: all processes agree.
 
     Raises:
         InputError: not even the fewest agents fit (one; two with lambda_sw above 0).
@@ -51,23 +51,37 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
     machine = machine_of(accelerator)
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
     num_agents, first, each = on_first_process(accelerator, lambda: most_that_fit(config, precision, machine, limit))
-    execution = decide_execution(config, accelerator.device, machine.base_in_shards)
-    model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
+    taken = ""
+    if accelerator.device.type == "cuda":
+        num_agents, measured = lower_until_a_step_fits(config, num_agents, each, limit, precision, accelerator)
+        taken = f"a step took {measured / GIB:.2f} GiB, "
+    cap = " (auto takes no more; name a number to have them)" if num_agents == MOST_AGENTS else ""
+    return with_agents(config, num_agents), (
+        f"num_agents auto: {num_agents}{cap}; {taken}forecast {(first + num_agents * each) / GIB:.2f} GiB, allowed "
+        f"{limit / GIB:.2f} (memory_fraction {config.memory_fraction:g} of the smallest device)"
+    )
+
+
+def lower_until_a_step_fits(
+    config: Config, num_agents: int, each: int, limit: int, precision: str, accelerator: Accelerator
+) -> tuple[int, int]:
+    """The number of agents with which a real step fits `limit`, and the bytes of that step. A collective call.
+
+    Raises:
+        InputError: not even the fewest agents fit.
+    """
+    machine, device = machine_of(accelerator), accelerator.device
+    execution = decide_execution(config, device, machine.base_in_shards)
+    model = load_base(config, DTYPES[precision], device, compiled=execution.compiled)
     while True:
         tried = with_agents(config, num_agents)
-        measured = max(gather_object([measured_step(model, tried, precision, machine, accelerator.device)]))
+        measured = max(gather_object([measured_step(model, tried, precision, machine, device)]))
         if measured <= limit:
-            break
+            return num_agents, measured
         excess = num_agents // 8 if measured == OUT_OF_MEMORY else -((limit - measured) // each)
         num_agents -= max(1, excess)
         if num_agents < fewest_agents(config):
             raise InputError(_too_little(config, "a measured step", measured, limit))
-    cap = " (auto takes no more; name a number to have them)" if num_agents == MOST_AGENTS else ""
-    return tried, (
-        f"num_agents auto: {num_agents}{cap}; a step took {measured / GIB:.2f} GiB, forecast "
-        f"{(first + num_agents * each) / GIB:.2f}, allowed {limit / GIB:.2f} (memory_fraction "
-        f"{config.memory_fraction:g} of the smallest device)"
-    )
 
 
 def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) -> tuple[int, int, int]:

@@ -136,16 +136,16 @@ def check_table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int], device_type: str) -> Table:
-    rough = "" if device_type == "cuda" else ", resident: rough"
+def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int]) -> Table:
+    """A row for each mode. The peak was measured on a GPU; a CPU's allocator keeps no count."""
     table = Table(title="modes, at the longest rows", title_justify="left")
     table.add_column("mode")
-    for name in ("ms/step", f"peak{rough}", "forecast", "loss of each agent"):
+    for name in ("ms/step", "peak", "forecast", "loss of each agent"):
         table.add_column(name, justify="right")
     for run in runs:
         losses = " ".join(f"{loss:.4f}" for loss in run.losses[-1])
-        peaks = (in_words(run.peak), in_words(forecasts[run.mode]))
-        table.add_row(run.mode, f"{1000 * run.step_s:,.0f}", *peaks, losses)
+        peak = "" if run.peak is None else in_words(run.peak)
+        table.add_row(run.mode, f"{1000 * run.step_s:,.0f}", peak, in_words(forecasts[run.mode]), losses)
     return table
 
 

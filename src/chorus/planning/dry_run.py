@@ -265,7 +265,7 @@ def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool
     )
     _check_reload(report, runs[0], precision)
     report.facts["modes"] = [run.report() | {"forecast_gib": round(forecasts[run.mode] / GIB, 3)} for run in runs]
-    report.show(mode_table(runs, forecasts, accelerator.device.type))
+    report.show(mode_table(runs, forecasts))
 
 
 def _check_mode(report: Report, run: ModeRun, config: Config) -> None:

@@ -59,7 +59,7 @@ class ModeRun:
     Attributes:
         losses: each step's loss of each agent, nats a token.
         step_s: seconds of the last step, its waiting for the device included.
-        peak: the most bytes that this process held, see `memory.peak_bytes`.
+        peak: the most bytes that this process held on its GPU, see `memory.peak_bytes`; None on a CPU.
         engine: the engine's own description.
         unmoved: for each agent, the tensors that should have moved and have not.
         changed: base tensors of which a bit has changed.
@@ -70,7 +70,7 @@ class ModeRun:
     mode: str
     losses: list[list[float]]
     step_s: float
-    peak: int
+    peak: int | None
     engine: str
     unmoved: dict[int, int]
     changed: list[str]
@@ -83,7 +83,7 @@ class ModeRun:
         return {
             "mode": self.mode,
             "step_ms": round(1000 * self.step_s, 3),
-            "peak_gib": round(self.peak / GIB, 3),
+            "peak_gib": None if self.peak is None else round(self.peak / GIB, 3),
             "losses": self.losses,
             "engine": self.engine,
         }
@@ -173,7 +173,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
         mode=mode,
         losses=[row["task_loss_per_agent"] for row in recorder.rows],
         step_s=recorder.done[-1] - recorder.done[-2],
-        peak=peak_bytes(device),
+        peak=peak_bytes(device) if device.type == "cuda" else None,
         engine=engine.description,
         unmoved=unmoved(weights, engine.adapter_values()),
         changed=[],
