@@ -1,7 +1,7 @@
-"""What K LoRA agents over one base cost by switching adapters: stock PEFT, no Chorus layers.
+"""The baseline: K LoRA agents over one base by switching adapters, with stock PEFT and without Chorus' layers.
 
-Each agent's forward and backward run under its own adapter before the next is switched to, which is the only order that
-gives every agent its gradient. There is no coupling between the agents: it would need all of them at once.
+Each agent's forward and backward run under its own adapter before the switch to the next: no other order gives
+every agent its gradient. The agents are not coupled: that would need all of them at once.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +23,8 @@ from chorus.model.token_nll import token_nll
 class Switching:
     """One PeftModel whose active adapter is switched from agent to agent.
 
-    tuned=False: as it is mostly written: full logits; with `recompute`, gradient checkpointing.
-    tuned=True: the loss in chunks; the caller gives a base with flex attention and fused norms.
+    tuned=False: the usual code, with full logits; with `recompute`, gradient checkpointing.
+    tuned=True: the loss in chunks, over a base with flex attention and fused norms that the caller gives.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Switching:
 
 
 def fuse_norms(base: PreTrainedModel) -> str:
-    """Liger-Kernel's RMSNorm and GeGLU in a Gemma-2, where it is installed; what was done, for the table."""
+    """Put Liger-Kernel's RMSNorm and GeGLU into a Gemma-2, if it is installed; a note for the table."""
     if base.device.type != "cuda":
-        return "no fused norms"  # its kernels run on GPUs alone
+        return "no fused norms"  # its kernels need a GPU
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_gemma2  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -100,7 +100,7 @@ def fuse_norms(base: PreTrainedModel) -> str:
 
 @contextmanager
 def _names_kept(module: object, *names: str):
-    """Liger also replaces the classes for models made later, which are none of its business here."""
+    """Undo what Liger also does: it replaces these classes for models made later."""
     before = {name: getattr(module, name) for name in names}
     try:
         yield

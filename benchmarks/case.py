@@ -1,4 +1,4 @@
-"""One row of a table before it is measured: its case, its batch, and the optimiser step that is timed."""
+"""A case to measure: its configuration, its batch, and the optimiser step that is timed."""
 
 from collections.abc import Callable
 from itertools import count
@@ -29,10 +29,10 @@ class Case(NamedTuple):
 
     Attributes:
         model: of `shapes.SHAPES`, a hub id or a folder.
-        recompute, compiled, captured: as the keys gradient_checkpointing, compile and cuda_graphs. `switching`
-            recomputes by transformers' own means, unless it is none.
+        recompute, compiled, captured: as the keys gradient_checkpointing, compile and cuda_graphs. The mode
+            `switching` recomputes with transformers' own gradient checkpointing.
         mixed: samples of T / 8 to T tokens, in place of T each.
-        packing: several samples a row, as `packing: true` lays them.
+        packing: several samples in a row, as with `packing: true`.
         attention, agents_per_pass: as the keys attn_implementation and agents_per_pass.
     """
 
@@ -60,12 +60,12 @@ class Case(NamedTuple):
 
     @property
     def same_losses(self) -> tuple:
-        """Rows that agree in this must agree in their agents' first losses."""
+        """Rows with equal values here must have equal first losses of each agent."""
         return self.model, self.K, self.B, self.T, self.mixed
 
 
 def run_config(case: Case, rank: int, output_dir: str = "runs/benchmark") -> Config:
-    """The configuration of a case. One length occurs, so `auto` has compilation and graphs where the product has."""
+    """The configuration of a case. All rows have one length, so on a GPU `auto` compiles and captures."""
     return Config(
         num_agents=case.K,
         parallel_mode=case.mode,  # pyright: ignore[reportArgumentType]
@@ -88,13 +88,13 @@ def run_config(case: Case, rank: int, output_dir: str = "runs/benchmark") -> Con
 
 
 def lengths_of(case: Case) -> list[int]:
-    """Of B samples; mixed: from T / 8 to T, evenly spread."""
+    """The lengths of B samples: T; mixed: from T / 8 to T, evenly spread."""
     share_B = torch.linspace(1 / 8, 1, case.B) if case.mixed else torch.ones(case.B)
     return [round(case.T * share) for share in share_B.tolist()]
 
 
 def random_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
-    """B samples, each of whose positions is a target; 16 points a sample for the sliced distance."""
+    """B samples in which every position is a target; 16 points a sample for the sliced distance."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(3, vocabulary, (case.B, case.T + 1), generator=generator)
     samples = [
@@ -106,17 +106,17 @@ def random_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
 
 
 def attention_of(case: Case, device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
-    """What the product takes for this row; the baselines' is fixed by what they stand for."""
+    """The attention that Chorus takes for this row; each baseline has its own."""
     if case.mode == "switching":
         return "eager"
     if case.mode == "tuned switching":
-        return "flex_attention" if device.type == "cuda" else "eager"  # flex has no backward pass on a CPU
+        return "flex_attention" if device.type == "cuda" else "eager"  # flex has no backward on a CPU
     how = {"length": case.T, "compiled": compiled, "packing": case.packing}
     return choose_attention(case.attention, config_of(case.model), device, dtype, **how) or "eager"
 
 
 def start(config: Config, base: PreTrainedModel, execution: Execution, accelerator: Accelerator) -> Engine:
-    """The product's agents on `base`, under its engine, as in train.py."""
+    """Chorus' agents on `base`, under its engine, as in train.py."""
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     agents = build_agents(config.parallel_mode, base, int(config.num_agents), lora_shape(config), rates, execution)
     return start_engine(accelerator, agents, config)

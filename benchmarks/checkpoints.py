@@ -1,8 +1,8 @@
-"""What a save adds to a step: `python benchmarks/checkpoints.py [--steps N] [key=value ...]`, on whatever is here.
+"""What a save adds to a step: `python benchmarks/checkpoints.py [--steps N] [key=value ...]`.
 
-The same run twice, without saves and with one after every step, in this process; by default the bundled base with the
-settings of configs.yaml. Times are medians: of a step, from log line to log line; of a save, and within it of fsync, of
-which there is one for every file and folder; of verifying and of reading the last checkpoint, as a resume does.
+It runs the same training twice in this process, without saves and with one after every step; by default with the
+settings of configs.yaml. Times are medians: of a step, from log line to log line; of a save, and of the fsync calls
+in it, one for each file and folder; of verifying and reading the last checkpoint, as a resume does.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from chorus.config import load_config
 
 
 def timed(act: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """`act`, which adds to `seconds` how long each call took."""
+    """`act`, with the time of each call appended to `seconds`."""
 
     def call(*arguments: Any, **more: Any) -> Any:
         began = time.perf_counter()
@@ -41,7 +41,7 @@ def timed(act: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 
 
 def step_ms(output_dir: Path) -> float:
-    """Median time from one step's line in train.log to the next one's; the first three steps warm up."""
+    """Median time between the log lines of two steps; the first three steps warm up."""
     lines = re.findall(
         r"^(\S+ \S+) INFO chorus\.monitoring\.run_log: step ", (output_dir / "train.log").read_text(), re.MULTILINE
     )

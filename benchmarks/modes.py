@@ -1,4 +1,4 @@
-"""Time and memory of one optimiser step in every mode, beside what switching adapters costs with stock PEFT.
+"""Time and memory of one optimiser step in every mode, and by switching adapters with stock PEFT.
 
     python benchmarks/modes.py                                    # the headline rows: about ten minutes on an H200
     python benchmarks/modes.py --only 4x4x512 --minutes 5         # those of them whose name has this in it
@@ -37,7 +37,7 @@ SAME_RUN = ("device", "dtype", "torch", "commit")  # rows that agree in these ma
 
 
 def headline_rows() -> list[Case]:
-    """The table of the README and of the aims, what matters most first: a run may be cut short."""
+    """The rows of docs/modes.md, most important first: a run may be cut short."""
     small, large = "gemma-2-2b", "gemma-2-9b"
     fast = {"compiled": True, "captured": True}
     return [
@@ -47,9 +47,9 @@ def headline_rows() -> list[Case]:
         Case(small, "tuned switching", 4, 4, 512),
         Case(small, "fused", 16, 1, 512, **fast),
         Case(small, "tuned switching", 4, 1, 512),
-        Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=2),  # its aim is one of memory, too
+        Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=2),  # its aim includes memory
         Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1),
-        Case(small, "fused", 4, 1, 512, "full", compiled=True),  # the least memory of all agents together
+        Case(small, "fused", 4, 1, 512, "full", compiled=True),  # the least memory with all agents in one pass
         Case(small, "fused", 4, 4, 512, "selective", **fast),
         Case(small, "fused", 4, 8, 512, **fast, mixed=True),
         Case(small, "fused", 4, 8, 512, **fast, mixed=True, packing=True),
@@ -112,7 +112,7 @@ def case_of(row: Row) -> Case:
 
 
 def table(rows: Sequence[Row], newest: dict[str, Any] | None = None) -> str:
-    """Args: newest: a row of another run than this one names its device and commit."""
+    """Rows of another run than `newest` name their device and commit."""
     head = ["model", "mode", "K", "B x T", "recompute", "how", "ms/step", "agent-tok/s", "useful TFLOP/s", "of matmul"]
     lines = [[*head, "peak GiB", "notes"]]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The bases of the benchmarks, with random weights."""
+"""The bases of the benchmarks: Gemma-2 shapes with random weights."""
 
 import torch
 from transformers import (
@@ -48,7 +48,7 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A frozen base of a shape above, made on `device`; or any other model by hub id or folder, with its weights."""
+    """A frozen base of a shape above, made on `device`; or the model of a hub id or folder, with its weights."""
     if name not in SHAPES:
         config = AutoConfig.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention)

@@ -1,4 +1,4 @@
-"""How long a step takes, and the yardstick beside it."""
+"""The time of a step, and of a large matrix product to compare it with."""
 
 import gc
 import time
@@ -9,13 +9,13 @@ from statistics import median
 import psutil
 import torch
 
-TIMED_S = 12.0  # of a row whose steps are slow, fewer are timed, but three
+TIMED_S = 12.0  # seconds of timed steps; at least three are timed, however slow
 
 
 def warm_up(step: Callable[[], object], device: torch.device) -> float:
-    """Two steps, then seconds of a third; and the allocator begins to measure anew.
+    """Take two more steps; the seconds of the second one. Then reset the allocator's peak.
 
-    Those before the first timed one leave nothing behind: neither garbage, nor memory that compiling took.
+    Neither garbage nor memory used for compiling is left for the timed steps.
     """
     step()
     wait(device)
@@ -32,12 +32,12 @@ def warm_up(step: Callable[[], object], device: torch.device) -> float:
 
 
 def num_timed(most: int, seconds: float) -> int:
-    """How many steps of so many seconds are timed."""
+    """How many steps to time if one takes `seconds`."""
     return min(most, max(3, int(TIMED_S / seconds)))
 
 
 def timed(step: Callable[[], object], steps: int, device: torch.device) -> Iterator[float]:
-    """Milliseconds from the start of one step to the start of the next: the host may not fall behind unseen."""
+    """Milliseconds from the start of a step to the start of the next, so that a slow host shows."""
     if device.type != "cuda":
         for _ in range(steps):
             started = time.perf_counter()
@@ -55,7 +55,7 @@ def timed(step: Callable[[], object], steps: int, device: torch.device) -> Itera
 
 
 def deadline(seconds: float) -> float:
-    """When a command that is given so many seconds has had them, its imports included; by time.monotonic()."""
+    """The end of a command that may take `seconds`, its imports included, by time.monotonic()."""
     return time.monotonic() + seconds - (time.time() - psutil.Process().create_time())
 
 
@@ -65,12 +65,12 @@ def wait(device: torch.device) -> None:
 
 
 def reserved_gib(device: torch.device) -> float | None:
-    """The most that the allocator has held since the warm-up, captured passes' own memory included."""
+    """The most that the allocator reserved since the warm-up, the memory of CUDA graphs included."""
     return torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The yardstick: a square matrix product on random data, timed here and now."""
+    """TFLOP/s of a square matrix product on random data, timed now."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):

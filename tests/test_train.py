@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from launching import PLAIN, ROOT, ddp, environment, launch, processes_of, train, wait_for, zero2
 from peft import PeftModel
+from preloaded import forked
 from preloaded import train as forked_train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -195,7 +196,7 @@ def test_bad_input_gives_one_line_that_names_it_and_exit_code_2_and_loses_nothin
     (kept / "metrics.jsonl").touch()
     for case, (settings, named) in bad_inputs(tmp_path).items():
         output = [] if any(setting.startswith("output_dir") for setting in settings) else [f"output_dir={kept}"]
-        result = launch([sys.executable, "train.py"], *settings, *output)
+        result = forked([sys.executable, "train.py"], *settings, *output)
         lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert result.returncode == 2, (case, result.stderr[-2000:])
         assert "Traceback" not in result.stderr, (case, result.stderr[-2000:])
@@ -215,7 +216,7 @@ def test_non_finite_losses_are_skipped_and_then_end_the_run_with_agents_step_and
 ):
     run = tmp_path / "run"
     settings = (*SMALL, "lr=1e30", "num_warmup_steps_ratio=0", "max_grad_norm=0", "max_skipped_steps=2")
-    result = launch([sys.executable, "train.py"], *settings, f"output_dir={run}")
+    result = forked([sys.executable, "train.py"], *settings, f"output_dir={run}")
     assert result.returncode == 3, result.stderr[-2000:]
     line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert "agents 0, 1, 2: loss or gradient is not finite at step 4" in line
@@ -263,7 +264,7 @@ def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes
     with running([sys.executable, "train.py"], tmp_path, "save_steps=1"):
         for how in ("auto", "null"):
             settings = (*SMALL, "max_train_steps=100000", f"output_dir={tmp_path}/run", "save_steps=1")
-            again = launch([sys.executable, "train.py"], *settings, f"resume_from_checkpoint={how}")
+            again = forked([sys.executable, "train.py"], *settings, f"resume_from_checkpoint={how}")
             assert again.returncode == 2
             assert f"error: key 'output_dir': {tmp_path}/run: another run is at work in it" in again.stderr
         metrics = tmp_path / "run" / "metrics.jsonl"
