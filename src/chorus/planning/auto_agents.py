@@ -1,4 +1,4 @@
-"""`num_agents: auto`: the most agents that fit, by forecast, then by a step that is really taken."""
+"""`num_agents: auto`: the most agents that fit, by the forecast and then by a measured step."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ from chorus.monitoring.memory import memory_limit, peak_bytes, reset_peak
 from chorus.planning.memory_forecast import GIB, Machine, forecast, longest_batch, trained_bytes
 from chorus.training.engine import DTYPES
 from chorus.training.objective import objective_of
-from chorus.training.optimizer import adamw
+from chorus.training.optimizer import adamw, clip_and_step
 
 MOST_AGENTS = 64  # to have more, name a number
 OUT_OF_MEMORY = sys.maxsize
@@ -34,9 +34,9 @@ WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller bat
 
 
 def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[RunConfig, str]:
-    """The configuration with a number for `num_agents`, and how it came about, for the log ("" if it was a number).
+    """The configuration with a number for `num_agents`, and a line for the log ("" if it already was a number).
 
-    A run that goes on keeps its checkpoint's number. Otherwise it is the largest, up to `MOST_AGENTS`, whose forecast
+    A run that resumes keeps its checkpoint's number. Otherwise it is the largest, up to `MOST_AGENTS`, whose forecast
     fits `memory_fraction` of the smallest device, lowered until a measured step fits too. A collective call: all
     processes agree.
 
@@ -73,7 +73,7 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
 def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) -> tuple[int, int, int]:
     """The most agents by forecast, and the forecast's two numbers: bytes = first + num_agents x each.
 
-    What a step needs is a straight line in the number of agents, in every mode, once there are two passes.
+    The memory of a step is linear in the number of agents, in every mode, from two passes on.
 
     Raises:
         InputError: the fewest agents do not fit.
@@ -90,7 +90,7 @@ def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) 
 
 
 def fewest_agents(config: Config) -> int:
-    """A distance between agents needs two of them."""
+    """The fewest agents of a run: two where lambda_sw asks for a distance between them."""
     return 2 if config.lambda_sw > 0 else 1
 
 
@@ -100,7 +100,7 @@ def with_agents(config: Config, num_agents: int) -> RunConfig:
 
 
 def agents_of_checkpoint(config: Config) -> int | None:
-    """K of the checkpoint from which this run may go on. Whether it is whole and of this run, `resume` checks later."""
+    """K of the checkpoint from which this run may resume. `resume` checks later that it is whole and of this run."""
     if config.resume_from_checkpoint is None:
         return None
     named = config.resume_from_checkpoint
@@ -108,13 +108,13 @@ def agents_of_checkpoint(config: Config) -> int | None:
     for folder in folders:
         try:
             return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]["num_agents"])
-        except (OSError, ValueError, KeyError, TypeError):  # damaged: it will be passed over, or refused by name
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: `resume` will pass over it or refuse it
             continue
     return None
 
 
 def machine_of(accelerator: Accelerator) -> Machine:
-    """What a forecast must know of where this run runs."""
+    """What a forecast must know of the machine."""
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type is DistributedType.DEEPSPEED else None
     settings = None if plugin is None else plugin.deepspeed_config
     return Machine(accelerator.device.type, accelerator.num_processes, settings)
@@ -123,11 +123,11 @@ def machine_of(accelerator: Accelerator) -> Machine:
 def measured_step(
     model: PreTrainedModel, config: RunConfig, precision: str, machine: Machine, device: torch.device
 ) -> int:
-    """The most bytes that this process holds in two optimiser steps at the longest batch; `OUT_OF_MEMORY` without.
+    """Peak bytes of this process in two optimiser steps at the longest batch; `OUT_OF_MEMORY` if they do not fit.
 
-    Each process steps on its own: one that has run out of memory would leave the others waiting in a collective. What
-    an engine holds beside is stood in for by an empty tensor, and a share of the optimizer's state by AdamW over a
-    share of the tensors.
+    Each process steps on its own: in a collective call, a process that runs out of memory would leave the others
+    waiting. An empty tensor stands for the engine's buffers, and AdamW over a share of each adapter for a shard of the
+    optimizer's state.
     """
     reset_peak(device)
     try:
@@ -167,8 +167,7 @@ def _two_steps(
         part.share.backward()
         for own, adapter_F in zip(stepped, adapters, strict=True):
             own.grad = cast(Tensor, adapter_F.grad)[: len(own)]
-        optimizer.step()
-        optimizer.zero_grad()
+        clip_and_step(optimizer, stepped, config.max_grad_norm)
         agents.zero_grad()
     del beside
 

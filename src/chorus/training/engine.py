@@ -24,11 +24,9 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
-    is_tensorboard_available,
 )
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from chorus.collectives import described, limit_waiting, refuse_differences
@@ -37,7 +35,7 @@ from chorus.errors import InputError
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
 from chorus.spans import span
-from chorus.training.optimizer import adamw, skip_non_finite
+from chorus.training.optimizer import adamw, clip_and_step, skip_non_finite
 from chorus.training.step import StepResult
 from chorus.training.zero import partitions, stage3
 from chorus.training.zero.deepspeed_json import check_launcher, deepspeed_json, deepspeed_wanted, look_up_no_operators
@@ -93,8 +91,6 @@ def make_accelerator(config: Config) -> Accelerator:
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         kwargs_handlers=handlers,
-        log_with=["tensorboard"] if is_tensorboard_available() else None,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
     if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
         started = accelerator.distributed_type.value
@@ -188,16 +184,9 @@ class Engine:
             return StepResult(lr, norm_K, grad_norm, self.loss_scale)
 
     def _step_plain(self) -> tuple[Tensor, Tensor]:
-        """Each agent's gradient norm, and that over the finite ones. Nothing here waits for the device."""
+        """Each agent's gradient norm, and that over the finite ones."""
         self.accelerator.unscale_gradients()
-        adapters = self.agents.adapters().values()
-        norm_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
-        grad_norm = skip_non_finite(self.optimizer.param_groups, norm_K)  # an agent each
-        if self.max_grad_norm > 0:
-            clip_grads_with_norm_(adapters, self.max_grad_norm, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm_K, grad_norm
+        return clip_and_step(self.optimizer, list(self.agents.adapters().values()), self.max_grad_norm)
 
     def _step_zero(self) -> tuple[Tensor, Tensor]:
         """The same by DeepSpeed, which silently skips the step of all agents when a gradient is not finite.
