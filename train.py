@@ -147,7 +147,7 @@ def train(
         Preempted: SIGTERM or SIGINT has come, and the current step is saved.
         RunError: too many steps in a row skipped an agent's update; their state is saved.
     """
-    loss_fn = objective_of(config, engine.gather)
+    loss_fn = objective_of(config, config, engine.gather)
     lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
     skips = SkippedUpdates(config.max_skipped_steps, skips_in_a_row, config.output_dir)
     metrics = LoggedMetrics(

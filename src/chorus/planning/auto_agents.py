@@ -159,7 +159,7 @@ def _two_steps(
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
     batch = collate([row] * config.batch_size, 0, config.pad_to_multiple_of, config.swd_points_per_row).to(device)
-    loss_fn = objective_of(config, gather=lambda own: own)
+    loss_fn = objective_of(config, config, gather=lambda own: own)
     for step in range(2):
         output = agents(batch, step=step)
         part = loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=step)

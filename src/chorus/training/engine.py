@@ -31,6 +31,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from chorus.collectives import described, limit_waiting, refuse_differences
 from chorus.config import Config
+from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
@@ -59,7 +60,7 @@ def decide_precision(mixed_precision: str) -> str:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this run, plain or DeepSpeed, after the launcher, the JSON and configs.yaml agree.
+    """The Accelerator of this run, plain or DeepSpeed. The launcher, DeepSpeed's JSON and configs.yaml must agree.
 
     Raises:
         InputError: they contradict each other.
@@ -99,7 +100,7 @@ def make_accelerator(config: Config) -> Accelerator:
             f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed to false"
         )
     limit_waiting(config.collective_timeout_s)
-    unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
+    unset_hf_deepspeed_config()  # under stage 3 transformers would shard the base while it loads, before it is checked
     return accelerator
 
 
@@ -110,7 +111,7 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def _single_process_rendezvous() -> None:
-    """What a launcher of several processes would have set, for `use_deepspeed: true` under a launcher of one."""
+    """Set what a launcher of several processes would have set, for `use_deepspeed: true` in a lone process."""
     if "LOCAL_RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -267,8 +268,8 @@ class Engine:
         self.accelerator.free_memory()
 
 
-def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
-    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
+def start_engine(accelerator: Accelerator, agents: Agents, settings: TrainingSettings) -> Engine:
+    """Wrap the agents and their optimizer for training, and check that the engine is the one asked for.
 
     Raises:
         InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would overwrite
@@ -278,10 +279,12 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
     refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
     adapters = list(agents.adapters().values())
     num_elements = sum(map(torch.numel, adapters))
-    optimizer = adamw(adapters, config.lr, config.weight_decay)
+    optimizer = adamw(adapters, settings.lr, settings.weight_decay)
     stage = zero_stage(accelerator)
     module, optimizer = accelerator.prepare(agents, optimizer)
-    limit_waiting(config.collective_timeout_s)
+    if accelerator.init_handler is not None and accelerator.init_handler.timeout is not None:
+        # DeepSpeed has made process groups of its own.
+        limit_waiting(int(accelerator.init_handler.timeout.total_seconds()))
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if stage > 0:
         assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
@@ -294,4 +297,4 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
     if stage == 3:
         stage3.register_reads(agents)
         stage3.keep_gathered(module.optimizer, adapters)
-    return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)
+    return Engine(accelerator, agents, module, optimizer, settings.max_grad_norm, description)
