@@ -35,6 +35,7 @@ from chorus.model.execution import decide_execution
 from chorus.monitoring.metrics import LoggedMetrics
 from chorus.monitoring.profiler import profiling
 from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
+from chorus.monitoring.trackers import decide_trackers
 from chorus.planning.auto_agents import decide_num_agents
 from chorus.spans import each_in_span, span
 from chorus.training.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
@@ -56,6 +57,7 @@ def main(config: Config) -> None:
     problems = read_problems(config)
     tokenizer = load_tokenizer(config.model_name)
     check_targets(load_skeleton(config.model_name), config.lora_target_modules)
+    report_to = decide_trackers(config.report_to)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
     config, agents_note = decide_num_agents(config, precision, accelerator)
@@ -67,7 +69,7 @@ def main(config: Config) -> None:
         return
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with ExitStack() as at_exit:
-        run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump())))
+        run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to)))
         begin.log()
         if agents_note:
             logger.info(agents_note)
@@ -145,7 +147,7 @@ def train(
         Preempted: SIGTERM or SIGINT has come, and the current step is saved.
         RunError: too many steps in a row skipped an agent's update; their state is saved.
     """
-    loss_fn = objective_of(config, engine.gather)
+    loss_fn = objective_of(config, config, engine.gather)
     lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
     skips = SkippedUpdates(config.max_skipped_steps, skips_in_a_row, config.output_dir)
     metrics = LoggedMetrics(

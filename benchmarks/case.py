@@ -124,7 +124,7 @@ def start(config: Config, base: PreTrainedModel, execution: Execution, accelerat
 
 def step_of(engine: Engine, config: Config, batch: Batch) -> Callable[[], Tensor]:
     """An optimiser step of one micro-batch, as train.py's loop takes it; gives each agent's mean NLL before it."""
-    loss_fn, steps = objective_of(config, engine.gather), count()
+    loss_fn, steps = objective_of(config, config, engine.gather), count()
     own_targets = len(batch.target_rows_N)
 
     def step() -> Tensor:

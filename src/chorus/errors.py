@@ -18,7 +18,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, such as when a loss is no number. One line: which agent, which step, what to do."""
+    """A run that cannot go on, such as when losses stay non-finite. One line: which agent, which step, what to do."""
 
 
 class LostProcess(RunError):

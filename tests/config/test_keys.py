@@ -43,6 +43,10 @@ ACCEPTED_AND_REFUSED = {
         ["[q_proj]", "all-linear"],
         ["[]", "[1]", "[null]", "[[a]]", '[""]', "q_proj", "null", "1", "[a, b, a]"],
     ),
+    "trackers": (
+        ["[tensorboard]", "[wandb, mlflow]", "auto", "none"],
+        ["[]", "[1]", "[null]", "[tensorboards]", "tensorboard", "null", "true"],
+    ),
     "prompt": (['""', "a", '"{a}"'], [*NOT_TEXT[:5], "null", '"{"', '"{0}"']),
     "completion": (['"{a}"'], [*NOT_TEXT, "null", "a", '"{{a}}"', '"{a"']),
 }
@@ -75,6 +79,7 @@ KIND = {
     **dict.fromkeys(["lr_scheduler_type", "mixed_precision"], "choice"),
     **dict.fromkeys(["gradient_checkpointing"], "choice, or null"),
     **dict.fromkeys(["lora_target_modules"], "modules"),
+    **dict.fromkeys(["report_to"], "trackers"),
     **dict.fromkeys(["prompt_template"], "prompt"),
     **dict.fromkeys(["completion_template"], "completion"),
 }

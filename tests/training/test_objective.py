@@ -150,7 +150,7 @@ def test_a_configuration_says_how_agents_are_compared_and_how_much_a_micro_batch
     batch = toy_batch(rows=4, length=9)
     nll_KBT, hidden_KBTD = torch.rand(3, *batch.input_BT.shape), torch.randn(3, *batch.input_BT.shape, 6)
     gathered: list[Tensor] = []
-    part = objective_of(config, collect(gathered))(nll_KBT, hidden_KBTD, batch, num_targets=20, step=2)
+    part = objective_of(config, config, collect(gathered))(nll_KBT, hidden_KBTD, batch, num_targets=20, step=2)
     points_KNH, valid_N = cloud(hidden_KBTD, batch, "last", 6)
     distance = swd_of(points_KNH, random_slices(6, 7, seed=5, step=2), valid_N)
     assert part.swd is not None

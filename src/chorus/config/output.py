@@ -1,11 +1,15 @@
 """Output: what a run writes, where and how often."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.types import NonNegativeInt, PositiveInt
 
 from chorus.config.section import MayChange, Section, Text
+
+TrackerName = Literal[
+    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+]  # Accelerate's
 
 
 class OutputSettings(Section):
@@ -22,6 +26,10 @@ class OutputSettings(Section):
     """Keep so many of the newest checkpoints, at least 2; null keeps all."""
     logging_steps: MayChange[PositiveInt] = 10
     """Log every so many optimiser steps."""
+    report_to: MayChange[Literal["auto", "none"] | Annotated[list[TrackerName], Field(min_length=1)]] = "auto"
+    """Experiment trackers that get every logged row, by Accelerate's names, such as [tensorboard, wandb]; others are
+    trackio, mlflow, comet_ml, aim, clearml, dvclive and swanlab. auto: tensorboard where it is installed. none: no
+    tracker."""
     resume_from_checkpoint: MayChange[Text | None] = "auto"
     """auto: go on from the newest whole checkpoint of output_dir, if there is one. A folder: go on from that
     checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: the progress bar, train.log, metrics.jsonl and the tracker."""
+"""What a run reports while it trains: the progress bar, train.log, metrics.jsonl and trackers."""
 
 import fcntl
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 import transformers
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,12 +24,13 @@ from chorus.checkpoint.store import REMEDY
 from chorus.collectives import on_first_process
 from chorus.errors import RunError
 from chorus.monitoring.memory import memory_line, memory_usage
+from chorus.monitoring.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Keeps silent, on every process but the first. What the first one's disk refuses is raised on all of them."""
+    """The log of every process but the first: silent. Errors of the first process's disk are raised on all."""
 
     def __init__(self, accelerator: Accelerator | None = None):
         self._accelerator = accelerator
@@ -36,22 +38,22 @@ class RunLog:
     def training(self, num_steps: int, start_step: int = 0) -> AbstractContextManager[None]:
         """The context of the training loop: a progress bar of `num_steps`, of which `start_step` are done.
 
-        What metrics.jsonl holds of later steps is dropped: they are taken again. A collective call, as `advance` is.
+        Rows of later steps are dropped from metrics.jsonl: those steps are taken again. A collective call.
         """
         self._on_first_process(partial(self._cut_back, start_step))
         return self._bar(num_steps, start_step)
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
-        """One optimiser step is done; `metrics` on logged steps: a row of metrics.jsonl, and a collective call.
+        """One optimiser step is done. `metrics`: the row of metrics.jsonl on logged steps, a collective call then.
 
         Raises:
-            RunError: on every process alike: the first one's disk did not take the row, or a line of train.log before.
+            RunError: on every process alike: the first one's disk did not take the row, or an earlier log line.
         """
         if metrics is not None:
             self._on_first_process(partial(self._write, metrics))
 
     def profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
-        """What the profiler has measured by `step`, as a row of metrics.jsonl of its own, and in lines for people.
+        """Write what the profiler has measured by `step`: a row of metrics.jsonl, and lines for people.
 
         A collective call; raises as `advance` does.
         """
@@ -62,7 +64,7 @@ class RunLog:
         self._on_first_process(partial(self._print, table))
 
     def close(self) -> None:
-        """Leave the terminal and the files in order; called also when the run fails."""
+        """Close files and trackers; called also when the run fails."""
 
     def _on_first_process(self, act: Callable[[], None]) -> None:
         if self._accelerator is not None:
@@ -98,10 +100,9 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """train.log. logging's own way with a full disk is a traceback for every line, and to go on.
+    """train.log. On a full disk logging itself would print a traceback for every line and continue.
 
-    refused: the disk's first error. A line may be written between two collective calls: raised there, it would end this
-    process alone.
+    refused: the disk's first error, for the next collective call. Raised at once, it would end this process alone.
     """
 
     refused: RunError | None = None
@@ -109,17 +110,17 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         try:
             with disk_errors(Path(self.baseFilename), len(record.getMessage()), REMEDY):
-                raise  # what is being handled
+                raise  # the error that is being handled
         except RunError as error:
             self.refused = self.refused or error
 
 
 class WritingRunLog(RunLog):
-    """Writes to the terminal, to train.log and metrics.jsonl in `output_dir`, and to Accelerate's trackers."""
+    """Writes to the terminal, to train.log and metrics.jsonl in `output_dir`, and to trackers."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, trackers: Trackers):
         super().__init__(accelerator)
-        self._track, self._trackers, self._device = accelerator.log, accelerator.trackers, accelerator.device
+        self._trackers, self._device = trackers, accelerator.device
         self._console = Console(stderr=True)
         self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -132,8 +133,6 @@ class WritingRunLog(RunLog):
         for handler in self._handlers:
             logging.getLogger("chorus").addHandler(handler)
         logging.getLogger("chorus").setLevel(logging.INFO)
-        plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
-        accelerator.init_trackers("chorus", config=plain)
 
     def _on_first_process(self, act: Callable[[], None]) -> None:
         def checked() -> None:
@@ -144,7 +143,7 @@ class WritingRunLog(RunLog):
         try:
             super()._on_first_process(checked)
         except RunError:
-            self._trackers.clear()  # at the end they would try again, and their error would hide this one
+            self._trackers.abandon()
             raise
 
     @contextmanager
@@ -154,7 +153,7 @@ class WritingRunLog(RunLog):
             yield
 
     def _cut_back(self, start_step: int) -> None:
-        """Keep the rows up to `start_step`. A last line that a kill has cut short goes with the later ones."""
+        """Keep the rows up to `start_step`. A last line that a kill has cut short is dropped, too."""
         self._metrics.close()
         path = Path(self._metrics.name)
         kept = "".join(
@@ -193,21 +192,22 @@ class WritingRunLog(RunLog):
         with disk_errors(Path(self._metrics.name), len(line), REMEDY):
             self._metrics.write(line)
             self._metrics.flush()
-            self._track(dict(numbers), step=row["step"])
+            self._trackers.log(numbers, row["step"])
 
     def _print(self, table: Table) -> None:
         self._console.print(table)
 
     def close(self) -> None:
+        self._trackers.close()
         for file in (self._metrics, *self._handlers):
             if isinstance(file, logging.Handler):
                 logging.getLogger("chorus").removeHandler(file)
-            with suppress(OSError):  # what a full disk has refused is tried once more, and has been spoken of
+            with suppress(OSError):  # a full disk refuses the buffer once more, and has been reported
                 file.close()
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers of a nested report, by path, as trackers want them."""
+    """The numbers of a nested report by path, for trackers."""
     if not isinstance(value, Mapping):
         yield path, value
         return
@@ -229,16 +229,35 @@ def _step_of(line: str) -> float:
 
 
 def quiet_libraries() -> None:
-    """Keep the terminal for what concerns the user: not the libraries' deprecation notices to each other, nor a
-    progress bar for every process that loads the base."""
+    """Hide what does not concern the user: the libraries' deprecation notices, and a progress bar for each process that
+    loads the base. Process-wide."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|accelerate|peft|deepspeed")
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def open_run_log(accelerator: Accelerator, output_dir: Path, settings: Mapping[str, Any]) -> RunLog:
-    """The journal of this process: one writes, the others keep silent (but for their warnings' log level)."""
-    if accelerator.is_main_process:
-        return WritingRunLog(accelerator, output_dir, settings)
+def open_run_log(
+    accelerator: Accelerator,
+    output_dir: Path,
+    settings: Mapping[str, Any],
+    report_to: Sequence[str | GeneralTracker],
+) -> RunLog:
+    """The log of this process: the first one writes, the others are silent. A collective call.
+
+    Args:
+        settings: of the run, for trackers, which get the plain values.
+        report_to: trackers, or their names.
+
+    Raises:
+        InputError: on every process alike: a tracker does not start.
+    """
+    plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    logs: list[RunLog] = []
+    on_first_process(
+        accelerator,
+        lambda: logs.append(WritingRunLog(accelerator, output_dir, Trackers(report_to, output_dir, plain))),
+    )
+    if logs:
+        return logs[0]
     logging.getLogger("chorus").addHandler(logging.NullHandler())
     return RunLog(accelerator)

@@ -26,7 +26,7 @@ from chorus.monitoring.memory import memory_limit, peak_bytes, reset_peak
 from chorus.planning.memory_forecast import GIB, Machine, forecast, longest_batch, trained_bytes
 from chorus.training.engine import DTYPES
 from chorus.training.objective import objective_of
-from chorus.training.optimizer import adamw
+from chorus.training.optimizer import adamw, clip_and_step
 
 MOST_AGENTS = 64  # to have more, name a number
 OUT_OF_MEMORY = sys.maxsize
@@ -87,7 +87,7 @@ def lower_until_a_step_fits(
 def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) -> tuple[int, int, int]:
     """The most agents by forecast, and the forecast's two numbers: bytes = first + num_agents x each.
 
-    What a step needs is a straight line in the number of agents, in every mode, once there are two passes.
+    The memory of a step is linear in the number of agents, in every mode, from two passes on.
 
     Raises:
         InputError: the fewest agents do not fit.
@@ -104,7 +104,7 @@ def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) 
 
 
 def fewest_agents(config: Config) -> int:
-    """A distance between agents needs two of them."""
+    """The fewest agents of a run: two where lambda_sw asks for a distance between them."""
     return 2 if config.lambda_sw > 0 else 1
 
 
@@ -114,7 +114,7 @@ def with_agents(config: Config, num_agents: int) -> RunConfig:
 
 
 def agents_of_checkpoint(config: Config) -> int | None:
-    """K of the checkpoint from which this run may go on. Whether it is whole and of this run, `resume` checks later."""
+    """K of the checkpoint from which this run may resume. `resume` checks later that it is whole and of this run."""
     if config.resume_from_checkpoint is None:
         return None
     named = config.resume_from_checkpoint
@@ -122,13 +122,13 @@ def agents_of_checkpoint(config: Config) -> int | None:
     for folder in folders:
         try:
             return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]["num_agents"])
-        except (OSError, ValueError, KeyError, TypeError):  # damaged: it will be passed over, or refused by name
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: `resume` will pass over it or refuse it
             continue
     return None
 
 
 def machine_of(accelerator: Accelerator) -> Machine:
-    """What a forecast must know of where this run runs."""
+    """What a forecast must know of the machine."""
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type is DistributedType.DEEPSPEED else None
     settings = None if plugin is None else plugin.deepspeed_config
     return Machine(accelerator.device.type, accelerator.num_processes, settings)
@@ -137,11 +137,11 @@ def machine_of(accelerator: Accelerator) -> Machine:
 def measured_step(
     model: PreTrainedModel, config: RunConfig, precision: str, machine: Machine, device: torch.device
 ) -> int:
-    """The most bytes that this process holds in two optimiser steps at the longest batch; `OUT_OF_MEMORY` without.
+    """Peak bytes of this process in two optimiser steps at the longest batch; `OUT_OF_MEMORY` if they do not fit.
 
-    Each process steps on its own: one that has run out of memory would leave the others waiting in a collective. What
-    an engine holds beside is stood in for by an empty tensor, and a share of the optimizer's state by AdamW over a
-    share of the tensors.
+    Each process steps on its own: in a collective call, a process that runs out of memory would leave the others
+    waiting. An empty tensor stands for the engine's buffers, and AdamW over a share of each adapter for a shard of the
+    optimizer's state.
     """
     reset_peak(device)
     try:
@@ -173,7 +173,7 @@ def _two_steps(
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
     batch = collate([row] * config.batch_size, 0, config.pad_to_multiple_of, config.swd_points_per_row).to(device)
-    loss_fn = objective_of(config, gather=lambda own: own)
+    loss_fn = objective_of(config, config, gather=lambda own: own)
     for step in range(2):
         output = agents(batch, step=step)
         part = loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=step)
@@ -181,8 +181,7 @@ def _two_steps(
         part.share.backward()
         for own, adapter_F in zip(stepped, adapters, strict=True):
             own.grad = cast(Tensor, adapter_F.grad)[: len(own)]
-        optimizer.step()
-        optimizer.zero_grad()
+        clip_and_step(optimizer, stepped, config.max_grad_norm)
         agents.zero_grad()
     del beside
 

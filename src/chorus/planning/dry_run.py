@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from chorus.checkpoint.output_dir import refuse_unshared, refuse_unusable
 from chorus.collectives import on_every_process, on_first_process, refuse_differences
 from chorus.config import Config, RunConfig
+from chorus.config.execution import Mode
 from chorus.data.batches import Sample
 from chorus.data.sources import Problem, read_problems
 from chorus.errors import InputError
@@ -37,7 +38,7 @@ from chorus.planning.trial_run import Loop, ModeRun, Setting, disagreement, rehe
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator
 from chorus.training.zero.deepspeed_json import deepspeed_json, deepspeed_wanted
 
-MODES = ("fused", "sequential", "parallel")
+MODES = get_args(Mode)
 SETTINGS = "settings agree"
 # Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of it.
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}

@@ -1,4 +1,4 @@
-"""A few real optimiser steps in one mode, and what can be told from them: what `dry_run` checks."""
+"""A few real optimiser steps in one mode, and the facts that `dry_run` checks."""
 
 import gc
 import time
@@ -35,10 +35,10 @@ Loop = Callable[..., None]  # train.py's own loop
 
 
 class Setting(NamedTuple):
-    """All that a rehearsal needs.
+    """All that a trial run needs.
 
     Attributes:
-        base: on its device, frozen; no mode changes it. None: each mode loads its own, which ZeRO-3 cuts up.
+        base: on its device, frozen; no mode changes it. None: each mode loads its own, because ZeRO-3 shards it.
         pad_id: any id of the vocabulary.
     """
 
@@ -93,7 +93,7 @@ class Reload(NamedTuple):
     """What a checkpoint gives back, and what the agents answer together.
 
     Attributes:
-        deaf: agents whose loss is, to the bit, what it was before the steps.
+        unchanged: agents whose loss is, to the bit, what it was before the steps.
         differs: largest difference of a hidden state between the agents and those read from their checkpoint.
         peft_differs: largest difference of a logit between an agent and stock PEFT's reading of its folder, relative to
             the largest logit.
@@ -109,7 +109,7 @@ class Reload(NamedTuple):
 
 
 class _Recorder(RunLog):
-    """Keeps the logged rows, and when each step was done."""
+    """Keeps the logged rows, and the time at which each step was done."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -64,8 +64,8 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
 
     On a line the optimal plan pairs points in sorted order, and the mean over pairs of squared differences is twice
     the unbiased variance: every agent is sorted once, no pair is formed. The squared distance has a zero gradient
-    where agents agree; its root would have none. An agent with a point that is no number leaves the sum: its pairs
-    count as 0 and pull at no one, the other pairs count as ever.
+    where agents agree; its root would have none. An agent with a non-finite point leaves the sum: its pairs count as 0
+    and give no gradient, the other pairs count as before.
 
     Args:
         projected_KPN: fp32 projections of each agent's points. Invalid points may hold anything.

@@ -24,20 +24,19 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    ProjectConfiguration,
-    is_tensorboard_available,
 )
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from chorus.collectives import described, limit_waiting, refuse_differences
 from chorus.config import Config
+from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
 from chorus.spans import span
-from chorus.training.optimizer import adamw, skip_non_finite
+from chorus.training.optimizer import adamw, clip_and_step, skip_non_finite
 from chorus.training.step import StepResult
 from chorus.training.zero import partitions, stage3
 from chorus.training.zero.deepspeed_json import check_launcher, deepspeed_json, deepspeed_wanted, look_up_no_operators
@@ -61,7 +60,7 @@ def decide_precision(mixed_precision: str) -> str:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this run, plain or DeepSpeed, after the launcher, the JSON and configs.yaml agree.
+    """The Accelerator of this run, plain or DeepSpeed. The launcher, DeepSpeed's JSON and configs.yaml must agree.
 
     Raises:
         InputError: they contradict each other.
@@ -93,8 +92,6 @@ def make_accelerator(config: Config) -> Accelerator:
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         kwargs_handlers=handlers,
-        log_with=["tensorboard"] if is_tensorboard_available() else None,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
     if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
         started = accelerator.distributed_type.value
@@ -103,7 +100,7 @@ def make_accelerator(config: Config) -> Accelerator:
             f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed to false"
         )
     limit_waiting(config.collective_timeout_s)
-    unset_hf_deepspeed_config()  # under stage 3 transformers would load the base in shards, before it can be looked at
+    unset_hf_deepspeed_config()  # under stage 3 transformers would shard the base while it loads, before it is checked
     return accelerator
 
 
@@ -114,7 +111,7 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def _single_process_rendezvous() -> None:
-    """What a launcher of several processes would have set, for `use_deepspeed: true` under a launcher of one."""
+    """Set what a launcher of several processes would have set, for `use_deepspeed: true` in a lone process."""
     if "LOCAL_RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -188,16 +185,9 @@ class Engine:
             return StepResult(lr, norm_K, grad_norm, self.loss_scale)
 
     def _step_plain(self) -> tuple[Tensor, Tensor]:
-        """Each agent's gradient norm, and that over the finite ones. Nothing here waits for the device."""
+        """Each agent's gradient norm, and that over the finite ones."""
         self.accelerator.unscale_gradients()
-        adapters = self.agents.adapters().values()
-        norm_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
-        grad_norm = skip_non_finite(self.optimizer.param_groups, norm_K)  # an agent each
-        if self.max_grad_norm > 0:
-            clip_grads_with_norm_(adapters, self.max_grad_norm, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm_K, grad_norm
+        return clip_and_step(self.optimizer, list(self.agents.adapters().values()), self.max_grad_norm)
 
     def _step_zero(self) -> tuple[Tensor, Tensor]:
         """The same by DeepSpeed, which silently skips the step of all agents when a gradient is not finite.
@@ -278,8 +268,8 @@ class Engine:
         self.accelerator.free_memory()
 
 
-def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> Engine:
-    """Wrap the agents and their optimizer for training, and check that what was asked for is what runs.
+def start_engine(accelerator: Accelerator, agents: Agents, settings: TrainingSettings) -> Engine:
+    """Wrap the agents and their optimizer for training, and check that the engine is the one asked for.
 
     Raises:
         InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would overwrite
@@ -289,10 +279,12 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
     refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
     adapters = list(agents.adapters().values())
     num_elements = sum(map(torch.numel, adapters))
-    optimizer = adamw(adapters, config.lr, config.weight_decay)
+    optimizer = adamw(adapters, settings.lr, settings.weight_decay)
     stage = zero_stage(accelerator)
     module, optimizer = accelerator.prepare(agents, optimizer)
-    limit_waiting(config.collective_timeout_s)
+    if accelerator.init_handler is not None and accelerator.init_handler.timeout is not None:
+        # DeepSpeed has made process groups of its own.
+        limit_waiting(int(accelerator.init_handler.timeout.total_seconds()))
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if stage > 0:
         assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
@@ -305,4 +297,4 @@ def start_engine(accelerator: Accelerator, agents: Agents, config: Config) -> En
     if stage == 3:
         stage3.register_reads(agents)
         stage3.keep_gathered(module.optimizer, adapters)
-    return Engine(accelerator, agents, module, optimizer, config.max_grad_norm, description)
+    return Engine(accelerator, agents, module, optimizer, settings.max_grad_norm, description)

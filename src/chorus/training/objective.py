@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chorus.config import Config
+from chorus.config.objective import ObjectiveSettings
+from chorus.config.training import TrainingSettings
 from chorus.data.batches import Batch
 from chorus.spans import span
 from chorus.training.diversity import SwdSettings, cloud, random_slices, sliced_wasserstein
@@ -58,13 +59,13 @@ def objective(
     """
     nll_K = nll_KBT.sum((1, 2))
     is_sound_K = nll_K.isfinite()
-    # What is no number makes its agent's whole gradient none, so that it is seen wherever gradients are reduced.
+    # A non-finite loss makes its agent's whole gradient NaN, which every process sees when gradients are reduced.
     task = (nll_K * torch.where(is_sound_K, 1.0, math.nan)).sum() / num_targets
     if lambda_sw == 0:
         return Objective(task, nll_K.detach(), None)
     with span("swd_loss"):
         points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
-        points_KNH = torch.where(is_sound_K[:, None, None], points_KNH, math.nan)  # by which other processes know it
+        points_KNH = torch.where(is_sound_K[:, None, None], points_KNH, math.nan)  # so that other processes see it
         slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
         if points_KNH.is_cuda:
             # Without waiting for the forward.
@@ -76,13 +77,15 @@ def objective(
     return Objective(share, nll_K.detach(), distance.detach())
 
 
-def objective_of(config: Config, gather: Callable[[Tensor], Tensor]) -> partial[Objective]:
-    """`objective` with what is the same for a whole run; output, batch, num_targets and step are left to give."""
+def objective_of(
+    settings: ObjectiveSettings, training: TrainingSettings, gather: Callable[[Tensor], Tensor]
+) -> partial[Objective]:
+    """`objective` with the arguments that are the same for a whole run; output, batch, num_targets and step remain."""
     return partial(
         objective,
-        num_micro_batches=config.gradient_accumulation_steps,
-        lambda_sw=config.lambda_sw,
-        swd=SwdSettings(config.swd_num_projections, config.swd_representation, config.seed),
-        rows_per_process=config.batch_size,
+        num_micro_batches=training.gradient_accumulation_steps,
+        lambda_sw=settings.lambda_sw,
+        swd=SwdSettings(settings.swd_num_projections, settings.swd_representation, training.seed),
+        rows_per_process=training.batch_size,
         gather=gather,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 class AgentwiseAdamW(torch.optim.AdamW):
@@ -44,3 +45,23 @@ def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> Tensor:
     for group, skip in zip(groups, is_bad_K.float(), strict=True):
         group["skip"] = skip
     return torch.linalg.vector_norm(norm_K.masked_fill(is_bad_K, 0.0))
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, adapters: Sequence[nn.Parameter], max_grad_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Clip to one norm over all agents (0: not at all), step the agents whose gradient is finite, and zero gradients.
+
+    Nothing here waits for the device.
+
+    Returns:
+        norm_K: each agent's gradient norm, before clipping.
+        grad_norm: the norm over the finite ones, a scalar.
+    """
+    norm_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
+    grad_norm = skip_non_finite(optimizer.param_groups, norm_K)  # an agent each
+    if max_grad_norm > 0:
+        clip_grads_with_norm_(adapters, max_grad_norm, grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm_K, grad_norm

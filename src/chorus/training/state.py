@@ -1,7 +1,7 @@
-"""All that a run carries from step to step, under the one identity of a tensor, whatever engine holds it.
+"""All that a run carries from step to step, by the identity of each tensor, whatever engine holds it.
 
-Learning rate, order of the rows and random draws are functions of the step, so weights and AdamW's state are all. Under
-fp16 there is also the loss scale, which starts anew.
+Learning rate, order of the rows and random draws are functions of the step, so weights and AdamW's state are all. The
+loss scale of fp16 is not kept: it starts again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ def read_state(engine: Engine) -> TrainingState:
 
 
 def restore_state(engine: Engine, state: TrainingState) -> None:
-    """Put a state into an engine that has not stepped yet. Every process has read the same one.
+    """Put a state into an engine that has not stepped yet. Every process has read the same state.
 
     Raises:
         InputError: it has other tensors, or other shapes, than the agents.
@@ -88,7 +88,7 @@ def _restore_plain(
         place: {"step": torch.tensor(float(steps[place])), **{name: moments[name][agent] for name in MOMENTS}}
         for place, agent in enumerate(engine.agents.agents)
     }
-    # torch's own loading puts each tensor, and the step count, where this kind of AdamW wants it.
+    # torch's own loading puts each tensor, and the step count, on the device where fused AdamW needs it.
     optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

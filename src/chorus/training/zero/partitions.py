@@ -1,7 +1,7 @@
-"""What one process holds of each agent's gradient and AdamW state under DeepSpeed: at any stage, on GPU or CPU.
+"""One process's share of each agent's gradient and AdamW state under DeepSpeed: at any stage, on GPU or CPU.
 
-Each agent is a parameter group (isolation.py), which DeepSpeed partitions by itself. `zero` is DeepSpeed's optimizer,
-`module.optimizer`; none of this has a public way in.
+Each agent is a parameter group (optimizer.py), and DeepSpeed partitions groups separately. `zero` is DeepSpeed's
+optimizer, `module.optimizer`. DeepSpeed has no public interface for any of this.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def gradients(zero: Any) -> list[list[Tensor]]:
 
 
 def clear_gradient(zero: Any, gradient: Sequence[Tensor]) -> None:
-    """Make an agent's gradient zero, wherever DeepSpeed looks for one that is no number."""
+    """Zero an agent's gradient, wherever DeepSpeed looks for non-finite values."""
     for part in gradient:
         part.zero_()
     if is_on_cpu(zero):  # found out by now, while it was copied there

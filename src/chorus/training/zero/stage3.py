@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO stage 3: the frozen base in shards, a part of each matrix on every process.
 
-DeepSpeed makes a module's own parameters whole while the module is at work. Chorus reads some from elsewhere, and
-announces them: a LoRA layer those of the linear layer inside of it, the loss those of the head. The adapters stay
-whole, because a pass reads all of them at its start; their gradients and optimizer state are in shards, as under stage
-2.
+DeepSpeed gathers a module's own parameters while that module runs. Where Chorus reads parameters of another module, it
+registers them: a LoRA layer reads those of the linear layer inside of it, the loss those of the head. The adapters stay
+gathered, because a pass reads all of them at its start; their gradients and optimizer state are in shards, as under
+stage 2.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from chorus.model.agents import Agents
 
 
 def register_reads(agents: Agents) -> None:
-    """Tell DeepSpeed, which holds the agents by now, which weights a module reads that are another's."""
+    """Register with DeepSpeed, which already holds the agents, the weights that a module reads of another module."""
     from deepspeed.runtime.zero import register_external_parameter
 
     for peft_model in agents.peft_models:
@@ -29,9 +29,9 @@ def register_reads(agents: Agents) -> None:
 
 
 def keep_gathered(zero: Any, adapters: Sequence[nn.Parameter]) -> None:
-    """Have DeepSpeed's optimizer gather the adapters after every step, and cut them for the step alone.
+    """Have DeepSpeed's optimizer gather the adapters after every step, and shard them only for the step.
 
-    It does so by itself only below one number of elements, whatever a parameter is for; most of a base lies below an
+    By itself it does so for all parameters below one number of elements, and most of a base's are smaller than an
     adapter. A collective call.
     """
     cut = [adapter_F for adapter_F in cast(Sequence[Any], adapters) if not adapter_F.ds_persist]
