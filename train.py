@@ -28,10 +28,10 @@ from chorus.collectives import lost_processes_named, on_first_process
 from chorus.data.batches import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.data.sources import read_problems
 from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share
-from chorus.model.adapters import check_targets, lora_shape
+from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents
-from chorus.model.base import load_base, load_skeleton, load_tokenizer
-from chorus.model.execution import decide_execution
+from chorus.model.base import check_positions, load_base, load_skeleton, load_tokenizer
+from chorus.model.execution import decide_execution, with_padding
 from chorus.monitoring.metrics import LoggedMetrics
 from chorus.monitoring.profiler import profiling
 from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
@@ -55,9 +55,12 @@ def main(config: Config) -> None:
     # Everything the user gave is checked before the base is loaded.
     problems = read_problems(config)
     tokenizer = load_tokenizer(config.model_name)
-    check_targets(load_skeleton(config.model_name), config.lora_target_modules)
+    skeleton = load_skeleton(config.model_name)
+    check_positions(skeleton.config, config.max_seq_length)
+    lora_shape(config).targets(skeleton)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
+    config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
     config, agents_note = decide_num_agents(config, precision, accelerator)
     run = describe_run(config, problems.train, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)

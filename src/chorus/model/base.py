@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,16 +20,21 @@ from transformers import (
 from chorus.config import Config
 from chorus.errors import InputError
 from chorus.model.attention import check_packing, choose_attention
+from chorus.model.quantisation import check_saved_quantisation, quantisation_of, saved_quantisation
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output layer: logits = softcap · tanh((hidden Wᵀ + b) / softcap), or without the cap."""
+    """The frozen output layer: logits = softcap · tanh(z / softcap) of z = scale · (hidden Wᵀ + b), or z itself.
+
+    Gemma has a soft-cap, Cohere and Granite have a scale, most have neither.
+    """
 
     linear: nn.Linear
     softcap: float | None
+    scale: float = 1.0
 
     @property
     def weight_VD(self) -> Tensor:
@@ -41,6 +47,8 @@ class Head:
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """fp32 logits_BTV. For the last token of a few rows; the training loss never makes them whole."""
         logits_BTV = self.linear(hidden_BTD).float()
+        if self.scale != 1:
+            logits_BTV = logits_BTV * self.scale
         return logits_BTV if self.softcap is None else self.softcap * torch.tanh(logits_BTV / self.softcap)
 
 
@@ -78,11 +86,12 @@ def load_model(
     length: int = 1,
     compiled: bool = False,
     packing: bool = False,
+    quantisation: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """The base with its weights frozen and its own dropout off: one function, the same in every pass.
 
     Weights are read from safetensors only, and a model that brings code of its own is refused. What comes after `*`
-    decides about attention, see `attention.choose_attention`.
+    decides about attention, see `attention.choose_attention`, and whether weights are quantised as they are read.
 
     Raises:
         InputError: no such model, a model with custom code, a head or an attention that Chorus would compute wrongly.
@@ -90,6 +99,8 @@ def load_model(
     with _named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
         _switch_dropout_off(config)
+        check_saved_quantisation(config, model_name, asked_for=quantisation is not None)
+        is_quantised = quantisation is not None or saved_quantisation(config) is not None
         how = {"length": length, "compiled": compiled, "packing": packing}
         attention = choose_attention(attn_implementation, config, device, dtype, **how)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -99,9 +110,12 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=attention,
+            quantization_config=quantisation,
+            device_map={"": device} if is_quantised else None,  # they are quantised there, and cannot be moved
         )
     model.requires_grad_(False)
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    if not is_quantised:
+        model.to(device)  # pyright: ignore[reportArgumentType]
     _check_head(model, model_name)
     if packing:
         check_packing(model)
@@ -118,7 +132,18 @@ def load_base(config: Config, dtype: torch.dtype, device: torch.device, *, compi
         length=config.max_seq_length,
         compiled=bool(compiled),
         packing=config.packing,
+        quantisation=quantisation_of(config, dtype),
     )
+
+
+def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
+    """Raises InputError where rows may be longer than the base has, or has ever seen, positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and max_seq_length > positions:
+        raise InputError(
+            f"key 'max_seq_length' is {max_seq_length}, but the base has {positions} positions "
+            f"(max_position_embeddings); set it to {positions} or less"
+        )
 
 
 def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -150,11 +175,22 @@ def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: 
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The output layer of a causal language model, with Gemma-2's final soft-cap where the config names one."""
+    """The output layer of a causal language model, with the soft-cap or the scale of its logits that the config names.
+
+    Raises:
+        InputError: there is no linear output layer.
+    """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise InputError(f"key 'model_name': {type(model).__name__} has no linear output layer, so no token loss")
-    return Head(linear, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    if softcap is None:
+        softcap = getattr(config, "logits_soft_cap", None)  # RecurrentGemma
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None:
+        scale = 1 / getattr(config, "logits_scaling", 1.0)  # Granite divides; where one multiplies, loading refuses it
+    return Head(linear, softcap, scale)
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -189,7 +225,7 @@ def _check_head(model: PreTrainedModel, model_name: str) -> None:
     if not difference <= tolerance:
         raise InputError(
             f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits than a linear "
-            f"layer and a soft-cap (relative difference {difference:.1e}); Chorus cannot train it exactly"
+            f"layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus cannot train it exactly"
         )
 
 
@@ -208,8 +244,10 @@ class _named:
             raise InputError(f"key 'model_name': folder {self.model_name} does not exist; check the path")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, InputError):
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, InputError):
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            if isinstance(error, ImportError):  # Gemma 3n's tower needs timm, though no text passes through it
+                raise InputError(f"key 'model_name': {self.model_name} cannot be loaded: {reason}") from error
             raise InputError(
                 f"key 'model_name': {self.model_name} cannot be loaded: {reason} "
                 "(give a local folder, or a hub id that this machine can reach)"
