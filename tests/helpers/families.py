@@ -1,4 +1,4 @@
-"""A tiny random model of every family of bases that Chorus is tried on. Some layers of each kind, no shape of its own."""
+"""A tiny random model of every family of bases that Chorus is tried on, with some layers of each of its kinds."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Every family of bases against stock transformers and PEFT, on tiny random models: gradients, text, exported folders."""
+"""Every family of bases against stock transformers and PEFT, on tiny random models: gradients, text, exports."""
 
 from functools import cache
 from itertools import product
@@ -23,6 +23,7 @@ from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents, Mode, causal_lm
 from chorus.model.attention import check_packing
 from chorus.model.base import head_of, trunk_of
+from chorus.model.kernels.cuda_graphs import CapturedPasses
 from chorus.model.kernels.decoder_layers import Recompute
 from chorus.model.targets import peft_target_modules
 
@@ -121,7 +122,7 @@ def test_an_exported_folder_gives_stock_peft_the_logits_of_the_agent(family: str
 
 @EVERY_FAMILY
 def test_text_is_that_of_stock_generate(family: str):
-    """Greedy, with the cache of keys and values; logits of each token, so that a close call cannot hide a difference."""
+    """Greedy, with a cache; the logits of each token, so that a close call cannot hide a difference."""
     agents = agents_of(family)
     agents.eval()
     prompt_BT, count = toy_batch().input_BT[:1, :7], 8
@@ -188,8 +189,9 @@ def test_the_defaults_of_a_gpu_are_as_exact_as_plain_bf16(family: str, packing: 
     fast = {"compiled": True, "captured": True, "may_fall_back": family in UNCAPTURED}
     agents = agents_of(family, dtype=torch.bfloat16, device="cuda", **fast)
     found = flat_gradients(agents, packing)
-    assert agents.captured is not None
-    assert bool(agents.captured.captures) or family in UNCAPTURED
+    passes = agents._run_pass
+    assert isinstance(passes, CapturedPasses)
+    assert bool(passes.captures) or family in UNCAPTURED
     exact = flat_gradients(agents_of(family, device="cuda"), None)
     plain = flat_gradients(agents_of(family, dtype=torch.bfloat16, device="cuda"), None)
     for agent in agents.agents:

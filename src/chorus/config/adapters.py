@@ -32,8 +32,8 @@ class AdapterSettings(Section):
     """Dropout on the input of every adapter in training, seeded for each agent and step; from 0 (off) to below 1."""
     lora_target_modules: Modules = "auto"
     """The linear layers of the text model that get an adapter. auto: those of attention and MLP, whatever their names.
-    all-linear: all but the head. A list: module names, or ends of paths such as self_attn.q_proj. Other text: a regular
-    expression over whole paths, as PEFT reads it. Experts held as parameters get none; the log says what is left out."""
+    all-linear: all but the head. A list: module names, or ends of paths such as self_attn.q_proj. Other text: a
+    regular expression over whole paths, as PEFT reads it. Experts held as parameters get none; the log says so."""
     lora_exclude_modules: list[Text] | Text = Field(default=[])
     """Layers that get no adapter though lora_target_modules names them: a list of names or ends of paths, or a regular
     expression over whole paths."""

@@ -46,7 +46,7 @@ from chorus.model.base import Head, base_tensors, head_of, trunk_of
 from chorus.model.execution import PLAIN, Execution
 from chorus.model.flat_adapter import Layout, stack
 from chorus.model.kernels.cuda_graphs import CapturedPasses, Pass, Rows
-from chorus.model.kernels.decoder_layers import recomputed
+from chorus.model.kernels.decoder_layers import prepare_layers, recomputed
 from chorus.model.regularisation import Noise, draw_keep_masks
 from chorus.model.token_nll import token_nll
 from chorus.spans import span
@@ -130,6 +130,14 @@ def build_agents(
             own_agents = zip(copies, agents, strict=True)
             peft_models = [attach_agents(own, [k], shape, router, targets.paths) for own, k in own_agents]
             built = ParallelAgents(agents, peft_models, router, rates, shape, run_pass, draw)
+    for peft_model in peft_models:
+        prepare_layers(
+            causal_lm(peft_model),
+            router,
+            recompute=execution.recompute,
+            compiled=execution.compiled,
+            may_fall_back=execution.may_fall_back,
+        )
     return built
 
 

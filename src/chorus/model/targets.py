@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Names = Sequence[str] | str  # names, paths or ends of paths; or one regular expression over whole paths
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer that stores its weight transposed
 AUTO, ALL_LINEAR = "auto", "all-linear"
-# What `auto` takes for a part of attention or of an MLP, below the decoder layer. OPT has fc1 and fc2 in the layer itself.
+# What `auto` takes for a part of attention or of an MLP, below the decoder layer. OPT has fc1 and fc2 in it itself.
 BLOCK = re.compile(r"attn|attention|mlp|ffn|feed_?forward|mixer|^fc\d$|_experts?$")
 # Routers choose experts: an adapter on one would change which experts see a token, and its gradient is a few numbers.
 ROUTER = re.compile(r"^(router|gate|shared_expert_gate)$")
@@ -87,8 +87,8 @@ def find_targets(
     if for_experts and wanted not in (AUTO, ALL_LINEAR):
         raise InputError(
             f"key 'lora_target_modules': {_some(sorted({_leaf(path) for path in for_experts}))}: in "
-            f"{type(model).__name__} PEFT takes these names to mean the experts, which are parameters and get no adapter "
-            "here; leave them out, or set it to auto"
+            f"{type(model).__name__} PEFT takes these names to mean the experts, which are parameters and get no "
+            "adapter here; leave them out, or set it to auto"
         )
     paths = [path for path in paths if path not in for_experts]
     if not paths:
@@ -171,7 +171,7 @@ def _is_meta(model: PreTrainedModel) -> bool:
 def _reached(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
     """Which of these layers are called when text passes through in training mode.
 
-    Not called is one of which only the weight is read (AltUp's coefficients in Gemma 3n): an adapter on it does nothing.
+    Not called is one of which only the weight is read (AltUp's coefficients in Gemma 3n): its adapter would do nothing.
     """
     reached: set[str] = set()
     hooks = [

@@ -123,8 +123,8 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
     agents, passes = _agents_without_values(config, dtype, execution, machine)
     elements = sum(map(torch.numel, agents.adapters().values()))
-    base = causal_lm(agents.peft_models[0])  # pyright: ignore[reportArgumentType]
-    spared, largest = spared_bytes(base, bits_of_base(config, base.config))
+    base = agents.peft_model(agents.agents[0]).get_base_model()
+    spared, largest = spared_bytes(base, bits_of_base(config, agents.config))
     standing = base_bytes(bytes_of(agents.frozen_tensors().values()) - spared, dtype, machine)
     if largest:
         standing["a weight, dequantised"] = largest
