@@ -20,7 +20,12 @@ from transformers import (
 from chorus.config import Config
 from chorus.errors import InputError
 from chorus.model.attention import check_packing, choose_attention
-from chorus.model.quantisation import check_saved_quantisation, quantisation_of, saved_quantisation
+from chorus.model.quantisation import (
+    check_saved_quantisation,
+    keep_differentiable,
+    quantisation_of,
+    saved_quantisation,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +119,9 @@ def load_model(
             device_map={"": device} if is_quantised else None,  # they are quantised there, and cannot be moved
         )
     model.requires_grad_(False)
-    if not is_quantised:
+    if is_quantised:
+        keep_differentiable(model)
+    else:
         model.to(device)  # pyright: ignore[reportArgumentType]
     _check_head(model, model_name)
     if packing:

@@ -65,6 +65,16 @@ def saved_quantisation(config: PretrainedConfig) -> Mapping[str, Any] | None:
     return saved if saved is None or isinstance(saved, Mapping) else saved.to_dict()
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for a CPU's AVX-512, which it does at the first evaluation.
+
+    Its product with packed weights has no backward pass: training would go on with wrong gradients and without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def bits_of_base(settings: ModelSettings, config: PretrainedConfig) -> int | None:
     """4, 8, or None for a base in the precision of the run."""
     saved = saved_quantisation(config) or {}
