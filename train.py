@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ensemble
+from chorus.checkpoint.initial_adapters import initial_folders, start_from
 from chorus.checkpoint.output_dir import prepare_output_dir
 from chorus.checkpoint.resume import base_fingerprint, describe_run, find_start, refuse_another_base, restore_run
 from chorus.checkpoint.saving import PeriodicCheckpoints
@@ -68,6 +69,7 @@ def main(config: Config) -> None:
         accelerator.print(begin.finished_message(config.output_dir))
         accelerator.end_training()
         return
+    initial = initial_folders(config)
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with ExitStack() as at_exit:
         run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump())))
@@ -110,6 +112,7 @@ def main(config: Config) -> None:
             Regularisation(config.dropconnect_p, config.lora_dropout, config.seed),
             execution,
         )
+        start_from(agents, initial)
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         logger.info(

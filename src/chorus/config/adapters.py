@@ -42,6 +42,9 @@ class AdapterSettings(Section):
     initialize_adapters_rand: bool = False
     """false: PEFT's own start, A Kaiming-uniform and B zero, with a different seed for each agent. true: A and B both
     normal with standard deviation 0.02, so that the agents differ from the first step."""
+    init_adapters_from: Annotated[list[Text], Field(min_length=1)] | Text | None = None
+    """Start from adapters that exist: a run's output_dir, or a list of PEFT LoRA folders, one for each agent. Their
+    weights alone: optimizer, schedule and steps begin anew, over any rows. null: fresh adapters."""
     dropconnect_p: Probability = 0.0
     """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by 1/(1-p); from 0
     (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never in a saved file."""
