@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ensemble
+from chorus.checkpoint.initial_adapters import initial_folders, start_from
 from chorus.checkpoint.output_dir import prepare_output_dir
 from chorus.checkpoint.resume import base_fingerprint, describe_run, find_start, refuse_another_base, restore_run
 from chorus.checkpoint.saving import PeriodicCheckpoints
@@ -28,10 +29,10 @@ from chorus.collectives import lost_processes_named, on_first_process
 from chorus.data.batches import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.data.sources import read_problems
 from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share
-from chorus.model.adapters import check_targets, lora_shape
+from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents
-from chorus.model.base import load_base, load_skeleton, load_tokenizer
-from chorus.model.execution import decide_execution
+from chorus.model.base import check_positions, load_base, load_skeleton, load_tokenizer
+from chorus.model.execution import decide_execution, with_padding
 from chorus.monitoring.metrics import LoggedMetrics
 from chorus.monitoring.profiler import profiling
 from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
@@ -56,10 +57,13 @@ def main(config: Config) -> None:
     # Everything the user gave is checked before the base is loaded.
     problems = read_problems(config)
     tokenizer = load_tokenizer(config.model_name)
-    check_targets(load_skeleton(config.model_name), config.lora_target_modules)
+    skeleton = load_skeleton(config.model_name)
+    check_positions(skeleton.config, config.max_seq_length)
+    lora_shape(config).targets(skeleton)
     report_to = decide_trackers(config.report_to)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
+    config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
     config, agents_note = decide_num_agents(config, precision, accelerator)
     run = describe_run(config, problems.train, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)
@@ -67,6 +71,7 @@ def main(config: Config) -> None:
         accelerator.print(begin.finished_message(config.output_dir))
         accelerator.end_training()
         return
+    initial = initial_folders(config)
     output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with ExitStack() as at_exit:
         run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to)))
@@ -109,6 +114,7 @@ def main(config: Config) -> None:
             Regularisation(config.dropconnect_p, config.lora_dropout, config.seed),
             execution,
         )
+        start_from(agents, initial)
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         logger.info(

@@ -1,4 +1,4 @@
-"""The promises of test_agents.py on a GPU, in fp32 and bf16, compiled, recorded and packed: a few minutes."""
+"""The promises of test_agents.py on a GPU, in fp32 and bf16, compiled, captured and packed: a few minutes."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,10 +16,10 @@ from chorus.model.agents import Agents, Mode
 from chorus.model.kernels.decoder_layers import Recompute
 
 FLEX_HEAD_DIM = 16  # its kernels have no smaller
-UNCOMPILED = [*product(MODES, get_args(Recompute), (0.4,), ({}, {"recorded": True}))]
+UNCOMPILED = [*product(MODES, get_args(Recompute), (0.4,), ({}, {"captured": True}))]
 COMPILED = [  # each compiles for some ten seconds
-    *product(["fused"], get_args(Recompute), (0.4,), ({"compiled": True}, {"compiled": True, "recorded": True})),
-    *product(["sequential", "parallel"], ["full"], (0.0,), ({"compiled": True, "recorded": True},)),
+    *product(["fused"], get_args(Recompute), (0.4,), ({"compiled": True}, {"compiled": True, "captured": True})),
+    *product(["sequential", "parallel"], ["full"], (0.0,), ({"compiled": True, "captured": True},)),
 ]
 ON_A_GPU = (
     pytest.mark.gpu,
@@ -46,7 +46,7 @@ def test_every_mode_and_execution_is_exact_on_the_gpu(
 
 @on_a_gpu
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-@pytest.mark.parametrize("execution", [{}, {"compiled": True, "recorded": True}], ids=str)
+@pytest.mark.parametrize("execution", [{}, {"compiled": True, "captured": True}], ids=str)
 def test_packed_samples_are_exact_on_the_gpu(attention: str, execution: dict, dtype: torch.dtype):
     agents = toy_agents("fused", dtype=dtype, device="cuda", attention=attention, head_dim=FLEX_HEAD_DIM, **execution)
     assert_as_exact_as_plain_agents(agents, dtype, "cuda", 0.0, packing=(40, 2), head_dim=FLEX_HEAD_DIM)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from chorus.checkpoint.atomic_files import disk_errors, sync, write_text
 from chorus.config import Config, render
 from chorus.errors import RunError
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
+from chorus.model.base import load_skeleton
+from chorus.model.targets import peft_target_modules
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 AGAIN = "make room and run the same command again"
@@ -58,10 +61,11 @@ def save_ensemble(
 
 def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Config) -> None:
     """Write an ordinary PEFT folder `agent_k/` for every agent into `place`, which is new, and bring it to the disk."""
-    lora_config = lora_shape(config).peft_config(config.model_name)
+    paths = dict.fromkeys(identity.path.removeprefix("base_model.model.") for identity in tensors)
+    target_modules = peft_target_modules(paths, _modules_of(config.model_name))
+    lora_config = lora_shape(config).peft_config(config.model_name, target_modules)
     lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
-    if not isinstance(lora_config.target_modules, str):
-        lora_config.target_modules = sorted(lora_config.target_modules or ())  # a set: other bytes in every process
+    lora_config.target_modules = target_modules  # PEFT holds names as a set: other bytes in every process
     for agent in sorted({identity.agent for identity in tensors}):
         folder = place / adapter_name(agent)
         folder.mkdir(parents=True)
@@ -71,6 +75,12 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
         for file in (*folder.iterdir(), folder):
             sync(file)
     sync(place)
+
+
+@cache
+def _modules_of(model_name: str) -> tuple[str, ...]:
+    """Paths of all modules of the base: its configuration alone is read, once in a process."""
+    return tuple(path for path, _ in load_skeleton(model_name).named_modules())
 
 
 def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:

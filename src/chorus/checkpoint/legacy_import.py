@@ -24,7 +24,7 @@ from torch import Tensor
 from chorus.checkpoint.export import save_ensemble
 from chorus.config import RunConfig
 from chorus.errors import InputError
-from chorus.model.adapters import TensorId, check_targets, lora_shape
+from chorus.model.adapters import TensorId, lora_shape
 from chorus.model.base import load_skeleton
 
 META = "ci_llm_meta_config.json"
@@ -110,8 +110,8 @@ def _read_meta(old: Path, model_name: str | None) -> RunConfig:
 def _expected(config: RunConfig) -> dict[tuple[str, str], tuple[int, ...]]:
     """The shape of every tensor that PEFT makes for one agent, by (path, matrix)."""
     skeleton = load_skeleton(config.model_name)
-    check_targets(skeleton, config.lora_target_modules)
-    peft_model = get_peft_model(skeleton, lora_shape(config).peft_config(config.model_name))
+    shape = lora_shape(config)
+    peft_model = get_peft_model(skeleton, shape.peft_config(config.model_name, shape.targets(skeleton).paths))
     found = ((TENSOR.fullmatch(name), parameter) for name, parameter in peft_model.named_parameters())
     return {(_path(match), match["matrix"]): tuple(parameter.shape) for match, parameter in found if match}
 

@@ -71,6 +71,7 @@ class Start(NamedTuple):
             f"{output_dir} holds this run, finished after {self.step} steps: nothing is left to do.\n"
             f"  its agents:     {output_dir}/agents, scores in {output_dir}/ensemble.json\n"
             f"  to start over:  resume_from_checkpoint=null (the finished run then steps aside, nothing is lost)\n"
+            f"  to train on:    output_dir=runs/another init_adapters_from={output_dir}\n"
             f"  another run:    output_dir=runs/another"
         )
 

@@ -1,13 +1,14 @@
 """Adapters and agents: how many agents there are, and what an adapter is."""
 
+import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from pydantic.types import PositiveFloat, PositiveInt
+from pydantic.types import NonNegativeInt, PositiveFloat, PositiveInt
 
 from chorus.config.section import MayChange, Probability, Section, Text
 
-Modules = Annotated[list[Text], Field(min_length=1)] | Literal["all-linear"]
+Modules = Annotated[list[Text], Field(min_length=1)] | Text
 
 
 class AdapterSettings(Section):
@@ -25,22 +26,42 @@ class AdapterSettings(Section):
     """Rank R of every adapter."""
     lora_alpha: PositiveFloat = 16.0
     """An adapter's output is scaled by lora_alpha / lora_rank."""
+    use_rslora: bool = False
+    """true: scaled by lora_alpha / sqrt(lora_rank) instead, so that a high rank does not shrink it (rsLoRA)."""
     lora_dropout: Probability = 0.0
     """Dropout on the input of every adapter in training, seeded for each agent and step; from 0 (off) to below 1."""
-    lora_target_modules: Modules = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    """The linear layers that get an adapter: a list of module names, or all-linear for all but the head."""
+    lora_target_modules: Modules = "auto"
+    """The linear layers of the text model that get an adapter. auto: those of attention and MLP, whatever their names.
+    all-linear: all but the head. A list: module names, or ends of paths such as self_attn.q_proj. Other text: a
+    regular expression over whole paths, as PEFT reads it. Experts held as parameters get none; the log says so."""
+    lora_exclude_modules: list[Text] | Text = Field(default=[])
+    """Layers that get no adapter though lora_target_modules names them: a list of names or ends of paths, or a regular
+    expression over whole paths."""
+    layers_to_transform: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    """Only in these decoder layers, counted from 0; null for all."""
     initialize_adapters_rand: bool = False
     """false: PEFT's own start, A Kaiming-uniform and B zero, with a different seed for each agent. true: A and B both
     normal with standard deviation 0.02, so that the agents differ from the first step."""
+    init_adapters_from: Annotated[list[Text], Field(min_length=1)] | Text | None = None
+    """Start from adapters that exist: a run's output_dir, or a list of PEFT LoRA folders, one for each agent. Their
+    weights alone: optimizer, schedule and steps begin anew, over any rows. null: fresh adapters."""
     dropconnect_p: Probability = 0.0
     """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by 1/(1-p); from 0
     (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never in a saved file."""
 
-    @field_validator("lora_target_modules")
+    @field_validator("lora_target_modules", "lora_exclude_modules")
     @classmethod
-    def _names_no_module_twice(cls, modules: list[str] | str) -> list[str] | str:
-        if isinstance(modules, list) and len(set(modules)) < len(modules):
-            raise ValueError("a module is in it twice; name each one once")
+    def _names_modules(cls, modules: list[str] | str) -> list[str] | str:
+        if isinstance(modules, list):
+            if len(set(modules)) < len(modules):
+                raise ValueError("a module is in it twice; name each one once")
+            return modules
+        if modules in ("auto", "all-linear"):
+            return modules
+        if re.fullmatch(r"[\w.-]+", modules):  # no expression, but a name without its brackets
+            raise ValueError("write [one, another] for names, or a regular expression such as .*\\.q_proj")
+        try:
+            re.compile(modules)
+        except re.error as error:
+            raise ValueError(f"it is no regular expression ({error}); write [one, another] for names") from error
         return modules

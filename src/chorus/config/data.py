@@ -1,7 +1,7 @@
 """Data: where the rows come from, and how they become samples."""
 
 import re
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic.types import NonNegativeInt, PositiveInt
@@ -24,8 +24,9 @@ class DataSettings(Section):
     """What the agents learn to write after the prompt, with at least one {column}. The end token is added."""
     max_seq_length: Annotated[int, Field(ge=2)] = 128
     """Most tokens of a row, prompt, completion and end token together."""
-    pad_to_multiple_of: MayChange[PositiveInt] = 1
-    """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row."""
+    pad_to_multiple_of: MayChange[PositiveInt | Literal["auto"]] = "auto"
+    """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row. auto: on a
+    GPU an eighth of max_seq_length, so that at most 8 shapes are compiled and captured; elsewhere 1."""
     packing: MayChange[bool] = False
     """true: put several samples into one row of max_seq_length tokens, each with positions of its own and without sight
     of the others. batch_size still counts samples; losses and gradients are the same. It pays where most samples are
@@ -40,6 +41,11 @@ class DataSettings(Section):
     """Keep only this many training rows, for a quick try; null keeps all."""
     num_workers: MayChange[NonNegativeInt] = 0
     """Processes that prepare batches beside each training process; 0 prepares them in the training process itself."""
+
+    @property
+    def padding(self) -> int:
+        """`pad_to_multiple_of` as a number; an auto that nothing has decided pads to the longest row."""
+        return 1 if self.pad_to_multiple_of == "auto" else self.pad_to_multiple_of
 
     @field_validator("prompt_template", "completion_template")
     @classmethod

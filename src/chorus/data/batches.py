@@ -240,7 +240,7 @@ class _Steps(Dataset[StepBatch]):
     def _collate(self, rows: Sequence[int]) -> Batch:
         samples, config = [self.samples[row] for row in rows], self.config
         packing = (config.max_seq_length, config.batch_size) if config.packing else None
-        return collate(samples, self.pad_id, config.pad_to_multiple_of, config.swd_points_per_row, packing)
+        return collate(samples, self.pad_id, config.padding, config.swd_points_per_row, packing)
 
 
 def _leave_the_process_group(worker: int) -> None:

@@ -8,20 +8,21 @@ which weights and random draws), and every recomputation runs under the context 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from chorus.config import Config
 from chorus.errors import InputError
 from chorus.model.flat_adapter import Layout, Matrix
 from chorus.model.kernels.lora_linear import lora_linear
 from chorus.model.regularisation import Noise
+from chorus.model.targets import Names, Targets, find_targets
 from chorus.seeding import derive_seed
 
 RANDOM_INITIAL_STD = 0.02  # `initialize_adapters_rand: true`
@@ -95,17 +96,19 @@ class LoraLinear(PeftLoraLinear):
 
     router: AdapterRouter
     path: str
+    has_weight: bool  # the base's layer is x Wᵀ + b, and no more: a quantised one has a forward of its own
     active_weights: tuple[Tensor, Tensor] | None = None
 
     @property
-    def base_linear(self) -> nn.Linear:
-        return self.base_layer  # pyright: ignore[reportReturnType]
+    def weight_OI(self) -> Tensor:
+        weight = cast(Tensor, self.base_layer.weight)
+        return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.active_weights is None:
             return self.base_layer(x, *args, **kwargs)
         A_KRI, B_KOR = self.active_weights
-        turn, base = self.router.turn, self.base_linear
+        turn, base = self.router.turn, self.base_layer
         if len(A_KRI) > 1 and x.shape[:-1].numel() != turn.num_tokens:
             raise InputError(
                 f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts are, so it "
@@ -113,12 +116,14 @@ class LoraLinear(PeftLoraLinear):
             )
         x_KNI = x.reshape(len(A_KRI), -1, x.shape[-1])
         scaling: float = next(iter(self.scaling.values()))  # one for all agents
-        if turn.noise is None or turn.noise.dropout_p == 0:
-            y_KNO = lora_linear(x_KNI, base.weight, base.bias, A_KRI, B_KOR, scaling)
-        else:
-            dropped = [turn.noise.drop(x_NI, k, self.path) for x_NI, k in zip(x_KNI, turn.agents, strict=True)]
-            low_KNR = torch.bmm(torch.stack(dropped), A_KRI.mT)
-            y_KNO = torch.baddbmm(linear(x_KNI, base.weight, base.bias), low_KNR, B_KOR.mT, alpha=scaling)
+        dropped_KNI = x_KNI
+        if turn.noise is not None and turn.noise.dropout_p > 0:
+            rows = zip(x_KNI, turn.agents, strict=True)
+            dropped_KNI = torch.stack([turn.noise.drop(x_NI, k, self.path) for x_NI, k in rows])
+        elif self.has_weight:
+            y_KNO = lora_linear(x_KNI, self.weight_OI, cast(Tensor | None, base.bias), A_KRI, B_KOR, scaling)
+            return y_KNO.view(*x.shape[:-1], -1)
+        y_KNO = torch.baddbmm(base(x_KNI), torch.bmm(dropped_KNI, A_KRI.mT), B_KOR.mT, alpha=scaling)
         return y_KNO.view(*x.shape[:-1], -1)
 
 
@@ -129,20 +134,33 @@ def adapter_name(agent: int) -> str:
 
 @dataclass(frozen=True)
 class LoraShape:
-    """What makes one adapter: its rank, scaling and place, and how it starts."""
+    """What makes one adapter: its rank, scaling and place, and how it starts.
+
+    Attributes:
+        target_modules, exclude_modules, layers: which layers of a base carry it, see `targets.find_targets`.
+        use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023).
+    """
 
     rank: int
     alpha: float
-    target_modules: Sequence[str] | Literal["all-linear"]
+    target_modules: Names
     random_init: bool
     seed: int
+    exclude_modules: Names = ()
+    layers: tuple[int, ...] | None = None
+    use_rslora: bool = False
 
-    def peft_config(self, base_name: str | None) -> LoraConfig:
-        targets = self.target_modules
+    def targets(self, model: PreTrainedModel) -> Targets:
+        """The layers of this model that carry an adapter. Raises InputError as `find_targets` does."""
+        return find_targets(model, self.target_modules, self.exclude_modules, self.layers)
+
+    def peft_config(self, base_name: str | None, target_modules: Names) -> LoraConfig:
+        """PEFT's configuration of one adapter on exactly `target_modules`, as PEFT matches them."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  (a float works: alpha / r)
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            use_rslora=self.use_rslora,
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
             task_type="CAUSAL_LM",
             base_model_name_or_path=base_name,
         )
@@ -150,36 +168,58 @@ class LoraShape:
 
 def lora_shape(config: Config) -> LoraShape:
     """The adapters that a configuration asks for."""
+    layers = config.layers_to_transform
     return LoraShape(
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         target_modules=config.lora_target_modules,
         random_init=config.initialize_adapters_rand,
         seed=config.seed,
+        exclude_modules=config.lora_exclude_modules,
+        layers=None if layers is None else tuple(layers),
+        use_rslora=config.use_rslora,
     )
 
 
-def attach_agents(model: PreTrainedModel, agents: Sequence[int], shape: LoraShape, router: AdapterRouter) -> PeftModel:
+def attach_agents(
+    model: PreTrainedModel,
+    agents: Sequence[int],
+    shape: LoraShape,
+    router: AdapterRouter,
+    paths: Sequence[str] | None = None,
+) -> PeftModel:
     """Give `model` one adapter for each of `agents`, as PEFT initialises them.
 
+    Args:
+        paths: the layers that carry them; None: those that `shape` names in this model.
+
     Raises:
-        InputError: `lora_target_modules` names no linear layer of the model, or one that is no nn.Linear.
+        InputError: `lora_target_modules` names no linear layer of the text model, or one that cannot carry an adapter.
     """
-    check_targets(model, shape.target_modules)
+    paths = shape.targets(model).paths if paths is None else paths
     peft_model: PeftModel | None = None
     for agent in agents:
-        lora_config = shape.peft_config(model.name_or_path or None)
-        lora_config._register_custom_module({nn.Linear: LoraLinear})  # PEFT's own way to bring a layer of one's own
+        lora_config = shape.peft_config(model.name_or_path or None, paths)
+        # PEFT's own way to bring a layer of one's own.
+        lora_config._register_custom_module({nn.Linear: LoraLinear, Conv1D: LoraLinear})
         with torch.random.fork_rng():  # PEFT initialises from the global generator: lend it one seeded for this agent
             torch.manual_seed(derive_seed(shape.seed, "initial adapter", agent))
             if peft_model is None:
-                peft_model = get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
+                peft_model = _first_adapter(model, lora_config, agent)
             else:
                 peft_model.add_adapter(adapter_name(agent), lora_config)
     assert peft_model is not None, "a process without agents"
     for path, layer in lora_layers(peft_model).items():
         layer.router, layer.path = router, path
+        layer.has_weight = type(layer.base_layer).forward in (nn.Linear.forward, Conv1D.forward)
     return peft_model
+
+
+def _first_adapter(model: PreTrainedModel, lora_config: LoraConfig, agent: int) -> PeftModel:
+    try:
+        return get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
+    except ValueError as error:  # such as a layer of Mamba whose forward would pass an adapter by
+        raise InputError(f"key 'lora_target_modules': {next(iter(str(error).splitlines()), error)}") from error
 
 
 def take_matrices(layers: Mapping[str, LoraLinear], agent: int, shape: LoraShape) -> dict[Matrix, Tensor]:
@@ -198,22 +238,6 @@ def _fill_normal(weight: Tensor, identity: TensorId, seed: int) -> None:
     """N(0, 0.02) from the CPU's generator, so that a run starts alike on every device."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "initial normal", *identity))
     weight.copy_(torch.randn(weight.shape, generator=generator) * RANDOM_INITIAL_STD)
-
-
-def check_targets(model: PreTrainedModel, target_modules: Sequence[str] | Literal["all-linear"]) -> None:
-    """Raises InputError where a target module is no nn.Linear of the model, and names those that are."""
-    if isinstance(target_modules, str):
-        return
-    modules = dict(model.named_modules())
-    linear_names = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
-    for target in target_modules:
-        hits = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not hits or not all(isinstance(module, nn.Linear) for module in hits):
-            found = f"it is a {type(hits[0]).__name__}" if hits else "the model has no such layer"
-            raise InputError(
-                f"key 'lora_target_modules': {target!r} cannot carry an adapter: {found}; "
-                f"the model's linear layers are {', '.join(sorted(linear_names))}"
-            )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -112,23 +112,32 @@ def build_agents(
     """
     agents = held_agents(num_agents)
     router = AdapterRouter()
+    targets = shape.targets(model)
+    targets.log()
     if run_pass is None and execution.captured:
-        run_pass = CapturedPasses(partial(masks_of, model))
+        run_pass = CapturedPasses(partial(masks_of, model, explicit=True), execution.may_fall_back)
     match mode:
         case "fused" | "sequential":
             size = 1 if mode == "sequential" else execution.agents_per_pass or len(agents)
             groups = [agents[first : first + size] for first in range(0, len(agents), size)]
             is_recomputed = mode == "sequential" or execution.recompute != "full"
-            peft_models = [attach_agents(model, agents, shape, router)]
+            peft_models = [attach_agents(model, agents, shape, router, targets.paths)]
             built = GroupedAgents(
                 agents, peft_models, router, rates, shape, run_pass, draw, groups, is_recomputed=is_recomputed
             )
         case "parallel":
             copies = [model, *(copy_sharing_storage(model) for _ in agents[1:])]
-            peft_models = [attach_agents(own, [k], shape, router) for own, k in zip(copies, agents, strict=True)]
+            own_agents = zip(copies, agents, strict=True)
+            peft_models = [attach_agents(own, [k], shape, router, targets.paths) for own, k in own_agents]
             built = ParallelAgents(agents, peft_models, router, rates, shape, run_pass, draw)
     for peft_model in peft_models:
-        prepare_layers(causal_lm(peft_model), router, recompute=execution.recompute, compiled=execution.compiled)
+        prepare_layers(
+            causal_lm(peft_model),
+            router,
+            recompute=execution.recompute,
+            compiled=execution.compiled,
+            may_fall_back=execution.may_fall_back,
+        )
     return built
 
 
@@ -138,8 +147,9 @@ def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
 
-def masks_of(model: PreTrainedModel, rows: Rows) -> Any:
-    return attention_masks(model, rows.ids_NT, rows.sample_NT)
+def masks_of(model: PreTrainedModel, rows: Rows, *, explicit: bool = False) -> Any:
+    """The attention masks of a pass through `rows`, see `attention_masks`."""
+    return attention_masks(model, rows.ids_NT, rows.sample_NT, explicit=explicit)
 
 
 def causal_lm(peft_model: PeftModel) -> PreTrainedModel:

@@ -77,17 +77,24 @@ def _what_flash_lacks(device: torch.device, dtype: torch.dtype, packing: bool) -
     return "would let the samples of a packed row see each other" if packing else None
 
 
-def attention_masks(model: PreTrainedModel, ids_NT: Tensor, sample_NT: Tensor | None = None) -> Any:
+def attention_masks(
+    model: PreTrainedModel, ids_NT: Tensor, sample_NT: Tensor | None = None, *, explicit: bool = False
+) -> Any:
     """The masks that the trunk would make for rows without a mask of their own, to be given to it ready-made.
 
     Args:
         sample_NT: packed rows: the sample that each token is of. Of what a token would see, it sees its own sample's.
+        explicit: never None. sdpa needs no mask for plain causal attention, and given none the trunk decides by itself
+            whether to make one: it does so while a stream is captured, and otherwise not. What is given stays.
     """
     rows_NT1 = torch.empty(*ids_NT.shape, 1, dtype=model.dtype, device=ids_NT.device)  # stands for its shape and dtype
     apart = None if sample_NT is None else packed_sequence_mask_function(sample_NT)
-    return create_masks_for_generate(
+    masks = create_masks_for_generate(
         model.config, rows_NT1, attention_mask=None, past_key_values=None, and_mask_function=apart
     )
+    if masks is None and explicit and sample_NT is None:
+        return attention_masks(model, ids_NT, torch.zeros_like(ids_NT))  # all of a row is one sample
+    return masks
 
 
 @torch.no_grad()

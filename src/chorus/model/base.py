@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,16 +20,26 @@ from transformers import (
 from chorus.config import Config
 from chorus.errors import InputError
 from chorus.model.attention import check_packing, choose_attention
+from chorus.model.quantisation import (
+    check_saved_quantisation,
+    keep_differentiable,
+    quantisation_of,
+    saved_quantisation,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output layer: logits = softcap · tanh((hidden Wᵀ + b) / softcap), or without the cap."""
+    """The frozen output layer: logits = softcap · tanh(z / softcap) of z = scale · (hidden Wᵀ + b), or z itself.
+
+    Gemma has a soft-cap, Cohere and Granite have a scale, most have neither.
+    """
 
     linear: nn.Linear
     softcap: float | None
+    scale: float = 1.0
 
     @property
     def weight_VD(self) -> Tensor:
@@ -41,6 +52,8 @@ class Head:
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """fp32 logits_BTV. For the last token of a few rows; the training loss never makes them whole."""
         logits_BTV = self.linear(hidden_BTD).float()
+        if self.scale != 1:
+            logits_BTV = logits_BTV * self.scale
         return logits_BTV if self.softcap is None else self.softcap * torch.tanh(logits_BTV / self.softcap)
 
 
@@ -78,11 +91,12 @@ def load_model(
     length: int = 1,
     compiled: bool = False,
     packing: bool = False,
+    quantisation: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """The base with its weights frozen and its own dropout off: one function, the same in every pass.
 
     Weights are read from safetensors only, and a model that brings code of its own is refused. What comes after `*`
-    decides about attention, see `attention.choose_attention`.
+    decides about attention, see `attention.choose_attention`, and whether weights are quantised as they are read.
 
     Raises:
         InputError: no such model, a model with custom code, a head or an attention that Chorus would compute wrongly.
@@ -90,6 +104,8 @@ def load_model(
     with _named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
         _switch_dropout_off(config)
+        check_saved_quantisation(config, model_name, asked_for=quantisation is not None)
+        is_quantised = quantisation is not None or saved_quantisation(config) is not None
         how = {"length": length, "compiled": compiled, "packing": packing}
         attention = choose_attention(attn_implementation, config, device, dtype, **how)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -99,9 +115,14 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=attention,
+            quantization_config=quantisation,
+            device_map={"": device} if is_quantised else None,  # they are quantised there, and cannot be moved
         )
     model.requires_grad_(False)
-    model.to(device)  # pyright: ignore[reportArgumentType]
+    if is_quantised:
+        keep_differentiable(model)
+    else:
+        model.to(device)  # pyright: ignore[reportArgumentType]
     _check_head(model, model_name)
     if packing:
         check_packing(model)
@@ -118,43 +139,90 @@ def load_base(config: Config, dtype: torch.dtype, device: torch.device, *, compi
         length=config.max_seq_length,
         compiled=bool(compiled),
         packing=config.packing,
+        quantisation=quantisation_of(config, dtype),
     )
 
 
+def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
+    """Raises InputError where rows may be longer than the base has, or has ever seen, positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and max_seq_length > positions:
+        raise InputError(
+            f"key 'max_seq_length' is {max_seq_length}, but the base has {positions} positions "
+            f"(max_position_embeddings); set it to {positions} or less"
+        )
+
+
 def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a base of the same architecture and vocabulary with two narrow layers of random weights, and its tokenizer.
+    """Write a base of the same architecture and vocabulary with a few narrow layers of random weights, and its tokenizer.
 
     Raises:
         InputError: no such model, or one with custom code.
     """
     with _named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
-        inner = config.get_text_config()
-        heads = min(4, inner.num_attention_heads)
-        key_heads = getattr(inner, "num_key_value_heads", None) or inner.num_attention_heads
-        small = {
-            "hidden_size": 16 * heads,
-            "intermediate_size": 32 * heads,
-            "num_hidden_layers": 2,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads if key_heads == inner.num_attention_heads else heads // 2,
-            "head_dim": 16,
-        }
-        for name in small.keys() & vars(inner).keys():
-            setattr(inner, name, small[name])
-        if getattr(inner, "layer_types", None):
-            inner.layer_types = inner.layer_types[:2]
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # random weights are not quantised
+        text, toy = config.get_text_config(), _narrow(config.get_text_config())
+        if text is config:
+            config = toy
+        for name, value in list(vars(config).items()):
+            if value is text:
+                setattr(config, name, toy)
+            elif isinstance(value, PretrainedConfig) and hasattr(value, "num_hidden_layers"):
+                value.num_hidden_layers = 1  # of a tower, through which no text passes
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
+def _narrow(text: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a text model with one layer of each kind, at least two, and small widths."""
+    whole = text.to_dict()
+    depth, heads = text.num_hidden_layers, min(4, text.num_attention_heads)
+    key_heads = whole.get("num_key_value_heads") or text.num_attention_heads
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))
+    layers = max(2, len(kinds))
+    of_each_layer = {
+        key: value[:layers] for key, value in whole.items() if isinstance(value, list) and len(value) == depth
+    }
+    if kinds:
+        of_each_layer["layer_types"] = (kinds * layers)[:layers]
+    small = {
+        **{"hidden_size": 16 * heads, "intermediate_size": 32 * heads, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "head_dim": 16, "global_head_dim": 16},
+        **{"num_key_value_heads": heads if key_heads == text.num_attention_heads else heads // 2},
+        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16, "laurel_rank": 8},  # Gemma 3n and 4
+        **{"moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
+        **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},  # DeepSeek
+    }
+    small = {text.attribute_map.get(key, key): value for key, value in small.items()}  # n_embd is GPT-2's hidden_size
+    known = whole.keys() | ({"global_head_dim"} if "per_layer_config" in whole else set())
+    small = {key: value for key, value in small.items() if key in known and whole.get(key, 1)}
+    if isinstance(whole.get("intermediate_size"), list):
+        del small["intermediate_size"]
+        of_each_layer["intermediate_size"] = [32 * heads] * layers
+    kept = {key: value for key, value in whole.items() if key not in ("per_layer_config", "num_global_key_value_heads")}
+    return type(text)(**{**kept, **of_each_layer, **small})
+
+
 def head_of(model: PreTrainedModel) -> Head:
-    """The output layer of a causal language model, with Gemma-2's final soft-cap where the config names one."""
+    """The output layer of a causal language model, with the soft-cap or the scale of its logits that the config names.
+
+    Raises:
+        InputError: there is no linear output layer.
+    """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise InputError(f"key 'model_name': {type(model).__name__} has no linear output layer, so no token loss")
-    return Head(linear, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    if softcap is None:
+        softcap = getattr(config, "logits_soft_cap", None)  # RecurrentGemma
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None:
+        scale = 1 / getattr(config, "logits_scaling", 1.0)  # Granite divides; where one multiplies, loading refuses it
+    return Head(linear, softcap, scale)
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:
@@ -189,7 +257,7 @@ def _check_head(model: PreTrainedModel, model_name: str) -> None:
     if not difference <= tolerance:
         raise InputError(
             f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits than a linear "
-            f"layer and a soft-cap (relative difference {difference:.1e}); Chorus cannot train it exactly"
+            f"layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus cannot train it exactly"
         )
 
 
@@ -208,8 +276,10 @@ class _named:
             raise InputError(f"key 'model_name': folder {self.model_name} does not exist; check the path")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, InputError):
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, InputError):
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            if isinstance(error, ImportError):  # Gemma 3n's tower needs timm, though no text passes through it
+                raise InputError(f"key 'model_name': {self.model_name} cannot be loaded: {reason}") from error
             raise InputError(
                 f"key 'model_name': {self.model_name} cannot be loaded: {reason} "
                 "(give a local folder, or a hub id that this machine can reach)"

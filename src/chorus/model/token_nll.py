@@ -65,15 +65,18 @@ def _nll_and_slope(hidden_CD: Tensor, target_C: Tensor, head: Head, need_slope: 
     """One chunk: nll_C in fp32 and, if needed, d nll / d (head output), slope_CV in the dtype of the hidden states."""
     logits_CV = torch.nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V)
     of_logits = _compiled_of_logits() if logits_CV.is_cuda else _of_logits
-    return of_logits(logits_CV, target_C, head.softcap, need_slope), logits_CV
+    return of_logits(logits_CV, target_C, head.softcap, head.scale, need_slope), logits_CV
 
 
-def _of_logits(logits_CV: Tensor, target_C: Tensor, softcap: float | None, need_slope: bool) -> Tensor:
+def _of_logits(logits_CV: Tensor, target_C: Tensor, softcap: float | None, scale: float, need_slope: bool) -> Tensor:
     """nll_C, and the slope written over the logits.
 
-    With z = x / cap, logits = cap · tanh(z): d nll / d x = (softmax − onehot) · (1 − tanh(z)²).
+    With z = x / cap, logits = cap · tanh(z): d nll / d x = (softmax − onehot) · (1 − tanh(z)²). Of x = scale · output
+    of the head, the slope by that output is scale times as large.
     """
     x_CV = logits_CV.float()
+    if scale != 1:
+        x_CV = x_CV * scale
     tanh_CV = None
     if softcap is not None:
         # an exponential; a GPU's tanh takes several times as long
@@ -88,6 +91,8 @@ def _of_logits(logits_CV: Tensor, target_C: Tensor, softcap: float | None, need_
         slope_CV = (x_CV - log_norm_C[:, None]).exp() - is_target_CV.float()
         if tanh_CV is not None:
             slope_CV = slope_CV * (1 - tanh_CV.square())
+        if scale != 1:
+            slope_CV = slope_CV * scale
         logits_CV.copy_(slope_CV)
     return nll_C
 

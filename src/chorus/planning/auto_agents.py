@@ -172,7 +172,7 @@ def _two_steps(
     beside = torch.empty(max(0, standing - counted), dtype=torch.uint8, device=device)
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
-    batch = collate([row] * config.batch_size, 0, config.pad_to_multiple_of, config.swd_points_per_row).to(device)
+    batch = collate([row] * config.batch_size, 0, config.padding, config.swd_points_per_row).to(device)
     loss_fn = objective_of(config, config, gather=lambda own: own)
     for step in range(2):
         output = agents(batch, step=step)

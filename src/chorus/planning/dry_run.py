@@ -25,9 +25,9 @@ from chorus.config.execution import Mode
 from chorus.data.batches import Sample
 from chorus.data.sources import Problem, read_problems
 from chorus.errors import InputError
-from chorus.model.adapters import check_targets
-from chorus.model.base import load_base, load_skeleton, load_tokenizer, write_toy_like
-from chorus.model.execution import decide_execution
+from chorus.model.adapters import lora_shape
+from chorus.model.base import check_positions, load_base, load_skeleton, load_tokenizer, write_toy_like
+from chorus.model.execution import decide_execution, with_padding
 from chorus.monitoring.memory import memory_limit
 from chorus.monitoring.run_log import quiet_libraries
 from chorus.planning.auto_agents import WAYS_OUT, decide_num_agents, machine_of
@@ -65,6 +65,7 @@ def dry_run(config: Config, loop: Loop, report: Report) -> int:
         with report.trying(SETTINGS):
             precision = decide_precision(config.mixed_precision)
             accelerator = make_accelerator(config)
+            config = with_padding(config, accelerator.device, machine_of(accelerator).base_in_shards)
             report.add(SETTINGS, True, _deepspeed_settings(config, precision, accelerator))
         _try_all(report, config, precision, accelerator, loop)
     except Stopped:
@@ -106,7 +107,8 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
         with report.trying("data, tokenizer and target modules"):
             tokenizer = load_tokenizer(config.model_name)
             skeleton = load_skeleton(config.model_name)
-            check_targets(skeleton, config.lora_target_modules)
+            check_positions(skeleton.config, config.max_seq_length)
+            lora_shape(config).targets(skeleton)
             problems = read_problems(config).train
             rows = read_rows(problems, tokenizer, config.max_seq_length)
         with report.trying("num_agents auto"):
@@ -241,7 +243,7 @@ def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool
     runs: list[ModeRun] = []
     forecasts: dict[str, int] = {}
     longest = len(setting.samples[0].ids) - 1
-    pad = config.pad_to_multiple_of
+    pad = config.padding
     for mode in (own, *(mode for mode in MODES if mode != own)):
         report.show(f"trying {mode} ...")
         name = f"{mode}: optimiser steps"

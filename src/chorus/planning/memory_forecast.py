@@ -27,6 +27,7 @@ from chorus.model.agents import Agents, Regularisation, build_agents, masks_of
 from chorus.model.attention import choose_attention
 from chorus.model.base import Head, load_skeleton
 from chorus.model.execution import Execution, decide_execution
+from chorus.model.quantisation import bits_of_base, spared_bytes
 from chorus.planning.live_bytes import CountedPasses, LiveBytes, bytes_of, fused_attention, undrawn_noise
 from chorus.spans import listening
 from chorus.training.engine import DTYPES
@@ -122,7 +123,11 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
     agents, passes = _agents_without_values(config, dtype, execution, machine)
     elements = sum(map(torch.numel, agents.adapters().values()))
-    standing = base_bytes(bytes_of(agents.frozen_tensors().values()), dtype, machine)
+    base = agents.peft_model(agents.agents[0]).get_base_model()
+    spared, largest = spared_bytes(base, bits_of_base(config, agents.config))
+    standing = base_bytes(bytes_of(agents.frozen_tensors().values()) - spared, dtype, machine)
+    if largest:
+        standing["a weight, dequantised"] = largest
     standing |= trained_bytes(elements, config, dtype, machine)
     if machine.device_type == "cpu":
         standing = {"Python and its libraries": psutil.Process().memory_info().rss} | standing
@@ -143,7 +148,7 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
 
 def longest_batch(config: RunConfig) -> int:
     """T of the longest batch that the configuration allows."""
-    return ceil((config.max_seq_length - 1) / config.pad_to_multiple_of) * config.pad_to_multiple_of
+    return ceil((config.max_seq_length - 1) / config.padding) * config.padding
 
 
 def agents_of_a_pass(config: RunConfig) -> int:

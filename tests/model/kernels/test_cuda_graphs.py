@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_mask
 from toy import tiny_gemma
 
 from chorus.data.batches import Sample, collate
+from chorus.errors import RunError
 from chorus.model.agents import masks_of
 from chorus.model.kernels.cuda_graphs import MAX_CAPTURES, CapturedPasses, Rows, fill
 
@@ -71,3 +72,29 @@ def dense(mask: Any) -> Tensor:
     B, _, T, _ = mask.shape
     inside = create_mask(mask.mask_mod, B, None, T, T, device="cpu")
     return torch.cat([inside.flatten(), mask.to_dense().flatten().bool()])
+
+
+def cannot_be_captured(rows: Rows, flat_KF: Tensor, masks: Any) -> Tensor:
+    scale = float(flat_KF.detach().sum())  # waits for the device, which a capture refuses
+    return rows.ids_NT[..., None] * flat_KF.sum() * scale
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_pass_that_cannot_be_captured_is_one_line_or_runs_without_a_graph():
+    rows = Rows(torch.ones(2, 3, device="cuda"), None, None)
+    flat_KF = torch.ones(1, 4, device="cuda", requires_grad=True)
+    with pytest.raises(RunError, match="key 'cuda_graphs': a pass cannot be captured: "):
+        CapturedPasses(lambda rows: None)("key", cannot_be_captured, rows, flat_KF)
+    stream, passes = torch.cuda.current_stream(), CapturedPasses(lambda rows: None, may_fall_back=True)
+    for _ in range(2):
+        flat_KF.grad = None
+        passes("key", cannot_be_captured, rows, flat_KF).sum().backward()
+        assert flat_KF.grad is not None
+        assert torch.equal(flat_KF.grad, torch.full((1, 4), 24.0, device="cuda"))
+    assert passes.has_failed
+    assert torch.cuda.current_stream() == stream
+    again = CapturedPasses(lambda rows: None)  # and what follows is captured as ever
+    hidden_NTD = again("key", lambda rows, flat_KF, masks: rows.ids_NT[..., None] * flat_KF.sum(), rows, flat_KF)
+    assert torch.equal(hidden_NTD, torch.full((2, 3, 1), 4.0, device="cuda"))
+    assert len(again.captures) == 1

@@ -87,7 +87,7 @@ def test_selective_keeps_the_results_of_products_and_nothing_more_than_full():
         return sum(event.self_cpu_memory_usage for event in profiler.key_averages())
 
     linears = lora_layers(toy_agents("fused").peft_model(0)).values()
-    of_a_token = sum(linear.base_linear.out_features + RANK for linear in linears)
+    of_a_token = sum(linear.base_layer.out_features + RANK for linear in linears)
     assert kept("selective") - kept("full") == 4 * 3 * batch.input_BT.numel() * of_a_token
     assert kept("none") > 2 * kept("selective")
 

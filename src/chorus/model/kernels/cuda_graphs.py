@@ -1,9 +1,11 @@
-"""CUDA graphs of a training pass: the launches of forward and of backward, recorded once and replayed whole.
+"""CUDA graphs of a training pass: the launches of forward and of backward, captured once and replayed whole.
 
 With few tokens a pass is some thousand short kernels, and the host that launches them one by one is three times slower
 than the GPU. What is random or of changing shape stays outside: weights arrive masked and cast, the loss comes after.
 """
 
+import logging
+import time
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -14,9 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
+from chorus.errors import RunError
 from chorus.spans import span
 
-MAX_CAPTURES = 8  # each keeps its rows' inputs and outputs; other shapes run unrecorded
+logger = logging.getLogger(__name__)
+
+MAX_CAPTURES = 8  # each keeps its rows' inputs and outputs; other shapes run without a graph
 
 
 class Rows(NamedTuple):
@@ -52,25 +57,52 @@ class CapturedPasses:
     """Passes by graph. Their intermediate tensors share one pool of memory: only one pass may await its backward.
 
     A pass while another does so, and one of a shape beyond the first `MAX_CAPTURES`, runs as it would without graphs.
+
+    Attributes:
+        masks_of: ready-made masks, none of them None: what the trunk would make by itself differs in a capture.
+        may_fall_back: a pass that cannot be captured is a warning, and passes run without graphs from then on.
     """
 
-    masks_of: Callable[[Rows], Any]  # a copy from the host, such as of a mask's zero, is refused while recording
+    masks_of: Callable[[Rows], Any]
+    may_fall_back: bool = False
     captures: dict[Hashable, _Capture] = field(default_factory=dict)
     awaiting: weakref.ref[Tensor] | None = None
+    has_failed: bool = False
 
     def __call__(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> Tensor:
-        """`run(rows, flat_KF, None)`, which must do the same for all arguments of an equal `key`."""
+        """`run(rows, flat_KF, None)`, which must do the same for all arguments of an equal `key`.
+
+        Raises:
+            RunError: the pass cannot be captured, and may not fall back.
+        """
         is_awaited = self.awaiting is not None and self.awaiting() is not None
-        if is_awaited or (key not in self.captures and len(self.captures) == MAX_CAPTURES):
+        if key not in self.captures and not is_awaited and not self.has_failed and len(self.captures) < MAX_CAPTURES:
+            self._add(key, run, rows, flat_KF)
+        if is_awaited or key not in self.captures:
             return run(rows, flat_KF, None)
-        if key not in self.captures:
-            pool = next((capture.forward.pool() for capture in self.captures.values()), None)
-            with span("recording"):
-                self.captures[key] = _capture(run, rows.repeated(1), flat_KF, self.masks_of, pool)
         hidden_NTD: Tensor = _Replayed.apply(self, self.captures[key], rows, flat_KF)  # pyright: ignore
         if hidden_NTD.requires_grad:
             self.awaiting = weakref.ref(hidden_NTD)
         return hidden_NTD
+
+    def _add(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> None:
+        pool = next((capture.forward.pool() for capture in self.captures.values()), None)
+        N, T = rows.ids_NT.shape
+        start = time.perf_counter()
+        logger.info("preparing passes of %d rows of %d tokens: layers are compiled, then captured", N, T)
+        try:
+            with span("recording"):
+                self.captures[key] = _capture(run, rows.repeated(1), flat_KF, self.masks_of, pool)
+        except (torch.OutOfMemoryError, RunError):
+            raise
+        except RuntimeError as error:
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            if not self.may_fall_back:
+                raise RunError(f"key 'cuda_graphs': a pass cannot be captured: {reason}; set it to false") from error
+            logger.warning("cuda_graphs auto: a pass cannot be captured, so passes run without graphs: %s", reason)
+            self.has_failed = True
+        else:
+            logger.info("ready after %.0f s", time.perf_counter() - start)
 
 
 class _Replayed(torch.autograd.Function):
@@ -95,7 +127,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def fill(into: Rows, masks: Any, rows: Rows, masks_of: Callable[[Rows], Any]) -> None:
-    """Write `rows` over the rows that a recording reads, and their masks, where packing makes them differ, likewise."""
+    """Write `rows` over the rows that a graph reads, and their masks, where packing makes them differ, likewise."""
     for old, new in zip(into, rows, strict=True):
         if old is not None and new is not None:
             old.copy_(new)
@@ -119,7 +151,7 @@ def _capture(run: Pass, rows: Rows, flat_KF: Tensor, masks_of: Callable[[Rows], 
     flat_KF, masks = flat_KF.detach().clone().requires_grad_(), masks_of(rows)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # compiles and sizes workspaces, which a recording must not
+    with torch.cuda.stream(aside):  # compiles and sizes workspaces, which a capture must not
         for _ in range(2):
             hidden_NTD = run(rows, flat_KF, masks)
             torch.autograd.grad(hidden_NTD, flat_KF, torch.zeros_like(hidden_NTD))
@@ -127,9 +159,10 @@ def _capture(run: Pass, rows: Rows, flat_KF: Tensor, masks_of: Callable[[Rows], 
     torch.cuda.current_stream().wait_stream(aside)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     # Other threads, such as NCCL's watchdog or one that pins memory, may call CUDA meanwhile: not an error of ours.
-    with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
-        hidden_NTD = run(rows, flat_KF, masks)
-    gradient_NTD = torch.zeros_like(hidden_NTD)
-    with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
-        (flat_gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, gradient_NTD)
+    with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream the current one
+        with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
+            hidden_NTD = run(rows, flat_KF, masks)
+        gradient_NTD = torch.zeros_like(hidden_NTD)
+        with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+            (flat_gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, gradient_NTD)
     return _Capture(forward, backward, rows, flat_KF, hidden_NTD.detach(), gradient_NTD, masks, flat_gradient_KF)

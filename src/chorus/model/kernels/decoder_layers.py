@@ -1,13 +1,18 @@
 """How decoder layers run in training, compiled, recomputed in backward, both or neither; and passes, recomputed."""
 
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor.exc import InductorError
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
@@ -19,17 +24,38 @@ from chorus.model.adapters import AdapterRouter
 from chorus.model.kernels.joined_linears import joining
 from chorus.model.kernels.lora_linear import ONE, SEVERAL
 
+logger = logging.getLogger(__name__)
+
+CACHE_KEY = "TORCHINDUCTOR_CACHE_DIR"  # torch's own environment variable
+
 # What selective recomputation keeps: the results of products with the base's weights, which take nearly all of a
-# forward pass's time. Those of attention's own products grow with the square of the length and are made again.
+# forward pass's time. Those of attention's own products grow with the square of the length and are recomputed.
 KEPT = frozenset(
     {ONE, SEVERAL, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 )  # the latter two: of linears without an adapter
 
 
+@dataclass
+class _Compilation:
+    """Of one model's layers, as far as it has come.
+
+    Attributes:
+        may_fall_back: a layer that cannot be compiled is a warning, and all layers run uncompiled from then on.
+    """
+
+    may_fall_back: bool
+    has_failed: bool = False
+
+
 def prepare_layers(
-    model: PreTrainedModel, router: AdapterRouter, *, recompute: Recompute, compiled: bool | str
+    model: PreTrainedModel,
+    router: AdapterRouter,
+    *,
+    recompute: Recompute,
+    compiled: bool | str,
+    may_fall_back: bool = False,
 ) -> None:
-    """Have torch compile each decoder layer, and recompute it in backward under the turn of its forward pass.
+    """Have torch compile each decoder layer, and recompute it in backward under the context of its forward pass.
 
     A layer is wrapped and not the model: equal layers are compiled once, for all of them. In evaluation mode the layers
     run as they are: its shapes change with every batch. The recomputation is not transformers' own, which lies inside
@@ -37,6 +63,7 @@ def prepare_layers(
 
     Args:
         recompute: none of a layer; selective: all but the results of its products with weights; full: all of it.
+        may_fall_back: a layer that cannot be compiled is a warning and no error.
 
     Raises:
         InputError: the architecture does not mark its layers as ones that may be recomputed.
@@ -52,10 +79,20 @@ def prepare_layers(
         # Kinds of layers x shapes; running out of it is not to be a silent return to what is uncompiled.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if compiled:
+        _keep_what_is_compiled()
+    compilation = _Compilation(may_fall_back, has_failed=not compiled)
     for layer in layers:
         if compiled or recompute != "none":
-            in_training = _in_training(layer.forward, router, recompute, compiled)
-            layer.forward = partial(_run, layer, layer.forward, in_training)
+            uncompiled = _in_training(layer.forward, router, recompute, False)
+            in_training = _in_training(layer.forward, router, recompute, compiled) if compiled else uncompiled
+            layer.forward = partial(_run, layer, layer.forward, in_training, uncompiled, compilation)
+
+
+def _keep_what_is_compiled() -> None:
+    """Have inductor keep its code from run to run: by default it lies in a temporary folder, gone with the machine."""
+    folder = os.environ.setdefault(CACHE_KEY, str(Path.home() / ".cache" / "chorus" / "compiled"))
+    logger.info("compiled layers are kept in %s (%s names another folder)", folder, CACHE_KEY)
 
 
 def _in_training(plain: Callable, router: AdapterRouter, recompute: Recompute, compiled: bool | str) -> Callable:
@@ -77,7 +114,7 @@ def _in_training(plain: Callable, router: AdapterRouter, recompute: Recompute, c
 
 
 def _selective_contexts(router: AdapterRouter | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` for torch's checkpoint: what is in `KEPT` is kept, the rest made again under the forward's turn."""
+    """`context_fn` for torch's checkpoint: what is in `KEPT` is kept, the rest is recomputed."""
     keeping, taking = create_selective_checkpoint_contexts(_policy)
     if router is None:
         return keeping, taking
@@ -94,19 +131,37 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
         yield
 
 
-def _run(layer: nn.Module, plain: Callable, in_training: Callable, *args: Any, **kwargs: Any) -> Any:
+def _run(
+    layer: nn.Module,
+    plain: Callable,
+    in_training: Callable,
+    uncompiled: Callable,
+    compilation: _Compilation,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if not layer.training:
+        return plain(*args, **kwargs)
+    if compilation.has_failed:
+        return uncompiled(*args, **kwargs)
     try:
-        return (in_training if layer.training else plain)(*args, **kwargs)
+        return in_training(*args, **kwargs)
     except FailOnRecompileLimitHit as error:
         raise RunError(
             f"key 'compile': more than {torch._dynamo.config.recompile_limit} kinds of layers and lengths to compile; "
             "set a larger pad_to_multiple_of, or compile to false"
         ) from error
-    except TorchDynamoException as error:
+    except (TorchDynamoException, InductorError) as error:
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-        raise RunError(
-            f"key 'compile': {type(layer).__name__} cannot be compiled whole: {reason}; set it to false"
-        ) from error
+        if not compilation.may_fall_back:
+            raise RunError(
+                f"key 'compile': {type(layer).__name__} cannot be compiled whole: {reason}; set it to false"
+            ) from error
+        logger.warning(
+            "compile auto: %s cannot be compiled, so layers run uncompiled: %s", type(layer).__name__, reason
+        )
+        compilation.has_failed = True
+    return uncompiled(*args, **kwargs)
 
 
 def recomputed(run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ def register_reads(agents: Agents) -> None:
 
     for peft_model in agents.peft_models:
         for layer in lora_layers(peft_model).values():
-            for weight in layer.base_linear.parameters(recurse=False):
+            for weight in layer.base_layer.parameters(recurse=False):
                 register_external_parameter(layer, weight)
     for weight in agents.head().linear.parameters(recurse=False):
         register_external_parameter(agents, weight)

@@ -1,0 +1,96 @@
+"""Agents that start from adapters that exist (`init_adapters_from`): their weights, a new optimizer and schedule."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from chorus.checkpoint.export import ADAPTER_FILE, peft_key
+from chorus.config import RunConfig
+from chorus.errors import InputError
+from chorus.model.agents import Agents
+
+CONFIG_FILE = "adapter_config.json"  # PEFT's name
+# What PEFT can do beside plain LoRA, and Chorus does not train.
+MORE = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
+
+
+def initial_folders(config: RunConfig) -> list[Path]:
+    """The folder that each agent starts from, in the agents' order; empty without `init_adapters_from`.
+
+    Raises:
+        InputError: no such folders, another number of them than agents, or adapters of another shape than the run's.
+    """
+    wanted = config.init_adapters_from
+    if wanted is None:
+        return []
+    folders = [Path(one) for one in ([wanted] if isinstance(wanted, str) else wanted)]
+    if len(folders) == 1 and (folders[0] / "agents").is_dir():
+        found = (folders[0] / "agents").glob("agent_*")
+        folders = sorted(found, key=lambda folder: (len(folder.name), folder.name))
+    for folder in folders:
+        if folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
+            _refuse(f"{folder} lies in output_dir, which a fresh start sets aside; name another output_dir")
+        _check_config(folder, config)
+    if len(folders) != config.num_agents:
+        _refuse(f"names {len(folders)} adapters, and num_agents is {config.num_agents}; set num_agents={len(folders)}")
+    return folders
+
+
+def start_from(agents: Agents, folders: Sequence[Path]) -> None:
+    """Write the weights of each folder over those of its agent.
+
+    Raises:
+        InputError: an adapter lacks a layer of the run's, has one more, or is not finite.
+    """
+    tensors = agents.adapter_tensors()
+    for agent, folder in enumerate(folders):
+        wanted = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}
+        _fill(wanted, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
+
+
+def _check_config(folder: Path, config: RunConfig) -> None:
+    file = folder / CONFIG_FILE
+    try:
+        peft: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _refuse(f"{file} cannot be read ({error}); name a run's output_dir, or a list of PEFT LoRA folders", error)
+    if peft.get("peft_type") != "LORA":
+        _refuse(f"{folder} is {peft.get('peft_type')}, and no LoRA adapter")
+    for key in MORE:
+        if peft.get(key):
+            _refuse(f"{folder} has {key}, which Chorus does not train; name plain LoRA adapters")
+    ours = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+    for key, wanted in ours.items():
+        if peft.get(key, False) != wanted:
+            name = key if key.startswith(("lora", "use")) else "lora_rank"
+            _refuse(f"{folder} has {key} {peft.get(key)}; set {name}={str(peft.get(key)).lower()}")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        _refuse(f"{file} cannot be read: {error}", error)
+
+
+@torch.no_grad()
+def _fill(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    for key in wanted.keys() ^ found.keys():
+        has = "lacks" if key in wanted else "has, and this run has not,"
+        _refuse(f"{file} {has} {key}; set lora_target_modules as its run had it")
+    for key, tensor in wanted.items():
+        if found[key].shape != tensor.shape:
+            _refuse(f"{file}: {key} has shape {list(found[key].shape)}, and this base wants {list(tensor.shape)}")
+        if not bool(torch.isfinite(found[key]).all()):
+            _refuse(f"{file}: {key} holds a NaN or an infinity; take an earlier save")
+        tensor.copy_(found[key])
+
+
+def _refuse(what: str, error: Exception | None = None) -> Any:
+    raise InputError(f"key 'init_adapters_from': {what}") from error

@@ -1,0 +1,109 @@
+"""A base in 4 or 8 bits: how it is asked for, what it needs, and how much it takes.
+
+4 bits are NF4 with double quantisation (QLoRA, Dettmers et al. 2023), 8 bits are LLM.int8 (Dettmers et al. 2022), both
+by bitsandbytes. Its layers compute x Wᵀ themselves; the adapters beside them stay in the precision of the run.
+"""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from chorus.config.model import ModelSettings
+from chorus.errors import InputError
+
+BLOCK = 64  # weights of one block of NF4, with one scale of 8 bits; 256 scales share one of 32
+SHARED = 256
+
+
+def quantisation_of(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers is told in order to quantise the weights as it reads them; None: nothing.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if not (settings.load_in_4bit or settings.load_in_8bit):
+        return None
+    key = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
+    _refuse_without_package(f"key {key!r}")
+    if settings.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def check_saved_quantisation(config: PretrainedConfig, model_name: str, asked_for: bool) -> None:
+    """Look at how the base was saved, before any weight is read.
+
+    Raises:
+        InputError: quantised in a way that Chorus does not train over, or in one that needs a package or that another
+            key contradicts.
+    """
+    saved = saved_quantisation(config)
+    if saved is None:
+        return
+    method = str(saved.get("quant_method", "unknown")).rpartition(".")[2].lower()
+    if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+        raise InputError(
+            f"key 'model_name': {model_name} was saved quantised ({method}), which Chorus cannot train over; name the "
+            "base that it was made from, with load_in_4bit=true for as little memory"
+        )
+    if asked_for:
+        raise InputError(
+            f"key 'model_name': {model_name} was saved quantised; set load_in_4bit and load_in_8bit to false"
+        )
+    _refuse_without_package(f"key 'model_name': {model_name}")
+
+
+def saved_quantisation(config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """`quantization_config` of a base that was saved quantised."""
+    saved = getattr(config, "quantization_config", None)
+    return saved if saved is None or isinstance(saved, Mapping) else saved.to_dict()
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for a CPU's AVX-512, which it does at the first evaluation.
+
+    Its product with packed weights has no backward pass: training would go on with wrong gradients and without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def bits_of_base(settings: ModelSettings, config: PretrainedConfig) -> int | None:
+    """4, 8, or None for a base in the precision of the run."""
+    saved = saved_quantisation(config) or {}
+    if settings.load_in_4bit or saved.get("load_in_4bit"):
+        return 4
+    return 8 if settings.load_in_8bit or saved.get("load_in_8bit") else None
+
+
+def spared_bytes(model: PreTrainedModel, bits: int | None) -> tuple[int, int]:
+    """What quantisation spares a model, and the largest weight as a pass makes it whole again; in bytes.
+
+    Args:
+        model: not quantised, on any device: all its linear layers will be, but the head.
+    """
+    if bits is None:
+        return 0, 0
+    head = model.get_output_embeddings()
+    weights = [one.weight for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
+    spared = sum(weight.nbytes - _stored_bytes(weight, bits) for weight in weights)
+    return spared, max((weight.nbytes for weight in weights), default=0)
+
+
+def _stored_bytes(weight_OI: torch.Tensor, bits: int) -> int:
+    if bits == 8:
+        return weight_OI.numel() + 4 * len(weight_OI)  # a scale in fp32 for each output
+    blocks = -(-weight_OI.numel() // BLOCK)
+    return weight_OI.numel() // 2 + blocks + 4 * -(-blocks // SHARED)
+
+
+def _refuse_without_package(what: str) -> None:
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"{what} needs the package bitsandbytes; pip install 'chorus[quantised]'")
