@@ -31,7 +31,7 @@ from chorus.data.sources import read_problems
 from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents
-from chorus.model.base import check_positions, load_base, load_skeleton, load_tokenizer
+from chorus.model.base import check_base, check_positions, load_base, load_skeleton, load_tokenizer
 from chorus.model.execution import decide_execution, with_padding
 from chorus.monitoring.metrics import LoggedMetrics
 from chorus.monitoring.profiler import profiling
@@ -57,6 +57,7 @@ def main(config: Config) -> None:
     # Everything the user gave is checked before the base is loaded.
     problems = read_problems(config)
     tokenizer = load_tokenizer(config.model_name)
+    check_base(config.model_name)
     skeleton = load_skeleton(config.model_name)
     check_positions(skeleton.config, config.max_seq_length)
     lora_shape(config).targets(skeleton)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,8 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
     (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}')
     (folder / "empty").mkdir()
+    half = shutil.copytree("assets/tiny-gemma-2", folder / "half") / "model.safetensors"
+    half.write_bytes(half.read_bytes()[:500_000])
     return {
         "unknown key": (["lrr=1"], "did you mean 'lr'"),
         "type": (["lr=fast"], "'lr'"),
@@ -178,6 +181,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "bad row": ([f"dataset_name={folder}/bad.jsonl"], "bad.jsonl:2"),
         "no such model": ([f"model_name={folder}/model"], "does not exist"),
         "no model in it": ([f"model_name={folder}/empty"], "config.json"),
+        "half a model": ([f"model_name={folder}/half"], "model.safetensors is incomplete or damaged"),
         "no such layer": (["lora_target_modules=[q_projj]", "max_train_steps=0"], "q_projj"),
         "output is no run's": ([f"output_dir={folder}"], "no run's"),
         "output is a file": ([f"output_dir={folder}/file/run"], "is a file"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from launching import ROOT, ZERO2, environment
+from safetensors.torch import load_file, save_file
 
 import chorus.model.agents
 import chorus.planning.trial_run
 from chorus.config import Config
+from chorus.errors import InputError
+from chorus.model.base import load_model
 from chorus.planning.checks import Check, Report
 from chorus.planning.dry_run import dry_run
 from train import train
@@ -155,3 +160,20 @@ def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(t
     ]
     assert checks["fused: every agent learns"].found == "unmoved B: agent 1 (28 matrices)"
     assert "tensors of their own (agent 1: " in checks["parallel: the base is shared"].found
+
+
+@pytest.mark.parametrize(("value", "name"), [(None, "data, tokenizer and target modules"), (float("nan"), "base")])
+def test_a_base_that_is_not_what_it_says_is_refused_in_the_words_of_the_run(
+    tried, value: float | None, name: str, tmp_path: Path
+):
+    base = shutil.copytree("assets/tiny-gemma-2", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    broken = weights.pop("model.layers.1.mlp.down_proj.weight")
+    if value is not None:
+        weights["model.layers.1.mlp.down_proj.weight"] = broken.fill_(value)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as of_the_run:
+        load_model(str(base), torch.float32, torch.device("cpu"))
+    code, checks = tried(model_name=str(base))
+    assert (code, failed(checks)) == (2, [name])
+    assert checks[name].found == str(of_the_run.value)

@@ -20,6 +20,13 @@ from transformers import (
 from chorus.config import Config
 from chorus.errors import InputError
 from chorus.model.attention import check_packing, choose_attention
+from chorus.model.base_checks import (
+    check_finite,
+    check_report,
+    check_tokenizer,
+    loading_report_unprinted,
+    model_errors_named,
+)
 from chorus.model.quantisation import (
     check_saved_quantisation,
     keep_differentiable,
@@ -61,10 +68,46 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     """The base's own tokenizer. Cheap: it tells a wrong `model_name` before any weight is read.
 
     Raises:
-        InputError: `model_name` is neither a folder with a model nor a hub id that answers.
+        InputError: `model_name` is neither a folder with a model nor a hub id that answers, or its tokenizer cannot be
+            the base's own.
     """
-    with _named(model_name):
-        return AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+    with model_errors_named(model_name):
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+    check_tokenizer(tokenizer, config, model_name)
+    return tokenizer
+
+
+def check_base(model_name: str) -> None:
+    """Look whether the base's files hold the model that its config.json describes. Reads headers, and no weight.
+
+    Of a base that was saved quantised only the config: its files are checked as they are loaded.
+
+    Raises:
+        InputError: no such model, one with custom code or quantised, a file that is damaged, a weight that is missing,
+            left over or of another shape.
+    """
+    with model_errors_named(model_name):
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        check_saved_quantisation(config, model_name, asked_for=False)
+        if saved_quantisation(config) is None:
+            _from_files(model_name, config, device_map="meta")
+
+
+def _from_files(model_name: str, config: PretrainedConfig, **how: object) -> PreTrainedModel:
+    """The model with every weight from its safetensors files."""
+    with loading_report_unprinted():
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            model_name,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # then they are in the report; `check_report` refuses them
+            output_loading_info=True,
+            **how,
+        )
+    check_report(report, model, model_name)
+    return model
 
 
 def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -75,7 +118,7 @@ def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrain
     Raises:
         InputError: no such model, or one with custom code.
     """
-    with _named(model_name), torch.device("meta"):
+    with model_errors_named(model_name), torch.device("meta"):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         _switch_dropout_off(config)
         more = {} if dtype is None else {"dtype": dtype}
@@ -99,30 +142,24 @@ def load_model(
     decides about attention, see `attention.choose_attention`, and whether weights are quantised as they are read.
 
     Raises:
-        InputError: no such model, a model with custom code, a head or an attention that Chorus would compute wrongly.
+        InputError: what `check_base` refuses, weights that are not finite, a head or an attention that Chorus would
+            compute wrongly.
     """
-    with _named(model_name):
+    with model_errors_named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
         _switch_dropout_off(config)
         check_saved_quantisation(config, model_name, asked_for=quantisation is not None)
         is_quantised = quantisation is not None or saved_quantisation(config) is not None
         how = {"length": length, "compiled": compiled, "packing": packing}
         attention = choose_attention(attn_implementation, config, device, dtype, **how)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model_name,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation=attention,
-            quantization_config=quantisation,
-            device_map={"": device} if is_quantised else None,  # they are quantised there, and cannot be moved
-        )
+        more = {"quantization_config": quantisation, "device_map": {"": device}} if is_quantised else {}
+        model = _from_files(model_name, config, dtype=dtype, attn_implementation=attention, **more)
     model.requires_grad_(False)
-    if is_quantised:
+    if is_quantised:  # on the device, from which they cannot be moved
         keep_differentiable(model)
     else:
         model.to(device)  # pyright: ignore[reportArgumentType]
+    check_finite(model, model_name)
     _check_head(model, model_name)
     if packing:
         check_packing(model)
@@ -159,7 +196,7 @@ def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: 
     Raises:
         InputError: no such model, or one with custom code.
     """
-    with _named(model_name):
+    with model_errors_named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # random weights are not quantised
@@ -259,31 +296,6 @@ def _check_head(model: PreTrainedModel, model_name: str) -> None:
             f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits than a linear "
             f"layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus cannot train it exactly"
         )
-
-
-class _named:
-    """Turn the loaders' errors about a model into one line that names the key. Other errors pass."""
-
-    def __init__(self, model_name: str):
-        self.model_name = model_name
-
-    def __enter__(self) -> None:
-        folder = Path(self.model_name)
-        if folder.exists() and not (folder / "config.json").is_file():
-            raise InputError(f"key 'model_name': {self.model_name} holds no config.json; give a folder with a model")
-        looks_local = self.model_name.startswith((".", "/", "~")) or self.model_name.count("/") > 1
-        if not folder.exists() and looks_local:
-            raise InputError(f"key 'model_name': folder {self.model_name} does not exist; check the path")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, ImportError)) and not isinstance(error, InputError):
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-            if isinstance(error, ImportError):  # Gemma 3n's tower needs timm, though no text passes through it
-                raise InputError(f"key 'model_name': {self.model_name} cannot be loaded: {reason}") from error
-            raise InputError(
-                f"key 'model_name': {self.model_name} cannot be loaded: {reason} "
-                "(give a local folder, or a hub id that this machine can reach)"
-            ) from error
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

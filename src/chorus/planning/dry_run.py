@@ -26,7 +26,7 @@ from chorus.data.batches import Sample
 from chorus.data.sources import Problem, read_problems
 from chorus.errors import InputError
 from chorus.model.adapters import lora_shape
-from chorus.model.base import check_positions, load_base, load_skeleton, load_tokenizer, write_toy_like
+from chorus.model.base import check_base, check_positions, load_base, load_skeleton, load_tokenizer, write_toy_like
 from chorus.model.execution import decide_execution, with_padding
 from chorus.monitoring.memory import memory_limit
 from chorus.monitoring.run_log import quiet_libraries
@@ -106,6 +106,7 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             _check_processes(report, config, accelerator, folder)
         with report.trying("data, tokenizer and target modules"):
             tokenizer = load_tokenizer(config.model_name)
+            check_base(config.model_name)
             skeleton = load_skeleton(config.model_name)
             check_positions(skeleton.config, config.max_seq_length)
             lora_shape(config).targets(skeleton)
