@@ -180,7 +180,8 @@ class Agents(nn.Module):
         # Looked up once: a walk through some thousand modules takes the host as long as a small pass.
         self._layers = {peft_model: lora_layers(peft_model) for peft_model in peft_models}
         for agent in self.agents:
-            matrices = take_matrices(self._layers[self.peft_model(agent)], agent, shape)
+            peft_model = self.peft_model(agent)
+            matrices = take_matrices(peft_model, self._layers[peft_model], agent, shape)
             self.layout = Layout({key: matrix.shape for key, matrix in matrices.items()})  # one for all
             self.register_parameter(adapter_name(agent), nn.Parameter(self.layout.join(matrices)))
         self._noise: Noise | None = None
