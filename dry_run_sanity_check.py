@@ -9,8 +9,13 @@ import json
 import os
 import sys
 
+from chorus.errors import InputError, end_on_signals, input_errors_end_the_program
+
+if __name__ == "__main__":
+    end_on_signals()
+
 from chorus.config import load_config
-from chorus.errors import InputError, input_errors_end_the_program
+from chorus.progress import say
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
@@ -29,6 +34,7 @@ if __name__ == "__main__":
                 refused = {"name": "configuration", "status": "FAIL", "found": str(error), "remedy": ""}
                 print(json.dumps({"passed": False, "exit_code": 2, "checks": [refused]}), file=JSON_TO, flush=True)
             raise
+    say("importing torch and transformers ...")
 
     from chorus.planning.checks import report_of_this_process
     from chorus.planning.dry_run import dry_run

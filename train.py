@@ -3,13 +3,19 @@
 import gc
 import sys
 
+from chorus.errors import end_on_signals, input_errors_end_the_program
+
+if __name__ == "__main__":
+    end_on_signals()  # before all that takes time
+
 from chorus.config import Config, RunConfig, load_config
-from chorus.errors import input_errors_end_the_program
+from chorus.progress import say
 
 if __name__ == "__main__":
     # Before the heavy imports: a misspelt key is answered at once, not after ten seconds of loading libraries.
     with input_errors_end_the_program():
         CONFIG = load_config(sys.argv[1:])
+    say("importing torch and transformers ...")
 
 gc.disable()  # the libraries make a million objects, and all of them stay: looking for garbage costs a second
 
@@ -38,6 +44,7 @@ from chorus.monitoring.profiler import profiling
 from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
 from chorus.monitoring.trackers import decide_trackers
 from chorus.planning.auto_agents import decide_num_agents
+from chorus.planning.memory_check import foresee_memory, memory_errors_named
 from chorus.spans import each_in_span, span
 from chorus.training.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
 from chorus.training.nonfinite import SkippedUpdates
@@ -89,6 +96,7 @@ def main(config: Config) -> None:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
+        logger.log(*foresee_memory(config, precision, accelerator, samples, held_out.samples))
         num_steps = config.max_train_steps
         if num_steps is None:
             rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
@@ -227,5 +235,9 @@ def save(engine: Engine, config: RunConfig, output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    with input_errors_end_the_program(), lost_processes_named(CONFIG.collective_timeout_s):  # pyright: ignore
+    with (
+        input_errors_end_the_program(),
+        lost_processes_named(CONFIG.collective_timeout_s),  # pyright: ignore[reportPossiblyUnboundVariable]
+        memory_errors_named(CONFIG),  # pyright: ignore[reportPossiblyUnboundVariable]
+    ):
         main(CONFIG)  # pyright: ignore[reportPossiblyUnboundVariable]

@@ -40,6 +40,23 @@ def test_a_signal_is_remembered_and_ends_nothing():
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
+def test_a_signal_after_the_last_step_is_not_lost():
+    """It comes when no step will ask for it any more; all is saved by then."""
+    code = """
+import os, signal
+from chorus.errors import end_on_signals
+from chorus.training.signals import StopRequest
+class One: num_processes = 1
+end_on_signals()
+with StopRequest(One(), timeout_s=60):
+    os.kill(os.getpid(), signal.SIGTERM)
+print("goes on")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (4, ""), ended.stderr
+    assert ended.stderr == "stopped by SIGTERM: no step is lost, and resume_from_checkpoint=auto goes on\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(number: signal.Signals):
     code = f"""
@@ -233,3 +250,21 @@ def test_a_run_that_loses_a_process_ends_and_goes_on_from_its_last_checkpoint(
         rows = train(COMMANDS[engine], tmp_path / "run", *LOST)
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
         assert seconds < 60 + (timeout_s if act == "stop" else 0)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("where", "victim"), [("backward", 1), ("save", 0)])
+def test_a_process_that_runs_out_of_memory_says_so_and_all_end_with_the_last_checkpoint_whole(
+    where: str, victim: int, tmp_path: Path
+):
+    code, said, _ = lose(ddp(2), where, "memory", tmp_path, timeout_s=600)
+    assert code != 0
+    lines = sorted(line for line in said.splitlines() if line.startswith("error: "))
+    assert len(lines) == 2, said[-3000:]
+    own, other = sorted(lines, key=lambda line: "another process has ended" in line)
+    assert own.startswith(f"error: process {victim}: out of memory in training, at "), lines
+    assert "4294967296.00 GiB asked for; set gradient_checkpointing=full, or parallel_mode=sequential, or" in own
+    assert other.startswith(f"error: process {1 - victim}: another process has ended")
+    assert sorted(re.findall(r"exitcode +: (-?\d+) ", said)) == ["3", "3"], said[-3000:]
+    announced = [2] if where == "save" else [4, 2]
+    assert [verify(folder)["step"] for folder in checkpoints(tmp_path / "run")] == announced

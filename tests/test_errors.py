@@ -1,10 +1,14 @@
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 
-from chorus.errors import InputError, RunError, input_errors_end_the_program
+from chorus.errors import InputError, RunError, input_errors_end_the_program, out_of_memory
 
 PROGRAM = """
 from chorus.errors import InputError, Preempted, RunError, input_errors_end_the_program
@@ -29,6 +33,7 @@ def run(statement: str) -> subprocess.CompletedProcess[str]:
         ("raise RunError('agent 1: loss is nan')", 3, "error: agent 1: loss is nan\n"),
         ("raise Preempted('stopped and saved after step 7')", 4, "stopped and saved after step 7\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("bytearray(10**16)", 3, "error: out of memory: MemoryError; end what else uses the device, or ask for less\n"),
         ("pass", 0, ""),
     ],
 )
@@ -69,3 +74,46 @@ def test_the_two_kinds_are_kinds_of_the_built_in_ones():
     """Callers of the package catch ValueError and RuntimeError without knowing of Chorus."""
     assert issubclass(InputError, ValueError)
     assert issubclass(RunError, RuntimeError)
+
+
+def raised_by(act: Callable[[], object]) -> BaseException:
+    with pytest.raises(BaseException) as raised:  # noqa: PT011
+        act()
+    return raised.value
+
+
+def led_to(cause: BaseException) -> BaseException:
+    """As a capture ends, or a compiler: by an error of its own, on top of the cause."""
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = ValueError("in between")
+    error.__context__.__cause__ = cause
+    return error
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.19 GiB is "
+    "free. Process 1 has 77.92 GiB memory in use."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError(CUDA), "2.00 GiB asked for, 1.19 GiB free"),
+        (led_to(torch.OutOfMemoryError(CUDA)), "2.00 GiB asked for, 1.19 GiB free"),
+        (raised_by(lambda: torch.empty(2**60)), "4294967296.00 GiB asked for"),
+        (raised_by(lambda: np.empty(2**53)), "64.0 PiB asked for"),
+        (raised_by(lambda: bytearray(2**60)), "MemoryError"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (RuntimeError("CUDA error: out of memory\nmore"), "CUDA error: out of memory"),
+    ],
+    ids=str,
+)
+def test_a_lack_of_memory_is_known_whoever_has_it_and_says_what_was_asked_for(error: BaseException, asked: str):
+    assert (out_of_memory(error) or "").startswith(asked)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), OSError(28, "No space left"), led_to(ValueError("ours"))])
+def test_no_other_error_is_a_lack_of_memory(error: BaseException):
+    assert out_of_memory(error) is None

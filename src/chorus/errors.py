@@ -1,11 +1,19 @@
-"""What went wrong, said in one line, and the exit codes: 2 bad input, 3 a fault of the run, 4 preempted and saved,
-130 interrupted."""
+"""What went wrong, said in one line, and the exit codes.
 
+2 bad input; 3 a fault of the run; 4 stopped by SIGTERM or SIGINT, with every step saved; 130 interrupted.
+"""
+
+import errno
+import json
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a run to stop
 
@@ -25,6 +33,10 @@ class LostProcess(RunError):
     """Another process of the run is gone, or does not answer."""
 
 
+class OutOfMemory(RunError):
+    """The memory of a device, or of the host, was not enough. One line: where, what was asked for, what to do."""
+
+
 class Preempted(Exception):
     """A SIGTERM or SIGINT has ended the run after a step, and all of it is saved. One line: where, how to go on."""
 
@@ -33,29 +45,111 @@ class Preempted(Exception):
 def input_errors_end_the_program() -> Iterator[None]:
     """Print an error that is meant for people as one line on stderr and exit with its code.
 
-    Every other exception keeps its traceback: it is a mistake of ours.
+    A lack of memory is one, too. Every other exception keeps its traceback: it is a mistake of ours.
     """
     try:
         yield
     except InputError as error:
         _exit(f"error: {error}", 2)
-    except LostProcess as error:
-        _say(f"error: {error}")
-        os._exit(3)  # Python's own end may wait for a group's threads, and these for the lost process
+    except (LostProcess, OutOfMemory) as error:
+        _say(f"error: {error}", is_consequence=isinstance(error, LostProcess))
+        os._exit(3)  # Python's own end may wait for a group's threads, and these for the other processes
     except RunError as error:
         _exit(f"error: {error}", 3)
     except Preempted as preempted:
         _exit(str(preempted), 4)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
+    except Exception as error:
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        _say(f"error: out of memory: {found}; end what else uses the device, or ask for less")
+        os._exit(3)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What was asked for, in a few words, if the error or one that led to it is a lack of memory; None otherwise.
+
+    Memory may run out in torch on a GPU (OutOfMemoryError), in its allocator on the host (RuntimeError), in one of
+    CUDA's libraries (a status), in Python or numpy (MemoryError) or in the system (ENOMEM). A capture or a
+    compilation that is ended by it raises an error of its own on top.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        text = str(error)
+        is_lack = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        is_lack |= isinstance(error, OSError) and error.errno == errno.ENOMEM
+        is_lack |= isinstance(error, RuntimeError) and _LACK.search(text) is not None
+        if is_lack:
+            asked = re.search(r"(?:[Tt]ried to allocate|Unable to allocate) ([\d.]+ \w+)", text)
+            if asked is None:
+                return text.partition("\n")[0][:120] or type(error).__name__
+            free = re.search(r"of which ([\d.]+ \w+) is free", text)
+            size = asked[1]
+            if size.endswith(" bytes"):
+                size = f"{int(size.split()[0]) / 2**30:.2f} GiB"
+            return f"{size} asked for" + (f", {free[1]} free" if free else "")
+        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    return None
+
+
+_LACK = re.compile(
+    r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory|_ALLOC_FAILED", re.IGNORECASE
+)
 
 
 def _exit(line: str, code: int) -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) is _end:  # a launcher that sees another process end must not take the code away
+            signal.signal(number, signal.SIG_IGN)
     _say(line)
     raise SystemExit(code) from None
 
 
-def _say(line: str) -> None:
-    """In one write: under torchrun Python has no buffers, and after `print`'s first write another process may write."""
-    sys.stderr.write(f"{line}\n")
+def end_on_signals() -> None:
+    """From here on SIGTERM or SIGINT ends this process at once, with one line and code 4, also amid an import.
+
+    Training replaces these handlers by its own (`training.signals.StopRequest`), which end the step first. Everything
+    else may end at any moment: what it writes is whole or absent, and a run that is started again goes on.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _end)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    for other in SIGNALS:  # a launcher passes on what a terminal has sent already
+        signal.signal(other, signal.SIG_IGN)
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
+    _say(f"stopped by {signal.Signals(number).name}: no step is lost, and resume_from_checkpoint=auto goes on")
+    os._exit(4)
+
+
+def _say(line: str, is_consequence: bool = False) -> None:
+    """In one write: under torchrun Python has no buffers, and after `print`'s first write another process may write.
+
+    A launcher prints a report of its own after it. torchrun's, which is also that of `accelerate launch` for several
+    processes, quotes the line at its end. `accelerate launch` for one process prints the traceback of its own call,
+    whatever the process does; on a terminal the line stands out from it in bold.
+    """
+    _tell_torchrun(line, is_consequence)
+    is_bold = sys.stderr.isatty() and line.startswith("error: ")
+    sys.stdout.flush()  # what was printed before comes first
+    sys.stderr.write(f"\x1b[1m{line}\x1b[0m\n" if is_bold else f"{line}\n")
     sys.stderr.flush()
+
+
+def _tell_torchrun(line: str, is_consequence: bool) -> None:
+    """Leave the line where torchrun looks for it, in the format of torch.distributed.elastic's error files.
+
+    The earliest failure is what it reports as the cause: a process that only lost another one comes after that.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    when = str(int(time.time()) + is_consequence)
+    with suppress(OSError):
+        told = {"message": {"message": line, "extraInfo": {"py_callstack": line, "timestamp": when}}}
+        Path(file).write_text(json.dumps(told), encoding="utf-8")

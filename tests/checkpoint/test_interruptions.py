@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import soak
-from launching import PLAIN, ddp, train, wait_for
-from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, worker_of
+from launching import PLAIN, ROOT, ddp, environment, train, wait_for
+from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, processes_of, start, worker_of
 from preloaded import Workers, environments, preload
 from soak import LIMIT, Tally, Uninterrupted, digest_of_end, faults_after_a_kill, one_life, run_in, uninterrupted
 
@@ -138,6 +138,46 @@ def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked
     settings = ("num_agents=1", "lambda_sw=0", "lora_rank=2", "eval_samples=0", "debug_subset_size=20")
     train(PLAIN, tmp_path / "run", "use_deepspeed=true", "max_train_steps=1", *settings)
     assert not compiled.exists()
+
+
+LINE = "stopped by {}: no step is lost, and resume_from_checkpoint=auto goes on"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_amid_the_imports_is_one_line_and_code_4(number: signal.Signals, tmp_path: Path):
+    command = [sys.executable, "train.py", f"output_dir={tmp_path}/run"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "libtorch" in maps.read_text(), PATIENCE_S)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    assert said == f"importing torch and transformers ...\n{LINE.format(number.name)}\n"
+    assert process.returncode == 4
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "when", "number"),
+    [
+        ("python", "attention: ", signal.SIGTERM),  # said before the base is read
+        ("python", "scoring the base", signal.SIGINT),
+        ("ddp", "scoring the base", signal.SIGTERM),
+    ],
+)
+def test_a_signal_outside_of_training_is_one_line_and_code_4_and_leaves_no_process(
+    engine: str, when: str, number: signal.Signals, tmp_path: Path, forked
+):
+    run = evaluated(run_in(tmp_path, "run", engine, STEPS))._replace(forked=forked(engine))
+    workers = start(run)
+    assert isinstance(workers, Workers)
+    wait_for(lambda: run.output.exists() and when in said(run), PATIENCE_S)
+    for pid in workers.pids:
+        os.kill(pid, number)
+    wait_for(lambda: workers.poll() is not None, PATIENCE_S)
+    assert workers.poll() == 4, said(run)[-3000:]
+    assert said(run).count(LINE.format(number.name)) == len(workers.pids)
+    assert "Traceback" not in said(run)
+    assert not processes_of(run)
 
 
 # ---- the whole product, in `make soak` ----

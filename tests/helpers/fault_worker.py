@@ -1,7 +1,8 @@
 """train.py, in which one process meets its end: `fault_worker.py WHERE ACT settings`.
 
 WHERE: forward or backward, of process 1 in step 5; or save, of process 0, which writes, after step 4.
-ACT: kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only.
+ACT: kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only; `memory`: it asks for
+more than any host has.
 
 WHERE may also be `last words`, and ACT ask or kill: the last process is asked to stop, or killed, in step 5. Every one
 is asked as it closes the engine, before its last line, and again after that line, as Python takes itself down.
@@ -16,11 +17,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
+
 import train
 from chorus.checkpoint import store
 from chorus.collectives import limit_waiting, lost_processes_named
 from chorus.config import load_config
 from chorus.errors import SIGNALS, input_errors_end_the_program
+from chorus.planning.memory_check import memory_errors_named
 from chorus.training.engine import Engine
 
 ENDS = {
@@ -28,6 +32,7 @@ ENDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(0),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "memory": lambda: torch.empty(2**60),
 }
 
 
@@ -89,5 +94,5 @@ if __name__ == "__main__":
             arrange_last_words(act)
         else:
             arrange(where, act)
-        with lost_processes_named(config.collective_timeout_s):
+        with lost_processes_named(config.collective_timeout_s), memory_errors_named(config):
             train.main(config)

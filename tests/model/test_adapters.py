@@ -14,14 +14,15 @@ from chorus.model.regularisation import Noise, draw_keep_masks
 from chorus.seeding import derive_seed
 
 
-def test_initial_adapters_are_pefts_own_and_differ_between_agents():
-    """PEFT alone, seeded as that agent is, gives the same A; every B is zero."""
-    agents = toy_agents("sequential", trained=False).adapter_tensors()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_initial_adapters_are_pefts_own_and_differ_between_agents(dtype: torch.dtype):
+    """PEFT alone, seeded as that agent is, gives the same A, in fp32 on any base; every B is zero."""
+    agents = toy_agents("sequential", trained=False, dtype=dtype).adapter_tensors()
     for agent in range(3):
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(0, "initial adapter", agent))
             config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-            stock = dict(get_peft_model(tiny_gemma(), config).named_parameters())
+            stock = dict(get_peft_model(tiny_gemma(dtype=dtype), config).named_parameters())
         for identity, tensor in agents.items():
             if identity.agent == agent:
                 assert torch.equal(tensor, stock[f"{identity.path}.lora_{identity.matrix}.default.weight"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from chorus.errors import RunError
+from chorus.errors import RunError, out_of_memory
 
 
 @contextmanager
@@ -20,6 +20,8 @@ def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error) is not None:
+            raise
         free = shutil.disk_usage(next(path for path in place.parents if path.exists())).free
         raise RunError(
             f"{place} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); {remedy}"

@@ -17,6 +17,7 @@ from chorus.errors import RunError
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
 from chorus.model.base import load_skeleton
 from chorus.model.targets import peft_target_modules
+from chorus.progress import announced
 
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 AGAIN = "make room and run the same command again"
@@ -31,6 +32,7 @@ def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
             )
 
 
+@announced("writing the agents")
 def save_ensemble(
     output_dir: Path,
     tensors: Mapping[TensorId, Tensor],

@@ -1,6 +1,6 @@
 """Instruments: where time and memory go."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic.types import NonNegativeInt
 
@@ -19,3 +19,7 @@ class InstrumentSettings(Section):
     https://ui.perfetto.dev, a flame graph for any browser, the most expensive operators. It slows these two down."""
     log_memory_usage: MayChange[bool] = False
     """true: log memory with every logged step: the GPU's, or what is resident where there is none."""
+    memory_check: MayChange[Literal["refuse", "warn", "off"]] = "refuse"
+    """Before the base is loaded, what the run takes of each device's memory is forecast, in a few seconds. refuse: what
+    is more than is free ends the run there, and the line says what would fit. warn: it is said, and the run goes on.
+    off: no forecast."""

@@ -21,6 +21,7 @@ from chorus.config import Config
 from chorus.data.packing import one_a_row, packed
 from chorus.data.sources import Problem
 from chorus.errors import SIGNALS, InputError
+from chorus.progress import announced
 from chorus.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class StepBatch(NamedTuple):
     epoch: int
 
 
+@announced("tokenising the rows")
 def tokenise(
     problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, source: str = "training"
 ) -> list[Sample]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from chorus.config import Config
 from chorus.data import arithmetic
 from chorus.errors import InputError
+from chorus.progress import announced
 from chorus.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Row(NamedTuple):
     fields: Mapping[str, object]
 
 
+@announced("reading the rows")
 def read_problems(config: Config) -> Problems:
     """Read and check every row of `dataset_name`, fill the templates, and hold out validation rows.
 

@@ -238,8 +238,9 @@ def take_matrices(
                 layer.update_layer(name, lora_config.r, lora_config.lora_alpha, config=lora_config)  # pyright: ignore
     found: dict[Matrix, Tensor] = {}
     for path, layer in layers.items():
-        found[path, "A"] = layer.lora_A.pop(name).weight.detach()  # pyright: ignore
-        found[path, "B"] = layer.lora_B.pop(name).weight.detach()  # pyright: ignore
+        # In fp32, as PEFT trains them on a base of lower precision, to which they were rounded at first.
+        found[path, "A"] = layer.lora_A.pop(name).weight.detach().float()  # pyright: ignore
+        found[path, "B"] = layer.lora_B.pop(name).weight.detach().float()  # pyright: ignore
         if name not in peft_model.peft_config:
             layer.delete_adapter(name)
     if shape.random_init:

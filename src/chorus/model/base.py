@@ -33,6 +33,7 @@ from chorus.model.quantisation import (
     quantisation_of,
     saved_quantisation,
 )
+from chorus.progress import announced
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def _from_files(model_name: str, config: PretrainedConfig, **how: object) -> Pre
     return model
 
 
+@announced("reading the base's config")
 def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The base's modules without weights, on the meta device: a second's work, which tells what the base has.
 
@@ -125,6 +127,7 @@ def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrain
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager", **more)
 
 
+@announced("loading the base")
 def load_model(
     model_name: str,
     dtype: torch.dtype,

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from chorus.errors import InputError
+from chorus.errors import InputError, out_of_memory
 
 AGAIN = "download the base again, or convert it again"
 LFS_POINTER = b"version https://git-lfs"
@@ -34,10 +34,10 @@ def model_errors_named(model_name: str) -> Iterator[None]:
     _refuse_no_model(model_name)
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+        if out_of_memory(error) is not None:
             raise
         damaged = _damaged_file(model_name)
         if damaged is not None:

@@ -11,12 +11,13 @@ import torch
 
 
 def memory_limit(device: torch.device, fraction: float) -> int:
-    """Bytes that this process may use: `fraction` of its GPU, or of its share of the RAM that is free.
+    """Bytes that this process may use: `fraction` of its GPU or of its share of the RAM, and no more than is free now.
 
     On a CPU the processes of this machine share what is available now, within the limit of the container.
     """
     if device.type == "cuda":
-        return int(fraction * torch.cuda.get_device_properties(device).total_memory)
+        free, total = torch.cuda.mem_get_info(device)
+        return min(int(fraction * total), free + torch.cuda.memory_reserved(device))
     own = psutil.Process().memory_info().rss
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = psutil.virtual_memory().available + local_processes * own

@@ -17,7 +17,7 @@ from chorus.checkpoint.store import checkpoints
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
 from chorus.data.batches import Sample, collate
-from chorus.errors import InputError
+from chorus.errors import InputError, out_of_memory
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents, copy_sharing_storage
 from chorus.model.base import load_base
@@ -147,7 +147,9 @@ def measured_step(
     try:
         _two_steps(copy_sharing_storage(model), config, precision, machine, device)
         measured = peak_bytes(device)
-    except torch.cuda.OutOfMemoryError:
+    except Exception as error:
+        if out_of_memory(error) is None:
+            raise
         measured = OUT_OF_MEMORY
     gc.collect()  # module trees are cycles
     reset_peak(device)

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TextIO
 
-import torch
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from chorus.errors import InputError, RunError
+from chorus.errors import InputError, RunError, out_of_memory
 from chorus.planning.auto_agents import WAYS_OUT
 from chorus.planning.memory_forecast import in_words
 from chorus.planning.trial_run import ModeRun
@@ -83,9 +82,12 @@ class Report:
         except RunError as error:
             self.checks.append(Check(name, "FAIL", str(error)))
             raise Stopped from error
-        except torch.cuda.OutOfMemoryError as error:
+        except Exception as error:
+            found = out_of_memory(error)
+            if found is None:
+                raise
             self.is_alone = True
-            self.checks.append(Check(name, "FAIL", str(error).partition(". ")[0], f"make room: {WAYS_OUT}"))
+            self.checks.append(Check(name, "FAIL", f"out of memory: {found}", f"make room: {WAYS_OUT}"))
             raise Stopped from error
 
     def failures(self) -> list[Check]:

@@ -30,9 +30,10 @@ from chorus.model.base import check_base, check_positions, load_base, load_skele
 from chorus.model.execution import decide_execution, with_padding
 from chorus.monitoring.memory import memory_limit
 from chorus.monitoring.run_log import quiet_libraries
-from chorus.planning.auto_agents import WAYS_OUT, decide_num_agents, machine_of
+from chorus.planning.auto_agents import decide_num_agents, machine_of
 from chorus.planning.checks import Report, Stopped, mode_table, sample_view
-from chorus.planning.memory_forecast import GIB, Forecast, Machine, forecast, in_words
+from chorus.planning.memory_check import way_out
+from chorus.planning.memory_forecast import GIB, Forecast, forecast, in_words
 from chorus.planning.run_plan import Plan, Rows, place_of, plan, read_rows, sample_tokens
 from chorus.planning.trial_run import Loop, ModeRun, Setting, disagreement, rehearse
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator
@@ -43,13 +44,6 @@ SETTINGS = "settings agree"
 # Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of it.
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
 TOY_TOKENS = 256  # of a row, on a base that stands in for one that does not fit
-ROOM_TO_MAKE = (  # from the cheapest in time to the dearest
-    {"gradient_checkpointing": "selective"},
-    {"gradient_checkpointing": "full"},
-    {"parallel_mode": "sequential"},
-    {"parallel_mode": "sequential", "gradient_checkpointing": "full"},
-    {"parallel_mode": "sequential", "gradient_checkpointing": "full", "batch_size": 1},
-)
 
 
 def dry_run(config: Config, loop: Loop, report: Report) -> int:
@@ -216,7 +210,7 @@ def _check_memory(report: Report, config: RunConfig, precision: str, accelerator
     whole = min(gather_object([memory_limit(accelerator.device, 1.0)]))
     remedy = ""
     if told.peak > limit:
-        remedy = on_first_process(accelerator, lambda: _way_out(config, precision, machine_of(accelerator), limit))
+        remedy = on_first_process(accelerator, lambda: way_out(config, precision, machine_of(accelerator), limit))
     report.add(
         "memory",
         told.peak <= limit,
@@ -225,16 +219,6 @@ def _check_memory(report: Report, config: RunConfig, precision: str, accelerator
         remedy,
     )
     return told.peak <= whole
-
-
-def _way_out(config: RunConfig, precision: str, machine: Machine, limit: int) -> str:
-    """The first change that is enough, by forecast."""
-    for change in ROOM_TO_MAKE[machine.base_in_shards :]:  # shards do not go with selective
-        peak = forecast(config.model_copy(update=change), precision, machine).peak
-        if peak <= limit:
-            settings = " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
-            return f"{settings} needs {in_words(peak)}"
-    return f"{WAYS_OUT} are not enough by themselves; take a smaller base, fewer agents or a larger GPU"
 
 
 def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool) -> None:

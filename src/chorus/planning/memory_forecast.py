@@ -113,7 +113,7 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
 
     Args:
         precision: "no", "fp16" or "bf16": `mixed_precision` with "auto" already decided.
-        length: T of the longest batch; None is the longest that the configuration allows.
+        length: T of the longest batch, in training and evaluation; None is the longest that the configuration allows.
 
     Raises:
         InputError: no such model, or target modules, checkpointing or compilation that it does not have.
@@ -285,7 +285,7 @@ def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Mach
         with LiveBytes() as live:
             agents.agent_pass(0, _batch(rows, length))
         scoring = live.peak
-        ids_BT = torch.empty(rows, config.max_seq_length + config.max_new_tokens_eval, dtype=torch.int64, device="meta")
+        ids_BT = torch.empty(rows, length + 1 + config.max_new_tokens_eval, dtype=torch.int64, device="meta")
         with LiveBytes() as live, agents.trunk(0) as trunk:
             output = trunk(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
             cache = live.now - output.last_hidden_state.nbytes

@@ -25,6 +25,8 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
         self._received: float | None = None
+        self._number = 0
+        self._is_told = False
         self._group = None
         self._has_others = accelerator.num_processes > 1
         if self._has_others and torch.distributed.get_backend() != "gloo":
@@ -38,14 +40,17 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # torchrun passes on both of two signals, and sends one when another process has ended. None may take away the
         # last line and the exit code. SIG_IGN and no handler of Python's: Python removes those before it ends.
-        is_last = kind is not None and issubclass(kind, Preempted | RuntimeError)  # libraries raise it for a lost one
+        # Libraries raise RuntimeError for a lost process.
+        is_last = kind is not None and issubclass(kind, Preempted | RuntimeError | MemoryError)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
+        if self._received is not None and not self._is_told and kind is None:  # it came after the last step was saved
+            os.kill(os.getpid(), self._number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._received is None:
-            self._received = now
+            self._received, self._number = now, number
         elif now - self._received > ONE_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -59,9 +64,10 @@ class StopRequest:
 
     def is_agreed(self) -> bool:
         """Whether any process has received a signal: the same answer on all. A collective call."""
+        self._is_told = self._received is not None
         if not self._has_others:
-            return self._received is not None
-        received = torch.tensor([self._received is not None], dtype=torch.int32)
+            return self._is_told
+        received = torch.tensor([self._is_told], dtype=torch.int32)
         with span("communication"):
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(received)

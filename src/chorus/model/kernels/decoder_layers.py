@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chorus.config.execution import Recompute
-from chorus.errors import InputError, RunError
+from chorus.errors import InputError, RunError, out_of_memory
 from chorus.model.adapters import AdapterRouter
 from chorus.model.kernels.joined_linears import joining
 from chorus.model.kernels.lora_linear import ONE, SEVERAL
@@ -152,6 +152,8 @@ def _run(
             "set a larger pad_to_multiple_of, or compile to false"
         ) from error
     except (TorchDynamoException, InductorError) as error:
+        if out_of_memory(error) is not None:
+            raise
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         if not compilation.may_fall_back:
             raise RunError(

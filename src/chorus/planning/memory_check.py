@@ -1,0 +1,196 @@
+"""Whether a run fits into memory, told before the base is loaded; and what is said if memory runs out all the same."""
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from chorus.collectives import on_first_process
+from chorus.config import Config, RunConfig
+from chorus.data.batches import Sample
+from chorus.errors import InputError, OutOfMemory, Preempted, RunError, out_of_memory
+from chorus.monitoring.memory import memory_limit
+from chorus.planning.auto_agents import machine_of
+from chorus.planning.memory_forecast import Machine, forecast, in_words, longest_batch
+from chorus.progress import announced
+
+# From the cheapest in time to the dearest.
+ROOM_TO_MAKE: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": "selective"},
+    {"gradient_checkpointing": "full"},
+    {"parallel_mode": "sequential"},
+    {"parallel_mode": "sequential", "gradient_checkpointing": "full"},
+)
+NOTHING_HELPS = (
+    "gradient_checkpointing=full, parallel_mode=sequential and batch_size=1 are not enough by themselves; take a "
+    "smaller base, fewer agents, a smaller max_seq_length or a larger device"
+)
+
+
+@announced("forecasting the memory")
+def foresee_memory(
+    config: RunConfig,
+    precision: str,
+    accelerator: Accelerator,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample] = (),
+) -> tuple[int, str]:
+    """Forecast what the run takes of each device; a log level and one line for the log. A collective call.
+
+    Nothing is loaded for it. With `memory_check: off` the level is one that is never logged.
+
+    Args:
+        samples, held_out: the rows of training and evaluation. The longest decides, and a batch holds no more than all.
+
+    Raises:
+        InputError: with `memory_check: refuse`, where the forecast is more than what is free on some device.
+    """
+    if config.memory_check == "off":
+        return logging.NOTSET, ""
+    config = config.model_copy(update={"batch_size": max(1, min(config.batch_size, len(samples)))})
+    length = longest_of(config, [*samples, *held_out])
+    free = min(gather_object([memory_limit(accelerator.device, 1.0)]))
+    needs, phase, way = on_first_process(
+        accelerator,
+        partial(_forecast_and_way_out, config, precision, machine_of(accelerator), free, length),
+    )
+    device = accelerator.device.type
+    said = f"by forecast {phase} needs {in_words(needs)} of each process's {device}, and {in_words(free)} are free"
+    said += " on the fullest" if accelerator.num_processes > 1 else ""
+    if needs <= free:
+        return logging.INFO, f"memory: {said}"
+    if config.memory_check == "refuse":
+        raise InputError(
+            f"memory: {said}: it does not fit; {way} (memory_check=warn starts the run all the same, and "
+            "dry_run_sanity_check.py shows the forecast part by part)"
+        )
+    return logging.WARNING, f"memory: {said}: it may not fit; {way}"
+
+
+def longest_of(config: RunConfig, samples: Sequence[Sample]) -> int:
+    """T of the longest batch of these rows."""
+    if config.packing or not samples:
+        return longest_batch(config)
+    tokens = max(len(sample.ids) for sample in samples) - 1
+    return -(-tokens // config.pad_to_multiple_of) * config.pad_to_multiple_of
+
+
+def _forecast_and_way_out(
+    config: RunConfig, precision: str, machine: Machine, limit: int, length: int
+) -> tuple[int, str, str]:
+    """Bytes, in which phase they are needed, and what would make them fit ("" where they do)."""
+    log = logging.getLogger("chorus.model")
+    before = log.level
+    log.setLevel(logging.WARNING)  # its choices are said when the real base is loaded
+    told = forecast(config, precision, machine, length)
+    log.setLevel(before)
+    phase = "training" if told.training >= told.peak else "evaluation"
+    return told.peak, phase, "" if told.peak <= limit else way_out(config, precision, machine, limit, length)
+
+
+def way_out(config: RunConfig, precision: str, machine: Machine, limit: int, length: int | None = None) -> str:
+    """The first change of settings that is enough, by forecast, as one may type it; or that none is."""
+    for change in _changes(config, machine):
+        peak = forecast(config.model_copy(update=change), precision, machine, length).peak
+        if peak <= limit:
+            return f"{as_settings(change)} needs {in_words(peak)}"
+    return NOTHING_HELPS
+
+
+def _changes(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
+    """What may be enough. Smaller batches come with more of them in a step, which leaves its rows what they are."""
+    of_evaluation: dict[str, Any] = {}
+    if config.eval_samples and config.eval_batch_size > 1:
+        of_evaluation = {"eval_batch_size": 1}
+        yield of_evaluation
+    passes = ROOM_TO_MAKE[machine.base_in_shards :]  # shards do not go with selective
+    yield from passes
+    for parts in _parts(config.batch_size):
+        yield passes[-1] | split_batch(config, parts)
+    if of_evaluation:
+        yield passes[-1] | split_batch(config, config.batch_size) | of_evaluation
+
+
+def _parts(batch_size: int) -> Iterator[int]:
+    parts = 2
+    while batch_size % parts == 0 and parts < batch_size:
+        yield parts
+        parts *= 2
+    yield batch_size
+
+
+def split_batch(config: Config, parts: int) -> dict[str, Any]:
+    """The same rows in a step, in micro-batches smaller by a factor of `parts`, a divisor of the batch size."""
+    if parts == 1:
+        return {}
+    accumulation = config.gradient_accumulation_steps * parts
+    return {"batch_size": config.batch_size // parts, "gradient_accumulation_steps": accumulation}
+
+
+def as_settings(change: dict[str, Any]) -> str:
+    return " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+
+
+@contextmanager
+def memory_errors_named(config: Config) -> Iterator[None]:
+    """Raise OutOfMemory, one line with a remedy, where a GPU's or the host's memory runs out within."""
+    try:
+        yield
+    except (InputError, RunError, Preempted):
+        raise
+    except Exception as error:
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        place, phase = _where(error)
+        raise OutOfMemory(
+            f"process {os.environ.get('RANK', 0)}: out of memory in {phase}, at {place}: {found}; "
+            f"{_remedy(config, phase)}; resume_from_checkpoint=auto goes on from the last checkpoint, if there is one"
+        ) from error
+
+
+def _where(error: BaseException) -> tuple[str, str]:
+    """The innermost line of ours in the error's trace, and the phase of the run."""
+    frames = traceback.extract_tb(error.__traceback__)
+    names = {"/".join(Path(frame.filename).parts[-2:]) for frame in frames}
+    phase = "training"
+    if any(name.startswith("ensemble/") for name in names):
+        phase = "evaluation"
+    elif "model/base.py" in names:
+        phase = "loading the base"
+    elif any(frame.name == "_capture" and frame.filename.endswith("cuda_graphs.py") for frame in frames):
+        phase = "capturing a pass"
+    ours = [frame for frame in frames if _is_ours(frame.filename)]
+    place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"
+    return place, phase
+
+
+def _is_ours(file: str) -> bool:
+    return Path(file).is_relative_to(Path(__file__).parents[1]) or Path(file).name == "train.py"
+
+
+def _remedy(config: Config, phase: str) -> str:
+    """What would still make a difference to this configuration."""
+    if phase == "loading the base":
+        return "take a smaller base, mixed_precision=bf16, or end what else uses the device"
+    if phase == "evaluation":
+        smaller = f"set eval_batch_size={max(1, config.eval_batch_size // 4)}" if config.eval_batch_size > 1 else ""
+        return " or ".join(filter(None, [smaller, "lower max_new_tokens_eval", "leave it out with eval_samples=0"]))
+    changes: list[dict[str, Any]] = []
+    if phase == "capturing a pass":
+        changes.append({"cuda_graphs": False})
+    if config.recomputation != "full":
+        changes.append({"gradient_checkpointing": "full"})
+    if config.parallel_mode != "sequential":
+        changes.append({"parallel_mode": "sequential"})
+    if config.batch_size > 1:
+        changes.append(split_batch(config, next(_parts(config.batch_size))))
+    told = [as_settings(change) for change in changes]
+    return f"set {', or '.join(told)}" if told else "take a smaller max_seq_length, base or num_agents"

@@ -1,0 +1,112 @@
+"""What is said of memory before the base is loaded, and when it runs out."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from chorus.config import RunConfig
+from chorus.data.batches import Sample
+from chorus.ensemble.evaluate import HeldOut, evaluate
+from chorus.errors import InputError, OutOfMemory, RunError
+from chorus.planning import memory_check
+from chorus.planning.memory_check import foresee_memory, memory_errors_named, split_batch, way_out
+from chorus.planning.memory_forecast import Machine, forecast
+
+SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
+CPU = Machine("cpu")
+ROWS = [Sample(torch.zeros(length, dtype=torch.int64), torch.ones(length).bool()) for length in (40, 64, 10)]
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """As on a device on which so much is free."""
+    monkeypatch.setattr(memory_check, "memory_limit", lambda device, fraction: limit)
+
+
+def test_what_fits_is_said_in_one_line_with_what_is_free(accelerator: Accelerator):
+    level, line = foresee_memory(RunConfig(**SMALL), "no", accelerator, ROWS)
+    assert level == logging.INFO
+    assert line.startswith("memory: by forecast training needs ")
+    assert "are free" in line
+    assert "\n" not in line
+
+
+def test_what_does_not_fit_is_refused_with_settings_that_do(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch):
+    config = RunConfig(**SMALL)
+    limited(monkeypatch, forecast(config, "no", CPU).peak - 2**20)
+    with pytest.raises(InputError, match=r"it does not fit; gradient_checkpointing=selective needs .* GiB "):
+        foresee_memory(config, "no", accelerator, ROWS)
+    level, line = foresee_memory(config.model_copy(update={"memory_check": "warn"}), "no", accelerator, ROWS)
+    assert level == logging.WARNING
+    assert "it may not fit; gradient_checkpointing=selective needs " in line
+    monkeypatch.setattr(memory_check, "forecast", None)
+    assert foresee_memory(config.model_copy(update={"memory_check": "off"}), "no", accelerator, ROWS) == (0, "")
+
+
+def test_the_way_out_is_enough_by_forecast_and_takes_the_same_rows_a_step():
+    config, gpu = RunConfig(**SMALL | {"num_agents": 4, "lambda_sw": 0.0}), Machine("cuda")
+    change = {"parallel_mode": "sequential", "gradient_checkpointing": "full", **split_batch(config, 4)}
+    assert (change["batch_size"], change["gradient_accumulation_steps"]) == (2, 4)
+    limit = forecast(config.model_copy(update=change), "no", gpu).peak
+    told = way_out(config, "no", gpu, limit)
+    settings = dict(setting.split("=") for setting in told.partition(" needs ")[0].split())
+    assert settings == {key: str(value) for key, value in change.items()}
+    assert "are not enough by themselves" in way_out(config, "no", gpu, limit // 10)
+
+
+def test_where_evaluation_is_what_does_not_fit_a_smaller_batch_of_it_is_the_way_out():
+    config = RunConfig(**SMALL | {"eval_samples": 400, "eval_batch_size": 400, "max_new_tokens_eval": 300})
+    told = forecast(config, "no", Machine("cuda"))
+    assert told.peak > told.training
+    assert way_out(config, "no", Machine("cuda"), told.training).startswith("eval_batch_size=1 needs")
+
+
+# ---- it has run out ----
+
+
+class Greedy:
+    """Agents that ask for more than any host has."""
+
+    def __getattr__(self, name: str) -> Any:
+        return torch.empty(2**60)
+
+
+def test_the_line_names_what_was_asked_for_the_phase_and_what_would_help():
+    with pytest.raises(OutOfMemory) as in_training, memory_errors_named(RunConfig(**SMALL)):
+        torch.empty(2**60)
+    assert "out of memory in training, at " in str(in_training.value)
+    assert (
+        "4294967296.00 GiB asked for; set gradient_checkpointing=full, or parallel_mode=sequential, or batch_size=4 "
+        in (str(in_training.value))
+    )
+    held_out: Any = HeldOut.__new__(HeldOut, *[[]] * len(HeldOut._fields))
+    agents: Any = Greedy()
+    with pytest.raises(OutOfMemory) as in_evaluation, memory_errors_named(RunConfig(**SMALL | {"eval_batch_size": 16})):
+        evaluate(agents, held_out, None)
+    assert "out of memory in evaluation, at evaluate.py:" in str(in_evaluation.value)
+    assert "; set eval_batch_size=4 or lower max_new_tokens_eval or leave it out with eval_samples=0; " in (
+        str(in_evaluation.value)
+    )
+    assert "\n" not in str(in_training.value) + str(in_evaluation.value)
+
+
+def test_what_is_set_already_is_no_remedy():
+    lean = RunConfig(**SMALL | {"gradient_checkpointing": "full", "parallel_mode": "sequential", "batch_size": 1})
+    with pytest.raises(OutOfMemory, match=r"; take a smaller max_seq_length, base"), memory_errors_named(lean):
+        torch.empty(2**60)
+
+
+def test_a_batch_holds_no_more_rows_than_there_are(accelerator: Accelerator):
+    config = RunConfig(**SMALL | {"batch_size": 10**9})
+    assert foresee_memory(config, "no", accelerator, ROWS)[0] == logging.INFO
+
+
+@pytest.mark.parametrize(
+    "error", [RunError("agent 1"), InputError("key 'lr'"), RuntimeError("ours"), ValueError("ours")]
+)
+def test_other_errors_pass_as_they_are(error: Exception):
+    with pytest.raises(type(error)) as raised, memory_errors_named(RunConfig(**SMALL)):
+        raise error
+    assert raised.value is error
