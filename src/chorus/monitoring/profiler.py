@@ -145,6 +145,7 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
             if inner.name in total:
                 total[inner.name] += inner.own_seconds()
                 calls[inner.name] += 1
+    names = _sum_up_the_loss(names, total, calls)
     seconds = max(total["step"], 1e-12)
     rates = [len(warm), sum(step.tokens for step in warm) / seconds, sum(step.flops for step in warm) / seconds]
     per_call = [total[name] / max(calls[name], 1) for name in names]
@@ -173,6 +174,20 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
         "agent_tokens_per_second": float(all_PN[:, 1].sum()),
         "useful_tflops_per_process": float(all_PN[:, 2].mean()) / 1e12,
     }
+
+
+def _sum_up_the_loss(names: list[str], total: dict[str, float], calls: dict[str, int]) -> list[str]:
+    """Add `loss_calculation`, the sum of both losses, which become its details; the names, with it in their place."""
+    losses = [name for name in ("task_loss", "swd_loss") if name in names]
+    if not losses:
+        return names
+    total["loss_calculation"] = sum(total[name] for name in losses)
+    calls["loss_calculation"] = calls[losses[-1]]  # once a micro-batch; the task loss may be taken agent by agent
+    for name in losses:
+        total[f"loss_calculation.{name}"], calls[f"loss_calculation.{name}"] = total[name], calls[name]
+    place = names.index(losses[0])
+    new = ["loss_calculation", *(f"loss_calculation.{name}" for name in losses)]
+    return [*names[:place], *new, *(name for name in names[place:] if name not in losses)]
 
 
 def summary(report: Mapping[str, Any], step: int) -> list[str]:
