@@ -87,7 +87,7 @@ def test_a_row_that_fails_says_why_and_one_that_is_given_up_leaves_no_process_be
     assert "Traceback" in failed["log"]
     assert table.measured(both, [], seconds=1.0) is None
     launched = subprocess.Popen([*table.launcher(both), str(BENCHMARKS / "measure.py"), json.dumps(both), "/dev/null"])
-    wait_for(lambda: len(processes_of(tmp_path)) == 3, seconds=60)
+    wait_for(lambda: len(processes_of(tmp_path)) == 3)
     table.end(launched)
     assert processes_of(tmp_path) == []
 

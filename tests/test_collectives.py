@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import ROOT, ddp, environment, launch, train, wait_for, zero2
+from launching import PATIENCE_S, ROOT, ddp, environment, launch, train, wait_for, zero2
 
 from chorus import collectives
 from chorus.checkpoint.store import checkpoints, step_of, verify
@@ -189,9 +189,9 @@ def lose(command: list[str], where: str, act: str, folder: Path, timeout_s: int)
         )
         try:
             if act == "stop soon":  # the launcher waits half a minute for a process that it has asked to end
-                wait_for(lambda: "error: " in (folder / "log").read_text(), 300)
+                wait_for(lambda: "error: " in (folder / "log").read_text())
                 os.kill(int((folder / "lost").read_text()), signal.SIGKILL)
-            code = launcher.wait(timeout=300)
+            code = launcher.wait(timeout=PATIENCE_S)
         finally:
             if launcher.poll() is None:
                 os.killpg(launcher.pid, signal.SIGKILL)

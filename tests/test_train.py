@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import PLAIN, ROOT, ddp, environment, launch, processes_of, train, wait_for, zero2
+from launching import PATIENCE_S, PLAIN, ROOT, ddp, environment, launch, processes_of, train, wait_for, zero2
 from peft import PeftModel
 from preloaded import forked
 from preloaded import train as forked_train
@@ -248,7 +248,7 @@ def running(command: list[str], folder: Path, *settings: str) -> Iterator[subpro
         )
     metrics = folder / "run" / "metrics.jsonl"
     try:
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 120)
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
         yield process
     finally:
         for number in processes_of(folder):
@@ -260,8 +260,8 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
     with running(zero2(2), tmp_path, "num_workers=1") as process:
         assert len(processes_of(tmp_path)) >= 5  # launcher, two trainers, their workers
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-        assert process.wait(timeout=60) != 0
-        wait_for(lambda: not processes_of(tmp_path), 30)
+        assert process.wait(timeout=PATIENCE_S) != 0
+        wait_for(lambda: not processes_of(tmp_path))
 
 
 def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes_on(tmp_path: Path):
@@ -273,4 +273,4 @@ def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes
             assert f"error: key 'output_dir': {tmp_path}/run: another run is at work in it" in again.stderr
         metrics = tmp_path / "run" / "metrics.jsonl"
         rows = metrics.read_text().count("\n")
-        wait_for(lambda: metrics.read_text().count("\n") > rows, 30)
+        wait_for(lambda: metrics.read_text().count("\n") > rows)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, ddp, environment
+from launching import PATIENCE_S, ROOT, ddp, environment
 
 from chorus.checkpoint.store import checkpoints, step_of, verify
 
@@ -47,7 +47,7 @@ def run_on_a_disk_of(kib: int, folder: Path, command: list[str], *settings: str)
         env=environment(DISK=str(disk), KEPT=str(kept)),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -113,7 +113,7 @@ def run_with_small_files(command: list[str], output_dir: Path, *settings: str) -
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         check=False,
         preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (16_000, 16_000)),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, environment, zero2
+from launching import PATIENCE_S, ROOT, environment, zero2
 from preloaded import forked, train
 from safetensors.torch import load_file
 
@@ -79,7 +79,7 @@ def stop_after_some_steps(command: list[str], folder: Path, number: signal.Signa
             assert process.poll() is None, Path(log.name).read_text()[-3000:]
             time.sleep(0.02)
         process.send_signal(number)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=PATIENCE_S)
     return code, Path(log.name).read_text()
 
 

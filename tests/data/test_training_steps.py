@@ -12,7 +12,7 @@ from itertools import islice
 
 import pytest
 import torch
-from launching import HELPERS, wait_for
+from launching import HELPERS, PATIENCE_S, wait_for
 from samples import PAD, make_samples, training_steps
 
 from chorus.data.batches import Batch, Sample, StepBatch, epoch_order, step_rows, steps_per_epoch
@@ -139,7 +139,7 @@ def test_workers_end_with_an_iterator_that_is_left_early() -> None:
     assert len(list(islice(steps, 3))) == 3
     assert len(multiprocessing.active_children()) == 2
     del steps
-    wait_for(lambda: not multiprocessing.active_children(), seconds=30)
+    wait_for(lambda: not multiprocessing.active_children())
 
 
 TRAINER = """
@@ -175,7 +175,7 @@ def test_workers_outlive_a_signal_to_the_process_group(number: signal.Signals) -
     trainer, workers = start_trainer(str(int(number)))
     assert len(workers) == 2
     os.killpg(trainer.pid, number)
-    output, _ = trainer.communicate("go\ngo\n", timeout=60)
+    output, _ = trainer.communicate("go\ngo\n", timeout=PATIENCE_S)
     assert (trainer.returncode, output) == (0, "400\n")
 
 
@@ -184,4 +184,4 @@ def test_workers_end_when_their_trainer_is_killed() -> None:
     trainer, workers = start_trainer()
     os.killpg(trainer.pid, signal.SIGKILL)
     trainer.communicate()
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}/cmdline") for pid in workers), seconds=30)
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}/cmdline") for pid in workers))

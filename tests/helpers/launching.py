@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HELPERS = Path(__file__).parent
 BIN = Path(sys.executable).parent
+PATIENCE_S = 1800.0  # what has not come about by then hangs; on a busy machine a start alone takes minutes
 PLAIN = [str(BIN / "accelerate"), "launch", "train.py"]
 ZERO2 = [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_config.yaml", "--main_process_port", "0"]
 
@@ -30,7 +31,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def launch(command: Sequence[str], *settings: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def launch(command: Sequence[str], *settings: str, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, *settings], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -58,7 +59,7 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come about in time"

@@ -14,12 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launching import ROOT, environment
+from launching import PATIENCE_S, ROOT, environment
 from preloaded import Workers
 
 from chorus.checkpoint.store import HALF_DONE, checkpoints, step_of
-
-PATIENCE_S = 900.0  # a life that shows nothing for so long has failed
 
 
 class Plan(NamedTuple):

@@ -28,7 +28,7 @@ if __name__ == "__main__":
     sys.exit()
 
 import launching
-from launching import ROOT, environment, launch
+from launching import PATIENCE_S, ROOT, environment, launch
 from torch.distributed import TCPStore
 
 MODULES = ("train", "transformers.models.gemma2.modeling_gemma2", "deepspeed.runtime.zero.muon.muon_optimizer")
@@ -65,7 +65,7 @@ def environments_once(launcher: Sequence[str]) -> list[dict[str, str]]:
     return json.loads(file.read_text())
 
 
-def forked(command: Sequence[str], *settings: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def forked(command: Sequence[str], *settings: str, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     """As `launching.launch`, forked: the script that ends `command`. Its exit code is the first one that is not 0."""
     preload()
     with tempfile.TemporaryDirectory() as place:

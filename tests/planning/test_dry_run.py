@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launching import ROOT, ZERO2, environment
+from launching import PATIENCE_S, ROOT, ZERO2, environment
 from safetensors.torch import load_file, save_file
 
 import chorus.model.agents
@@ -30,7 +30,7 @@ SMALL = ("num_agents=3", "batch_size=2", "debug_subset_size=40", "eval_samples=8
 def started(command: list[str], *settings: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, "dry_run_sanity_check.py", "--json", *SMALL, *settings],
-        cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=600, check=False,
+        cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
 
 

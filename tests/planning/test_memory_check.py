@@ -17,7 +17,7 @@ from chorus.planning.memory_forecast import Machine, forecast
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
 CPU = Machine("cpu")
-ROWS = [Sample(torch.zeros(length, dtype=torch.int64), torch.ones(length).bool()) for length in (40, 64, 10)]
+ROWS = [Sample(torch.zeros(length, dtype=torch.int64), torch.ones(length).bool()) for length in [40, 64, 10] * 30]
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
@@ -34,8 +34,8 @@ def test_what_fits_is_said_in_one_line_with_what_is_free(accelerator: Accelerato
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch):
-    config = RunConfig(**SMALL)
-    limited(monkeypatch, forecast(config, "no", CPU).peak - 2**20)
+    config = RunConfig(**SMALL | {"batch_size": 64})
+    limited(monkeypatch, forecast(config, "no", CPU).peak - 100 * 2**20)  # more than this process grows meanwhile
     with pytest.raises(InputError, match=r"it does not fit; gradient_checkpointing=selective needs .* GiB "):
         foresee_memory(config, "no", accelerator, ROWS)
     level, line = foresee_memory(config.model_copy(update={"memory_check": "warn"}), "no", accelerator, ROWS)
