@@ -265,7 +265,8 @@ def test_a_file_that_is_no_text_is_refused(file: Path):
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
     missing = tmp_path / "missing.json"
-    assert refusal(missing) == f"key 'deepspeed_config_file': {missing} cannot be read: No such file or directory"
+    said = "cannot be read: No such file or directory; check the path, or set it to null"
+    assert refusal(missing) == f"key 'deepspeed_config_file': {missing} {said}"
     assert "Is a directory" in refusal(tmp_path)
 
 

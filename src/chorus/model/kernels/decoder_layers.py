@@ -70,7 +70,7 @@ def prepare_layers(
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for key, wanted, off in (
-        ("gradient_checkpointing", recompute != "none", "none"),
+        ("gradient_checkpointing", recompute != "none", "none, and use_gradient_checkpointing to null"),
         ("compile", compiled, "false"),
     ):
         if wanted and not layers:

@@ -172,7 +172,9 @@ def _read(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
-        raise InputError(f"key 'deepspeed_config_file': {path} cannot be read: {error.strerror}") from error
+        raise InputError(
+            f"key 'deepspeed_config_file': {path} cannot be read: {error.strerror}; check the path, or set it to null"
+        ) from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(settings, dict):
