@@ -75,5 +75,5 @@ def test_a_layer_more_or_less_is_named(run_folder: Path):
         del agents.layout.shapes[path]
     agents.layout._sizes = [shape.numel() for shape in agents.layout.shapes.values()]
     agents.agent_0.data = agents.agent_0.data[: sum(agents.layout._sizes)]
-    with pytest.raises(InputError, match="has, and this run has not,.*down_proj.*lora_target_modules"):
+    with pytest.raises(InputError, match=r"has, and this run has not,.*down_proj.*lora_target_modules"):
         start_from(agents, [folder])

@@ -194,7 +194,7 @@ def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a base of the same architecture and vocabulary with a few narrow layers of random weights, and its tokenizer.
+    """Write a base of the same architecture and vocabulary, with a few narrow random layers, and its tokenizer.
 
     Raises:
         InputError: no such model, or one with custom code.

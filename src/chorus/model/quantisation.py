@@ -68,7 +68,7 @@ def saved_quantisation(config: PretrainedConfig) -> Mapping[str, Any] | None:
 def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for a CPU's AVX-512, which it does at the first evaluation.
 
-    Its product with packed weights has no backward pass: training would go on with wrong gradients and without an error.
+    Its product with packed weights has no backward pass: training would go on with wrong gradients and no error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

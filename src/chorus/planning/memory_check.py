@@ -79,7 +79,7 @@ def longest_of(config: RunConfig, samples: Sequence[Sample]) -> int:
     if config.packing or not samples:
         return longest_batch(config)
     tokens = max(len(sample.ids) for sample in samples) - 1
-    return -(-tokens // config.pad_to_multiple_of) * config.pad_to_multiple_of
+    return -(-tokens // config.padding) * config.padding
 
 
 def _forecast_and_way_out(
