@@ -26,6 +26,7 @@ def test_initial_adapters_are_pefts_own_and_differ_between_agents(dtype: torch.d
         for identity, tensor in agents.items():
             if identity.agent == agent:
                 assert torch.equal(tensor, stock[f"{identity.path}.lora_{identity.matrix}.default.weight"])
+                assert tensor.dtype == torch.float32
                 assert bool(tensor.any()) == (identity.matrix == "A")
                 if identity.matrix == "A":
                     assert not torch.equal(tensor, agents[identity._replace(agent=(agent + 1) % 3)])
