@@ -81,7 +81,10 @@ def test_a_key_that_makes_another_run_is_refused_with_both_values(key: str, tmp_
     with pytest.raises(InputError) as caught:
         find_start(config, run_of(config, accelerator), accelerator)
     line = str(caught.value)
-    assert line.startswith(f"key '{key}' is {getattr(config, key)}, but {getattr(old, key)} in {folder}; "), line
+    values = [str(getattr(each, key)) for each in (config, old)]
+    ours, theirs = (value if "\n" not in value else repr(value) for value in values)
+    assert line.startswith(f"key '{key}' is {ours}, but {theirs} in {folder}; "), line
+    assert "\n" not in line
     assert "resume_from_checkpoint=null" in line
 
 

@@ -207,11 +207,18 @@ def _ways_out(config: Config) -> str:
     return start_over if config.resume_from_checkpoint != "auto" else f"{start_over} or another output_dir"
 
 
+def _shown(value: object) -> str:
+    """A value of the configuration on one line: text with line breaks in it is quoted."""
+    text = str(value)
+    return (text if text.isprintable() else repr(text))[:200]
+
+
 def refuse_another_run(saved: StateFile, config: Config, run: Mapping[str, Any], folder: Path) -> None:
     """Raise InputError where the checkpoint is not of this run: it names the key, both values and the remedy."""
 
     def refuse(what: str, ours: object, theirs: object) -> None:
-        raise InputError(f"{what} is {ours}, but {theirs} in {folder}; set it back, or {_ways_out(config)}")
+        way_out = f"set it back, or {_ways_out(config)}"
+        raise InputError(f"{what} is {_shown(ours)}, but {_shown(theirs)} in {folder}; {way_out}")
 
     old = saved.config.values()
     for key, ours in config.model_dump().items():
@@ -252,7 +259,7 @@ def _refuse_other_fingerprint(
     }[name]
     raise InputError(
         f"key '{key}': {getattr(config, key)}: {what} from that of {folder}, trained with "
-        f"{getattr(saved.config, key)}; restore it, or {_ways_out(config)}"
+        f"{_shown(getattr(saved.config, key))}; restore it, or {_ways_out(config)}"
     )
 
 

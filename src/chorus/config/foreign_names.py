@@ -152,18 +152,10 @@ FOREIGN_NAMES: dict[str, Answer] = {
         *("overwrite_output_dir", "overwrite"),
         note="null is a fresh start, and an earlier run in output_dir steps aside",
     ),
+    **_same("report_to", "logger", "use_wandb", "metric_logger", "log_with", note="such as report_to=[wandb]"),
     **_none(
-        "metrics are in output_dir/metrics.jsonl and, where tensorboard is installed, go to it; leave it out",
-        *(
-            "report_to",
-            "logger",
-            "use_wandb",
-            "wandb_project",
-            "wandb_name",
-            "run_name",
-            "logging_dir",
-            "metric_logger",
-        ),
+        "trackers read their own environment variables, such as WANDB_PROJECT; leave it out",
+        *("wandb_project", "wandb_name", "wandb_entity", "run_name", "logging_dir"),
     ),
     **_none(
         "nothing is uploaded; output_dir/agents holds ordinary PEFT folders; leave it out",
