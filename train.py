@@ -34,7 +34,7 @@ from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
 from chorus.data.batches import StepBatch, steps_per_epoch, tokenise, training_steps
 from chorus.data.sources import read_problems
-from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share
+from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share, refuse_non_finite_answers
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents
 from chorus.model.base import check_base, check_positions, load_base, load_skeleton, load_tokenizer
@@ -80,8 +80,8 @@ def main(config: Config) -> None:
         accelerator.end_training()
         return
     initial = initial_folders(config)
-    output_dir = prepare_output_dir(config.output_dir, accelerator, begin.in_place)
     with ExitStack() as at_exit:
+        output_dir = at_exit.enter_context(prepare_output_dir(config.output_dir, accelerator, begin))
         run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to)))
         begin.log()
         if agents_note:
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
         run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
-        refuse_another_base(begin, run)
+        refuse_another_base(begin, run, config)
         agents = build_agents(
             config.parallel_mode,
             model,
@@ -136,6 +136,8 @@ def main(config: Config) -> None:
         gc.freeze()  # the agents last, too
         checkpointer = Checkpointer(output_dir, config, run)
         train(engine, steps, begin.step, num_steps, config, checkpointer, run_log, begin.skips_in_a_row)
+        with engine.unsharded():
+            refuse_non_finite_answers(agents, samples[: config.batch_size])
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
         with engine.unsharded():
             after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)

@@ -71,8 +71,8 @@ def main() -> None:
         verifies: list[float] = []
         reads: list[float] = []
         for _ in range(10):
-            facts = timed(verify, verifies)(last)
-            timed(read_tensors, reads)(last, facts["optimizer_step"])
+            saved = timed(verify, verifies)(last)
+            timed(read_tensors, reads)(last, saved.optimizer_step)
         num_syncs = len(syncs) // len(saves)
         without, with_saves = (step_ms(folder) for folder in folders.values())
     print(f"a checkpoint of {size:,} bytes ({export.ADAPTER_FILE} of each agent, optimizer.safetensors and the rest)")

@@ -245,7 +245,7 @@ def test_a_run_that_loses_a_process_ends_and_goes_on_from_its_last_checkpoint(
     expected = f"did not answer within {timeout_s} s" if "stop" in act else "has ended"
     assert line.startswith(f"error: process {survivor}: another process {expected}"), line
     announced = [2] if where == "save" else [4, 2]
-    assert [verify(folder)["step"] for folder in checkpoints(tmp_path / "run")] == announced
+    assert [verify(folder).step for folder in checkpoints(tmp_path / "run")] == announced
     if request.node.get_closest_marker("slow") is not None:
         rows = train(COMMANDS[engine], tmp_path / "run", *LOST)
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import pytest
 from launching import BIN, ROOT, environment, processes_of, wait_for
 
-from chorus.checkpoint.store import MANIFEST, checkpoints, step_of
+from chorus.checkpoint.manifest import MANIFEST
+from chorus.checkpoint.store import checkpoints, step_of
 
 pytestmark = pytest.mark.launch
 PATIENCE = 300.0  # seconds, for a machine with other work
@@ -138,7 +139,7 @@ def test_two_hosts_lose_one_go_on_together_and_are_the_run_of_one_host_bit_by_bi
         stop_a_trainer(tmp_path / "again" / "1")  # both hosts end, at one step, though one alone was told
         assert all(launcher.wait(PATIENCE) != 0 for launcher in launchers)
     said = (two / "train.log").read_text()
-    assert f"going on from {two}/checkpoints/step_{lost_at:06d}" in said
+    assert f"resuming from {two}/checkpoints/step_{lost_at:06d}" in said
     assert said.count("DeepSpeed ZeRO-2 is active: 2 process(es)") == 2
     num_steps = newest(two)
     assert f"stopped and saved after step {num_steps}" in (tmp_path / "again" / "0.log").read_text()

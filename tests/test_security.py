@@ -1,6 +1,5 @@
 """No file that a run reads can run code in it, and a run without a network asks for none."""
 
-import json
 import os
 import pickle
 import re
@@ -17,8 +16,8 @@ from runs import config_of, run_of, save_run
 from saving import save
 from toy import tiny_gemma, toy_agents
 
-from chorus.checkpoint import store
 from chorus.checkpoint.export import save_ensemble
+from chorus.checkpoint.manifest import write_manifest
 from chorus.checkpoint.resume import find_start
 from chorus.checkpoint.store import read_tensors, verify
 from chorus.config import Config
@@ -88,11 +87,10 @@ def test_a_resume_runs_no_code_whatever_its_files_hold(tmp_path: Path, bomb: byt
         kept = file.read_bytes(), (folder / "MANIFEST.json").read_bytes()
         file.write_bytes(bomb)
         if file.name != "MANIFEST.json":
-            of_all = json.loads(kept[1])["files"]
-            (folder / "MANIFEST.json").write_text(store._manifest(folder, list(of_all)))
+            write_manifest(folder, num_agents=2)
         if file.name != "adapter_config.json":  # nothing of it is read
             with pytest.raises(Exception):  # noqa: B017, PT011
-                read_tensors(folder, verify(folder)["optimizer_step"])
+                read_tensors(folder, verify(folder).optimizer_step)
         file.write_bytes(kept[0])
         (folder / "MANIFEST.json").write_bytes(kept[1])
     assert not (tmp_path / "marker").exists()
@@ -106,7 +104,7 @@ def test_a_resume_reads_no_file_of_other_tools_beside_its_own(tmp_path: Path, ac
             (place / name).write_bytes(bomb)
     begin = find_start(config, run_of(config, accelerator), accelerator)
     assert begin.folder == folder
-    read_tensors(folder, begin.facts["optimizer_step"])
+    read_tensors(folder, verify(folder).optimizer_step)
     assert not (tmp_path / "marker").exists()
 
 

@@ -229,8 +229,8 @@ def test_non_finite_losses_are_skipped_and_then_end_the_run_with_agents_step_and
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [0, 3, 3, 3]
     assert rows[-1]["task_loss_per_agent"] == [None] * 3
-    facts = verify(run / "checkpoints" / "step_000004")
-    assert (facts["optimizer_step"], facts["skips_in_a_row"]) == (1, 3)
+    saved = verify(run / "checkpoints" / "step_000004")
+    assert (saved.optimizer_step, saved.skips_in_a_row) == (1, 3)
     assert not (run / "agents").exists()
 
 

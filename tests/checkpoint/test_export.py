@@ -1,6 +1,7 @@
 """What a run leaves: agents that stock PEFT reads, and what stands beside them."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from folders import contents
+from launching import launch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -281,7 +283,7 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_number_that_is_none_is_refused_with_agent_and_tensor(value: float):
+def test_a_tensor_that_is_not_finite_is_refused_with_agent_and_tensor(value: float):
     tensors = values(toy_agents("parallel"))
     refuse_non_finite(tensors)
     identity = [identity for identity in tensors if identity.agent == 2][5]
@@ -294,3 +296,27 @@ def test_a_number_that_is_none_is_refused_with_agent_and_tensor(value: float):
     assert identity.path in message
     assert f"({identity.matrix})" in message
     assert "\n" not in message
+
+
+# ---- what is not finite ----
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_of_the_mixture_that_is_not_finite_is_refused(tmp_path: Path, weight: float):
+    tensors = values(toy_agents("parallel"))
+    with pytest.raises(RunError, match=f"agent 1: its weight in the mixture is {weight}"):
+        save_ensemble(tmp_path, tensors, [0.5, weight, 0.5], CONFIG, {})
+    with pytest.raises(RunError, match="agent 1: its weight"):
+        write_ensemble(tmp_path, [0.5, weight, 0.5], CONFIG, {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.launch
+def test_agents_whose_answers_are_not_finite_are_not_exported(tmp_path: Path):
+    """Their weights are finite, and too large for any forward pass."""
+    few = ("num_agents=2", "batch_size=4", "debug_subset_size=20", "eval_samples=0")
+    ended = launch([sys.executable, "train.py"], *few, "lr=1e30", "max_train_steps=6", f"output_dir={tmp_path / 'run'}")
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: agents 0, 1: the loss on training rows is not finite"), ended.stderr[-2000:]
+    assert ended.returncode == 3
+    assert not {"agents", "ensemble.json"} & {path.name for path in (tmp_path / "run").iterdir()}

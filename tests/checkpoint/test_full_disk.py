@@ -80,7 +80,7 @@ def test_a_disk_full_at_a_later_save_leaves_the_earlier_checkpoint_and_every_pro
         assert_says_the_bytes(line, "run/checkpoints/step_000004 could not", MOMENTS_AND_WEIGHTS)
         assert "earlier checkpoints are whole" in line
     (left,) = checkpoints(tmp_path / "kept" / "run")
-    assert verify(left)["step"] == 2
+    assert verify(left).step == 2
 
 
 def test_a_disk_full_in_the_export_leaves_the_last_checkpoint_and_no_agents(tmp_path: Path):
@@ -90,7 +90,7 @@ def test_a_disk_full_in_the_export_leaves_the_last_checkpoint_and_no_agents(tmp_
     (line,) = errors_of(result)
     assert_says_the_bytes(line, "run/agents could not", MOMENTS_AND_WEIGHTS // 3)
     (left,) = checkpoints(tmp_path / "kept" / "run")
-    assert verify(left)["step"] == 2
+    assert verify(left).step == 2
     assert not (tmp_path / "kept" / "run" / "agents").exists()
 
 
@@ -141,4 +141,4 @@ def test_a_log_line_beside_the_steps_that_the_disk_refuses_ends_every_process_al
     assert_all_are_out_with_code_3(result)
     for line in errors_of(result):
         assert_says_the_bytes(line, f"{log} could not")
-    assert [verify(folder)["step"] for folder in checkpoints(run)] == [2]
+    assert [verify(folder).step for folder in checkpoints(run)] == [2]

@@ -123,8 +123,8 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
     file.write_bytes(content)
     end_of_damaged = Life(run, Pace())
     assert end_of_damaged.until(None) == 0, said(run)[-3000:]
-    assert f"{file}: is not as it was written (size or SHA-256 differs); the checkpoint is passed over" in said(run)
-    assert f"going on from {before}, after {STEPS - 1} of {STEPS} steps" in end_of_damaged.said()
+    assert f"{file}: is not as it was written (size or SHA-256 differs); this checkpoint is passed over" in said(run)
+    assert f"resuming from {before}, after {STEPS - 1} of {STEPS} steps" in end_of_damaged.said()
     assert (newest.parent / "set_aside" / newest.name).is_dir()
     assert digest_of_end(run.folder) == truth("python").end
 

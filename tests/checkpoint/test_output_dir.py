@@ -1,6 +1,11 @@
-"""The folder that a run is given: made, shared, set aside or refused."""
+"""The folder of a run: made, shared, taken by one run alone, emptied or refused."""
 
+import multiprocessing
 import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +15,41 @@ from folders import contents
 
 from chorus import collectives
 from chorus.checkpoint import output_dir
-from chorus.checkpoint.output_dir import prepare_output_dir
+from chorus.checkpoint.output_dir import LOCK_FILE, prepare_output_dir, refuse_taken
+from chorus.checkpoint.resume import Start
 from chorus.errors import InputError
 
 
-def refusal(name: str, accelerator: Accelerator) -> str:
+def taken(name: str, accelerator: Any, begin: Start | None = None) -> Path:
+    """Take the folder and, at the end of the run, leave it."""
+    with prepare_output_dir(name, accelerator, begin) as folder:
+        return folder
+
+
+def content(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def without_lock(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if Path(name).name != LOCK_FILE}
+
+
+def refusal(name: str, accelerator: Accelerator, begin: Start | None = None) -> str:
     with pytest.raises(InputError) as error:
-        prepare_output_dir(name, accelerator)
+        taken(name, accelerator, begin)
     assert str(error.value).startswith(f"key 'output_dir': {name}: ")
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_new_output_folder_is_made_with_its_parents(tmp_path: Path, accelerator: Accelerator):
-    folder = prepare_output_dir(str(tmp_path / "runs" / "of" / "today"), accelerator)
-    assert folder.is_dir()
-    assert not list(folder.iterdir())
+    folder = taken(str(tmp_path / "runs" / "of" / "today"), accelerator)
+    assert content(folder) == [LOCK_FILE]
 
 
 def test_an_empty_output_folder_is_used_as_it_is(tmp_path: Path, accelerator: Accelerator):
     (tmp_path / "run").mkdir()
-    prepare_output_dir(str(tmp_path / "run"), accelerator)
+    taken(str(tmp_path / "run"), accelerator)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -40,10 +59,10 @@ def test_earlier_runs_step_aside_and_nothing_is_lost(
 ):
     name = str(tmp_path / "run")
     for number in range(4):
-        folder = prepare_output_dir(name + slash, accelerator)
-        assert not list(folder.iterdir())
+        folder = taken(name + slash, accelerator)
+        assert content(folder) == [LOCK_FILE]
         (folder / "metrics.jsonl").write_text(f"run {number}")
-    assert contents(tmp_path) == {
+    assert without_lock(tmp_path) == {
         "run/metrics.jsonl": b"run 3",
         "run.1/metrics.jsonl": b"run 0",
         "run.2/metrics.jsonl": b"run 1",
@@ -57,8 +76,8 @@ def test_a_number_that_is_taken_is_passed_over(tmp_path: Path, accelerator: Acce
     for name in ("run", "run.1", "run.3"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(name)
-    prepare_output_dir(str(tmp_path / "run"), accelerator)
-    assert contents(tmp_path) == {
+    taken(str(tmp_path / "run"), accelerator)
+    assert without_lock(tmp_path) == {
         "run.1/metrics.jsonl": b"run.1",
         "run.2/metrics.jsonl": b"run",
         "run.3/metrics.jsonl": b"run.3",
@@ -79,7 +98,7 @@ def test_only_the_first_process_moves_and_makes_the_folder(tmp_path: Path, monke
     for name in ("metrics.jsonl", "token"):
         (tmp_path / "run" / name).write_text("")
     process: Any = SecondProcess(monkeypatch, tmp_path / "run" / "token")
-    assert prepare_output_dir(str(tmp_path / "run"), process) == tmp_path / "run"
+    assert taken(str(tmp_path / "run"), process) == tmp_path / "run"
     assert contents(tmp_path) == {"run/metrics.jsonl": b"", "run/token": b""}
 
 
@@ -100,7 +119,7 @@ def test_a_file_in_the_way_is_refused_and_named(tmp_path: Path, accelerator: Acc
 def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path, accelerator: Accelerator):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "file").write_text("kept")
-    assert "no run's" in refusal(str(tmp_path / "src"), accelerator)
+    assert "it holds 'file', and is not the folder of a run; " in refusal(str(tmp_path / "src"), accelerator)
     assert contents(tmp_path) == {"src/file": b"kept"}
 
 
@@ -129,3 +148,152 @@ def test_a_folder_that_cannot_step_aside_is_refused(
     monkeypatch.chdir(here)
     refusal(name, accelerator)
     assert contents(tmp_path) == {"here/file": b"kept"}
+
+
+# ---- one run, one folder ----
+
+
+def hold(folder: Path, accelerator: Accelerator, barrier: Any, outcomes: Any) -> None:
+    """In a process of its own: take the folder once all others are there, and keep it until the process is killed."""
+    barrier.wait(60)
+    try:
+        with prepare_output_dir(str(folder), accelerator):
+            outcomes.put("taken")
+            signal.pause()
+    except InputError as error:
+        outcomes.put(str(error))
+
+
+@contextmanager
+def at_work(folder: Path, accelerator: Accelerator, count: int = 1) -> Iterator[tuple[list[Any], list[str]]]:
+    """So many processes that try to take the folder at the same instant, and what has become of each."""
+    fork = multiprocessing.get_context("fork")
+    barrier, outcomes = fork.Barrier(count), fork.Queue()
+    others = [fork.Process(target=hold, args=(folder, accelerator, barrier, outcomes)) for _ in range(count)]
+    for other in others:
+        other.start()
+    try:
+        yield others, [outcomes.get(timeout=60) for _ in others]
+    finally:
+        for other in others:
+            other.kill()
+            other.join()
+
+
+def test_a_folder_of_a_run_at_work_is_refused_by_every_way_to_it_and_nothing_in_it_changes(
+    tmp_path: Path, accelerator: Accelerator
+):
+    run, link = tmp_path / "run", tmp_path / "link"
+    link.symlink_to(run)
+    with at_work(run, accelerator) as ([other], outcomes):
+        assert outcomes == ["taken"]
+        (run / "metrics.jsonl").write_text("rows")
+        before = contents(tmp_path)
+        for name in (run, link, run / "." / ".." / "run"):
+            message = refusal(str(name), accelerator)
+            assert f"another run is at work in it (process {other.pid} on " in message
+            with pytest.raises(InputError, match="at work"):
+                refuse_taken(name)
+        with pytest.raises(InputError, match="at work"):
+            taken(str(run), accelerator, Start(in_place=True))
+        assert contents(tmp_path) == before
+        other.kill()
+        other.join()
+        refuse_taken(run)
+        taken(str(run), accelerator)
+    assert without_lock(tmp_path) == {"run.1/metrics.jsonl": b"rows"}
+
+
+def test_of_processes_that_take_a_folder_at_the_same_instant_one_gets_it(tmp_path: Path, accelerator: Accelerator):
+    for number in range(10):
+        folder = tmp_path / str(number) / "run"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("rows")
+        with at_work(folder, accelerator, count=4) as (_, outcomes):
+            assert outcomes.count("taken") == 1
+            assert sum("another run is at work in it" in outcome for outcome in outcomes) == 3
+        assert without_lock(folder.parent) == {"run.1/metrics.jsonl": b"rows"}
+
+
+def test_a_folder_that_changed_since_the_start_was_found_is_refused(tmp_path: Path, accelerator: Accelerator):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_000003").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("rows")
+    message = refusal(str(run), accelerator, Start(seen=("step_000002",)))
+    assert message.endswith("another run has changed its checkpoints a moment ago; start this run again")
+    taken(str(run), accelerator, Start(seen=("step_000003",)))
+    assert (tmp_path / "run.1" / "checkpoints" / "step_000003").is_dir()
+
+
+# ---- links, mount points and what is not a run's ----
+
+
+def test_a_link_stays_and_what_lies_behind_it_is_moved_on_its_own_disk(tmp_path: Path, accelerator: Accelerator):
+    disk, link = tmp_path / "disk" / "run", tmp_path / "link"
+    disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    (disk / "metrics.jsonl").write_text("rows")
+    assert taken(str(link), accelerator) == link
+    assert link.is_symlink()
+    assert content(disk) == [LOCK_FILE]
+    assert without_lock(tmp_path / "disk") == {"run.1/metrics.jsonl": b"rows"}
+
+
+def test_where_nothing_can_be_made_beside_the_folder_earlier_runs_are_kept_in_it(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
+    """A mount point is such a folder: beside it is another disk. Nothing can be made beside a name of full length."""
+    run = tmp_path / ("r" * 255)
+    run.mkdir()
+    for number in range(2):
+        (run / "metrics.jsonl").write_text(f"run {number}")
+        taken(str(run), accelerator)
+    assert without_lock(run) == {"earlier.1/metrics.jsonl": b"run 0", "earlier.2/metrics.jsonl": b"run 1"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_mount_point_stays_and_keeps_earlier_runs(tmp_path: Path, accelerator: Accelerator):
+    run = tmp_path / "run"
+    run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(run)], capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        (run / "metrics.jsonl").write_text("rows")
+        taken(str(run), accelerator)
+        assert without_lock(run) == {"earlier.1/metrics.jsonl": b"rows"}
+        assert content(tmp_path) == ["run"]
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+
+
+def test_files_of_systems_and_editors_do_not_count(tmp_path: Path, accelerator: Accelerator):
+    run = tmp_path / "run"
+    (run / "lost+found").mkdir(parents=True)
+    for name in (".DS_Store", "._x", ".notes.swp", "notes~", ".nfs0001", "Thumbs.db"):
+        (run / name).write_text("")
+    before = content(run)
+    taken(str(run), accelerator)
+    assert content(run) == sorted([*before, LOCK_FILE])
+    assert content(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_a_lock_file_that_is_not_a_plain_file_is_refused_and_not_waited_for(
+    tmp_path: Path, accelerator: Accelerator, kind: str
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = run / LOCK_FILE
+    make = {"fifo": os.mkfifo, "link": lambda path: path.symlink_to("/dev/full"), "folder": Path.mkdir}
+    make[kind](lock)
+    refusal(str(run), accelerator)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])
+def test_a_run_is_not_resumed_where_a_file_of_it_is_a_device_or_a_fifo(
+    tmp_path: Path, accelerator: Accelerator, name: str
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    os.mkfifo(run / name)
+    assert f"{name} is not a plain file" in refusal(str(run), accelerator, Start(in_place=True))

@@ -1,10 +1,10 @@
 """Where a run begins, and what may differ from its checkpoint; test_resumed_runs.py has how it goes on."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accelerate import Accelerator
+from key_values import other_value
 from runs import ROWS, config_of, run_of, save_run
 from saving import state_of
 from toy import tiny_gemma
@@ -20,14 +20,6 @@ from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
 from chorus.data.sources import Problem
 from chorus.errors import InputError
-
-MUST_EQUAL = [
-    *("num_agents", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "initialize_adapters_rand"),
-    *("dropconnect_p", "lambda_sw", "swd_num_projections", "swd_representation", "swd_points_per_row"),
-    *("prompt_template", "completion_template", "max_seq_length", "validation_split", "shuffle", "max_train_steps"),
-    *("lr", "weight_decay", "lr_scheduler_type", "num_warmup_steps_ratio", "max_grad_norm", "seed"),
-]
-
 
 # ---- which checkpoint ----
 
@@ -66,7 +58,9 @@ def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(tmp_path: Path, 
         find_start(named, run_of(named, accelerator), accelerator)
     for other in (tmp_path, tmp_path / "nothing", tmp_path / ("x" * 300)):
         config = config_of(tmp_path, resume_from_checkpoint=str(other))
-        with pytest.raises(InputError, match=r"'resume_from_checkpoint': .* is no checkpoint; name a folder such as"):
+        with pytest.raises(
+            InputError, match=r"'resume_from_checkpoint': .* is not a checkpoint; name a folder such as"
+        ):
             find_start(config, run_of(config, accelerator), accelerator)
 
 
@@ -79,25 +73,6 @@ def test_a_checkpoint_of_another_folder_is_not_gone_on_with_in_place(tmp_path: P
 # ---- what may change ----
 
 
-OTHER_VALUES = {
-    **{"lora_target_modules": ["q_proj"], "swd_representation": "mean", "prompt_template": "Q: {question}"},
-    **{"completion_template": "{answer}", "lr_scheduler_type": "cosine", "parallel_mode": "sequential"},
-    **{"attn_implementation": "eager", "use_deepspeed": False, "deepspeed_config_file": None},
-    **{"dirichlet_alpha_aggregator": 2.0, "save_total_limit": 7, "agents_per_pass": 1},
-    **{"compile": False, "cuda_graphs": False, "gradient_checkpointing": "selective"},
-    **{"use_gradient_checkpointing": None},
-}
-
-
-def other_value(key: str) -> Any:
-    if key in OTHER_VALUES:
-        return OTHER_VALUES[key]
-    value = getattr(Config(), key)
-    if isinstance(value, bool):
-        return not value
-    return value / 2 + 0.25 if isinstance(value, float) else value + 1
-
-
 @pytest.mark.parametrize("key", [key for key in Config.model_fields if on_resume(key) is OnResume.MUST_EQUAL])
 def test_a_key_that_makes_another_run_is_refused_with_both_values(key: str, tmp_path: Path, accelerator: Accelerator):
     old = config_of(tmp_path)
@@ -106,7 +81,10 @@ def test_a_key_that_makes_another_run_is_refused_with_both_values(key: str, tmp_
     with pytest.raises(InputError) as caught:
         find_start(config, run_of(config, accelerator), accelerator)
     line = str(caught.value)
-    assert line.startswith(f"key '{key}' is {getattr(config, key)}, but {getattr(old, key)} in {folder}; "), line
+    values = [str(getattr(each, key)) for each in (config, old)]
+    ours, theirs = (value if "\n" not in value else repr(value) for value in values)
+    assert line.startswith(f"key '{key}' is {ours}, but {theirs} in {folder}; "), line
+    assert "\n" not in line
     assert "resume_from_checkpoint=null" in line
 
 
@@ -183,7 +161,7 @@ def test_another_base_is_named(tmp_path: Path, accelerator: Accelerator):
     facts["fingerprints"]["base"] = base_fingerprint(tiny_gemma())
     write_checkpoint(tmp_path, state_of(1.0), {"format": 1, "step": 1, "optimizer_step": 1, **facts}, config)
     begin = find_start(config, facts, accelerator)
-    refuse_another_base(begin, facts)
+    refuse_another_base(begin, facts, config)
     assert base_fingerprint(tiny_gemma()) == base_fingerprint(tiny_gemma())
     trained, other_cap = tiny_gemma(), tiny_gemma()
     for parameter in trained.parameters():
@@ -192,4 +170,4 @@ def test_another_base_is_named(tmp_path: Path, accelerator: Accelerator):
     for model in (trained, other_cap, tiny_gemma(seed=1)):
         run = {**facts, "fingerprints": {**facts["fingerprints"], "base": base_fingerprint(model)}}
         with pytest.raises(InputError, match="'model_name': assets/tiny-gemma-2: its weights or architecture differ"):
-            refuse_another_base(begin, run)
+            refuse_another_base(begin, run, config)

@@ -102,7 +102,7 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(
     with (folder / "metrics.jsonl").open("a") as metrics:  # as a kill leaves it: later rows, the last one cut short
         metrics.write(json.dumps({"step": step + 1, "loss": 0.0}) + '\n{"step": ')
     train(command, folder, *SETTINGS, *settings)
-    assert f"going on from {newest}" in (folder / "train.log").read_text()
+    assert f"resuming from {newest}" in (folder / "train.log").read_text()
     assert_bitwise(uninterrupted(kind), folder)
 
 

@@ -15,13 +15,13 @@ from toy import toy_agents, toy_batch
 from chorus.checkpoint import export, store
 from chorus.checkpoint.store import (
     Checkpointer,
-    Damaged,
     checkpoints,
     read_tensors,
     set_aside_later,
     verify,
     write_checkpoint,
 )
+from chorus.checkpoint.untrusted_files import Damaged
 from chorus.config import Config
 from chorus.errors import InputError, RunError
 from chorus.training.engine import start_engine
@@ -29,10 +29,10 @@ from chorus.training.state import MOMENTS
 
 
 def assert_holds(folder: Path, step: int) -> None:
-    facts = verify(folder)
-    state = read_tensors(folder, facts["optimizer_step"])
+    saved = verify(folder)
+    state = read_tensors(folder, saved.optimizer_step)
     expected = state_of(float(step))
-    assert facts["step"] == state.optimizer_step == step
+    assert saved.step == state.optimizer_step == step
     pairs = [(state.weights, expected.weights), *((state.moments[m], expected.moments[m]) for m in MOMENTS)]
     for ours, theirs in pairs:
         assert ours.keys() == theirs.keys()
@@ -72,7 +72,7 @@ def test_it_holds_12_bytes_for_each_trainable_number_and_nothing_of_the_base(tmp
     assert len(agents.frozen_tensors()) > 10
 
 
-def test_a_number_that_is_none_is_not_saved(tmp_path: Path, accelerator: Accelerator):
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, accelerator: Accelerator):
     agents = toy_agents("parallel")
     engine = start_engine(accelerator, agents, Config(lambda_sw=0.0))
     with engine.micro_batch(is_last=True):
@@ -250,5 +250,5 @@ def test_any_file_swapped_with_another_step_s_is_noticed(tmp_path: Path):
 
 def test_another_format_is_refused(tmp_path: Path):
     folder = write_checkpoint(tmp_path, state_of(1.0), {"format": 2, "step": 1}, CONFIG)
-    with pytest.raises(InputError, match="has format 2, and this Chorus reads 1"):
+    with pytest.raises(InputError, match="has checkpoint format 2, and this version of Chorus reads format 1"):
         verify(folder)

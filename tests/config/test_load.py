@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
     [
         ("mixed_precision: bf32", "should be 'no', 'fp16', 'bf16' or 'auto'; did you mean 'bf16'?"),
         ("parallel_mode: Sequential", "did you mean 'sequential'?"),
-        ("num_agents: 0", "greater than 0"),
+        ("num_agents: 0", "greater than or equal to 1"),
         ("lora_dropout: 1", "less than 1"),
         ('lr: "1e-4"', "a valid number; write a number, without quotes"),
         ("lora_rank: true", "a valid integer; write a whole number"),
@@ -146,6 +146,39 @@ def test_a_template_with_more_than_plain_columns_is_refused(key, template):
         Config.model_validate({key: template})
 
 
+# ---- paths, and values that ask for too much ----
+
+
+@pytest.mark.parametrize(
+    "key", ["output_dir", "model_name", "dataset_name", "deepspeed_config_file", "resume_from_checkpoint"]
+)
+def test_a_path_is_what_a_shell_would_make_of_it(key: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for config in (load(f"{key}: ~/a/b"), load("seed: 0", f"{key}=~/a/b")):
+        assert getattr(config, key) == "/home/someone/a/b"
+    assert getattr(load("seed: 0", f"{key}=a~b"), key) == "a~b"
+    assert "no such user; write ./~no_such_user_here/a " in refusal("seed: 0", f"{key}=~no_such_user_here/a")
+    assert "no NUL character" in refusal(f'{key}: "a\\0b"')
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(
+            "pad_to_multiple_of=1000000000",
+            "pad_to_multiple_of=129",
+            "max_seq_length=1000000000",
+            "batch_size=10000000",
+        ),
+        *("lora_rank=1000000", "num_agents=1000000", "swd_num_projections=1000000", "num_workers=100000"),
+        *("max_new_tokens_eval=10000000", "eval_batch_size=10000000", "gradient_accumulation_steps=10000000"),
+    ],
+)
+def test_a_value_that_would_fill_the_memory_is_refused(setting: str):
+    key, _, value = setting.partition("=")
+    assert refusal("epochs: 1", setting).startswith(f"command line: key '{key}' is {value}; ")
+
+
 # ---- YAML ----
 
 
@@ -205,7 +238,6 @@ def test_a_value_may_hold_the_equals_sign_and_quotes():
         (["--config"], "command line: argument --config: expected one argument"),
         (["lr=[1"], "command line: key 'lr' is not plain YAML"),
         (["lr=1\n---\n2"], "command line: key 'lr' is not plain YAML"),
-        (["completion_template= {answer}"], "command line: key 'completion_template' is {answer}; it should be"),
     ],
 )
 def test_a_bad_command_line_is_refused_in_one_line(arguments, expected):

@@ -189,7 +189,7 @@ class Life:
         """The step it has said that it goes on from, 0 for a fresh start; None where it did not come to training."""
         if not self._came_to_training():
             return None
-        from_step = re.search(r"going on from \S+/step_(\d+),", self.said())
+        from_step = re.search(r"resuming from \S+/step_(\d+),", self.said())
         return int(from_step[1]) if from_step else 0
 
     def phase(self) -> str:

@@ -19,7 +19,9 @@ ROWS = [Problem("1 + 1 =", " 2"), Problem("2 + 2 =", " 4")]
 
 def run_of(config: Config, accelerator: Accelerator, rows: list[Problem] = ROWS, **more: Any) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny-gemma-2")
-    return {**describe_run(config, rows, tokenizer, "no", accelerator), "num_steps": 4, **more}
+    run = describe_run(config, rows, tokenizer, "no", accelerator)
+    num_steps = 4 if config.max_train_steps is None else config.max_train_steps
+    return {**run, "fingerprints": {**run["fingerprints"], "base": "0" * 64}, "num_steps": num_steps, **more}
 
 
 def save_run(config: Config, accelerator: Accelerator, step: int) -> Path:
@@ -28,4 +30,4 @@ def save_run(config: Config, accelerator: Accelerator, step: int) -> Path:
 
 
 def config_of(folder: Path, **more: Any) -> Config:
-    return Config(**{"output_dir": str(folder), "save_total_limit": None, **more})
+    return Config(**{"output_dir": str(folder), "save_total_limit": None, "num_agents": 2, **more})

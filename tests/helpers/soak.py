@@ -31,7 +31,8 @@ from launching import BIN, PLAIN
 from lives import Life, Pace, Plan, Run, draw
 from preloaded import environments, preload
 
-from chorus.checkpoint.store import Damaged, checkpoints, step_of, verify
+from chorus.checkpoint.store import checkpoints, step_of, verify
+from chorus.checkpoint.untrusted_files import Damaged
 from chorus.config import on_resume
 from chorus.config.section import OnResume
 from chorus.errors import InputError

@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     accelerator = make_accelerator(config)
     engine = start_engine(accelerator, toy_agents("sequential", trained=False), config)
     plain = folder / "checkpoints" / "step_000001"
-    restore_state(engine, read_tensors(plain, verify(plain)["optimizer_step"]))
+    restore_state(engine, read_tensors(plain, verify(plain).optimizer_step))
     state = read_state(engine)
     for identity, live in engine.agents.adapter_tensors().items():  # beside the masters: what the next pass sees
         assert torch.equal(live, state.weights[identity]), identity

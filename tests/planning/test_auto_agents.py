@@ -1,6 +1,5 @@
 """`num_agents: auto`: the most that fit, no more, and the same for a run that goes on."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from launching import PLAIN
 from preloaded import train
+from runs import config_of, save_run
 
 import chorus.planning.auto_agents
 from chorus.config import Config, RunConfig
@@ -82,9 +82,7 @@ def test_the_fewest_agents_must_fit_and_a_distance_needs_two():
 
 def test_a_run_that_goes_on_keeps_its_number(tmp_path: Path, accelerator: Accelerator):
     for step, agents in ((1, 3), (2, 5)):
-        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"config": {"num_agents": agents}}))
+        save_run(config_of(tmp_path, num_agents=agents), accelerator, step)
     config = AUTO.model_copy(update={"output_dir": str(tmp_path), "resume_from_checkpoint": "auto"})
     decided, note = decide_num_agents(config, "no", accelerator)
     assert decided.num_agents == 5

@@ -95,7 +95,7 @@ def test_plain_to_two_zero2_processes_and_back_is_bitwise_at_load(tmp_path: Path
     result = forked([*zero2(2)[:-1], "tests/helpers/state_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     plain, loaded, stepped = (
-        read_tensors(folder, verify(folder)["optimizer_step"])
+        read_tensors(folder, verify(folder).optimizer_step)
         for folder in (tmp_path / "checkpoints" / f"step_{number:06d}" for number in (1, 2, 3))
     )
     assert_equal(plain, loaded)

@@ -1,10 +1,13 @@
-"""Small files written whole or not at all, and the errors of a full disk."""
+"""Small files written whole or not at all, JSON that any reader accepts, and the errors of a full disk."""
 
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -13,7 +16,7 @@ from chorus.errors import RunError, out_of_memory
 
 @contextmanager
 def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
-    """Within it, what the disk refuses is a RunError that names the bytes that `place` needs and those that are free.
+    """Turn what the disk refuses into a RunError that names the bytes `place` needs and the bytes that are free.
 
     A full disk is an OSError to some writers and a RuntimeError or SafetensorError to others.
     """
@@ -28,6 +31,20 @@ def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
         ) from error
 
 
+def json_text(value: Any) -> str:
+    """`value` as indented JSON. JSON has no NaN and no infinity: null stands for them."""
+    return json.dumps(finite_or_null(value), indent=2, allow_nan=False) + "\n"
+
+
+def finite_or_null(value: Any) -> Any:
+    """`value` with None for every float in it that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     new = path.with_name(path.name + ".new")
@@ -37,7 +54,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file or folder onto the disk: a rename must not overtake what it names."""
+    """Flush a file or folder to the disk. Without it a rename may reach the disk before the data it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

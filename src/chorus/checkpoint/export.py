@@ -1,6 +1,6 @@
 """What a run leaves behind: ordinary PEFT adapter folders and one file that says how they make an ensemble."""
 
-import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chorus.checkpoint.atomic_files import disk_errors, sync, write_text
+from chorus.checkpoint.atomic_files import disk_errors, json_text, sync, write_text
+from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE
+from chorus.checkpoint.manifest import ADAPTER_FILE
 from chorus.config import Config, render
 from chorus.errors import RunError
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
@@ -19,16 +21,16 @@ from chorus.model.base import load_skeleton
 from chorus.model.targets import peft_target_modules
 from chorus.progress import announced
 
-ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's name
 AGAIN = "make room and run the same command again"
 
 
 def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
-    """Raises RunError, on every process alike, where an adapter holds a NaN or an infinity: it must not be saved."""
+    """Raise RunError, on every process alike, where a tensor of an adapter holds a NaN or an infinity."""
     for identity, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise RunError(
-                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite and was not saved; lower lr"
+                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite (NaN or Inf) and was not "
+                "saved; lower lr and start over with resume_from_checkpoint=null"
             )
 
 
@@ -42,8 +44,8 @@ def save_ensemble(
 ) -> None:
     """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
 
-    Everything is written beside its place first and then renamed into it: a crash leaves no half-written file. Between
-    two renames the older adapters are in `agents.old`, the newer in `agents.new`. One process calls it.
+    Everything is written beside its place first and then renamed into it, so a crash leaves no half-written file.
+    Between the two renames the older adapters are in `agents.old`, the newer in `agents.new`. One process calls it.
 
     Args:
         tensors: every adapter tensor under its identity, fp32, on the CPU.
@@ -51,8 +53,9 @@ def save_ensemble(
         more: further entries of `ensemble.json`.
 
     Raises:
-        RunError: the disk did not take it.
+        RunError: the disk did not take it, or a weight of the mixture is not finite.
     """
+    _refuse_non_finite_weights(weights)
     place, new = output_dir / "agents", output_dir / "agents.new"
     with disk_errors(place, sum(tensor.nbytes for tensor in tensors.values()), AGAIN):
         shutil.rmtree(new, ignore_errors=True)
@@ -62,11 +65,11 @@ def save_ensemble(
 
 
 def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Config) -> None:
-    """Write an ordinary PEFT folder `agent_k/` for every agent into `place`, which is new, and bring it to the disk."""
+    """Write an ordinary PEFT folder `agent_k/` for every agent into the new folder `place`, flushed to the disk."""
     paths = dict.fromkeys(identity.path.removeprefix("base_model.model.") for identity in tensors)
     target_modules = peft_target_modules(paths, _modules_of(config.model_name))
     lora_config = lora_shape(config).peft_config(config.model_name, target_modules)
-    lora_config.inference_mode = True  # as PEFT writes it: loading makes no gradient
+    lora_config.inference_mode = True  # as PEFT writes it: a loaded adapter is frozen
     lora_config.target_modules = target_modules  # PEFT holds names as a set: other bytes in every process
     for agent in sorted({identity.agent for identity in tensors}):
         folder = place / adapter_name(agent)
@@ -89,8 +92,9 @@ def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, m
     """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`.
 
     Raises:
-        RunError: the disk did not take it.
+        RunError: the disk did not take it, or a weight of the mixture is not finite.
     """
+    _refuse_non_finite_weights(weights)
     ensemble = {
         "agents": [f"agents/{adapter_name(agent)}" for agent in range(len(weights))],
         "weights": list(weights),
@@ -99,9 +103,18 @@ def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, m
         "config": config.model_dump(),
         **more,
     }
-    for name, text in (("ensemble.json", json.dumps(ensemble, indent=2) + "\n"), ("config.yaml", render(config))):
+    for name, text in ((ENSEMBLE_FILE, json_text(ensemble)), ("config.yaml", render(config))):
         with disk_errors(output_dir / name, len(text), AGAIN):
             write_text(output_dir / name, text)
+
+
+def _refuse_non_finite_weights(weights: Sequence[float]) -> None:
+    for agent, weight in enumerate(weights):
+        if not math.isfinite(weight):
+            raise RunError(
+                f"agent {agent}: its weight in the mixture is {weight}, so its answers are not finite; lower lr, and "
+                "start over with resume_from_checkpoint=null"
+            )
 
 
 def peft_key(identity: TensorId) -> str:
@@ -110,7 +123,7 @@ def peft_key(identity: TensorId) -> str:
 
 
 def _swap(new: Path, place: Path) -> None:
-    """Put folder `new` in `place`. A folder cannot be renamed over a full one, so the old one steps aside first."""
+    """Put folder `new` in `place`. A folder cannot be renamed over a full one, so the old one is renamed first."""
     old = place.with_name(place.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():

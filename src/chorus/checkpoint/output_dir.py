@@ -1,7 +1,13 @@
-"""The folder of a run: made, checked and taken by one run alone."""
+"""The folder of a run: made, checked, and taken by one run alone.
+
+A run takes its folder by locking `run.lock` in it, and keeps the lock until its process ends, however it ends. The lock
+is tried without waiting, and nothing in the folder is moved or written before it is held. The folder itself stays where
+it is: what an earlier run left in it is moved out, so a link or a mount point keeps its place.
+"""
 
 import fcntl
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -9,50 +15,74 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TextIO
 from uuid import uuid4
 
 from accelerate import Accelerator
 
+from chorus.checkpoint.resume import Start
+from chorus.checkpoint.store import checkpoints
+from chorus.checkpoint.untrusted_files import is_incidental
 from chorus.collectives import on_every_process, on_first_process
 from chorus.errors import InputError
 
-LOG_FILE = "train.log"  # locked by the run that writes it, and freed by the system when that run ends, however it ends
+LOCK_FILE = "run.lock"
+MARKS = ("metrics.jsonl", LOCK_FILE)  # a folder with one of these is a run's
+EARLIER = "earlier."  # begins the name of a folder of earlier runs, where they cannot stand beside
 SHARED_WITHIN_S = 60.0  # a client of a network file system may believe for so long that a new file does not exist
 
 
-def prepare_output_dir(name: str, accelerator: Accelerator, resumed: bool = False) -> Path:
-    """Make `output_dir`, empty. A folder that an earlier run filled steps aside to `NAME.1`, `NAME.2`, ...
+@contextmanager
+def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None = None) -> Iterator[Path]:
+    """Take `output_dir` for this run. Within the context no other run can take it.
 
-    A run that is `resumed` from a checkpoint of this very folder goes on in it.
+    A run that resumes from a checkpoint of this folder finds it as it was. Any other run finds it empty: what earlier
+    runs left is moved to `NAME.1`, `NAME.2`, ... beside it, or to `earlier.1`, ... in it where it is a mount point or
+    nothing can be made beside it. A collective call.
+
+    Args:
+        begin: where the run begins, as found before the folder was locked.
 
     Raises:
-        InputError: on every process alike: it is a file, cannot be made or written, holds what no run has written, is
-            being written by another run, or is not the same folder for every process.
+        InputError: on every process alike: it is a file, cannot be made or written, holds files that are not a run's,
+            belongs to a run that is at work, has changed since `begin` was found, or is not the same folder for every
+            process.
     """
+    begin = begin or Start()
     folder = Path(name)
-    on_every_process(partial(refuse_unusable, folder, resumed))  # before one of them changes anything
-    token = on_first_process(accelerator, partial(_make, folder, resumed))
-    try:
-        on_every_process(partial(refuse_unshared, token))
-    finally:
-        if accelerator.is_main_process:
-            token.unlink()
-    return folder
+    on_every_process(partial(refuse_unusable, folder, begin.in_place))  # before one of them changes anything
+    locks: list[TextIO] = []
 
-
-def _make(folder: Path, resumed: bool) -> Path:
-    """Make the folder, with a file in it that no other folder has."""
-    with _as_input_errors(folder):
-        if not resumed:
-            _step_aside(folder)
+    def take() -> Path:
+        with _as_input_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        token = folder / f".seen-by-all-{uuid4()}"
-        token.touch()
-        return token
+            locks.append(_lock(folder))
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=locks[0], flush=True)
+            refuse_unusable(folder, begin.in_place)
+            _refuse_changed(folder, begin)
+            if begin.in_place:
+                _refuse_special_files(folder)
+            else:
+                _move_out(folder)
+            token = folder / f".seen-by-all-{uuid4()}"  # no other folder has a file of this name
+            token.touch()
+            return token
+
+    try:
+        token = on_first_process(accelerator, take)
+        try:
+            on_every_process(partial(refuse_unshared, token))
+        finally:
+            if accelerator.is_main_process:
+                token.unlink()
+        yield folder
+    finally:
+        for lock in locks:
+            lock.close()
 
 
 def refuse_unshared(token: Path) -> None:
-    """Raises InputError on a host that has a folder of its own under that name: the first process alone writes."""
+    """Raise InputError on a host that has a folder of its own under that name: the first process alone writes."""
     end = time.monotonic() + SHARED_WITHIN_S
     while not token.exists():
         if time.monotonic() > end:
@@ -65,7 +95,7 @@ def refuse_unshared(token: Path) -> None:
 
 @contextmanager
 def _as_input_errors(folder: Path) -> Iterator[None]:
-    """A name too long, a mount point that cannot step aside, a link to nothing."""
+    """Such as a name that is too long, or a link to nothing."""
     try:
         yield
     except OSError as error:
@@ -73,7 +103,10 @@ def _as_input_errors(folder: Path) -> Iterator[None]:
 
 
 def refuse_unusable(folder: Path, resumed: bool) -> None:
-    """Raises InputError where a run could not write `folder`, or must not."""
+    """Raise InputError where a run could not write `folder`, or must not. It changes nothing.
+
+    Whether another run is at work in it, only the lock can tell: `refuse_taken`.
+    """
     with _as_input_errors(folder):
         if Path.cwd().is_relative_to(os.path.realpath(folder)):
             raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
@@ -81,27 +114,98 @@ def refuse_unusable(folder: Path, resumed: bool) -> None:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             what = "cannot be written" if nearest.is_dir() else "is a file"
             raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
-        is_a_runs = resumed or (folder / "metrics.jsonl").exists()
-        if nearest == folder and any(folder.iterdir()) and not is_a_runs:
-            raise InputError(f"key 'output_dir': {folder}: it holds files that are no run's; name a folder of its own")
-        if is_at_work(folder):
-            raise InputError(f"key 'output_dir': {folder}: another run is at work in it; wait, or name another folder")
+        if nearest == folder and not resumed and _foreign(folder):
+            raise InputError(
+                f"key 'output_dir': {folder}: it holds {_foreign(folder)[0]!r}, and is not the folder of a run; name a "
+                "folder for this run alone"
+            )
 
 
-def is_at_work(folder: Path) -> bool:
-    """Whether a run of another process, on this machine or another that shares the folder, is writing its log."""
-    if not (folder / LOG_FILE).exists():
-        return False
-    with (folder / LOG_FILE).open("rb") as log:
+def _foreign(folder: Path) -> list[str]:
+    """What lies in a folder that is not a run's."""
+    names = sorted(path.name for path in folder.iterdir() if not is_incidental(path.name))
+    return [] if any(mark in names for mark in MARKS) else names
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise InputError where another run is at work in `folder`, now. A dry run asks, and takes nothing."""
+    if os.path.isfile(folder / LOCK_FILE):
+        _lock(folder).close()
+
+
+def _lock(folder: Path) -> TextIO:
+    """Lock the folder, without waiting, until the file that is returned is closed or the process ends.
+
+    The lock is POSIX's: a network file system passes it to its server, and a process that the run has forked does not
+    hold it. The system drops it with the first file of that name that the process closes, so nothing else may open it.
+
+    Raises:
+        InputError: another process has locked it, or the file system has no locks.
+    """
+    place = folder / LOCK_FILE
+    # A link or a device under that name must not be written to, nor a FIFO waited for.
+    descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)  # the name of the last holder
+    except OSError as error:
+        holder = file.readline(200).strip()
+        file.close()
+        if not isinstance(error, (BlockingIOError, PermissionError)):  # either, by POSIX, where it is locked
+            raise InputError(
+                f"key 'output_dir': {folder}: it cannot be locked ({error.strerror}); name a folder on a file system "
+                "that has locks"
+            ) from error
+        raise InputError(
+            f"key 'output_dir': {folder}: another run is at work in it ({holder or 'unnamed'}); wait for its end, or "
+            "name another folder"
+        ) from error
+    return file
+
+
+def _refuse_changed(folder: Path, begin: Start) -> None:
+    """Raise InputError where another run has worked here between the search for a checkpoint and the lock."""
+    if begin.seen is not None and tuple(begin.seen) != tuple(path.name for path in checkpoints(folder)):
+        raise InputError(
+            f"key 'output_dir': {folder}: another run has changed its checkpoints a moment ago; start this run again"
+        )
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Raise InputError for a FIFO or a device in the folder: writing to one could block forever."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"key 'output_dir': {folder}: {path.name} is not a plain file; remove it")
+
+
+def _move_out(folder: Path) -> None:
+    """Move what earlier runs left in `folder`, on the same disk. Checkpoints first: they decide where a run begins."""
+    names = sorted(path.name for path in folder.iterdir() if not is_incidental(path.name))
+    names = [name for name in names if name != LOCK_FILE and not name.startswith(EARLIER)]
+    if not names:
+        return
+    place = _new_place(folder)
+    for name in sorted(names, key=lambda name: name != "checkpoints"):
+        (folder / name).rename(place / name)
+    print(f"{folder} held an earlier run, which is now in {place}", file=sys.stderr)
+
+
+def _new_place(folder: Path) -> Path:
+    """A new, empty folder on the disk of `folder`."""
+    target = Path(os.path.realpath(folder))
+    for number in count(1):
+        place = target.with_name(f"{target.name}.{number}")
         try:
-            fcntl.lockf(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _step_aside(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.{number}"))
-        print(f"{folder} held an earlier run, which is now {folder}.{number}", file=sys.stderr)
+            place.mkdir()
+        except FileExistsError:
+            continue
+        except OSError:  # the parent is read-only, or the name too long
+            break
+        if place.stat().st_dev == target.stat().st_dev:
+            return place if target != Path(os.path.abspath(folder)) else folder.with_name(place.name)
+        place.rmdir()  # the folder is a mount point
+        break
+    place = next(path for path in (folder / f"{EARLIER}{n}" for n in count(1)) if not path.exists())
+    place.mkdir()
+    return place

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at a checkpoint that is whole and belongs to the same run.
+"""Where a run begins: at step 0, or at a checkpoint that is whole and belongs to the same run.
 
 Everything is verified before anything is changed. What the run is (its objective, rows, base, schedule) must be equal;
 how it is carried out (mode, engine, processes, logging) may change.
@@ -12,61 +12,66 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chorus.checkpoint.store import MANIFEST, Damaged, checkpoints, read_tensors, set_aside_later, verify
+from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE, refuse_unfinished
+from chorus.checkpoint.manifest import MANIFEST, num_agents_of, read_manifest, unexpected_files
+from chorus.checkpoint.state_file import STATE_FILE, StateFile, read_state_file
+from chorus.checkpoint.store import checkpoints, read_tensors, set_aside_later, verify
+from chorus.checkpoint.untrusted_files import Damaged
 from chorus.collectives import on_every_process, on_first_process, refuse_differences, sampled
 from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
 from chorus.data.sources import Problem
 from chorus.errors import InputError
 from chorus.training.engine import Engine, zero_stage
-from chorus.training.state import restore_state
+from chorus.training.state import TrainingState, restore_state
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed")  # whose versions every host must have
-START_OVER = "or start over with resume_from_checkpoint=null or another output_dir"
 
 
 class Start(NamedTuple):
     """Where a run begins.
 
     folder: the checkpoint, verified; None is a fresh start.
-    facts: its `state.json`.
-    in_place: it lies in `output_dir`, in which the run goes on.
+    saved: its `state.json`.
+    in_place: it lies in `output_dir`, in which the run resumes.
     is_finished: nothing is left to do.
-    notes: warnings for the log: checkpoints that were passed over.
+    notes: warnings for the log, such as checkpoints that were passed over.
+    seen: names of the checkpoints that `output_dir` had; None where they do not matter.
     """
 
     folder: Path | None = None
-    facts: Mapping[str, Any] = {}
+    saved: StateFile | None = None
     in_place: bool = False
     is_finished: bool = False
     notes: Sequence[str] = ()
+    seen: Sequence[str] | None = None
 
     @property
     def step(self) -> int:
         """Optimiser steps that are already done."""
-        return self.facts.get("step", 0)
+        return 0 if self.saved is None else self.saved.step
 
     @property
     def skips_in_a_row(self) -> int:
-        """How many of the last steps, without a gap, skipped an agent's update."""
-        return self.facts.get("skips_in_a_row", 0)
+        """How many of the last steps in a row skipped the update of some agent."""
+        return 0 if self.saved is None else self.saved.skips_in_a_row
 
     def log(self) -> None:
         """Say where the run begins, and which checkpoints were passed over."""
         for note in self.notes:
             logger.warning(note)
-        if self.folder is not None:
-            logger.info("going on from %s, after %d of %d steps", self.folder, self.step, self.facts["num_steps"])
+        if self.saved is not None:
+            logger.info("resuming from %s, after %d of %d steps", self.folder, self.step, self.saved.num_steps)
 
     def finished_message(self, output_dir: str) -> str:
-        """What to tell who starts a run that is done."""
+        """What to tell a user who starts a run that is done."""
         return (
             f"{output_dir} holds this run, finished after {self.step} steps: nothing is left to do.\n"
             f"  its agents:     {output_dir}/agents, scores in {output_dir}/ensemble.json\n"
@@ -86,7 +91,7 @@ def describe_run(
     """The entries of `state.json` that hold for the whole run, but for `num_steps` and the base's fingerprint.
 
     Raises:
-        InputError: on every process alike: they are others on another host.
+        InputError: on every process alike: another host has other values.
     """
     stage = zero_stage(accelerator)
     engine = f"zero{stage}" if stage else "plain" if accelerator.num_processes == 1 else "ddp"
@@ -114,7 +119,8 @@ def find_start(config: Config, run: Mapping[str, Any], accelerator: Accelerator)
     """Where `resume_from_checkpoint` says that this run begins. A collective call; it changes nothing.
 
     Raises:
-        InputError: the named checkpoint is none or damaged, or the checkpoint is that of another run.
+        InputError: what `resume_from_checkpoint` names is not a checkpoint or is damaged, or the checkpoint belongs to
+            another run.
     """
     begin = on_first_process(accelerator, lambda: _find(config, run))
     if begin.folder is not None:
@@ -129,96 +135,146 @@ def _refuse_unseen(folder: Path) -> None:
 
 
 def _find(config: Config, run: Mapping[str, Any]) -> Start:
-    output_dir, notes = Path(config.output_dir), []
     if config.resume_from_checkpoint is None:
         return Start()
-    if config.resume_from_checkpoint != "auto":
-        folder = Path(config.resume_from_checkpoint)
-        if not any(os.path.isfile(folder / name) for name in (MANIFEST, "state.json")):
-            example = next(iter(checkpoints(folder)), Path(output_dir, "checkpoints", "step_000100"))
-            raise InputError(
-                f"key 'resume_from_checkpoint': {folder} is no checkpoint; name a folder such as {example}, or "
-                "auto, or null for a fresh start"
-            )
-        try:
-            facts = verify(folder)
-        except Damaged as error:
-            raise InputError(f"{error}; name another checkpoint, or resume_from_checkpoint=auto") from error
+    output_dir = Path(config.output_dir)
+    seen = tuple(folder.name for folder in checkpoints(output_dir))
+    if config.resume_from_checkpoint == "auto":
+        folder, saved, notes = _newest_whole(output_dir)
     else:
-        for folder in checkpoints(output_dir):
-            try:
-                facts = verify(folder)
-                break
-            except Damaged as error:
-                notes.append(f"{error}; the checkpoint is passed over")
-        else:
-            return Start(notes=notes)
-    refuse_another_run(facts, config, run, folder)
-    in_place = folder.resolve().is_relative_to(output_dir.resolve())
-    is_finished = in_place and facts["step"] == facts["num_steps"] and _is_evaluated(output_dir)
-    return Start(folder, facts, in_place, is_finished, notes)
+        folder = Path(config.resume_from_checkpoint)
+        saved, notes = _named(folder, output_dir), list[str]()
+    if folder is None or saved is None:
+        return Start(notes=notes, seen=seen)
+    refuse_another_run(saved, config, run, folder)
+    entries = read_manifest(folder)
+    extra = unexpected_files(folder, num_agents_of(entries))
+    if extra:
+        notes.append(f"{folder / extra[0]}: is not part of the checkpoint and is not read ({len(extra)} such files)")
+    place = output_dir.resolve() / "checkpoints"
+    in_place = folder.resolve().parent in (place, place / "set_aside")
+    is_finished = False
+    if in_place and saved.step == saved.num_steps:
+        try:
+            refuse_unfinished(output_dir, entries)
+            is_finished = True
+        except Damaged as error:
+            if (output_dir / ENSEMBLE_FILE).exists():
+                notes.append(f"{error}; the agents are exported and evaluated again")
+    return Start(folder, saved, in_place, is_finished, notes, seen)
 
 
-def _is_evaluated(output_dir: Path) -> bool:
-    """The evaluation is the last act of a run, and writes itself into `ensemble.json`."""
-    file = output_dir / "ensemble.json"
-    return file.is_file() and "evaluation" in json.loads(file.read_text(encoding="utf-8"))
+def _newest_whole(output_dir: Path) -> tuple[Path | None, StateFile | None, list[str]]:
+    """The newest checkpoint that is whole, and a warning for each newer one."""
+    notes = []
+    for folder in checkpoints(output_dir):
+        try:
+            return folder, _verified(folder), notes
+        except Damaged as error:
+            notes.append(f"{error}; this checkpoint is passed over")
+    return None, None, notes
 
 
-def refuse_another_run(facts: Mapping[str, Any], config: Config, run: Mapping[str, Any], folder: Path) -> None:
-    """Raises InputError where the checkpoint is not of this run: it names the key, both values and the remedy."""
+def _named(folder: Path, output_dir: Path) -> StateFile:
+    """`state.json` of the checkpoint that the user names, verified."""
+    if not any(os.path.lexists(folder / name) for name in (MANIFEST, STATE_FILE)):
+        example = next(iter(checkpoints(output_dir)), Path(output_dir, "checkpoints", "step_000100"))
+        raise InputError(
+            f"key 'resume_from_checkpoint': {folder} is not a checkpoint; name a folder such as {example}, or auto, or "
+            "null for a fresh start"
+        )
+    try:
+        return _verified(folder)
+    except Damaged as error:
+        raise InputError(
+            f"{error}; name another checkpoint, or set resume_from_checkpoint=auto for the newest whole one of "
+            f"{output_dir}"
+        ) from error
+
+
+def _verified(folder: Path) -> StateFile:
+    verify(folder)
+    saved = read_state_file(folder)
+    num_agents = num_agents_of(read_manifest(folder))
+    if num_agents != saved.config.num_agents:
+        raise Damaged(f"{folder / STATE_FILE}: num_agents is {saved.config.num_agents}, and {num_agents} are saved")
+    return saved
+
+
+def _ways_out(config: Config) -> str:
+    """How to leave the run of a checkpoint. A checkpoint that is named is used in every output_dir."""
+    start_over = "start over with resume_from_checkpoint=null"
+    return start_over if config.resume_from_checkpoint != "auto" else f"{start_over} or another output_dir"
+
+
+def _shown(value: object) -> str:
+    """A value of the configuration on one line: text with line breaks in it is quoted."""
+    text = str(value)
+    return (text if text.isprintable() else repr(text))[:200]
+
+
+def refuse_another_run(saved: StateFile, config: Config, run: Mapping[str, Any], folder: Path) -> None:
+    """Raise InputError where the checkpoint is not of this run: it names the key, both values and the remedy."""
 
     def refuse(what: str, ours: object, theirs: object) -> None:
-        raise InputError(f"{what} is {ours}, but {theirs} in {folder}; set it back, {START_OVER}")
+        way_out = f"set it back, or {_ways_out(config)}"
+        raise InputError(f"{what} is {_shown(ours)}, but {_shown(theirs)} in {folder}; {way_out}")
 
-    old = {key: facts["config"].get(key, field.default) for key, field in Config.model_fields.items()}
+    old = saved.config.values()
     for key, ours in config.model_dump().items():
         if on_resume(key) is OnResume.MUST_EQUAL and ours != old[key]:
             refuse(f"key '{key}'", ours, old[key])
-    if config.max_train_steps is None and config.epochs != old["epochs"]:
-        refuse("key 'epochs'", config.epochs, old["epochs"])
-    if run["precision"] != facts["precision"]:
-        refuse("key 'mixed_precision'", run["precision"], facts["precision"])
+    if config.max_train_steps is None and config.epochs != saved.config.epochs:
+        refuse("key 'epochs'", config.epochs, saved.config.epochs)
+    if run["precision"] != saved.precision:
+        refuse("key 'mixed_precision'", run["precision"], saved.precision)
     own_rows = config.batch_size * run["world_size"]
-    old_rows = old["batch_size"] * facts["world_size"]
+    old_rows = saved.config.batch_size * saved.world_size
     if config.lambda_sw > 0 and own_rows != old_rows:  # the distance compares the rows of a micro-batch
         refuse("with lambda_sw above 0, key 'batch_size' x processes", own_rows, old_rows)
     own_rows *= config.gradient_accumulation_steps
-    old_rows *= old["gradient_accumulation_steps"]
+    old_rows *= saved.config.gradient_accumulation_steps
     if own_rows != old_rows:
         refuse("key 'batch_size' x gradient_accumulation_steps x processes", own_rows, old_rows)
-    _refuse_other_fingerprint("tokenizer", "model_name", facts, run, folder)
-    _refuse_other_fingerprint("data", "dataset_name", facts, run, folder)
+    for name in ("tokenizer", "data"):
+        _refuse_other_fingerprint(name, saved, config, run, folder)
 
 
-def refuse_another_base(start: Start, run: Mapping[str, Any]) -> None:
-    """Raises InputError where the base is another than that of the checkpoint, or than another host's."""
+def refuse_another_base(start: Start, run: Mapping[str, Any], config: Config) -> None:
+    """Raise InputError where the base is not that of the checkpoint, or not that of another host."""
     refuse_differences({"key 'model_name': the base's fingerprint": run["fingerprints"]["base"]})
-    if start.folder is not None:
-        _refuse_other_fingerprint("base", "model_name", start.facts, run, start.folder)
+    if start.folder is not None and start.saved is not None:
+        _refuse_other_fingerprint("base", start.saved, config, run, start.folder)
 
 
 def _refuse_other_fingerprint(
-    name: str, key: str, facts: Mapping[str, Any], run: Mapping[str, Any], folder: Path
+    name: Literal["tokenizer", "data", "base"], saved: StateFile, config: Config, run: Mapping[str, Any], folder: Path
 ) -> None:
-    if facts["fingerprints"][name] != run["fingerprints"][name]:
-        ours, theirs = run["config"][key], facts["config"][key]
-        what = {"tokenizer": "its tokenizer", "data": "its training rows", "base": "its weights or architecture"}[name]
-        raise InputError(
-            f"key '{key}': {ours}: {what} differ{'s' if name == 'tokenizer' else ''} from that of {folder}, trained "
-            f"with {theirs}; restore it, {START_OVER}"
-        )
+    if getattr(saved.fingerprints, name) == run["fingerprints"][name]:
+        return
+    key, what = {
+        "tokenizer": ("model_name", "its tokenizer differs"),
+        "data": ("dataset_name", "its training rows differ"),
+        "base": ("model_name", "its weights or architecture differ"),
+    }[name]
+    raise InputError(
+        f"key '{key}': {getattr(config, key)}: {what} from that of {folder}, trained with "
+        f"{_shown(getattr(saved.config, key))}; restore it, or {_ways_out(config)}"
+    )
 
 
 def restore_run(engine: Engine, start: Start, output_dir: Path) -> None:
-    """Put the engine where the checkpoint left off. A collective call.
+    """Put the engine into the state of the checkpoint. A collective call.
 
     Raises:
         InputError: the checkpoint's tensors are not those of the agents.
     """
-    if start.folder is None:
+    if start.folder is None or start.saved is None:
         return
-    restore_state(engine, read_tensors(start.folder, start.facts["optimizer_step"]))
+    folder, steps = start.folder, start.saved.optimizer_step
+    states: list[TrainingState] = []
+    on_every_process(lambda: states.append(read_tensors(folder, steps)))
+    restore_state(engine, states[0])
     engine.accelerator.wait_for_everyone()
     on_first_process(engine.accelerator, lambda: set_aside_later(output_dir, start.step))
 
@@ -232,19 +288,19 @@ def data_fingerprint(rows: Sequence[Problem]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what the tokenizer does: its `tokenizer.json`, or its vocabulary where it has none."""
+    """SHA-256 over the content of `tokenizer.json`, or over the vocabulary of a tokenizer without one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return hashlib.sha256(f"{tokenizer.eos_token_id}\n{text}".encode()).hexdigest()
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over every parameter's name, shape and 16 evenly spaced values, and the configuration's numbers.
+    """SHA-256 over every parameter's name, shape and 16 evenly spaced values, and the model's configuration.
 
-    Cheap, where hashing all weights would read some gigabytes: it tells another model from this one, and a base that
-    was trained further, but not one changed in a few places.
+    Hashing all weights would read gigabytes; this is cheap. It notices another model, and a base that was trained
+    further, but not a change of a few weights.
     """
-    # Where it lies, what wrote it and how attention is computed say nothing about the model.
+    # The path, the library version and the attention kernel say nothing about the model.
     beside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in beside}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

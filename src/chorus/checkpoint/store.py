@@ -1,4 +1,4 @@
-"""A checkpoint: all that a run needs to go on, in a folder that is whole or absent, and readable without pickle.
+"""A checkpoint: all that a run needs to resume, in a folder that is whole or absent, and readable without pickle.
 
     output_dir/checkpoints/step_000200/
       agents/agent_0/ ...     ordinary PEFT adapter folders in fp32: the master weights
@@ -6,12 +6,10 @@
       state.json              step, epoch, AdamW's step count, how it was trained, fingerprints
       MANIFEST.json           size and SHA-256 of every other file; written last
 
-It is written under a name that no reader looks at, brought to the disk, then renamed. What a kill leaves behind under
-such a name is removed by the next save.
+It is written under a name that no reader looks for, flushed to the disk, then renamed. The next save removes what a
+kill has left under such a name.
 """
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -22,11 +20,24 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chorus.checkpoint.atomic_files import disk_errors, sync
-from chorus.checkpoint.export import ADAPTER_FILE, refuse_non_finite, write_adapters
+from chorus.checkpoint.atomic_files import disk_errors, json_text, sync
+from chorus.checkpoint.export import refuse_non_finite, write_adapters
+from chorus.checkpoint.manifest import (
+    ADAPTER_FILE,
+    MANIFEST,
+    MOMENTS_FILE,
+    num_agents_of,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from chorus.checkpoint.state_file import FORMAT, STATE_FILE, SavedStep, read_saved_step
+from chorus.checkpoint.untrusted_files import Damaged
 from chorus.collectives import on_first_process
 from chorus.config import Config
 from chorus.errors import InputError
@@ -36,15 +47,9 @@ from chorus.training.state import MOMENTS, TrainingState, read_state
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST = "MANIFEST.json"
-NAME = re.compile(r"step_(\d{6,})")
-REMEDY = "earlier checkpoints are whole; make room and go on with resume_from_checkpoint=auto"
+NAME = re.compile(r"step_\d{6,18}", re.ASCII)
+REMEDY = "earlier checkpoints are whole; make room, then resume with resume_from_checkpoint=auto"
 HALF_DONE = ".half-done"  # ends the name of a folder that is being written or removed
-
-
-class Damaged(InputError):
-    """A checkpoint that is not as it was written. The message names the file."""
 
 
 @dataclass
@@ -62,7 +67,7 @@ class Checkpointer:
             skips_in_a_row: how many of the last steps, without a gap, skipped an agent's update.
 
         Raises:
-            RunError: on every process alike: it could not be written, or a number in it is none.
+            RunError: on every process alike: it could not be written, or a value in it is not finite.
         """
         state = read_state(engine)
         for tensors in (state.weights, *state.moments.values()):
@@ -95,14 +100,11 @@ def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str,
         moments = {
             moment_key(name, identity): tensor for name in MOMENTS for identity, tensor in state.moments[name].items()
         }
-        save_file(moments, half_done / "optimizer.safetensors")
-        (half_done / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        for name in ("optimizer.safetensors", "state.json"):
+        save_file(moments, half_done / MOMENTS_FILE)
+        (half_done / STATE_FILE).write_text(json_text(facts), encoding="utf-8")
+        write_manifest(half_done, len({identity.agent for identity in state.weights}))
+        for name in (MOMENTS_FILE, STATE_FILE, MANIFEST, "."):
             sync(half_done / name)
-        files = sorted(str(file.relative_to(half_done)) for file in half_done.rglob("*") if file.is_file())
-        (half_done / MANIFEST).write_text(_manifest(half_done, files), encoding="utf-8")
-        sync(half_done / MANIFEST)
-        sync(half_done)
         half_done.rename(folder)
         sync(folder.parent)
         sync(output_dir)
@@ -115,7 +117,10 @@ def checkpoints(output_dir: Path) -> list[Path]:
     place = output_dir / "checkpoints"
     if not os.path.isdir(place):  # False also for a name that is too long
         return []
-    return sorted((path for path in place.iterdir() if NAME.fullmatch(path.name)), key=step_of, reverse=True)
+    try:
+        return sorted((path for path in place.iterdir() if NAME.fullmatch(path.name)), key=step_of, reverse=True)
+    except OSError as error:
+        raise InputError(f"{place}: cannot be read ({error.strerror}); let the user of this run read it") from error
 
 
 def step_of(folder: Path) -> int:
@@ -123,46 +128,62 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Compare every file with the manifest; the entries of `state.json`.
+def verify(folder: Path) -> SavedStep:
+    """Compare every file with the manifest; how far the run was.
 
     Raises:
-        Damaged: a file is missing, cannot be read or has other bytes.
-        InputError: another Chorus wrote it, in a format that this one does not know.
+        Damaged: a file is missing, cannot be read, was changed, or says what no run writes.
+        InputError: the checkpoint has a format that this version does not know.
     """
-    file = folder / MANIFEST
-    try:
-        written = file.read_bytes().decode()
-        files = json.loads(written)["files"]
-        for name, of_old in files.items():
-            file = folder / name
-            if _size_and_digest(file) != of_old:
-                raise Damaged(f"{file}: is not as it was written (size or SHA-256 differs)")
-        file = folder / MANIFEST
-        if written != _render(files):  # a byte that changes nothing it says
-            raise Damaged(f"{file}: is not as it was written")
-    except OSError as error:
-        raise Damaged(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, Damaged):
-            raise
-        raise Damaged(f"{file}: is not as it was written") from error
-    facts = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if facts["format"] != FORMAT:
-        raise InputError(f"{folder}: has format {facts['format']}, and this Chorus reads {FORMAT}; use one that fits")
-    return facts
+    num_agents = num_agents_of(verify_files(folder))
+    saved = read_saved_step(folder)
+    if isinstance(saved.optimizer_step, list) and len(saved.optimizer_step) != num_agents:
+        raise Damaged(
+            f"{folder / STATE_FILE}: optimizer_step has {len(saved.optimizer_step)} numbers for {num_agents} agents"
+        )
+    if NAME.fullmatch(folder.name) and step_of(folder) != saved.step:
+        raise Damaged(f"{folder / STATE_FILE}: step is {saved.step}, and the folder's name says {step_of(folder)}")
+    return saved
 
 
-def read_tensors(folder: Path, optimizer_step: int) -> TrainingState:
-    """The tensors of a checkpoint that has been verified, on the CPU."""
+def read_tensors(folder: Path, optimizer_step: int | list[int]) -> TrainingState:
+    """The tensors of a checkpoint that has been verified, on the CPU.
+
+    Raises:
+        Damaged: the folder has changed since, or a file holds other tensors than a run saves.
+    """
     weights: dict[TensorId, Tensor] = {}
-    for agent in range(len(list((folder / "agents").iterdir()))):
-        for key, tensor in load_file(folder / "agents" / adapter_name(agent) / ADAPTER_FILE).items():
+    for agent in range(num_agents_of(read_manifest(folder))):
+        file = folder / "agents" / adapter_name(agent) / ADAPTER_FILE
+        for key, tensor in _load(file).items():
             path, _, matrix = key.removesuffix(".weight").rpartition(".lora_")
             weights[TensorId(agent, path, "A" if matrix == "A" else "B")] = tensor
-    values = load_file(folder / "optimizer.safetensors")
-    moments = {name: {identity: values[moment_key(name, identity)] for identity in weights} for name in MOMENTS}
+    file = folder / MOMENTS_FILE
+    values = _load(file)
+    wanted = {moment_key(name, identity): (name, identity) for name in MOMENTS for identity in weights}
+    for key in sorted(wanted.keys() ^ values.keys()):
+        raise Damaged(f"{file}: {key[:200]!r} is {'missing' if key in wanted else 'not a moment of an adapter'}")
+    moments: dict[str, dict[TensorId, Tensor]] = {name: {} for name in MOMENTS}
+    for key, (name, identity) in wanted.items():
+        if values[key].shape != weights[identity].shape:
+            raise Damaged(
+                f"{file}: {key[:200]!r} has shape {[*values[key].shape]}, its weight {[*weights[identity].shape]}"
+            )
+        moments[name][identity] = values[key]
     return TrainingState(weights, moments, optimizer_step)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, which must be fp32 and finite, as a run saves them."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise Damaged(" ".join(f"{file}: cannot be read ({error})".split())) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            what = "is not finite" if tensor.dtype == torch.float32 else f"is {tensor.dtype}, not float32"
+            raise Damaged(f"{file}: {name[:200]!r} {what}")
+    return tensors
 
 
 def moment_key(name: str, identity: TensorId) -> str:
@@ -171,9 +192,9 @@ def moment_key(name: str, identity: TensorId) -> str:
 
 
 def set_aside_later(output_dir: Path, step: int) -> None:
-    """Move checkpoints beyond `step` out of the way of a run that goes on from there, into `checkpoints/set_aside/`.
+    """Move checkpoints beyond `step` into `checkpoints/set_aside/`, before a run resumes from `step`.
 
-    They are damaged, or of the run that the user has taken back. Nothing is deleted.
+    They are damaged, or the user has gone back behind them. Nothing is deleted.
     """
     for folder in checkpoints(output_dir):
         if step_of(folder) > step:
@@ -188,17 +209,3 @@ def _prune(output_dir: Path, limit: int | None) -> None:
         condemned = folder.with_name(folder.name + HALF_DONE)
         folder.rename(condemned)  # a checkpoint that is half removed must not look like a damaged one
         shutil.rmtree(condemned)
-
-
-def _manifest(folder: Path, files: list[str]) -> str:
-    return _render({name: _size_and_digest(folder / name) for name in files})
-
-
-def _render(files: Mapping[str, Any]) -> str:
-    return json.dumps({"files": files}, indent=2) + "\n"
-
-
-def _size_and_digest(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"size": stream.tell(), "sha256": digest}

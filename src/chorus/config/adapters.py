@@ -4,10 +4,11 @@ import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from pydantic.types import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.types import NonNegativeInt, PositiveFloat
 
 from chorus.config.section import MayChange, Probability, Section, Text
 
+MOST_AGENTS = 4096
 Modules = Annotated[list[Text], Field(min_length=1)] | Text
 
 
@@ -16,13 +17,13 @@ class AdapterSettings(Section):
 
     TITLE: ClassVar[str] = "Adapters and agents"
 
-    num_agents: PositiveInt | Literal["auto"] = 4
+    num_agents: Annotated[int, Field(ge=1, le=MOST_AGENTS)] | Literal["auto"] = 4
     """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
     and, on a GPU, by a measured step; a resumed run keeps the number of its checkpoint."""
     memory_fraction: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
     """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and beyond
     which the dry run fails; above 0, up to 1."""
-    lora_rank: PositiveInt = 8
+    lora_rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """Rank R of every adapter."""
     lora_alpha: PositiveFloat = 16.0
     """An adapter's output is scaled by lora_alpha / lora_rank."""

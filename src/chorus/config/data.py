@@ -4,9 +4,9 @@ import re
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic.types import NonNegativeInt, PositiveInt
+from pydantic.types import PositiveInt
 
-from chorus.config.section import ComparedByEffect, MayChange, Probability, Section, Text
+from chorus.config.section import ComparedByEffect, Count, MayChange, Place, Probability, Section, Text
 
 
 class DataSettings(Section):
@@ -14,7 +14,7 @@ class DataSettings(Section):
 
     TITLE: ClassVar[str] = "Data"
 
-    dataset_name: ComparedByEffect[Text] = "arithmetic"
+    dataset_name: ComparedByEffect[Place] = "arithmetic"
     """arithmetic (built in), a hub id, a folder of save_to_disk, or a .jsonl, .json, .csv or .parquet file."""
     dataset_subset: ComparedByEffect[Text | None] = None
     """Configuration name of a hub dataset, such as main; null for none."""
@@ -22,11 +22,12 @@ class DataSettings(Section):
     """The prompt of a row, in which {column} stands for the row's text in that column. It carries no loss."""
     completion_template: Text = " {answer}"
     """What the agents learn to write after the prompt, with at least one {column}. The end token is added."""
-    max_seq_length: Annotated[int, Field(ge=2)] = 128
+    max_seq_length: Annotated[int, Field(ge=2, le=2**20)] = 128
     """Most tokens of a row, prompt, completion and end token together."""
-    pad_to_multiple_of: MayChange[PositiveInt | Literal["auto"]] = "auto"
+    pad_to_multiple_of: MayChange[Count | Literal["auto"]] = "auto"
     """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row. auto: on a
-    GPU an eighth of max_seq_length, so that at most 8 shapes are compiled and captured; elsewhere 1."""
+    GPU an eighth of max_seq_length, so that at most 8 shapes are compiled and captured; elsewhere 1.
+    At most max_seq_length."""
     packing: MayChange[bool] = False
     """true: put several samples into one row of max_seq_length tokens, each with positions of its own and without sight
     of the others. batch_size still counts samples; losses and gradients are the same. It pays where most samples are
@@ -39,13 +40,21 @@ class DataSettings(Section):
     """true: a new order of the rows in every epoch, drawn from the seed. false: the order of the data."""
     debug_subset_size: ComparedByEffect[PositiveInt | None] = None
     """Keep only this many training rows, for a quick try; null keeps all."""
-    num_workers: MayChange[NonNegativeInt] = 0
+    num_workers: MayChange[Annotated[int, Field(ge=0, le=1024)]] = 0
     """Processes that prepare batches beside each training process; 0 prepares them in the training process itself."""
 
     @property
     def padding(self) -> int:
         """`pad_to_multiple_of` as a number; an auto that nothing has decided pads to the longest row."""
         return 1 if self.pad_to_multiple_of == "auto" else self.pad_to_multiple_of
+
+    @field_validator("pad_to_multiple_of")
+    @classmethod
+    def _pads_no_row_beyond_the_longest(cls, multiple: int | str, info: ValidationInfo) -> int | str:
+        if isinstance(multiple, int) and multiple > info.data.get("max_seq_length", multiple):
+            longest = info.data["max_seq_length"]
+            raise ValueError(f"no row is longer than max_seq_length, which is {longest}; set it to {longest} or less")
+        return multiple
 
     @field_validator("prompt_template", "completion_template")
     @classmethod

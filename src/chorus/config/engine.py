@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from chorus.config.section import ComparedByEffect, MayChange, Section, Text
+from chorus.config.section import ComparedByEffect, MayChange, Place, Section
 
 
 class EngineSettings(Section):
@@ -17,7 +17,7 @@ class EngineSettings(Section):
     use_deepspeed: MayChange[Literal["auto"] | bool] = "auto"
     """auto: as the launcher says. true: DeepSpeed, even where the launcher does not ask for it. false: no DeepSpeed,
     and a launcher that asks for it is refused."""
-    deepspeed_config_file: MayChange[Text | None] = "ds_config_zero2.json"
+    deepspeed_config_file: MayChange[Place | None] = "ds_config_zero2.json"
     """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters. recipes/deepspeed has
     others, for where memory is short."""
     collective_timeout_s: MayChange[Annotated[int, Field(ge=1, le=31_536_000)]] = 1800

@@ -1,8 +1,11 @@
 """All keys of `configs.yaml`: the sections of this package, in the file's order."""
 
-from pydantic.types import PositiveInt
+from functools import cache
+from typing import Annotated, Any
 
-from chorus.config.adapters import AdapterSettings
+from pydantic import Field
+
+from chorus.config.adapters import MOST_AGENTS, AdapterSettings
 from chorus.config.data import DataSettings
 from chorus.config.engine import EngineSettings
 from chorus.config.evaluation import EvaluationSettings
@@ -46,10 +49,31 @@ class Config(  # the last section first: pydantic takes the keys of the last bas
 class RunConfig(Config):
     """A configuration in which `num_agents` is decided."""
 
-    num_agents: PositiveInt = 4  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen, so never assigned)
+    num_agents: Annotated[int, Field(ge=1, le=MOST_AGENTS)] = 4  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen, so never assigned)
 
 
 def on_resume(key: str) -> OnResume:
     """Whether a resumed run may change this key."""
     marks = [mark for mark in Config.model_fields[key].metadata if isinstance(mark, OnResume)]
     return marks[0] if marks else OnResume.MUST_EQUAL
+
+
+@cache
+def schemas() -> dict[str, dict[str, Any]]:
+    """The JSON schema of every key's values, derived from its field."""
+    return Config.model_json_schema()["properties"]
+
+
+def is_text(key: str) -> bool:
+    """Whether every value of this key is text of any kind, apart from null."""
+    kinds = schemas()[key].get("anyOf", [schemas()[key]])
+    return all(kind.get("type") == "null" or _is_any_text(kind) for kind in kinds) and any(map(_is_any_text, kinds))
+
+
+def is_nullable(key: str) -> bool:
+    """Whether null is a value of this key."""
+    return any(kind.get("type") == "null" for kind in schemas()[key].get("anyOf", ()))
+
+
+def _is_any_text(kind: dict[str, Any]) -> bool:
+    return kind.get("type") == "string" and not {"enum", "const"} & kind.keys()

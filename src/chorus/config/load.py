@@ -14,12 +14,15 @@ from typing import NoReturn
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from chorus.config.keys import SECTIONS, Config
+from chorus.config.foreign_names import FOREIGN_VALUES, Answer, answer
+from chorus.config.keys import SECTIONS, Config, is_nullable, is_text
 from chorus.config.strict_yaml import Setting, as_yaml, refuse, settings_of_command_line, settings_of_file
 
 HEADER = """\
 # The configuration of a run. A key that is left out takes its default. To set one for a single run:
 # accelerate launch train.py lr=3e-5 'lora_target_modules=[q_proj, v_proj]'"""
+
+ALL_KEYS = "`python -m chorus.config --defaults` prints every key with its meaning"
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -31,7 +34,7 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 
 def render(config: Config) -> str:
-    """The whole configuration as commented YAML, from which `load_config` makes an equal one."""
+    """The whole configuration as commented YAML. `load_config` reads an equal configuration from it."""
     lines = [HEADER]
     for section in SECTIONS:
         lines += ["", f"# ---- {section.TITLE} ".ljust(100, "-")]
@@ -57,7 +60,10 @@ def _parser(program: str | None = None) -> argparse.ArgumentParser:
         epilog="""examples:
   lr=3e-5 max_train_steps=null               numbers, true, false, null and words as in YAML
   'lora_target_modules=[q_proj, v_proj]'     a list
-  'completion_template=" {answer}"'          text with spaces, braces or colons, in quotes of its own
+  'prompt_template=Question: {question} '    text as it stands, spaces and all
+  'prompt_template="{question}\\n"'           text in quotes of its own, with \\n for a new line
+
+Of two settings of one key the later one holds.
 
 `python -m chorus.config`, with the same arguments, prints the configuration that a run would use.""",
     )
@@ -73,7 +79,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _resolve(options: argparse.Namespace) -> Config:
     """The file's keys, the command line's over them, the defaults under them, all of them checked."""
-    settings = settings_of_file(options.config) | settings_of_command_line(options.settings)
+    text_keys = [key for key in Config.model_fields if is_text(key)]
+    nullable_keys = [key for key in text_keys if is_nullable(key)]
+    of_command_line = settings_of_command_line(options.settings, text_keys, nullable_keys)
+    settings = settings_of_file(options.config) | of_command_line
     try:
         return Config.model_validate({key: setting.value for key, setting in settings.items()})
     except ValidationError as error:
@@ -81,23 +90,39 @@ def _resolve(options: argparse.Namespace) -> Config:
 
 
 def _refuse_the_first(errors: list[ErrorDetails], settings: dict[str, Setting], file: str) -> NoReturn:
-    first = min(errors, key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key may explain all the others
+    first = min(
+        errors, key=lambda one: one["type"] != "extra_forbidden"
+    )  # a misspelt key may be the cause of the others
     key = str(first["loc"][0])
     if key not in settings:  # its default does not go with another key
         settings[key] = Setting(None, as_yaml(first["input"]), f"{file}: key {key!r} (left out)")
     _, written, place = settings[key]
     if first["type"] == "extra_forbidden":
-        nearest = get_close_matches(key, Config.model_fields, n=1, cutoff=0)[0]
-        refuse(place, f"is not known; did you mean {nearest!r}?")
+        refuse(place, _unknown(key))
     given = f"is {textwrap.shorten(written, 80) or 'empty'}"
     if first["type"] == "value_error":  # raised by a validator of ours, with its own remedy
         refuse(place, f"{given}; {first['msg'].removeprefix('Value error, ')}")
     wanted = " or ".join(dict.fromkeys(one["msg"] for one in errors if one["loc"][0] == key)).replace("Input", "it")
-    refuse(place, f"{given}; {wanted}{_remedy(written, wanted)}")
+    refuse(place, f"{given}; {wanted}{_remedy(key, written, wanted)}")
 
 
-def _remedy(written: str, wanted: str) -> str:
+def _unknown(key: str) -> str:
+    """What to say of a key that is not one of ours."""
+    own = key.rpartition(".")[2].lower().replace("-", "_")
+    foreign = Answer(own) if own in Config.model_fields else answer(key)
+    if foreign is None:
+        nearest = get_close_matches(key, Config.model_fields, n=1)
+        return f"is not known; {f'did you mean {nearest[0]!r}?' if nearest else ALL_KEYS}"
+    if foreign.key is None:
+        return f"is not known; {foreign.note}"
+    return f"is not known; here it is {foreign.key!r}{f' ({foreign.note})' if foreign.note else ''}"
+
+
+def _remedy(key: str, written: str, wanted: str) -> str:
     """What to write instead, where pydantic's words alone leave that open."""
+    foreign = FOREIGN_VALUES.get(key, {}).get(written.strip("'\"").lower())
+    if foreign is not None:
+        return f"; write {foreign}"
     remedies = {
         "a valid string": "; put it in quotes",
         "a valid list": "; write [one, another]",
@@ -108,5 +133,5 @@ def _remedy(written: str, wanted: str) -> str:
     for kind, remedy in remedies.items():
         if kind in wanted:
             return remedy
-    choices = get_close_matches(written, re.findall(r"'(\w+)'", wanted), n=1, cutoff=0)
+    choices = get_close_matches(written, re.findall(r"'([\w-]+)'", wanted), n=1, cutoff=0.5)
     return f"; did you mean {choices[0]!r}?" if choices else ""

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import ValidationInfo, field_validator
 
-from chorus.config.section import ComparedByEffect, Section, Text
+from chorus.config.section import ComparedByEffect, Place, Section
 
 
 class ModelSettings(Section):
@@ -12,7 +12,7 @@ class ModelSettings(Section):
 
     TITLE: ClassVar[str] = "Model"
 
-    model_name: ComparedByEffect[Text] = "assets/tiny-gemma-2"
+    model_name: ComparedByEffect[Place] = "assets/tiny-gemma-2"
     """The frozen base: a hub id, or a folder, relative to the working directory. assets/tiny-gemma-2 is bundled."""
     load_in_4bit: bool = False
     """true: hold the weights of the base's linear layers in 4 bits, NF4 with double quantisation (QLoRA): a quarter of

@@ -1,11 +1,11 @@
 """Objective: the diversity term beside the cross-entropy."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ValidationInfo, field_validator
-from pydantic.types import NonNegativeFloat, PositiveInt
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic.types import NonNegativeFloat
 
-from chorus.config.section import Section
+from chorus.config.section import Count, Section
 
 Representation = Literal["tokens", "mean", "last"]
 
@@ -18,12 +18,12 @@ class ObjectiveSettings(Section):
     lambda_sw: NonNegativeFloat = 0.01
     """Weight of the diversity reward, the squared sliced 2-Wasserstein distance between the agents' hidden states.
     Above 0 it needs num_agents of at least 2; 0 turns it off at no cost."""
-    swd_num_projections: PositiveInt = 64
+    swd_num_projections: Annotated[int, Field(ge=1, le=65_536)] = 64
     """Random directions onto which the sliced distance projects, new at every optimiser step."""
     swd_representation: Representation = "tokens"
     """The points that are compared. tokens: target tokens, each a point; mean: the mean of a row's target tokens;
     last: a row's last target token."""
-    swd_points_per_row: PositiveInt = 16
+    swd_points_per_row: Count = 16
     """With swd_representation tokens: at most so many target tokens of each row, evenly spaced."""
 
     @field_validator("lambda_sw")

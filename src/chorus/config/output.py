@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.types import NonNegativeInt, PositiveInt
 
-from chorus.config.section import MayChange, Section, Text
+from chorus.config.section import MayChange, Place, Section
 
 TrackerName = Literal[
     "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
@@ -17,7 +17,7 @@ class OutputSettings(Section):
 
     TITLE: ClassVar[str] = "Output"
 
-    output_dir: MayChange[Text] = "runs/default"
+    output_dir: MayChange[Place] = "runs/default"
     """The folder for all that a run writes, relative to the working directory."""
     save_steps: MayChange[NonNegativeInt] = 0
     """Write a checkpoint every so many optimiser steps, into output_dir/checkpoints; 0: only at the end, and when
@@ -30,6 +30,6 @@ class OutputSettings(Section):
     """Experiment trackers that get every logged row, by Accelerate's names, such as [tensorboard, wandb]; others are
     trackio, mlflow, comet_ml, aim, clearml, dvclive and swanlab. auto: tensorboard where it is installed. none: no
     tracker."""
-    resume_from_checkpoint: MayChange[Text | None] = "auto"
+    resume_from_checkpoint: MayChange[Place | None] = "auto"
     """auto: go on from the newest whole checkpoint of output_dir, if there is one. A folder: go on from that
     checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""

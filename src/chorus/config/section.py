@@ -5,14 +5,30 @@ field), its section (the class) and, by `MayChange` or `ComparedByEffect` around
 change it. A room takes the sections that it reads, and not the whole `Config`, which is all of them.
 """
 
+import os
 from enum import Enum
 from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 T = TypeVar("T")
 Text = Annotated[str, Field(min_length=1)]  # any min_length also refuses a lone surrogate, which YAML can spell
+MOST_STEPS = 10**12  # no run takes so many; a larger number is a slip, or a damaged file
+Count = Annotated[int, Field(ge=1, le=2**20)]  # of things that are held in memory; a larger number is a slip
 Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _place(text: str) -> str:
+    """A path with `~` and `~user` filled in, as a shell does it."""
+    if "\0" in text:
+        raise ValueError("a path holds no NUL character; write it without one")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"there is no such user; write ./{path} for a folder of that name")
+    return path
+
+
+Place = Annotated[Text, AfterValidator(_place)]  # a path, or a name that is not a path
 
 
 class OnResume(Enum):

@@ -6,7 +6,7 @@ are errors. Every value keeps how it was written and where, so that a later chec
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -55,19 +55,51 @@ def settings_of_file(file: str) -> dict[str, Setting]:
     return settings
 
 
-def settings_of_command_line(arguments: Sequence[str]) -> dict[str, Setting]:
-    """The `key=value` arguments, each value read as YAML. Raises InputError for whatever is not one."""
+def settings_of_command_line(
+    arguments: Sequence[str], text_keys: Collection[str] = (), nullable_keys: Collection[str] = ()
+) -> dict[str, Setting]:
+    """The `key=value` arguments. Of two with the same key, the later one holds.
+
+    A value is read as YAML. That of a text key is the text itself, so that it may hold `: ` or ` #`; quotes around all
+    of it are YAML's, and in double quotes so are escapes.
+
+    Args:
+        text_keys: keys whose values are text.
+        nullable_keys: those of them that `null` turns off.
+
+    Raises:
+        InputError: an argument is not `key=value`, or its value cannot be read.
+    """
     settings: dict[str, Setting] = {}
     for argument in arguments:
         key, equals, written = argument.partition("=")
-        place = f"command line: key {key!r}"
         if not equals:
             refuse(f"command line: {argument!r}", "is not of the form key=value; write, for example, lr=0.001")
-        if key in settings:
-            refuse(place, "is a duplicate; keep one of them")
-        with _yaml_errors_refused(place):
-            settings[key] = Setting(_yaml().load(written), written, place)
+        place = f"command line: key {key!r}"
+        if key in text_keys and not (key in nullable_keys and written in ("null", "")):
+            value: object = _text(written, place)
+        else:
+            with _yaml_errors_refused(place):
+                value = _yaml().load(written)
+        settings[key] = Setting(value, written, place)
     return settings
+
+
+def _text(written: str, place: str) -> str:
+    """What a text key's value on the command line means."""
+    quote = written[:1]
+    if len(written) < 2 or quote not in ("'", '"') or written[-1] != quote:
+        return written
+    try:
+        value = _yaml().load(written)
+    except (YAMLError, ValueError, LookupError):
+        value = None
+    if not isinstance(value, str):
+        refuse(
+            place,
+            f"is {written}; it is not one quoted text; double each \\ in it, or put the other kind of quotes around it",
+        )
+    return value
 
 
 def _yaml() -> YAML:

@@ -3,9 +3,9 @@
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
-from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from chorus.config.section import ComparedByEffect, MayChange, Section
+from chorus.config.section import MOST_STEPS, ComparedByEffect, Count, MayChange, Section
 
 
 class TrainingSettings(Section):
@@ -13,14 +13,14 @@ class TrainingSettings(Section):
 
     TITLE: ClassVar[str] = "Training"
 
-    epochs: ComparedByEffect[PositiveInt] = 3
+    epochs: ComparedByEffect[Annotated[int, Field(ge=1, le=10**6)]] = 3
     """Passes over the training rows, where max_train_steps is null."""
-    max_train_steps: NonNegativeInt | None = 100
+    max_train_steps: Annotated[int, Field(ge=0, le=MOST_STEPS)] | None = 100
     """Optimiser steps: training stops there, and epochs repeat as needed to reach it. null: as many as epochs give;
     0 trains nothing and writes the initial adapters."""
-    batch_size: ComparedByEffect[PositiveInt] = 16
+    batch_size: ComparedByEffect[Count] = 16
     """Rows of one micro-batch on one process; every agent sees all of them."""
-    gradient_accumulation_steps: ComparedByEffect[PositiveInt] = 1
+    gradient_accumulation_steps: ComparedByEffect[Count] = 1
     """Micro-batches of one optimiser step."""
     lr: PositiveFloat = 2e-3
     """AdamW's learning rate, at the schedule's peak."""

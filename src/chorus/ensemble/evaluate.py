@@ -10,10 +10,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from chorus.collectives import on_every_process
 from chorus.data.batches import Sample, collate, tokenise
 from chorus.data.sources import Problem
 from chorus.ensemble.generate import generate
 from chorus.ensemble.mixture import dirichlet_weights, mixture_log_prob, uniform_weights
+from chorus.errors import RunError
 from chorus.model.agents import Agents
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,28 @@ def evaluate(agents: Agents, held_out: HeldOut, alpha: float | None) -> Evaluati
     agents.train(was_training)
     base, *own, mixture = map(Score, matches, nlls)
     return Evaluation(base, own, mixture, weight_K.tolist(), num_problems=sum(len(rights[0]) for rights in right_AP))
+
+
+@torch.no_grad()
+def refuse_non_finite_answers(agents: Agents, samples: Sequence[Sample]) -> None:
+    """Raise RunError, on every process alike, where an agent's NLL of these rows is not finite. A collective call.
+
+    Finite weights do not suffice: large ones overflow in the forward pass.
+    """
+    was_training = agents.training
+    agents.eval()
+    batch = collate(samples, pad_id=0).to(next(agents.parameters()).device)
+    bad = [agent for agent in agents.agents if not bool(agents.agent_pass(agent, batch)[0].isfinite().all())]
+    agents.train(was_training)
+
+    def refuse() -> None:
+        if bad:
+            raise RunError(
+                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: the loss on training rows is not finite (NaN "
+                "or Inf), so the agents were not exported; lower lr and start over with resume_from_checkpoint=null"
+            )
+
+    on_every_process(refuse)
 
 
 @torch.no_grad()

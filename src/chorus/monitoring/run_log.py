@@ -1,9 +1,7 @@
 """What a run reports while it trains: the progress bar, train.log, metrics.jsonl and trackers."""
 
-import fcntl
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -18,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from chorus.checkpoint.atomic_files import disk_errors, write_text
-from chorus.checkpoint.output_dir import LOG_FILE
+from chorus.checkpoint.atomic_files import disk_errors, finite_or_null, write_text
+from chorus.checkpoint.metrics_file import rows_up_to
 from chorus.checkpoint.store import REMEDY
 from chorus.collectives import on_first_process
 from chorus.errors import RunError
@@ -27,6 +25,7 @@ from chorus.monitoring.memory import memory_line, memory_usage
 from chorus.monitoring.trackers import Trackers
 
 logger = logging.getLogger(__name__)
+LOG_FILE = "train.log"
 
 
 class RunLog:
@@ -127,7 +126,6 @@ class WritingRunLog(RunLog):
         self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
         to_terminal = _ConsoleHandler(self._console)
         self._log = _LogFile(output_dir / LOG_FILE, encoding="utf-8")
-        fcntl.lockf(self._log.stream, fcntl.LOCK_EX)  # pyright: ignore  (`export.is_at_work` asks for it)
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._handlers = (to_terminal, self._log)
         for handler in self._handlers:
@@ -156,9 +154,7 @@ class WritingRunLog(RunLog):
         """Keep the rows up to `start_step`. A last line that a kill has cut short is dropped, too."""
         self._metrics.close()
         path = Path(self._metrics.name)
-        kept = "".join(
-            line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= start_step
-        )
+        kept = rows_up_to(path, start_step)
         with disk_errors(path, len(kept), REMEDY):
             write_text(path, kept)
         self._metrics = path.open("a", encoding="utf-8")
@@ -169,10 +165,9 @@ class WritingRunLog(RunLog):
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
         # JSON knows neither infinity, as the first gradient norms are in fp16, nor the NaN of a loss that is skipped.
-        row = {name: _null_where_no_number(value) for name, value in metrics.items()}
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        self._append(row, numbers)
+        self._append(metrics, numbers)
         self._progress.update(self._task, description=f"loss {metrics['loss']:.4f}")
         swd = "" if metrics["swd"] is None else f"  swd {metrics['swd']:.4f}"
         losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
@@ -188,7 +183,7 @@ class WritingRunLog(RunLog):
         logger.info("profiled\n%s", "\n".join(lines))
 
     def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
-        line = json.dumps(row, allow_nan=False) + "\n"
+        line = json.dumps(finite_or_null(row), allow_nan=False) + "\n"
         with disk_errors(Path(self._metrics.name), len(line), REMEDY):
             self._metrics.write(line)
             self._metrics.flush()
@@ -213,19 +208,6 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
         return
     for name, inner in value.items():
         yield from _flat(f"{path}/{name}", inner)
-
-
-def _null_where_no_number(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_null_where_no_number(element) for element in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 def quiet_libraries() -> None:

@@ -1,7 +1,6 @@
 """`num_agents: auto`: the most agents that fit, by forecast, and on a GPU also by a measured step."""
 
 import gc
-import json
 import sys
 from math import ceil
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chorus.checkpoint.state_file import read_state_file
 from chorus.checkpoint.store import checkpoints
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
@@ -121,8 +121,8 @@ def agents_of_checkpoint(config: Config) -> int | None:
     folders = checkpoints(Path(config.output_dir)) if named == "auto" else [Path(named)]
     for folder in folders:
         try:
-            return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]["num_agents"])
-        except (OSError, ValueError, KeyError, TypeError):  # damaged: `resume` will pass over it or refuse it
+            return read_state_file(folder).config.num_agents
+        except InputError:  # damaged: `resume` will pass over it or refuse it
             continue
     return None
 

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from chorus.checkpoint.output_dir import refuse_unshared, refuse_unusable
+from chorus.checkpoint.output_dir import refuse_taken, refuse_unshared, refuse_unusable
 from chorus.collectives import on_every_process, on_first_process, refuse_differences
 from chorus.config import Config, RunConfig
 from chorus.config.execution import Mode
@@ -141,6 +141,7 @@ def _folder_beside_output(report: Report, config: Config, accelerator: Accelerat
     output_dir = Path(config.output_dir)
     with report.trying("output_dir can be written"):
         on_every_process(partial(refuse_unusable, output_dir, resumed=False))
+        on_first_process(accelerator, partial(refuse_taken, output_dir))
         beside = next(path for path in output_dir.absolute().parents if path.exists())
         made = on_first_process(accelerator, lambda: _make_folder(beside))
     report.add("output_dir can be written", True, f"{config.output_dir} itself is left alone")

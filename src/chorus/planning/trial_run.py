@@ -258,7 +258,7 @@ def reload(
     """Read the checkpoint into fresh agents, and each agent's folder with stock PEFT; mix their answers."""
     nll_K, hidden_KBTD = answers(agents, batch)
     folder = checkpoints(place)[0]
-    state = read_tensors(folder, verify(folder)["optimizer_step"])
+    state = read_tensors(folder, verify(folder).optimizer_step)
     again = agents_of(config, base, config.num_agents, Execution())
     for identity, tensor in again.adapter_tensors().items():
         tensor.copy_(state.weights[identity])

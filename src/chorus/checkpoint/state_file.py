@@ -1,0 +1,125 @@
+"""`state.json` of a checkpoint: how far the run was, and what the run is."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, model_validator
+from pydantic.types import NonNegativeInt, PositiveInt
+
+from chorus.checkpoint.untrusted_files import UntrustedModel, parse, read_bytes
+from chorus.config import Config
+from chorus.config.section import MOST_STEPS
+from chorus.errors import InputError
+
+FORMAT = 1
+STATE_FILE = "state.json"
+
+Steps = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class SavedStep(UntrustedModel):
+    """How far the run was: all that is needed to read the tensors beside it.
+
+    step: optimiser steps that are done.
+    epoch: the epoch of the last one.
+    optimizer_step: steps that AdamW has taken, one number or one for each agent; fewer where updates were skipped.
+    skips_in_a_row: the last so many steps each skipped the update of some agent.
+    """
+
+    format: int
+    step: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    epoch: NonNegativeInt = 0
+    optimizer_step: Steps | list[Steps]
+    skips_in_a_row: Steps = 0
+
+    @model_validator(mode="after")
+    def _took_no_more_steps_than_are_done(self) -> "SavedStep":
+        taken = self.optimizer_step if isinstance(self.optimizer_step, list) else [self.optimizer_step]
+        if not taken or max(taken) > self.step:
+            raise ValueError(f"optimizer_step is {self.optimizer_step}, and step is {self.step}")
+        if self.skips_in_a_row > self.step:
+            raise ValueError(f"skips_in_a_row is {self.skips_in_a_row}, and step is {self.step}")
+        return self
+
+
+class Fingerprints(UntrustedModel):
+    """Digests of what the run was trained with. A run that resumes must find the same."""
+
+    tokenizer: Digest
+    data: Digest
+    base: Digest
+
+
+class SavedConfig(UntrustedModel):
+    """The run's configuration. Typed are the keys that are computed with; the others are compared as they are."""
+
+    num_agents: PositiveInt
+    model_name: str
+    dataset_name: str
+    batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    epochs: PositiveInt
+    max_train_steps: NonNegativeInt | None
+
+    def values(self) -> dict[str, Any]:
+        """Every key of today's configuration; one that the file does not have had its default."""
+        saved = self.model_dump()
+        return {key: saved.get(key, field.default) for key, field in Config.model_fields.items()}
+
+
+class StateFile(SavedStep):
+    """The whole file: how far the run was, and what the run is."""
+
+    parallel_mode: str
+    engine: str
+    world_size: PositiveInt
+    precision: Literal["no", "fp16", "bf16"]
+    num_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    fingerprints: Fingerprints
+    config: SavedConfig
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "StateFile":
+        if self.step > self.num_steps:
+            raise ValueError(f"step is {self.step}, beyond num_steps {self.num_steps}")
+        if self.config.max_train_steps not in (None, self.num_steps):
+            raise ValueError(f"num_steps is {self.num_steps}, and max_train_steps {self.config.max_train_steps}")
+        if isinstance(self.optimizer_step, list) and len(self.optimizer_step) != self.config.num_agents:
+            raise ValueError(
+                f"optimizer_step has {len(self.optimizer_step)} numbers, and num_agents is {self.config.num_agents}"
+            )
+        return self
+
+
+class _Format(UntrustedModel):
+    format: int
+
+
+def read_saved_step(folder: Path) -> SavedStep:
+    """How far the run of this checkpoint was.
+
+    Raises:
+        Damaged: the file is not as a run writes it.
+        InputError: it has a format that this version does not know.
+    """
+    return _read(folder, SavedStep)
+
+
+def read_state_file(folder: Path) -> StateFile:
+    """All of `state.json`. Raises as `read_saved_step`."""
+    return _read(folder, StateFile)
+
+
+S = TypeVar("S", bound=SavedStep)
+
+
+def _read(folder: Path, model: type[S]) -> S:
+    file, content = folder / STATE_FILE, read_bytes(folder, STATE_FILE)
+    found = parse(file, content, _Format).format  # first: another format may have other entries
+    if found != FORMAT:
+        raise InputError(
+            f"{folder}: has checkpoint format {found}, and this version of Chorus reads format {FORMAT}; resume it "
+            "with the version that wrote it"
+        )
+    return parse(file, content, model)
