@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chorus.ensemble.cached_lanes import CachedLanes, prefill, static_cache
+from chorus.ensemble.cached_lanes import CachedLanes, prefill
 from chorus.ensemble.next_token import Answerer, Choice, NextTokenRule
 from chorus.ensemble.seating import Seating, seat
 from chorus.model.agents import Agents, causal_lm
