@@ -171,7 +171,7 @@ def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
 
 
 def _read(reader: Lane, ids_PT: Tensor, real_PT: Tensor, index_L: Tensor, length: int) -> tuple[Cache, Tensor]:
-    """The cache of rows `index_L` among N = members x prompts, and the head's output at the prompts' ends, logits_NV."""
+    """The cache of rows `index_L` among N = members x prompts, and the head's output at the prompts' ends."""
     P, T = ids_PT.shape
     M = len(reader.groups)
     into = static_cache(reader.model, length)

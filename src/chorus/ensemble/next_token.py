@@ -94,11 +94,12 @@ class NextTokenRule:
     def _choose(self, logits_KNV: Tensor, weight_K: Tensor, temperature: float, uniform_N: Tensor | None) -> Choice:
         how = {"temperature": temperature, "softcap": self.softcap}
         statistics = mixture_statistics(logits_KNV, weight_K, **how, want_log_prob=uniform_N is not None)
-        token_N = statistics.token_N
+        token_N, log_prob_N, member_KN = statistics[:3]
         if uniform_N is not None:
             assert statistics.log_prob_NV is not None
             token_N = draw(statistics.log_prob_NV, uniform_N, self.temperature, self.top_p)
-        log_prob_N, member_KN = chosen_log_probs(logits_KNV, token_N, weight_K, statistics, **how)
+            norms = (statistics.log_norm_KN, statistics.log_partition_N)
+            log_prob_N, member_KN = chosen_log_probs(logits_KNV, token_N, weight_K, *norms, **how)
         return Choice(token_N, log_prob_N, statistics.entropy_N, statistics.mutual_information_N, member_KN.flatten())
 
 

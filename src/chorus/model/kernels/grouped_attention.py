@@ -2,7 +2,7 @@
 
 With grouped queries (Ainslie et al. 2023) several query heads read one key head. Eager attention repeats the keys and
 values for each of them; while decoding that copy moves several times the bytes of the cache itself. Here the query
-heads of a group are rows of one product. The arithmetic is otherwise eager attention's: soft-cap, mask, softmax in fp32.
+heads of a group are rows of one product. The rest is eager attention's arithmetic: soft-cap, mask, softmax in fp32.
 """
 
 import sys

@@ -20,6 +20,8 @@ class MixtureStatistics(NamedTuple):
 
     Attributes:
         token_N: the most probable token, int64.
+        log_prob_N: log q of that token.
+        member_log_prob_KN: its log-probability under each member.
         entropy_N: of the mixture at its temperature: the total uncertainty.
         mutual_information_N: H(p) - sum_k w_k H(p_k), of the mixture before its temperature: how much of the
             uncertainty comes from the members' disagreement (Depeweg et al. 2018). From 0 to log K.
@@ -29,6 +31,8 @@ class MixtureStatistics(NamedTuple):
     """
 
     token_N: Tensor
+    log_prob_N: Tensor
+    member_log_prob_KN: Tensor
     entropy_N: Tensor
     mutual_information_N: Tensor
     log_norm_KN: Tensor
@@ -74,9 +78,20 @@ def torch_statistics(
         log_partition_N = pooled_NV.logsumexp(-1)
         pooled_NV = pooled_NV - log_partition_N[:, None]
         entropy_N = entropy_of(pooled_NV)
-    log_prob_NV = pooled_NV if want_log_prob else None
     token_N = pooled_NV.argmax(-1)
-    return MixtureStatistics(token_N, entropy_N, mutual_information_N, log_norm_KN, log_partition_N, log_prob_NV)
+    log_prob_N, member_KN = chosen_log_probs(
+        logits_KNV, token_N, weight_K, log_norm_KN, log_partition_N, temperature=temperature, softcap=softcap
+    )
+    return MixtureStatistics(
+        token_N,
+        log_prob_N,
+        member_KN,
+        entropy_N,
+        mutual_information_N,
+        log_norm_KN,
+        log_partition_N,
+        pooled_NV if want_log_prob else None,
+    )
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -94,16 +109,17 @@ def chosen_log_probs(
     logits_KNV: Tensor,
     token_N: Tensor,
     weight_K: Tensor,
-    statistics: MixtureStatistics,
+    log_norm_KN: Tensor,
+    log_partition_N: Tensor,
     *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    temperature: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """log q of one token in each distribution, and each member's own log-probability of it: two tensors, N and K x N.
 
     Computed in log space from K numbers a token: exact also where every member's probability underflows.
     """
     index_KN1 = token_N.expand(logits_KNV.shape[:2])[:, :, None]
-    member_KN = capped(logits_KNV.gather(-1, index_KN1)[:, :, 0], softcap) - statistics.log_norm_KN
+    member_KN = capped(logits_KNV.gather(-1, index_KN1)[:, :, 0], softcap) - log_norm_KN
     pooled_N = (member_KN + weight_K.log()[:, None]).logsumexp(0)
-    return pooled_N / temperature - statistics.log_partition_N, member_KN
+    return pooled_N / temperature - log_partition_N, member_KN
