@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from chorus.model.adapters import BASE_ALONE, adapter_context, lora_layers
+from chorus.model.adapters import BASE_ALONE, AdapterContext, adapter_context, lora_layers
 from chorus.model.agents import Agents, ParallelAgents, causal_lm
 from chorus.model.base import trunk_of
 from chorus.model.flat_adapter import stack
@@ -30,28 +29,19 @@ class Lane:
     Attributes:
         name: the lane's member, or all of them.
         groups: indices of the caller's groups, whose rows lie one after the other in this order.
-        flat_GF: the adapters that the rows are under, in the base's dtype: one a group, or a single one for all rows;
-            None is the base alone.
+        context: the adapters that the rows are under, in the base's dtype: one a group, or a single one for all rows.
     """
 
     agents: Agents
-    peft_model: PeftModel
+    model: PreTrainedModel
     name: Member | Literal["all"]
     groups: tuple[int, ...]
-    flat_GF: Tensor | None
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return causal_lm(self.peft_model)
+    context: AdapterContext
 
     @contextmanager
     def trunk(self, num_tokens: int) -> Iterator[nn.Module]:
         """The trunk for a pass of `num_tokens` tokens, over all rows of this lane."""
-        context = BASE_ALONE
-        if self.flat_GF is not None:
-            layers, layout = lora_layers(self.peft_model), self.agents.layout
-            context = adapter_context(layers, layout, range(len(self.flat_GF)), self.flat_GF, num_tokens, None)
-        with self.agents.router.of(context):
+        with self.agents.router.of(self.context._replace(num_tokens=num_tokens)):
             yield trunk_of(self.model)
 
 
@@ -68,11 +58,15 @@ def lanes_of(agents: Agents, members: Sequence[Member]) -> list[Lane]:
 def _lane(agents: Agents, name: Member | Literal["all"], groups: Sequence[int], members: Sequence[Member]) -> Lane:
     first = next((member for member in members if member is not None), None)
     peft_model = agents.peft_model(agents.agents[0] if first is None else first)
+    model = causal_lm(peft_model)
     if first is None:
-        return Lane(agents, peft_model, name, tuple(groups), None)
+        return Lane(agents, model, name, tuple(groups), BASE_ALONE)
     own = agents.adapters()
     zero_F = torch.zeros_like(own[first])
     with torch.no_grad():
         adapters = [zero_F if member is None else own[member] for member in members]
-        flat_GF = stack(cast("list[nn.Parameter]", adapters), causal_lm(peft_model).dtype)
-    return Lane(agents, peft_model, name, tuple(groups), flat_GF)
+        flat_GF = stack(cast("list[nn.Parameter]", adapters), model.dtype)
+        context = adapter_context(
+            lora_layers(peft_model), agents.layout, range(len(members)), flat_GF, num_tokens=0, noise=None
+        )
+    return Lane(agents, model, name, tuple(groups), context)
