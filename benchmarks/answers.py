@@ -12,6 +12,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,11 +27,13 @@ from torch import Tensor
 
 from chorus.data.batches import Sample, collate
 from chorus.ensemble.decode import generate
+from chorus.ensemble.decoding_batch import DecodeExecution, decide_decode_execution
 from chorus.ensemble.next_token import Answerer
 from chorus.ensemble.scoring import token_log_probs
 from chorus.model.adapters import LoraShape
 from chorus.model.agents import Agents, Regularisation, build_agents
 from chorus.model.execution import Execution
+from chorus.model.kernels.decode_graphs import CapturedStep
 from chorus.model.kernels.mixture_kernel import mixture_statistics, torch_statistics
 from chorus.monitoring.flops import Work, work_of
 
@@ -132,10 +135,13 @@ def decode_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
     for K in (4, 16):
         agents = agents_of(options, K, device, dtype)
         prompts = [prompt[:64] for prompt in random_prompts(count, agents.config.vocab_size, (64, 65))]
-        for name, answerers in (("mixture", [mixture_of(agents)]), ("everybody", everybody(agents))):
-            if K == 16 and name == "everybody":
-                continue
-            rows[f"K={K} {name}"] = decoding(agents, answerers, prompts, new_tokens, device)
+        captured = decide_decode_execution(agents)
+        rows[f"K={K} mixture"] = decoding(agents, [mixture_of(agents)], prompts, new_tokens, captured)
+        if device.type == "cuda":
+            compiled = replace(captured, compiled=True)
+            rows[f"K={K} mixture, compiled"] = decoding(agents, [mixture_of(agents)], prompts, new_tokens, compiled)
+        if K == 4:
+            rows["K=4 base, agents and mixture"] = decoding(agents, everybody(agents), prompts, new_tokens, captured)
         base = agents.peft_models[0].get_base_model()
         if K == 4:
             rows["adapters' bytes"] = sum(a.numel() for a in agents.adapters().values()) * dtype.itemsize
@@ -150,14 +156,18 @@ def decode_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
 
 
 def decoding(
-    agents: Agents, answerers: Sequence[Answerer], prompts: list[list[int]], new_tokens: int, device: torch.device
+    agents: Agents,
+    answerers: Sequence[Answerer],
+    prompts: list[list[int]],
+    new_tokens: int,
+    execution: DecodeExecution,
 ) -> dict[str, float]:
     """From the difference of a long and a short run, so that the prompts and the capture count for nothing."""
-    seconds = []
+    seconds, device = [], next(agents.parameters()).device
     for tokens in (17, new_tokens + 17, 17, new_tokens + 17):
         wait(device)
         begun = time.perf_counter()
-        generate(agents, answerers, prompts, max_new_tokens=tokens, end_ids=())
+        generate(agents, answerers, prompts, max_new_tokens=tokens, end_ids=(), execution=execution)
         wait(device)
         seconds.append(time.perf_counter() - begun)
     ms = 1000 * (seconds[3] - seconds[2]) / new_tokens
@@ -213,7 +223,8 @@ def kernel_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
     compiled = torch.compile(torch_statistics, dynamic=False)
     rows: dict[str, Any] = {"V": V}
     for K, N in KERNEL_SHAPES[:2] if options.small else KERNEL_SHAPES:
-        sets = [3 * torch.randn(K, N, V, device=device, dtype=dtype) for _ in range(3)]  # more than a cache holds
+        copies = 3 if K * N * V < 2**28 else 1  # together more than a cache holds
+        sets = [3 * torch.randn(K, N, V, device=device, dtype=dtype) for _ in range(copies)]
         weight_K = torch.full((K,), 1 / K, device=device)
         how = {"temperature": 1.3, "softcap": 30.0, "want_log_prob": False}
         ways = {"ours": mixture_statistics, "eager": torch_statistics}
@@ -227,11 +238,14 @@ def kernel_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
 
 
 def time_way(way: Callable, sets: Sequence[Tensor], weight_K: Tensor, how: dict, device: torch.device) -> float:
-    """Median ms over the sets in turn."""
+    """Median ms of one call, the sets in turn; on a GPU as it runs while decoding, captured."""
     for logits_KNV in sets:
         way(logits_KNV, weight_K, **how)
-    calls = iter([sets[index % len(sets)] for index in range(12)])
-    return median(timed(lambda: way(next(calls), weight_K, **how), 12, device))
+    calls = [lambda logits_KNV=logits_KNV: way(logits_KNV, weight_K, **how) for logits_KNV in sets]
+    if device.type == "cuda":
+        calls = [CapturedStep(call, []).replay for call in calls]
+    turns = iter(calls * 9)
+    return median(timed(lambda: next(turns)(), 9 * len(calls), device))
 
 
 def table(name: str, rows: dict[str, Any]) -> str:

@@ -12,7 +12,12 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from chorus.ensemble.decoding_batch import DecodingBatch, fitting_prompts, is_capturable
+from chorus.ensemble.decoding_batch import (
+    DecodeExecution,
+    DecodingBatch,
+    decide_decode_execution,
+    fitting_prompts,
+)
 from chorus.ensemble.next_token import Answerer, next_token_rule, uniforms
 from chorus.model.agents import Agents
 
@@ -109,7 +114,7 @@ def generate(
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompts_per_wave: int | None = None,
-    captured: bool | None = None,
+    execution: DecodeExecution | None = None,
 ) -> list[list[Answer]]:
     """Continue every prompt by every answerer.
 
@@ -125,15 +130,14 @@ def generate(
         stop: strings that end an answer; they need `tokenizer`.
         tokenizer: decodes the answers' texts.
         prompts_per_wave: prompts that are answered at a time; None takes what fits.
-        captured: replay a step as a CUDA graph; None does so on a GPU.
+        execution: how steps run; None is `decide_decode_execution`.
 
     Returns:
         The answers, [answerer][prompt].
     """
     ending = Ending(max_new_tokens, frozenset(end_ids), tuple(stop), tokenizer)
     answers = [[Answer() for _ in prompts] for _ in answerers]
-    if captured is None:
-        captured = is_capturable(agents)
+    execution = execution or decide_decode_execution(agents)
     rule = next_token_rule(agents, answerers, temperature, top_p)
     size = prompts_per_wave or fitting_prompts(agents, answerers, prompts, max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
@@ -141,7 +145,7 @@ def generate(
         wave = by_length[start : start + size]
         own = [[row[index] for index in wave] for row in answers]
         draws = [[uniforms(seed, answerer.name, index, max_new_tokens) for index in wave] for answerer in answerers]
-        batch = DecodingBatch.of(agents, rule, [prompts[index] for index in wave], max_new_tokens, draws, captured)
+        batch = DecodingBatch.of(agents, rule, [prompts[index] for index in wave], max_new_tokens, draws, execution)
         _finish(batch, own, ending)
     for answer in (answer for row in answers for answer in row):
         answer.text = ending.text_of(answer)

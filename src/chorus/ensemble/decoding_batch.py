@@ -18,6 +18,20 @@ FREE_SHARE = 0.8  # of a GPU's free memory that caches and logits may fill
 SHRINK = 0.75  # the batch is made anew once it would have at most this share of its rows: it costs a copy of the caches
 
 
+@dataclass(frozen=True)
+class DecodeExecution:
+    """How steps run. It changes no result, beyond rounding.
+
+    Attributes:
+        captured: replay a step as a CUDA graph.
+        compiled: compile the decoder layers. On a GPU that takes some ten seconds for a first batch, and as long again
+            for the first one of another size; it pays where thousands of tokens follow.
+    """
+
+    captured: bool
+    compiled: bool = False
+
+
 @dataclass
 class DecodingBatch:
     """Texts of every answerer, with their caches.
@@ -42,7 +56,7 @@ class DecodingBatch:
     text_R: Tensor
     out: Choice
     taken: int
-    is_captured: bool
+    execution: DecodeExecution
     capture: CapturedStep | None = None
 
     @staticmethod
@@ -52,7 +66,7 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         draws: Sequence[Sequence[Tensor]],
-        captured: bool,
+        execution: DecodeExecution,
     ) -> "DecodingBatch":
         """Read the prompts and choose the first token of every text."""
         device = next(agents.parameters()).device
@@ -68,14 +82,13 @@ class DecodingBatch:
             rows = zip(seating.prompts_A, draws, strict=True)
             drawn = [own[prompt or 0] for row, own in rows for prompt in row]
             # The last steps may reach beyond the limit of tokens; what they draw is thrown away.
-            uniform_XN = torch.nn.functional.pad(torch.stack(drawn), (0, room - max_new_tokens)).to(device)
+            uniform_XN = torch.nn.functional.pad(torch.stack(drawn), (0, room + 1 - max_new_tokens)).to(device)
         choice = rule.choose(logits_RV, seating.texts_A, None if uniform_XN is None else uniform_XN[:, 0])
         drawn_1 = torch.ones(1, dtype=torch.int64, device=device)
         first = Choice(*(figure[:, None] for figure in choice))
         places = torch.tensor(text_R, device=device)
-        is_captured = captured and lanes.is_static
         return DecodingBatch(
-            lanes, rule, seating, steps, uniform_XN, drawn_1, choice.token_X, places, first, 1, is_captured
+            lanes, rule, seating, steps, uniform_XN, drawn_1, choice.token_X, places, first, 1, execution
         )
 
     def written(self) -> Choice:
@@ -105,8 +118,8 @@ class DecodingBatch:
         self.lanes.prepare_steps(self.steps)
         if self.taken != self.steps or self.out.token_X.shape != (len(self.token_X), self.steps):
             self.out = self._empty_out()
-        with self.lanes.attention():
-            if self.is_captured and self.capture is None:
+        with self.lanes.stepping(self.execution.compiled):
+            if self.execution.captured and self.lanes.is_static and self.capture is None:
                 self.capture = CapturedStep(self._step, self._counters())
             for _ in range(self.steps):
                 self.capture.replay() if self.capture is not None else self._step()
@@ -142,10 +155,10 @@ def _as_sets(pair: tuple[Sequence[int | None], Sequence[int]]) -> tuple[Sequence
     return pair[0], set(pair[1])
 
 
-def is_capturable(agents: Agents) -> bool:
-    """On a GPU, unless the base lies in shards (ZeRO-3), whose weights are fetched inside of a pass."""
+def decide_decode_execution(agents: Agents) -> DecodeExecution:
+    """Captured on a GPU, unless the base lies in shards (ZeRO-3), whose weights are fetched inside of a pass."""
     parameter = next(iter(agents.frozen_tensors().values()))
-    return parameter.is_cuda and not hasattr(parameter, "ds_id")
+    return DecodeExecution(captured=parameter.is_cuda and not hasattr(parameter, "ds_id"))
 
 
 def fitting_prompts(
@@ -164,4 +177,6 @@ def fitting_prompts(
     rows = sum(len(answerer.members) for answerer in answerers)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(model.device)
-    return max(1, int(FREE_SHARE * free / (rows * (width * length + logits))))
+    fitting = max(1, int(FREE_SHARE * free / (rows * (width * length + logits))))
+    waves = max(1, -(-len(prompts) // fitting))
+    return -(-len(prompts) // waves) if prompts else 1  # as many in each

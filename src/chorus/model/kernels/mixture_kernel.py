@@ -57,7 +57,12 @@ def mixture_statistics(
         softcap: logits are softcap * tanh(logits / softcap) (Gemma-2); None is no cap.
         want_log_prob: also write log q, N x V numbers in fp32, to sample from.
     """
-    return torch_statistics(logits_KNV, weight_K, temperature=temperature, softcap=softcap, want_log_prob=want_log_prob)
+    how = {"temperature": temperature, "softcap": softcap, "want_log_prob": want_log_prob}
+    if not logits_KNV.is_cuda:
+        return torch_statistics(logits_KNV, weight_K, **how)
+    from chorus.model.kernels.mixture_triton import triton_statistics  # Triton is there where CUDA is
+
+    return MixtureStatistics(*triton_statistics(logits_KNV, weight_K, **how))
 
 
 def torch_statistics(

@@ -11,6 +11,8 @@ BLOCK = 2048  # of the vocabulary, in registers at a time
 PROGRAMS = 1024  # to fill a GPU of 132 multiprocessors
 LOWEST = tl.constexpr(-1e30)  # below every logit, and finite: the difference of two is not NaN
 
+TINY = tl.constexpr(1e-37)  # a normal fp32 number
+
 
 @triton.jit
 def _capped(x, softcap, HAS_CAP: tl.constexpr):
@@ -80,7 +82,7 @@ def _pool_parts(
             p += tl.load(weight + k) * tl.exp(_capped(x, softcap, HAS_CAP) - tl.load(log_norm + k * N + n))
             row += stride_k
         p = tl.where(inside, p, 0.0)
-        log_p = tl.log(tl.maximum(p, 1e-38))
+        log_p = tl.log(tl.maximum(p, TINY))
         plain += tl.sum(p * log_p)
         if TEMPERED:
             q = tl.where(p > 0, tl.exp(log_p * inverse_temperature), 0.0)
@@ -125,7 +127,7 @@ def _join_pool(
     own = tl.load(member_entropy + k * N + n, is_member, other=0.0)
     x = tl.load(logits + k.to(tl.int64) * stride_k + n.to(tl.int64) * stride_n + chosen, is_member, other=0.0)
     member = _capped(x.to(tl.float32), softcap, HAS_CAP) - tl.load(log_norm + k * N + n, is_member, other=0.0)
-    weighed = tl.where(is_member & (w > 0), member + tl.log(tl.maximum(w, 1e-38)), LOWEST)
+    weighed = tl.where(is_member & (w > 0), member + tl.log(tl.maximum(w, TINY)), LOWEST)
     highest = tl.max(weighed)
     pooled = highest + tl.log(tl.sum(tl.exp(weighed - highest)))
     tl.store(token_out + n, chosen.to(tl.int64))
