@@ -21,7 +21,7 @@ import torch
 from case import TARGETS
 from conditions import conditions
 from shapes import random_base
-from stock_decoding import one_after_the_other, stock_seconds_per_token
+from stock_decoding import one_after_the_other, stock_ms_per_token
 from timing import matmul_tflops, timed, wait
 from torch import Tensor
 
@@ -132,24 +132,28 @@ def decode_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
     """Seconds a token of the mixture of K agents, beside transformers' generate of one merged adapter."""
     count, new_tokens = options.prompts, 16 if options.small else 128
     rows: dict[str, Any] = {"texts": count, "new_tokens": new_tokens}
+
+    def add(name: str, row: dict[str, float]) -> None:
+        rows[name] = row
+        print(f"{name}: {row['ms_per_token']:.2f} ms a token", flush=True)  # later rows take minutes
+
+    base = random_base(options.model, device, dtype, "eager")
+    prompts = random_prompts(count, base.config.vocab_size, (64, 65))
+    add("stock", stock_ms_per_token(base, prompts, new_tokens, device))
+    del base
     for K in (4, 16):
         agents = agents_of(options, K, device, dtype)
-        prompts = [prompt[:64] for prompt in random_prompts(count, agents.config.vocab_size, (64, 65))]
         captured = decide_decode_execution(agents)
-        rows[f"K={K} mixture"] = decoding(agents, [mixture_of(agents)], prompts, new_tokens, captured)
+        add(f"K={K} mixture", decoding(agents, [mixture_of(agents)], prompts, new_tokens, captured))
+        if K == 4:
+            name = "K=4 base, agents and mixture"
+            add(name, decoding(agents, everybody(agents), prompts, new_tokens, captured))
         if device.type == "cuda":
             compiled = replace(captured, compiled=True)
-            rows[f"K={K} mixture, compiled"] = decoding(agents, [mixture_of(agents)], prompts, new_tokens, compiled)
-        if K == 4:
-            rows["K=4 base, agents and mixture"] = decoding(agents, everybody(agents), prompts, new_tokens, captured)
-        base = agents.peft_models[0].get_base_model()
-        if K == 4:
-            rows["adapters' bytes"] = sum(a.numel() for a in agents.adapters().values()) * dtype.itemsize
-            rows["base's bytes"] = sum(p.numel() for p in base.parameters()) * dtype.itemsize
-        del agents, base
+            name = f"K={K} mixture, compiled"
+            add(name, decoding(agents, [mixture_of(agents)], prompts, new_tokens, compiled))
+        del agents
         gc.collect()
-    base = random_base(options.model, device, dtype, "eager")
-    rows["stock"] = stock_seconds_per_token(base, prompts, new_tokens, device)
     for name in [name for name in rows if name.startswith("K=")]:
         rows[name]["times_stock"] = rows[name]["ms_per_token"] / rows["stock"]["ms_per_token"]
     return rows

@@ -51,7 +51,7 @@ def _answer(agents: Agents, members: Sequence[int | None], ids_BT: Tensor, mask_
         bool(ids_BT.sum() < 0)  # every token was looked at for an end
 
 
-def stock_seconds_per_token(
+def stock_ms_per_token(
     base: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int, device: torch.device
 ) -> dict[str, float]:
     """transformers' generate with a static cache, which it compiles on a GPU; prompts of one length.

@@ -74,7 +74,10 @@ class CachedLanes:
             yield
 
     def prepare_steps(self, steps: int) -> None:
-        """Make the masks of the next steps, in the same tensors as before: a captured step reads them."""
+        """Make the masks of the next steps, in the same tensors as before: a captured step reads them.
+
+        Within `stepping`: which kind of mask is made depends on the attention.
+        """
         self.step_1.zero_()
         for state in self.states if self.is_static else []:
             model, device = state.lane.model, state.seen_LC.device

@@ -115,10 +115,10 @@ class DecodingBatch:
 
     def advance(self) -> None:
         """Take the next steps."""
-        self.lanes.prepare_steps(self.steps)
         if self.taken != self.steps or self.out.token_X.shape != (len(self.token_X), self.steps):
             self.out = self._empty_out()
         with self.lanes.stepping(self.execution.compiled):
+            self.lanes.prepare_steps(self.steps)
             if self.execution.captured and self.lanes.is_static and self.capture is None:
                 self.capture = CapturedStep(self._step, self._counters())
             for _ in range(self.steps):

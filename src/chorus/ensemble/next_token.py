@@ -140,7 +140,7 @@ def draw(log_prob_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: floa
     prob_NV = (log_prob_NV.double() / temperature).softmax(-1)
     order_NV = None
     if top_p < 1:
-        prob_NV, order_NV = prob_NV.sort(-1, descending=True, stable=True)
+        prob_NV, order_NV = prob_NV.sort(dim=-1, descending=True, stable=True)
         before_NV = prob_NV.cumsum(-1) - prob_NV
         prob_NV = prob_NV.masked_fill(before_NV >= top_p, 0)
     sum_NV = prob_NV.cumsum(-1)

@@ -1,7 +1,7 @@
 """Decoder layers compiled for decoding, one token a row over a static cache.
 
-A layer finds its cache by its own number, which torch.compile would take for a constant: every layer would be compiled
-for itself. Here each is handed its own part of the cache, so equal layers are compiled once.
+A layer finds its cache by its own number, which torch.compile takes for a constant: every layer would be compiled for
+itself. Here each is handed its own part of the cache and has no number, so equal layers are compiled once.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,11 +37,17 @@ def compiled_layers(model: PreTrainedModel, caches: StaticCache) -> Iterator[Non
     """Run the decoder layers compiled, for passes of one token over `caches`."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     before = [vars(layer).get("forward") for layer in layers]
+    numbered = [module for layer in layers for module in layer.modules() if "layer_idx" in vars(module)]
+    numbers = [module.layer_idx for module in numbered]
     for layer, own in zip(layers, caches.layers, strict=True):
         vars(layer)["forward"] = partial(_run, layer, LayerCache(own))
+    for module in numbered:
+        module.layer_idx = 0  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
+        for module, number in zip(numbered, numbers, strict=True):
+            module.layer_idx = number
         for layer, own in zip(layers, before, strict=True):
             if own is None:
                 del vars(layer)["forward"]
