@@ -12,7 +12,6 @@ import gc
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +26,6 @@ from torch import Tensor
 
 from chorus.data.batches import Sample, collate
 from chorus.ensemble.decode import generate
-from chorus.ensemble.decoding_batch import DecodeExecution, decide_decode_execution
 from chorus.ensemble.next_token import Answerer
 from chorus.ensemble.scoring import token_log_probs
 from chorus.model.adapters import LoraShape
@@ -37,7 +35,7 @@ from chorus.model.kernels.decode_graphs import CapturedStep
 from chorus.model.kernels.mixture_kernel import mixture_statistics, torch_statistics
 from chorus.monitoring.flops import Work, work_of
 
-PARTS = ("kernel", "scoring", "evaluation", "decode")
+PARTS = ("kernel", "scoring", "evaluation", "decode", "stock")
 RANK = 16
 GSM8K = {"prompt": (70, 220), "answer": (60, 200)}  # tokens of most problems with the recipe's template
 KERNEL_SHAPES = [(K, N) for K in (4, 16) for N in (16, 64, 256)]
@@ -54,6 +52,7 @@ def main() -> None:
         "scoring": lambda: scoring_row(options, device, dtype),
         "evaluation": lambda: evaluation_row(options, device, dtype),
         "decode": lambda: decode_rows(options, device, dtype),
+        "stock": lambda: stock_row(options, device, dtype),
     }
     for name in options.only:
         begun = time.perf_counter()
@@ -65,6 +64,10 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if {"decode", "stock"} <= results.keys():
+        for name, row in results["decode"].items():
+            if name.startswith("K="):
+                print(f"{name}: {row['ms_per_token'] / results['stock']['ms_per_token']:.2f} times stock")
 
 
 def parse() -> argparse.Namespace:
@@ -128,50 +131,38 @@ def evaluation_row(options: argparse.Namespace, device: torch.device, dtype: tor
     }
 
 
-def decode_rows(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds a token of the mixture of K agents, beside transformers' generate of one merged adapter."""
-    count, new_tokens = options.prompts, 16 if options.small else 128
-    rows: dict[str, Any] = {"texts": count, "new_tokens": new_tokens}
-
-    def add(name: str, row: dict[str, float]) -> None:
-        rows[name] = row
-        print(f"{name}: {row['ms_per_token']:.2f} ms a token", flush=True)  # later rows take minutes
-
+def stock_row(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """transformers' generate of one merged adapter, the yardstick of `decode`."""
     base = random_base(options.model, device, dtype, "eager")
-    prompts = random_prompts(count, base.config.vocab_size, (64, 65))
-    add("stock", stock_ms_per_token(base, prompts, new_tokens, device))
-    del base
+    prompts = random_prompts(options.prompts, base.config.vocab_size, (64, 65))
+    return stock_ms_per_token(base, prompts, 16 if options.small else 128, device)
+
+
+def decode_rows(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Milliseconds a token of the mixture of K agents, and of base, agents and mixture together."""
+    new_tokens = 16 if options.small else 128
+    rows: dict[str, Any] = {"texts": options.prompts, "new_tokens": new_tokens}
     for K in (4, 16):
         agents = agents_of(options, K, device, dtype)
-        captured = decide_decode_execution(agents)
-        add(f"K={K} mixture", decoding(agents, [mixture_of(agents)], prompts, new_tokens, captured))
+        prompts = random_prompts(options.prompts, agents.config.vocab_size, (64, 65))
+        rows[f"K={K} mixture"] = decoding(agents, [mixture_of(agents)], prompts, new_tokens)
         if K == 4:
-            name = "K=4 base, agents and mixture"
-            add(name, decoding(agents, everybody(agents), prompts, new_tokens, captured))
-        if device.type == "cuda":
-            compiled = replace(captured, compiled=True)
-            name = f"K={K} mixture, compiled"
-            add(name, decoding(agents, [mixture_of(agents)], prompts, new_tokens, compiled))
+            rows["K=4 base, agents and mixture"] = decoding(agents, everybody(agents), prompts, new_tokens)
+        print({name: row for name, row in rows.items() if name.startswith(f"K={K}")}, flush=True)
         del agents
         gc.collect()
-    for name in [name for name in rows if name.startswith("K=")]:
-        rows[name]["times_stock"] = rows[name]["ms_per_token"] / rows["stock"]["ms_per_token"]
     return rows
 
 
 def decoding(
-    agents: Agents,
-    answerers: Sequence[Answerer],
-    prompts: list[list[int]],
-    new_tokens: int,
-    execution: DecodeExecution,
+    agents: Agents, answerers: Sequence[Answerer], prompts: list[list[int]], new_tokens: int
 ) -> dict[str, float]:
     """From the difference of a long and a short run, so that the prompts and the capture count for nothing."""
     seconds, device = [], next(agents.parameters()).device
     for tokens in (17, new_tokens + 17, 17, new_tokens + 17):
         wait(device)
         begun = time.perf_counter()
-        generate(agents, answerers, prompts, max_new_tokens=tokens, end_ids=(), execution=execution)
+        generate(agents, answerers, prompts, max_new_tokens=tokens, end_ids=())
         wait(device)
         seconds.append(time.perf_counter() - begun)
     ms = 1000 * (seconds[3] - seconds[2]) / new_tokens

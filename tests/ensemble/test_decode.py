@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from chorus.ensemble import decoding_batch
 from chorus.ensemble.decode import Answer, generate
-from chorus.ensemble.decoding_batch import DecodeExecution
 from chorus.ensemble.next_token import Answerer, draw
 from chorus.ensemble.seating import seat
 from chorus.model.adapters import LoraShape
@@ -225,16 +224,15 @@ def test_weights_and_temperatures_out_of_range_are_refused(agents: Agents, answe
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_captured_step_writes_what_transformers_and_the_same_step_uncaptured_write(
-    prompts: list[list[int]], compiled: bool, temperature: float
+    prompts: list[list[int]], temperature: float
 ):
     agents = toy_agents("fused", device="cuda").eval()
     make_lively(agents.frozen_tensors())
     how: dict[str, Any] = {"max_new_tokens": 40, "end_ids": [33], "temperature": temperature}
-    eager = tokens(generate(agents, EVERYBODY, prompts, **how, execution=DecodeExecution(captured=False)))
-    captured = generate(agents, EVERYBODY, prompts, **how, execution=DecodeExecution(captured=True, compiled=compiled))
+    eager = tokens(generate(agents, EVERYBODY, prompts, **how, captured=False))
+    captured = generate(agents, EVERYBODY, prompts, **how, captured=True)
     assert tokens(captured) == eager
     if temperature == 0:
         for row, answerer in zip(eager, MEMBERS, strict=False):

@@ -19,7 +19,6 @@ from transformers.masking_utils import create_masks_for_generate
 
 from chorus.ensemble.lanes import Lane, Member, lanes_of
 from chorus.model.agents import Agents
-from chorus.model.kernels.decode_layers import compiled_layers
 from chorus.model.kernels.grouped_attention import attention_over_caches
 
 PREFILL_TOKENS = 32_768  # of one pass over prompts: 8 rows of 4,096; eager attention's scores grow with their square
@@ -63,14 +62,12 @@ class CachedLanes:
     step_1: Tensor
 
     @contextmanager
-    def stepping(self, compiled: bool) -> Iterator[None]:
-        """Run the lanes with the attention that their caches need, and with their decoder layers compiled."""
+    def stepping(self) -> Iterator[None]:
+        """Run the lanes with the attention that their caches need."""
         with ExitStack() as stack:
             for state in self.states:
                 if isinstance(state.cache, StaticCache):
                     stack.enter_context(attention_over_caches(state.lane.model))
-                    if compiled:
-                        stack.enter_context(compiled_layers(state.lane.model, state.cache))
             yield
 
     def prepare_steps(self, steps: int) -> None:

@@ -12,12 +12,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from chorus.ensemble.decoding_batch import (
-    DecodeExecution,
-    DecodingBatch,
-    decide_decode_execution,
-    fitting_prompts,
-)
+from chorus.ensemble.decoding_batch import DecodingBatch, fitting_prompts, is_capturable
 from chorus.ensemble.next_token import Answerer, next_token_rule, uniforms
 from chorus.model.agents import Agents
 
@@ -114,7 +109,7 @@ def generate(
     stop: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompts_per_wave: int | None = None,
-    execution: DecodeExecution | None = None,
+    captured: bool | None = None,
 ) -> list[list[Answer]]:
     """Continue every prompt by every answerer.
 
@@ -130,14 +125,14 @@ def generate(
         stop: strings that end an answer; they need `tokenizer`.
         tokenizer: decodes the answers' texts.
         prompts_per_wave: prompts that are answered at a time; None takes what fits.
-        execution: how steps run; None is `decide_decode_execution`.
+        captured: replay a step as a CUDA graph; None does so on a GPU. It changes no result.
 
     Returns:
         The answers, [answerer][prompt].
     """
     ending = Ending(max_new_tokens, frozenset(end_ids), tuple(stop), tokenizer)
     answers = [[Answer() for _ in prompts] for _ in answerers]
-    execution = execution or decide_decode_execution(agents)
+    captured = is_capturable(agents) if captured is None else captured
     rule = next_token_rule(agents, answerers, temperature, top_p)
     size = prompts_per_wave or fitting_prompts(agents, answerers, prompts, max_new_tokens)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
@@ -145,8 +140,9 @@ def generate(
         wave = by_length[start : start + size]
         own = [[row[index] for index in wave] for row in answers]
         draws = [[uniforms(seed, answerer.name, index, max_new_tokens) for index in wave] for answerer in answerers]
-        batch = DecodingBatch.of(agents, rule, [prompts[index] for index in wave], max_new_tokens, draws, execution)
-        _finish(batch, own, ending)
+        own_prompts = [prompts[index] for index in wave]
+        # Given away: while a wave is read, the caches of the one before it must be gone.
+        _finish(DecodingBatch.of(agents, rule, own_prompts, max_new_tokens, draws, captured), own, ending)
     for answer in (answer for row in answers for answer in row):
         answer.text = ending.text_of(answer)
     return answers

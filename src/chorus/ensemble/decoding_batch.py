@@ -18,20 +18,6 @@ FREE_SHARE = 0.8  # of a GPU's free memory that caches and logits may fill
 SHRINK = 0.75  # the batch is made anew once it would have at most this share of its rows: it costs a copy of the caches
 
 
-@dataclass(frozen=True)
-class DecodeExecution:
-    """How steps run. It changes no result, beyond rounding.
-
-    Attributes:
-        captured: replay a step as a CUDA graph.
-        compiled: compile the decoder layers. On a GPU that takes some ten seconds for a first batch, and as long again
-            for the first one of another size; it pays where thousands of tokens follow.
-    """
-
-    captured: bool
-    compiled: bool = False
-
-
 @dataclass
 class DecodingBatch:
     """Texts of every answerer, with their caches.
@@ -56,7 +42,7 @@ class DecodingBatch:
     text_R: Tensor
     out: Choice
     taken: int
-    execution: DecodeExecution
+    is_captured: bool
     capture: CapturedStep | None = None
 
     @staticmethod
@@ -66,7 +52,7 @@ class DecodingBatch:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         draws: Sequence[Sequence[Tensor]],
-        execution: DecodeExecution,
+        captured: bool,
     ) -> "DecodingBatch":
         """Read the prompts and choose the first token of every text."""
         device = next(agents.parameters()).device
@@ -87,8 +73,9 @@ class DecodingBatch:
         drawn_1 = torch.ones(1, dtype=torch.int64, device=device)
         first = Choice(*(figure[:, None] for figure in choice))
         places = torch.tensor(text_R, device=device)
+        is_captured = captured and lanes.is_static
         return DecodingBatch(
-            lanes, rule, seating, steps, uniform_XN, drawn_1, choice.token_X, places, first, 1, execution
+            lanes, rule, seating, steps, uniform_XN, drawn_1, choice.token_X, places, first, 1, is_captured
         )
 
     def written(self) -> Choice:
@@ -117,9 +104,9 @@ class DecodingBatch:
         """Take the next steps."""
         if self.taken != self.steps or self.out.token_X.shape != (len(self.token_X), self.steps):
             self.out = self._empty_out()
-        with self.lanes.stepping(self.execution.compiled):
+        with self.lanes.stepping():
             self.lanes.prepare_steps(self.steps)
-            if self.execution.captured and self.lanes.is_static and self.capture is None:
+            if self.is_captured and self.capture is None:
                 self.capture = CapturedStep(self._step, self._counters())
             for _ in range(self.steps):
                 self.capture.replay() if self.capture is not None else self._step()
@@ -155,10 +142,10 @@ def _as_sets(pair: tuple[Sequence[int | None], Sequence[int]]) -> tuple[Sequence
     return pair[0], set(pair[1])
 
 
-def decide_decode_execution(agents: Agents) -> DecodeExecution:
-    """Captured on a GPU, unless the base lies in shards (ZeRO-3), whose weights are fetched inside of a pass."""
+def is_capturable(agents: Agents) -> bool:
+    """On a GPU, unless the base lies in shards (ZeRO-3), whose weights are fetched inside of a pass."""
     parameter = next(iter(agents.frozen_tensors().values()))
-    return DecodeExecution(captured=parameter.is_cuda and not hasattr(parameter, "ds_id"))
+    return parameter.is_cuda and not hasattr(parameter, "ds_id")
 
 
 def fitting_prompts(
