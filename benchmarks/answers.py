@@ -46,7 +46,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matmul = matmul_tflops(device, dtype)
-    results: dict[str, Any] = {"about": conditions(device, dtype, matmul)}
+    results: dict[str, Any] = {"about": {**conditions(device, dtype), "matmul_tflops": matmul}}
     parts: dict[str, Callable[[], Any]] = {
         "kernel": lambda: kernel_rows(options, device, dtype),
         "scoring": lambda: scoring_row(options, device, dtype),
@@ -221,7 +221,7 @@ def kernel_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
         copies = 3 if K * N * V < 2**28 else 1  # together more than a cache holds
         sets = [3 * torch.randn(K, N, V, device=device, dtype=dtype) for _ in range(copies)]
         weight_K = torch.full((K,), 1 / K, device=device)
-        how = {"temperature": 1.3, "softcap": 30.0, "want_log_prob": False}
+        how = {"temperature": 1.3, "softcap": 30.0, "scale": 1.0, "want_log_prob": False}
         ways = {"ours": mixture_statistics, "eager": torch_statistics}
         if device.type == "cuda":
             ways["compiled"] = compiled

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chorus.ensemble.lanes import Member
 from chorus.model.agents import Agents
+from chorus.model.base import Head
 from chorus.model.kernels.mixture_kernel import chosen_log_probs, mixture_statistics
 from chorus.seeding import derive_seed
 
@@ -48,14 +49,14 @@ class NextTokenRule:
 
     Attributes:
         weights: of each answerer's members, on the device.
-        softcap: of the base's head, or None.
+        head: of the base.
         temperature: 0 takes the most probable token.
         top_p: see `draw`.
     """
 
     answerers: tuple[Answerer, ...]
     weights: tuple[Tensor, ...]
-    softcap: float | None
+    head: Head
     temperature: float
     top_p: float
 
@@ -92,7 +93,7 @@ class NextTokenRule:
             index += count
 
     def _choose(self, logits_KNV: Tensor, weight_K: Tensor, temperature: float, uniform_N: Tensor | None) -> Choice:
-        how = {"temperature": temperature, "softcap": self.softcap}
+        how = {"temperature": temperature, "softcap": self.head.softcap, "scale": self.head.scale}
         statistics = mixture_statistics(logits_KNV, weight_K, **how, want_log_prob=uniform_N is not None)
         token_N, log_prob_N, member_KN = statistics[:3]
         if uniform_N is not None:
@@ -120,7 +121,7 @@ def next_token_rule(
         raise ValueError(f"temperature {temperature} must be 0 or more, top_p {top_p} above 0 and at most 1")
     device = next(agents.parameters()).device
     weights = [torch.tensor(answerer.weights, device=device) for answerer in answerers]
-    return NextTokenRule(tuple(answerers), tuple(weights), agents.head().softcap, temperature, top_p)
+    return NextTokenRule(tuple(answerers), tuple(weights), agents.head(), temperature, top_p)
 
 
 def _is_plain(answerer: Answerer) -> bool:

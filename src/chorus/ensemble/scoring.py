@@ -35,7 +35,7 @@ def token_log_probs(
     """
     lanes = lanes_of(agents, members)
     found: list[Tensor] = [torch.empty(0)] * len(samples)
-    for indices in _passes(agents, len(members), [len(sample.ids) - 1 for sample in samples], tokens_per_pass):
+    for indices in passes(agents, len(members), [len(sample.ids) - 1 for sample in samples], tokens_per_pass):
         batch = collate([samples[index] for index in indices], pad_id=0).to(_device(agents))
         nll_MBT = _nll(agents, lanes, batch).cpu()
         mask_BT = batch.mask_BT.cpu()
@@ -65,10 +65,10 @@ def choice_log_probs(
     lanes = lanes_of(agents, members)
     totals = [torch.zeros(len(members), len(question.choice_ids)) for question in questions]
     rows, wanted = _rows_of_choices(questions)
-    for indices in _passes(agents, len(members), list(map(len, rows)), tokens_per_pass):
+    for indices in passes(agents, len(members), list(map(len, rows)), tokens_per_pass):
         length = max(len(rows[index]) for index in indices)
         ids_BT = torch.tensor([[*rows[index], *[0] * (length - len(rows[index]))] for index in indices])
-        hidden_MBTD = _hidden(agents, lanes, ids_BT.to(_device(agents)))
+        hidden_MBTD = hidden_states(agents, lanes, ids_BT.to(_device(agents)))
         places = [(row, *want) for row, index in enumerate(indices) for want in wanted[index]]
         at = [(row, place) for row, place, *_ in places]
         positions = list(dict.fromkeys(at))
@@ -117,7 +117,7 @@ def _log_probs_at(hidden_MND: Tensor, head: Head, which_Q: Tensor, token_Q: Tens
 
 def _nll(agents: Agents, lanes: Sequence[Lane], batch: Batch) -> Tensor:
     """nll_MBT, fp32, 0 where no loss is due."""
-    hidden_MBTD = _hidden(agents, lanes, batch.input_BT)
+    hidden_MBTD = hidden_states(agents, lanes, batch.input_BT)
     M, B, T, _ = hidden_MBTD.shape
     first_M = torch.arange(M, device=hidden_MBTD.device) * (B * T)
     rows_N = (first_M[:, None] + batch.target_rows_N).flatten()
@@ -125,20 +125,19 @@ def _nll(agents: Agents, lanes: Sequence[Lane], batch: Batch) -> Tensor:
     return nll_NT.view(M, B, T)
 
 
-def _hidden(agents: Agents, lanes: Sequence[Lane], ids_BT: Tensor) -> Tensor:
+def hidden_states(agents: Agents, lanes: Sequence[Lane], ids_BT: Tensor) -> Tensor:
     """hidden_MBTD after the final norm. Padding is on the right, behind everything that is read."""
-    parts: dict[int, Tensor] = {}
+    parts, groups = [], []
     for lane in lanes:
         G = len(lane.groups)
         with lane.trunk(G * ids_BT.numel()) as trunk:
             hidden_NTD = trunk(input_ids=ids_BT.repeat(G, 1), use_cache=False).last_hidden_state
-        parts |= dict(zip(lane.groups, hidden_NTD.unflatten(0, (G, -1)), strict=True))
-    if len(lanes) == 1:
-        return hidden_NTD.unflatten(0, (G, -1))
-    return torch.stack([parts[group] for group in sorted(parts)])
+        parts.append(hidden_NTD.unflatten(0, (G, -1)))
+        groups += lane.groups
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.tensor(groups).argsort()]
 
 
-def _passes(
+def passes(
     agents: Agents, num_members: int, lengths: Sequence[int], tokens_per_pass: int | None
 ) -> Iterator[list[int]]:
     """Indices of rows of similar length, longest first, so many that a pass holds at most the tokens it may."""

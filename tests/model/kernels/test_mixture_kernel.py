@@ -21,8 +21,9 @@ def test_statistics_are_those_of_plain_probabilities_in_float64(
     K: int, N: int, V: int, temperature: float, softcap: float | None
 ):
     logits_KNV, weight_K = logits_and_weights(K, N, V)
-    found = mixture_statistics(logits_KNV, weight_K, temperature=temperature, softcap=softcap, want_log_prob=True)
-    x_KNV = logits_KNV.double()
+    how = {"temperature": temperature, "softcap": softcap, "scale": 0.7}
+    found = mixture_statistics(logits_KNV, weight_K, **how, want_log_prob=True)
+    x_KNV = 0.7 * logits_KNV.double()
     if softcap:
         x_KNV = softcap * torch.tanh(x_KNV / softcap)
     p_KNV = x_KNV.softmax(-1)
@@ -58,7 +59,7 @@ def test_the_triton_kernel_gives_what_its_plain_twin_gives(
     K: int, N: int, V: int, temperature: float, softcap: float | None, dtype: torch.dtype
 ):
     logits_KNV, weight_K = logits_and_weights(K, N, V, "cuda")
-    how = {"temperature": temperature, "softcap": softcap, "want_log_prob": True}
+    how = {"temperature": temperature, "softcap": softcap, "scale": 0.7, "want_log_prob": True}
     twin = torch_statistics(logits_KNV.to(dtype), weight_K, **how)
     kernel = mixture_statistics(logits_KNV.to(dtype), weight_K, **how)
     assert torch.equal(twin.token_N, kernel.token_N)

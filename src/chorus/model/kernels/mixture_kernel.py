@@ -46,18 +46,19 @@ def mixture_statistics(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    scale: float = 1.0,
     want_log_prob: bool = False,
 ) -> MixtureStatistics:
     """Statistics of the members' mixture.
 
     Args:
-        logits_KNV: the head's output, of any floating-point dtype, before the soft-cap.
+        logits_KNV: the head's output, of any floating-point dtype, before scale and soft-cap.
         weight_K: fp32, summing to 1; a weight may be 0.
         temperature: of the pooled distribution, above 0.
-        softcap: logits are softcap * tanh(logits / softcap) (Gemma-2); None is no cap.
+        softcap, scale: logits are softcap * tanh(z / softcap) of z = scale * output, or z itself; see `base.Head`.
         want_log_prob: also write log q, N x V numbers in fp32, to sample from.
     """
-    how = {"temperature": temperature, "softcap": softcap, "want_log_prob": want_log_prob}
+    how = {"temperature": temperature, "softcap": softcap, "scale": scale, "want_log_prob": want_log_prob}
     if not logits_KNV.is_cuda:
         return torch_statistics(logits_KNV, weight_K, **how)
     from chorus.model.kernels.mixture_triton import triton_statistics  # Triton is there where CUDA is
@@ -66,10 +67,16 @@ def mixture_statistics(
 
 
 def torch_statistics(
-    logits_KNV: Tensor, weight_K: Tensor, *, temperature: float, softcap: float | None, want_log_prob: bool
+    logits_KNV: Tensor,
+    weight_K: Tensor,
+    *,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    want_log_prob: bool,
 ) -> MixtureStatistics:
     """`mixture_statistics` in plain PyTorch, for the CPU."""
-    x_KNV = capped(logits_KNV, softcap)
+    x_KNV = capped(logits_KNV, softcap, scale)
     log_norm_KN = x_KNV.logsumexp(-1)
     log_prob_KNV = x_KNV - log_norm_KN[:, :, None]
     entropy_KN = entropy_of(log_prob_KNV)
@@ -85,7 +92,14 @@ def torch_statistics(
         entropy_N = entropy_of(pooled_NV)
     token_N = pooled_NV.argmax(-1)
     log_prob_N, member_KN = chosen_log_probs(
-        logits_KNV, token_N, weight_K, log_norm_KN, log_partition_N, temperature=temperature, softcap=softcap
+        logits_KNV,
+        token_N,
+        weight_K,
+        log_norm_KN,
+        log_partition_N,
+        temperature=temperature,
+        softcap=softcap,
+        scale=scale,
     )
     return MixtureStatistics(
         token_N,
@@ -99,9 +113,9 @@ def torch_statistics(
     )
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """fp32 logits under the soft-cap."""
-    logits = logits.float()
+def capped(output: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """fp32 logits of the head's output."""
+    logits = output.float() * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -119,12 +133,13 @@ def chosen_log_probs(
     *,
     temperature: float,
     softcap: float | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """log q of one token in each distribution, and each member's own log-probability of it: two tensors, N and K x N.
 
     Computed in log space from K numbers a token: exact also where every member's probability underflows.
     """
     index_KN1 = token_N.expand(logits_KNV.shape[:2])[:, :, None]
-    member_KN = capped(logits_KNV.gather(-1, index_KN1)[:, :, 0], softcap) - log_norm_KN
+    member_KN = capped(logits_KNV.gather(-1, index_KN1)[:, :, 0], softcap, scale) - log_norm_KN
     pooled_N = (member_KN + weight_K.log()[:, None]).logsumexp(0)
     return pooled_N / temperature - log_partition_N, member_KN
