@@ -1,20 +1,19 @@
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, agents_of
 from stock import entropy, make_lively, next_log_probs, stock_greedy, stock_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from toy import VOCABULARY, small_gpt_neox, small_llama, toy_agents
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from toy import VOCABULARY, toy_agents
+from transformers import PreTrainedTokenizerFast
 
 from chorus.ensemble import decoding_batch
 from chorus.ensemble.decode import Answer, generate
 from chorus.ensemble.next_token import Answerer, draw
 from chorus.ensemble.seating import seat
-from chorus.model.adapters import LoraShape
-from chorus.model.agents import Agents, Mode, Regularisation, build_agents
+from chorus.model.agents import Agents, Mode
 
 NEVER = 4  # as an end token: none of these texts holds it
 MEMBERS = [Answerer("base", (None,)), *(Answerer(f"agent {k}", (k,)) for k in range(3))]
@@ -38,7 +37,7 @@ def prompts() -> list[list[int]]:
 
 def random_prompts(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    return [torch.randint(3, 56, (n,), generator=generator).tolist() for n in lengths]
 
 
 def tokens(answers: list[list[Answer]]) -> list[list[list[int]]]:
@@ -129,25 +128,21 @@ def test_a_stop_string_ends_an_answer_before_it(agents: Agents, prompts: list[li
     assert stopped[1][0].ended == "stop"
 
 
-@pytest.mark.parametrize("base", [small_llama, small_gpt_neox])
-def test_other_bases_answer_as_transformers_does(base: Callable[[], PreTrainedModel]):
-    shape = LoraShape(3, 6.0, "all-linear", random_init=True, seed=0)
-    agents = build_agents("fused", base(), 2, shape, Regularisation(0, 0, 0)).eval()
-    for adapter_F in agents.adapters().values():
-        adapter_F.data.mul_(20)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_bases_writes_with_caches_what_it_writes_without(family: str):
+    agents = agents_of(family, "parallel" if family == "deepseek-v3" else "fused").eval()
     prompts = random_prompts(5, 9, 2)
     everybody = [Answerer("base", (None,)), Answerer("0", (0,)), Answerer("1", (1,))]
-    answers = tokens(generate(agents, everybody, prompts, max_new_tokens=7, end_ids=[NEVER]))
-    assert answers[0] == [stock_greedy(base().eval(), prompt, 7, NEVER) for prompt in prompts]
-    for agent in (0, 1):
-        assert answers[agent + 1] == [uncached(agents, agent, prompt, 7) for prompt in prompts]
+    answers = tokens(generate(agents, everybody, prompts, max_new_tokens=9, end_ids=[]))
+    for answerer, row in zip(everybody, answers, strict=True):
+        assert row == [uncached(agents, answerer.members[0], prompt, 9) for prompt in prompts]
 
 
 @torch.no_grad()
-def uncached(agents: Agents, agent: int, prompt: list[int], count: int) -> list[int]:
+def uncached(agents: Agents, member: int | None, prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
-        with agents.trunk(agent) as trunk:
+        with agents.trunk(member) as trunk:
             hidden_1TD = trunk(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
         ids.append(int(agents.head().logits(hidden_1TD[:, -1]).argmax()))
     return ids[len(prompt) :]

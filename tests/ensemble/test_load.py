@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import of_family
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from stock import make_lively
@@ -92,6 +93,23 @@ def test_agents_of_any_rank_scaling_and_layers_are_what_stock_peft_makes_of_them
     assert ensemble.weights == (0.25,) * 4
     assert ensemble.base_name == str(base)
     assert not ensemble.agents.training
+
+
+@pytest.mark.parametrize(("family", "targets"), [("deepseek-v3", ["kv_b_proj"]), ("gpt2", ["c_attn", "c_fc"])])
+def test_bases_that_mix_rows_or_transpose_weights_answer_as_stock_peft_does(
+    base: Path, tmp_path: Path, family: str, targets: list[str]
+):
+    of_family(family).save_pretrained(tmp_path)
+    for file in base.glob("token*"):
+        shutil.copy(file, tmp_path)
+    for number in (0, 1):
+        save_adapter(tmp_path, tmp_path / "agents" / f"{number}", number, r=2, target_modules=targets)
+    agents = load_ensemble(tmp_path / "agents").agents
+    sample = text_of()
+    (log_prob_KT,) = token_log_probs(agents, agents.agents, [sample])
+    for own_T, number in zip(log_prob_KT, (0, 1), strict=True):
+        expected_T = stock_log_probs(tmp_path, tmp_path / "agents" / f"{number}", sample.ids)
+        torch.testing.assert_close(own_T, expected_T, atol=2e-5, rtol=0)
 
 
 def test_adapters_of_one_scaling_and_rank_are_kept_bit_by_bit(base: Path, tmp_path: Path):

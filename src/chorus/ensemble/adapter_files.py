@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -20,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from chorus.errors import InputError
+from chorus.model.targets import LINEAR
 
 CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -29,7 +30,7 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # Fields of PEFT's LoraConfig that this module applies, or that change nothing once training is over. A folder that
 # sets any other is refused: what it asks for would silently be left out.
 APPLIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "peft_type"}
-APPLIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+APPLIED |= {"fan_in_fan_out", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 HARMLESS = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "eva_config"}
 HARMLESS |= {"init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
 # Starts of training that change the base's own weights, so that the stock base is another model.
@@ -102,19 +103,25 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read ({str(error).splitlines()[0]}); copy or export it again") from error
     pairs = _pairs(file, tensors)
-    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: _sizes(module) for name, module in skeleton.named_modules() if isinstance(module, LINEAR)}
     targets = _targets(config, skeleton, linears)
     _refuse_other_layers(file, set(pairs), targets, linears)
     matrices, scaling = {}, {}
     for name, found in pairs.items():
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-        linear = linears[name]
-        for letter, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
+        width_in, width_out = linears[name]
+        for letter, shape in (("A", (rank, width_in)), ("B", (width_out, rank))):
             _check_tensor(file, f"{name}.lora_{letter}", found.get(letter), shape)
         matrices[name] = (found["A"], found["B"])
         scaling[name] = alpha / (rank**0.5 if config.use_rslora else rank)
     return AdapterFile(folder, config.base_model_name_or_path, matrices, scaling)
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    """In and out features of a linear layer; GPT-2's stores its weight transposed."""
+    width_out, width_in = linear.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    return (width_out, width_in) if isinstance(linear, Conv1D) else (width_in, width_out)
 
 
 def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -129,13 +136,15 @@ def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return pairs
 
 
-def _targets(config: LoraConfig, skeleton: PreTrainedModel, linears: Mapping[str, Any]) -> set[str]:
+def _targets(config: LoraConfig, skeleton: PreTrainedModel, linears: Mapping[str, tuple[int, int]]) -> set[str]:
     """Names of the linear layers that the configuration puts an adapter on."""
     config = _maybe_include_all_linear_layers(config, skeleton)
     return {name for name in linears if check_target_module_exists(config, name)}
 
 
-def _refuse_other_layers(file: Path, found: set[str], targets: set[str], linears: Mapping[str, Any]) -> None:
+def _refuse_other_layers(
+    file: Path, found: set[str], targets: set[str], linears: Mapping[str, tuple[int, int]]
+) -> None:
     unknown = sorted(found - linears.keys())
     if unknown:
         raise InputError(f"{file}: the base has no linear layer {unknown[0]}; name the base that it was trained on")

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chorus.checkpoint.resume import base_fingerprint
 from chorus.checkpoint.store import MANIFEST, checkpoints, verify
 from chorus.ensemble.adapter_files import CONFIG_FILE, AdapterFile, read_adapter, read_config
+from chorus.ensemble.lanes import lanes_of
+from chorus.ensemble.scoring import hidden_states
 from chorus.errors import InputError
 from chorus.model.adapters import LoraShape, lora_layers
-from chorus.model.agents import Agents, Regularisation, build_agents
+from chorus.model.agents import Agents, Mode, Regularisation, build_agents
 from chorus.model.base import load_model, load_skeleton, load_tokenizer
 from chorus.model.flat_adapter import Matrix
 
@@ -206,15 +208,33 @@ def _apart(one: Tensor | None, other: Tensor | None) -> float:
     return float((one - other).square().sum())
 
 
-def _build(model: Any, adapters: Sequence[AdapterFile]) -> Agents:
-    """Fused agents with the largest rank and the union of the layers of all adapters, zeros in between."""
+def _build(model: PreTrainedModel, adapters: Sequence[AdapterFile]) -> Agents:
+    """Agents with the largest rank and the union of the layers of all adapters, zeros in between.
+
+    Fused, or parallel where the base mixes the rows of a batch, as experts that carry adapters do.
+    """
+    agents = _agents(model, adapters, "fused")
+    two_groups, ids_BT = lanes_of(agents, [0, 0]), torch.ones(1, 4, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            hidden_states(agents, two_groups, ids_BT)
+    except InputError:
+        logger.info("the base tells the agents' rows apart only one agent at a time: parallel agents")
+        return _agents(agents.peft_models[0].unload(), adapters, "parallel")  # pyright: ignore
+    return agents
+
+
+def _agents(model: PreTrainedModel, adapters: Sequence[AdapterFile], mode: Mode) -> Agents:
     layers = {layer for adapter in adapters for layer in adapter.matrices}
     rank = max(len(A_RI) for adapter in adapters for A_RI, _ in adapter.matrices.values())
     shape = LoraShape(rank=rank, alpha=rank, target_modules=sorted(layers), random_init=False, seed=0)
-    agents = build_agents("fused", model, len(adapters), shape, Regularisation(0, 0, 0))
+    agents = build_agents(mode, model, len(adapters), shape, Regularisation(0, 0, 0))
     scaling = {layer: _common_scaling(layer, adapters) for layer in layers}
-    for path, layer in lora_layers(agents.peft_model(0)).items():
-        layer.scaling = dict.fromkeys(layer.scaling, scaling[path.removeprefix(PEFT_PREFIX)])
+    for peft_model in agents.peft_models:
+        for path, layer in lora_layers(peft_model).items():
+            layer.scaling = dict.fromkeys(layer.scaling, scaling[path.removeprefix(PEFT_PREFIX)])
+    if {path.removeprefix(PEFT_PREFIX) for path, _ in agents.layout.shapes} != layers:
+        raise InputError("some layers with an adapter are not reached by text; train on layers of the text model alone")
     for adapter, adapter_F in zip(adapters, agents.adapters().values(), strict=True):
         own = {key: _padded(adapter, key, size, scaling) for key, size in agents.layout.shapes.items()}
         adapter_F.data.copy_(agents.layout.join(own))
