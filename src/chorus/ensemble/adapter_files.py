@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -108,8 +109,8 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
     _refuse_other_layers(file, set(pairs), targets, linears)
     matrices, scaling = {}, {}
     for name, found in pairs.items():
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        rank = _by_pattern(config.rank_pattern, name, config.r)
+        alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
         width_in, width_out = linears[name]
         for letter, shape in (("A", (rank, width_in)), ("B", (width_out, rank))):
             _check_tensor(file, f"{name}.lora_{letter}", found.get(letter), shape)
@@ -118,9 +119,15 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
     return AdapterFile(folder, config.base_model_name_or_path, matrices, scaling)
 
 
+def _by_pattern(patterns: Mapping[str, int] | None, name: str, otherwise: int) -> int:
+    """What the first pattern that fits a layer's name says, as PEFT finds it."""
+    patterns = patterns or {}
+    return patterns.get(get_pattern_key(list(patterns), name), otherwise)
+
+
 def _sizes(linear: nn.Module) -> tuple[int, int]:
     """In and out features of a linear layer; GPT-2's stores its weight transposed."""
-    width_out, width_in = linear.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    width_out, width_in = cast(Tensor, linear.weight).shape
     return (width_out, width_in) if isinstance(linear, Conv1D) else (width_in, width_out)
 
 
@@ -138,8 +145,8 @@ def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
 
 def _targets(config: LoraConfig, skeleton: PreTrainedModel, linears: Mapping[str, tuple[int, int]]) -> set[str]:
     """Names of the linear layers that the configuration puts an adapter on."""
-    config = _maybe_include_all_linear_layers(config, skeleton)
-    return {name for name in linears if check_target_module_exists(config, name)}
+    expanded = _maybe_include_all_linear_layers(config, skeleton)
+    return {name for name in linears if check_target_module_exists(expanded, name)}
 
 
 def _refuse_other_layers(

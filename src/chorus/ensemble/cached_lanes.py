@@ -111,7 +111,7 @@ class CachedLanes:
             rows = _rows(lane, block)
             state = was[lane.name]
             old_L = torch.tensor([place_of[source_R[row]] for row in rows], device=self.step_1.device)
-            state.cache.reorder_cache(old_L)
+            state.cache.reorder_cache(old_L)  # pyright: ignore[reportArgumentType]
             position_L1 = state.position_L1[old_L]
             states.append(_state(lane, block, state.cache, state.seen_LC[old_L], position_L1, len(members_G)))
         self.states = states
@@ -170,7 +170,7 @@ def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
         return None
     if any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
         return None
-    cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]
+    cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]  # pyright: ignore
     return cache
 
 
@@ -182,7 +182,7 @@ def _read(reader: Lane, ids_PT: Tensor, real_PT: Tensor, index_L: Tensor, length
     if into is None:
         cache = DynamicCache(config=reader.model.config)
         logits_MPV = _read_rows(reader, ids_PT, real_PT, cache)
-        cache.reorder_cache(index_L)
+        cache.reorder_cache(index_L)  # pyright: ignore[reportArgumentType]
         return cache, logits_MPV.flatten(0, 1)
     parts = []
     chunk = max(1, PREFILL_TOKENS // (M * T))
@@ -214,7 +214,8 @@ def _copy_rows(read: Cache, into: StaticCache, index_L: Tensor, P: int, prompts:
     member_L, prompt_L = index_L // P, index_L % P
     (to_L,) = torch.where((prompt_L >= prompts.start) & (prompt_L < prompts.stop))
     from_L = member_L[to_L] * (prompts.stop - prompts.start) + prompt_L[to_L] - prompts.start
-    for old, new in zip(read.layers, into.layers, strict=True):
+    layers: Any = zip(read.layers, into.layers, strict=True)  # one class a kind; all have keys and values here
+    for old, new in layers:
         if not new.is_initialized:
             keys, values = (
                 kind.new_empty(len(index_L), kind.shape[1], 0, kind.shape[3]) for kind in (old.keys, old.values)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,8 @@ class DecodingBatch:
         """What a step changes beside its output and the columns of the caches that it fills."""
         own = [self.token_X, self.drawn_1, self.lanes.step_1]
         for state in self.lanes.states:
-            own += [state.position_L1, *(layer.cumulative_length for layer in state.cache.layers)]
+            layers: Any = state.cache.layers
+            own += [state.position_L1, *(layer.cumulative_length for layer in layers)]
         return own
 
     def _empty_out(self) -> Choice:

@@ -1,4 +1,4 @@
-# pyright: reportIndexIssue=false  (a kernel is launched by an index)
+# pyright: reportIndexIssue=false
 """The Triton kernels behind `mixture_kernel.mixture_statistics`: two passes over the logits, each with a small second
 kernel that joins what the parts of a row have found. A row is split over several programs, so that few rows fill a GPU.
 """
