@@ -149,7 +149,9 @@ def uncached(agents: Agents, member: int | None, prompt: list[int], count: int) 
 
 
 def test_in_bf16_log_probabilities_are_within_a_tolerance_of_stock_peft(prompts: list[list[int]]):
-    """Both round differently: 0.1 nats is what logits up to 3, in steps of 1/64, leave after two layers."""
+    """Both round differently, by steps of 1/64 in logits of 3: 0.05 nats in the mean and 0.25 at most after two layers
+    of large random weights."""
+    differences: list[float] = []
     agents = toy_agents("fused", dtype=torch.bfloat16).eval()
     make_lively(agents.frozen_tensors())
     answers = generate(agents, MEMBERS, prompts, max_new_tokens=6, end_ids=[NEVER])
@@ -160,7 +162,9 @@ def test_in_bf16_log_probabilities_are_within_a_tolerance_of_stock_peft(prompts:
             with torch.no_grad():
                 log_prob_TV = model(input_ids=ids).logits[0].float().log_softmax(-1)
             expected = [float(log_prob_TV[len(prompt) + n - 1, t]) for n, t in enumerate(answer.token_ids)]
-            assert answer.log_probs == pytest.approx(expected, abs=0.1)
+            differences += [abs(own - other) for own, other in zip(answer.log_probs, expected, strict=True)]
+    assert sum(differences) / len(differences) < 0.05
+    assert max(differences) < 0.25
 
 
 def test_no_flag_adapter_attention_or_global_random_state_is_left_behind(agents: Agents, prompts: list[list[int]]):
