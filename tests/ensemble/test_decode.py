@@ -3,11 +3,9 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, agents_of
-from stock import entropy, make_lively, next_log_probs, stock_greedy, stock_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from stock import entropy, make_lively, next_log_probs, stock_greedy, stock_model, word_tokenizer
 from torch import Tensor
-from toy import VOCABULARY, toy_agents
-from transformers import PreTrainedTokenizerFast
+from toy import toy_agents
 
 from chorus.ensemble import decoding_batch
 from chorus.ensemble.decode import Answer, generate
@@ -111,11 +109,7 @@ def test_a_text_has_at_most_the_tokens_it_may_have(agents: Agents, prompts: list
 
 
 def test_a_stop_string_ends_an_answer_before_it(agents: Agents, prompts: list[list[int]]):
-    vocabulary = {f"w{n}": n for n in range(VOCABULARY)}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
-    how: dict[str, Any] = {"max_new_tokens": 8, "end_ids": [NEVER], "tokenizer": tokenizer}
+    how: dict[str, Any] = {"max_new_tokens": 8, "end_ids": [NEVER], "tokenizer": word_tokenizer()}
     free = generate(agents, MEMBERS, prompts, **how)
     stop = f"w{free[1][0].token_ids[3]}"
     stopped = generate(agents, MEMBERS, prompts, **how, stop=[stop])

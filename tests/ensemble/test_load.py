@@ -10,7 +10,7 @@ import torch
 from families import of_family
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from stock import make_lively
+from stock import make_lively, word_tokenizer
 from torch import Tensor
 from toy import VOCABULARY, tiny_gemma
 from transformers import AutoModelForCausalLM
@@ -41,8 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_gemma()
     make_lively(dict(model.named_parameters()))
     model.save_pretrained(folder)
-    for file in Path("assets/tiny-gemma-2").resolve().glob("token*"):
-        shutil.copy(file, folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -97,11 +96,10 @@ def test_agents_of_any_rank_scaling_and_layers_are_what_stock_peft_makes_of_them
 
 @pytest.mark.parametrize(("family", "targets"), [("deepseek-v3", ["kv_b_proj"]), ("gpt2", ["c_attn", "c_fc"])])
 def test_bases_that_mix_rows_or_transpose_weights_answer_as_stock_peft_does(
-    base: Path, tmp_path: Path, family: str, targets: list[str]
+    tmp_path: Path, family: str, targets: list[str]
 ):
     of_family(family).save_pretrained(tmp_path)
-    for file in base.glob("token*"):
-        shutil.copy(file, tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
     for number in (0, 1):
         save_adapter(tmp_path, tmp_path / "agents" / f"{number}", number, r=2, target_modules=targets)
     agents = load_ensemble(tmp_path / "agents").agents

@@ -5,10 +5,20 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from toy import ALPHA, RANK, TARGETS, tiny_gemma
+from toy import ALPHA, RANK, TARGETS, VOCABULARY, tiny_gemma
+from transformers import PreTrainedTokenizerFast
 
 from chorus.model.agents import Agents
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each id of the toy's vocabulary: w3 is 3."""
+    words = {f"w{n}": n for n in range(VOCABULARY)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w1", bos_token="w2")
 
 
 def make_lively(base: Mapping[str, Tensor]) -> None:
