@@ -72,7 +72,7 @@ def find_targets(
     Raises:
         InputError: nothing matches, a match is no linear layer, or a decoder layer does not exist.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     text = _text_modules(model)
     chosen = _chosen(model, modules, text, wanted)
     if excluded:
