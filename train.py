@@ -79,7 +79,7 @@ def main(config: Config) -> None:
         accelerator.print(begin.finished_message(config.output_dir))
         accelerator.end_training()
         return
-    initial = initial_folders(config)
+    initial = initial_folders(config) if begin.folder is None else []
     with ExitStack() as at_exit:
         output_dir = at_exit.enter_context(prepare_output_dir(config.output_dir, accelerator, begin))
         run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to)))

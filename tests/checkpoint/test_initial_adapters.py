@@ -13,7 +13,7 @@ from chorus.checkpoint.initial_adapters import CONFIG_FILE, initial_folders, sta
 from chorus.config import RunConfig
 from chorus.errors import InputError
 
-SETTINGS: dict[str, Any] = {"num_agents": 3, "lora_rank": RANK, "lora_alpha": ALPHA}
+SETTINGS: dict[str, Any] = {"num_agents": 3, "lambda_sw": 0, "lora_rank": RANK, "lora_alpha": ALPHA}
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import of_family
 from toy import max_difference, tiny_gemma
 from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -18,7 +17,16 @@ from transformers import (
 )
 
 from chorus.errors import InputError
-from chorus.model.base import base_tensors, head_of, load_model, load_skeleton, load_tokenizer, trunk_of
+from chorus.model.base import (
+    base_tensors,
+    check_positions,
+    head_of,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    trunk_of,
+    write_toy_like,
+)
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -68,11 +76,27 @@ def test_the_bases_own_dropout_is_off_so_that_training_mode_draws_nothing(tmp_pa
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_an_architecture_that_scales_its_logits_is_refused_rather_than_trained_wrongly(tmp_path: Path):
-    config = CohereConfig(**SMALL, logit_scale=0.0625, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    folder = saved(CohereForCausalLM(config), tmp_path)
-    with pytest.raises(InputError, match=r"key 'model_name': .*CohereForCausalLM does more between trunk and logits"):
+def test_logits_that_the_head_does_not_give_are_refused_rather_than_trained_wrongly(tmp_path: Path):
+    folder = saved(LlamaForCausalLM(LlamaConfig(**SMALL, logits_scaling=4.0)), tmp_path)  # which Llama does not read
+    with pytest.raises(InputError, match=r"key 'model_name': .*LlamaForCausalLM does more between trunk and logits"):
         load_model(folder, torch.float32, CPU)
+
+
+def test_rows_longer_than_the_bases_positions_are_refused_with_both_numbers():
+    config = LlamaConfig(**SMALL, max_position_embeddings=64)
+    check_positions(config, 64)
+    with pytest.raises(InputError, match="key 'max_seq_length' is 65, but the base has 64 positions"):
+        check_positions(config, 65)
+
+
+@pytest.mark.parametrize("family", ["gemma-4 multimodal shared", "gemma-4 experts", "gemma-3n", "deepseek-v3", "gpt2"])
+def test_a_toy_of_every_family_loads_and_has_its_kinds_of_layers(family: str, tmp_path: Path):
+    of_family(family).config.save_pretrained(tmp_path / "base")
+    write_toy_like(str(tmp_path / "base"), load_tokenizer("assets/tiny-gemma-2"), tmp_path / "toy")
+    toy = load_model(str(tmp_path / "toy"), torch.float32, CPU)
+    kinds = getattr(of_family(family).config.get_text_config(), "layer_types", None) or ()
+    assert set(getattr(toy.config.get_text_config(), "layer_types", None) or ()) == set(kinds)
+    assert type(toy) is type(of_family(family))
 
 
 def test_gemma_2_is_given_eager_attention_because_sdpa_drops_its_soft_cap(tmp_path: Path):

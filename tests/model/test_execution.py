@@ -5,7 +5,7 @@ import torch
 
 from chorus.config import Config
 from chorus.errors import InputError
-from chorus.model.execution import decide_execution
+from chorus.model.execution import decide_execution, with_padding
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,27 @@ from chorus.model.execution import decide_execution
 def test_auto_compiles_and_records_where_few_shapes_occur_on_a_gpu(device: str, settings: dict, expected: tuple):
     execution = decide_execution(Config(max_seq_length=128, **settings), torch.device(device))
     assert (execution.compiled, execution.captured) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "expected"),
+    [
+        ("cpu", {}, 1),
+        ("cuda", {}, 16),
+        ("cuda", {"max_seq_length": 500}, 64),
+        ("cuda", {"max_seq_length": 5}, 5),
+        ("cuda", {"pad_to_multiple_of": 3}, 3),
+        ("cuda", {"packing": True}, 1),
+        ("cuda", {"lora_dropout": 0.1}, 1),
+        ("cuda", {"compile": False, "cuda_graphs": False}, 1),
+    ],
+)
+def test_padding_auto_leaves_few_lengths_where_they_are_compiled(device: str, settings: dict, expected: int):
+    config = with_padding(Config(**{"max_seq_length": 128, **settings}), torch.device(device))
+    assert config.pad_to_multiple_of == expected
+    if expected > 3:
+        execution = decide_execution(config, torch.device(device))
+        assert (execution.compiled, execution.captured, execution.may_fall_back) == (True, True, True)
 
 
 def test_graphs_without_a_gpu_are_refused():

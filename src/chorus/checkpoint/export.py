@@ -15,7 +15,7 @@ from chorus.checkpoint.atomic_files import disk_errors, json_text, sync, write_t
 from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE
 from chorus.checkpoint.manifest import ADAPTER_FILE
 from chorus.config import Config, render
-from chorus.errors import RunError
+from chorus.errors import InputError, RunError
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
 from chorus.model.base import load_skeleton
 from chorus.model.targets import peft_target_modules
@@ -67,7 +67,7 @@ def save_ensemble(
 def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Config) -> None:
     """Write an ordinary PEFT folder `agent_k/` for every agent into the new folder `place`, flushed to the disk."""
     paths = dict.fromkeys(identity.path.removeprefix("base_model.model.") for identity in tensors)
-    target_modules = peft_target_modules(paths, _modules_of(config.model_name))
+    target_modules = peft_target_modules(paths, _modules_of(config.model_name), config.lora_target_modules)
     lora_config = lora_shape(config).peft_config(config.model_name, target_modules)
     lora_config.inference_mode = True  # as PEFT writes it: a loaded adapter is frozen
     lora_config.target_modules = target_modules  # PEFT holds names as a set: other bytes in every process
@@ -84,8 +84,14 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
 
 @cache
 def _modules_of(model_name: str) -> tuple[str, ...]:
-    """Paths of all modules of the base: its configuration alone is read, once in a process."""
-    return tuple(path for path, _ in load_skeleton(model_name).named_modules())
+    """Paths of all modules of the base, of which the configuration alone is read, once in a process.
+
+    None where it cannot be read any more: that must not keep agents from being saved.
+    """
+    try:
+        return tuple(path for path, _ in load_skeleton(model_name).named_modules())
+    except InputError:
+        return ()
 
 
 def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:

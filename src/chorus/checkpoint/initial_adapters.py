@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -92,5 +92,5 @@ def _fill(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path)
         tensor.copy_(found[key])
 
 
-def _refuse(what: str, error: Exception | None = None) -> Any:
+def _refuse(what: str, error: Exception | None = None) -> NoReturn:
     raise InputError(f"key 'init_adapters_from': {what}") from error

@@ -202,7 +202,7 @@ def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: 
     with model_errors_named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # random weights are not quantised
+            del config.quantization_config  # pyright: ignore  # random weights are not quantised
         text, toy = config.get_text_config(), _narrow(config.get_text_config())
         if text is config:
             config = toy

@@ -72,7 +72,7 @@ def find_targets(
     Raises:
         InputError: nothing matches, a match is no linear layer, or a decoder layer does not exist.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     text = _text_modules(model)
     chosen = _chosen(model, modules, text, wanted)
     if excluded:
@@ -101,13 +101,18 @@ def find_targets(
     return Targets(paths, unreached, experts, for_experts)
 
 
-def peft_target_modules(paths: Collection[str], modules: Iterable[str]) -> list[str] | str:
+def peft_target_modules(paths: Collection[str], modules: Collection[str], wanted: Names = AUTO) -> list[str] | str:
     """`target_modules` of a PEFT configuration that means exactly these of a model's `modules`.
 
     Plain names where they are enough, as every tool reads them; otherwise one regular expression over whole paths.
+
+    Args:
+        modules: empty where they are not known.
+        wanted: as configured; a list of names is kept if it means the same.
     """
-    names = sorted({_leaf(path) for path in paths})
-    if {path for path in modules if _matches(path, names)} == set(paths):
+    names = sorted({_leaf(path) for path in paths}) if isinstance(wanted, str) else sorted(wanted)
+    is_known = bool(modules) or not isinstance(wanted, str)
+    if is_known and {path for path in modules or paths if _matches(path, names)} == set(paths):
         return names
     numbers_of: dict[str, dict[str, None]] = {}  # the path after its first number -> the numbers, in order
     whole = []

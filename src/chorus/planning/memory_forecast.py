@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
 from rich.table import Table
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from chorus.config import RunConfig
 from chorus.data.batches import Batch
@@ -123,7 +123,7 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     execution = decide_execution(config, torch.device(machine.device_type), machine.base_in_shards)
     agents, passes = _agents_without_values(config, dtype, execution, machine)
     elements = sum(map(torch.numel, agents.adapters().values()))
-    base = agents.peft_model(agents.agents[0]).get_base_model()
+    base = cast(PreTrainedModel, agents.peft_model(agents.agents[0]).get_base_model())
     spared, largest = spared_bytes(base, bits_of_base(config, agents.config))
     standing = base_bytes(bytes_of(agents.frozen_tensors().values()) - spared, dtype, machine)
     if largest:
