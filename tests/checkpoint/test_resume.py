@@ -85,7 +85,7 @@ OTHER_VALUES = {
     **{"attn_implementation": "eager", "use_deepspeed": False, "deepspeed_config_file": None},
     **{"dirichlet_alpha_aggregator": 2.0, "save_total_limit": 7, "agents_per_pass": 1},
     **{"compile": False, "cuda_graphs": False, "gradient_checkpointing": "selective"},
-    **{"use_gradient_checkpointing": None, "data_cache_dir": "elsewhere"},
+    **{"use_gradient_checkpointing": None, "data_cache_dir": "elsewhere", "report_to": "none"},
 }
 
 
