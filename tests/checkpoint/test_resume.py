@@ -11,14 +11,14 @@ from toy import tiny_gemma
 
 from chorus.checkpoint.resume import (
     base_fingerprint,
-    data_fingerprint,
     find_start,
     refuse_another_base,
 )
 from chorus.checkpoint.store import write_checkpoint
 from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
-from chorus.data.sources import Problem
+from chorus.data.rows import data_fingerprint
+from chorus.data.templates import Problem
 from chorus.errors import InputError
 
 # ---- which checkpoint ----
