@@ -1,0 +1,203 @@
+"""From the text of rows to token ids and what of them is learnt, and the tokens that are asked of a model.
+
+Prompt and completion are tokenised as one text, and a token is learnt where it begins in what is to be learnt. So a
+token that begins in the prompt and reaches into the completion carries no loss: at generation time the prompt is given
+without what follows. Such characters are counted, see `Tokenised.merged`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from chorus.data.chat import ChatForm
+from chorus.data.templates import BadRow, Problem
+from chorus.errors import InputError
+
+NOT_LEARNT, LEARNT, MERGED = 0, 1, 2  # marks of a token; MERGED begins before what is to be learnt, and reaches into it
+END_PROBE = "7"  # an answer that no template writes by itself
+
+
+class Tokenised(NamedTuple):
+    """A tokenised row, not cut.
+
+    Attributes:
+        ids: token ids.
+        marks: of each token NOT_LEARNT, LEARNT or MERGED.
+        merged: characters to be learnt that carry no loss, because their token begins before them.
+        answer: how many tokens it takes until the first is learnt that stands for text; 0 where there is none.
+    """
+
+    ids: list[int]
+    marks: list[int]
+    merged: int
+    answer: int
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for a tokenizer without character offsets or end token."""
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        lacks = "an end token" if tokenizer.is_fast else "character offsets (it is not a fast one)"
+        raise InputError(f"key 'model_name': its tokenizer lacks {lacks}; choose a base with a complete tokenizer.json")
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that stand for no text: the end token, those of turns and the like."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids, *added}
+
+
+class Encoder:
+    """Tokenises rows for training and prompts for generation, alike in all that they share.
+
+    One beginning token: where both the text and the tokenizer write it, the tokenizer's is left out; where a chat
+    template does not write it and the tokenizer would, it is added. A text that would begin with a learnt token gets
+    the beginning token, or without one the end token, before it: nothing else could predict its first token.
+    One end token: where the tokenizer or the template writes it, none is added.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.beginning = self.eos if self.bos is None else self.bos
+        self.special = special_ids(tokenizer)
+        self.joined: dict[str, int] = {}
+        [probe] = self._encode(["a"], add_special_tokens=True)
+        self.adds_bos = self.bos is not None and probe.ids[:1] == [self.bos] and probe.special_tokens_mask[0] == 1
+
+    def rows(self, problems: Sequence[Problem]) -> Iterator[Tokenised]:
+        """The rows for training, in order; all of them plain text, or all of them turns."""
+        is_chat = bool(problems and problems[0].learnt)
+        texts = [problem.text for problem in problems]
+        for problem, text, encoding in zip(problems, texts, self._encode(texts, not is_chat), strict=True):
+            spans = problem.learnt or ((len(self.asked(problem.prompt)), len(text)),)
+            yield self._marked(text, spans, encoding, is_chat)
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """The tokens from which a model is to write the completion; at least one."""
+        is_chat = bool(problem.learnt)
+        [encoding] = self._encode([problem.prompt if is_chat else self.asked(problem.prompt)], not is_chat)
+        ids, added = self._one_beginning(encoding, is_chat)
+        # Some tokenizers close a text with the end token, but a prompt goes on.
+        if ids and added[-1] and ids[-1] == self.eos:
+            ids = ids[:-1]
+        return ids or [self.beginning]
+
+    def asked(self, prompt: str) -> str:
+        """The prompt without the spaces at its end that the tokenizer joins to a following word.
+
+        They are the completion's: kept in the prompt they would take the completion's first word out of the loss, and
+        a model would be asked after a token that training never showed in that place.
+        """
+        bare = prompt.rstrip()
+        spaces = prompt[len(bare) :]
+        if not spaces:
+            return prompt
+        if spaces not in self.joined:
+            self.joined[spaces] = self._joined(spaces)
+        return prompt[: len(prompt) - self.joined[spaces]]
+
+    def _joined(self, spaces: str) -> int:
+        """How many of these characters, from the end, are tokenised together with a letter that follows."""
+        tries = ["x" + spaces[: len(spaces) - count] for count in range(len(spaces) + 1)]
+        whole, *own = (one.ids for one in self._encode(["x" + spaces + "a", *tries], add_special_tokens=False))
+        return next((count for count, ids in enumerate(own) if whole[: len(ids)] == ids), 0)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool):
+        backend = self.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+        with _uncut(backend):  # the wrapper would turn every offset into Python's objects
+            return backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+
+    def _one_beginning(self, encoding, is_chat: bool) -> tuple[list[int], list[int]]:
+        """Ids, and for each whether the tokenizer added it by itself, with exactly one beginning token."""
+        ids, added = encoding.ids, encoding.special_tokens_mask
+        if self.bos is not None:
+            if ids[:2] == [self.bos, self.bos] and added[0]:
+                return ids[1:], added[1:]
+            if is_chat and self.adds_bos and ids[:1] != [self.bos]:
+                return [self.bos, *ids], [1, *added]
+        return ids, added
+
+    def _marked(self, text: str, spans: Sequence[tuple[int, int]], encoding, is_chat: bool) -> Tokenised:
+        ids, added = self._one_beginning(encoding, is_chat)
+        starts, ends = _places(encoding.offsets, text)
+        shift = len(ids) - len(starts)  # by what was added or left out in front
+        if shift:
+            starts, ends = (np.pad(one, (shift, 0)) if shift > 0 else one[-shift:] for one in (starts, ends))
+        own = ~np.array(added, dtype=bool)
+        marks, merged = np.zeros(len(ids), dtype=np.int8), 0
+        for start, stop in spans:
+            last = len(text) + 1 if stop == len(text) else stop  # a token of no width may stand at the very end
+            marks[own & (starts >= start) & (starts < last)] = LEARNT
+            for place in np.flatnonzero(own & (starts < start) & (ends > start)):
+                if text[starts[place] : start].isspace():
+                    marks[place] = LEARNT
+                else:
+                    marks[place] = MERGED
+                    merged += int(min(ends[place], stop)) - start
+        answers = [place for place in np.flatnonzero(marks == LEARNT).tolist() if ids[place] not in self.special]
+        ids, marks = self._ended(ids, marks.tolist(), added, is_chat)
+        if marks[0] == LEARNT:
+            ids, marks, answers = [self.beginning, *ids], [NOT_LEARNT, *marks], [place + 1 for place in answers]
+        return Tokenised(ids, marks, merged, answers[0] + 1 if answers else 0)
+
+    def _ended(self, ids: list[int], marks: list[int], added: list[int], is_chat: bool) -> tuple[list[int], list[int]]:
+        """With one end token, which is learnt. Of turns, only where no token of the template's closes the last one."""
+        if is_chat:
+            last = len(marks) - marks[::-1].index(LEARNT) if LEARNT in marks else 0
+            is_closed = any(ids[place] in self.special for place in range(max(last - 2, 0), last))
+            return (ids, marks) if is_closed or last < len(ids) else ([*ids, self.eos], [*marks, LEARNT])
+        if ids[-2:] == [self.eos, self.eos] and added[-1]:
+            ids, marks = ids[:-1], marks[:-1]
+        if ids[-1:] == [self.eos]:
+            return ids, [*marks[:-1], LEARNT]
+        return [*ids, self.eos], [*marks, LEARNT]
+
+
+def _places(offsets: Sequence[tuple[int, int]], text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each token begins and ends in the text.
+
+    Some tokenizers trim white space from a token's offsets, so that a line break may seem to have no width: a token
+    begins where the one before it ends, if only white space lies between.
+    """
+    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    starts, ends = places[:, 0].copy(), places[:, 1]
+    reached = np.maximum.accumulate(ends)
+    for place in np.flatnonzero(starts[1:] > reached[:-1]) + 1:
+        if text[reached[place - 1] : starts[place]].isspace():
+            starts[place] = reached[place - 1]
+    return starts, ends
+
+
+@contextmanager
+def _uncut(backend) -> Iterator[None]:
+    """Without the truncation and padding that a tokenizer.json may ask for; as it was, afterwards."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, form: ChatForm | None) -> list[int]:
+    """The tokens that end an answer: the end token and, of turns, what closes one of the assistant's."""
+    ends = [tokenizer.eos_token_id]
+    if form is not None:
+        asked = [{"role": "user", "content": END_PROBE}]
+        try:
+            whole = form.write_turns([*asked, {"role": "assistant", "content": END_PROBE}])
+        except BadRow:
+            return ends
+        special = special_ids(tokenizer)
+        ids = tokenizer(whole.completion, add_special_tokens=False)["input_ids"]
+        closing = [one for one in ids[1:] if one in special]
+        ends += [one for one in closing[:1] if one not in ends]
+    return ends
