@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -32,7 +33,7 @@ from chorus.config.data import DataSettings
 from chorus.data.chat import ChatForm, kind_of_row
 from chorus.data.sources import Split
 from chorus.data.templates import BadRow, Problem, TextForm
-from chorus.data.tokenise import LEARNT, Encoder, end_ids
+from chorus.data.tokenise import LEARNT, Encoder, Tokenised, end_ids
 from chorus.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -216,29 +217,45 @@ def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encod
         pyarrow.ipc.new_file(file, SCHEMA) as writer,
         _progress(split.name) as advance,
     ):
-        while batch := list(islice(rows, BATCH)):
-            places, problems = zip(*batch, strict=True)
-            columns, facts_of_batch = _columns(places, problems, encoder, settings.max_seq_length)
+        for places, problems, encodings in _encoded(rows, encoder):
+            columns, facts_of_batch = _columns(
+                places, problems, encoder.marked(problems, encodings), settings.max_seq_length
+            )
             writer.write_batch(pyarrow.record_batch(columns, schema=SCHEMA))
             facts.append(facts_of_batch)
-            advance(len(batch))
+            advance(len(places))
     whole = np.concatenate(facts)
     np.save(folder / "facts.npy", whole)
     about = {"source": split.name, "rows": len(whole), "skipped": len(bad), "first_skipped": bad[0] if bad else None}
-    chat = form if isinstance(form, ChatForm) else None
+    chat, text = (form, form.plain) if isinstance(form, ChatForm) else (None, form)
     about |= {"is_chat": chat is not None, "end_ids": end_ids(encoder.tokenizer, chat)}
+    about |= {"form": "text" if chat is None else f"turns ({chat.kind})", "empty": dict(text.empty)}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
+def _encoded(rows: Iterator[tuple[str, Problem]], encoder: Encoder) -> Iterator[Any]:
+    """(places, problems, encodings) of a batch after the other; the next one is encoded beside what is done with it."""
+    with ThreadPoolExecutor(1) as beside:
+        waiting = None
+        while batch := list(islice(rows, BATCH)):
+            places, problems = zip(*batch, strict=True)
+            coming = places, problems, beside.submit(encoder.encode, problems)
+            if waiting:
+                yield *waiting[:2], waiting[2].result()
+            waiting = coming
+        if waiting:
+            yield *waiting[:2], waiting[2].result()
+
+
 def _columns(
-    places: Sequence[str], problems: Sequence[Problem], encoder: Encoder, max_seq_length: int
+    places: Sequence[str], problems: Sequence[Problem], rows: Iterator[Tokenised], max_seq_length: int
 ) -> tuple[list[pyarrow.Array], np.ndarray]:
     """A batch of the Arrow file, and its FACTS."""
     facts, ids, marks = np.zeros(len(problems), FACTS), [], []
-    for number, row in enumerate(encoder.rows(problems)):
+    for number, row in enumerate(rows):
         marks_T = np.array(row.marks[:max_seq_length], dtype=np.int8)
         is_lost = not 0 < row.answer <= max_seq_length and (row.merged > 0 or len(row.ids) > max_seq_length)
-        targets = int((marks_T[1:] == LEARNT).sum())  # the first token has none before it to be predicted from
+        targets = row.marks[1:max_seq_length].count(LEARNT)  # the first token has none before it to be predicted from
         facts[number] = (len(row.ids), targets, row.merged, is_lost)
         ids.append(np.array(row.ids[:max_seq_length], dtype=np.int32))
         marks.append(marks_T)
@@ -252,9 +269,9 @@ def _columns(
 def _cache_root(settings: DataSettings) -> Path:
     if settings.data_cache_dir is not None:
         return Path(settings.data_cache_dir)
-    import datasets
+    from datasets import config
 
-    return Path(datasets.config.HF_DATASETS_CACHE) / "chorus"
+    return Path(config.HF_DATASETS_CACHE) / "chorus"
 
 
 def _key(split: Split, settings: DataSettings, form: Form, tokenizer: PreTrainedTokenizerBase) -> str:

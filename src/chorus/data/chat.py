@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ class ChatForm:
     def of(cls, kind: Kind, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> "ChatForm":
         """Raises InputError where there is no chat template."""
         plain, template = TextForm.of(settings), chat_template_of(settings, tokenizer)
-        optional = list(BESIDE)
+        optional: list[str] = [*BESIDE]
         if kind == "templates":
             columns, optional = plain.columns, [*plain.optional, *BESIDE]
         elif kind == "instruction":
@@ -169,6 +169,7 @@ class ChatForm:
     ) -> tuple[str, list[tuple[int, int]] | None]:
         """The text, and what the template marks as generated (None: it has no marks)."""
         has_marks = MARKS.search(self.template) is not None and not asks
+        names: dict[str, Any] = dict(self.tokenizer.special_tokens_map)  # a template writes `bos_token`
         try:
             [text], marks = render_jinja_template(
                 [list(turns)],
@@ -176,13 +177,14 @@ class ChatForm:
                 chat_template=self.template,
                 return_assistant_tokens_mask=has_marks,
                 add_generation_prompt=asks,
-                **self.tokenizer.special_tokens_map,
+                **names,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
         if NOT_TEXT.search(text):
             raise BadRow("it holds a NUL character or half of a surrogate pair, which is not text")
-        return text, [(start, stop) for start, stop in marks[0] if stop > start] if has_marks else None
+        spans = cast(list[tuple[int, int]], marks[0]) if has_marks else []
+        return text, [(start, stop) for start, stop in spans if stop > start] if has_marks else None
 
     def prompt(self, turns: Sequence[Turn], tools: list[Any] | None = None) -> str:
         """What is asked for the assistant's next turn.
@@ -247,9 +249,10 @@ def _read_turn(turn: Mapping[str, Any], what: str) -> Turn:
         raise BadRow(f"{what} is of {role!r}; a role is one of {listed(ROLES)}")
     if isinstance(content, list):  # OpenAI's parts
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise BadRow(f"{what} holds a part that is not text")
-        content = "".join(parts)
+        content = "".join(texts)
     if content is None and turn.get("tool_calls"):
         content = ""
     if not isinstance(content, str):

@@ -83,6 +83,7 @@ class Rows:
     Attributes:
         chosen: those to train on.
         train: the same without those that keep no target within max_seq_length.
+        held_out_samples: all that are held out.
         fingerprint: SHA-256 over the text of every training row, in order.
     """
 
@@ -94,10 +95,10 @@ class Rows:
         chosen, held_out = chosen_rows(len(table), has_own, settings, seed)
         self.chosen = Samples(table, chosen)
         self.train = _with_targets(self.chosen)
-        self._held_out = Samples(table, held_out)
+        self.held_out_samples = Samples(table, held_out)
         if prepared.validation is not None:
             own = TokenTable(prepared.validation)
-            self._held_out = Samples(own, np.arange(len(own)))
+            self.held_out_samples = Samples(own, np.arange(len(own)))
         refuse_lost(self.chosen, "training", settings)
 
     def longest(self, count: int) -> list[Sample]:
@@ -106,9 +107,11 @@ class Rows:
         return [self.train[int(index)] for index in order[:count]]
 
     def log(self) -> None:
-        """Warn of rows that were skipped, cut or dropped, and of text that carries no loss."""
-        tables = dict.fromkeys([self.chosen.table, self._held_out.table])
+        """Say how rows are read; warn of rows that were skipped, cut or dropped, and of text that carries no loss."""
+        tables = dict.fromkeys([self.chosen.table, self.held_out_samples.table])
         for about in (table.about for table in tables):
+            empty = [f"{column} is empty in {count} rows" for column, count in about["empty"].items() if count]
+            logger.info("%s: %s", about["source"], ", ".join([f"{about['rows']:,} rows of {about['form']}", *empty]))
             if about["skipped"]:
                 counts = about["skipped"], about["skipped"] + about["rows"]
                 logger.warning(
@@ -122,7 +125,7 @@ class Rows:
         Raises:
             InputError: most of them would lose the answer.
         """
-        asked = self._held_out[:count]
+        asked = self.held_out_samples[:count]
         if not len(asked):
             return HeldOutRows([], [int(tokenizer.eos_token_id)])  # pyright: ignore[reportArgumentType]
         refuse_lost(asked, "held-out", self.settings)

@@ -62,7 +62,7 @@ def open_splits(settings: DataSettings) -> Splits:
     if settings.validation_dataset_name is None:
         if wanted is None:
             wanted = "validation" if "validation" in splits and settings.dataset_split != "validation" else None
-        return Splits(train, wanted and _split_of(splits, wanted, name, "validation_dataset_split"))
+        return Splits(train, None if wanted is None else _split_of(splits, wanted, name, "validation_dataset_split"))
     held_out = settings.validation_dataset_name
     others = open_source(held_out, None, key="validation_dataset_name")
     if wanted is None:

@@ -79,7 +79,7 @@ class TextForm:
         columns: those that the templates name.
         optional: those of them that may be empty.
         columns_of_each: the prompt's, and the completion's.
-        absent: in how many rows an optional column was missing altogether.
+        absent, empty: in how many rows an optional column was missing altogether, or had no text.
     """
 
     prompt_template: str
@@ -88,6 +88,7 @@ class TextForm:
     optional: list[str]
     columns_of_each: list[list[str]]
     absent: Counter[str] = field(default_factory=Counter)
+    empty: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, settings: DataSettings) -> Self:
@@ -103,7 +104,9 @@ class TextForm:
             BadRow: a needed column, or every column of one of the templates, has no text.
         """
         texts = {column: text_of(row, column, column in self.optional) for column in self.columns}
-        self.absent.update(column for column in self.optional if column not in row)
+        for column in self.optional:
+            self.absent[column] += column not in row
+            self.empty[column] += not texts[column]
         problem = Problem(self.prompt_template.format_map(texts), self.completion_template.format_map(texts))
         for names in self.columns_of_each:
             if names and not any(texts[name].strip() for name in names):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +14,7 @@ ANSWER_MARK = "####"  # GSM8K's: what stands behind it is the result
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) -> str:
     """The text of an answer, written or expected: up to the first token that ends one, without special tokens."""
     end = next((place for place, token in enumerate(ids) if token in end_ids), len(ids))
-    return tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
+    return cast(str, tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
 
 
 def is_exact(text: str, reference: str) -> bool:
