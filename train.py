@@ -26,8 +26,8 @@ from chorus.checkpoint.resume import base_fingerprint, describe_run, find_start,
 from chorus.checkpoint.saving import PeriodicCheckpoints
 from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
-from chorus.data.batches import StepBatch, steps_per_epoch, tokenise, training_steps
-from chorus.data.sources import read_problems
+from chorus.data.batches import StepBatch, steps_per_epoch, training_steps
+from chorus.data.rows import read_rows
 from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents
@@ -55,7 +55,6 @@ logger = logging.getLogger("chorus.train")
 def main(config: Config) -> None:
     quiet_libraries()
     # Everything the user gave is checked before the base is loaded.
-    problems = read_problems(config)
     tokenizer = load_tokenizer(config.model_name)
     skeleton = load_skeleton(config.model_name)
     check_positions(skeleton.config, config.max_seq_length)
@@ -64,8 +63,9 @@ def main(config: Config) -> None:
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config)
     config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
+    rows = read_rows(config, config.seed, tokenizer, accelerator)
     config, agents_note = decide_num_agents(config, precision, accelerator)
-    run = describe_run(config, problems.train, tokenizer, precision, accelerator)
+    run = describe_run(config, rows.fingerprint, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
         accelerator.print(begin.finished_message(config.output_dir))
@@ -78,11 +78,10 @@ def main(config: Config) -> None:
         begin.log()
         if agents_note:
             logger.info(agents_note)
-        samples = tokenise(problems.train, tokenizer, config.max_seq_length)
+        rows.log()
         held_out = held_out_share(
-            problems.validation[: config.eval_samples],
+            rows.held_out(tokenizer, config.eval_samples),
             tokenizer,
-            max_seq_length=config.max_seq_length,
             batch_size=config.eval_batch_size,
             max_new_tokens=config.max_new_tokens_eval,
             process_index=accelerator.process_index,
@@ -91,9 +90,9 @@ def main(config: Config) -> None:
         num_steps = config.max_train_steps
         if num_steps is None:
             rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
-            num_steps = config.epochs * steps_per_epoch(len(samples), *rows_of_a_step)
+            num_steps = config.epochs * steps_per_epoch(len(rows.train), *rows_of_a_step)
         steps = training_steps(
-            samples,
+            rows.train,
             config,
             pad_id=cast(int, tokenizer.eos_token_id),
             process_index=accelerator.process_index,
@@ -118,7 +117,7 @@ def main(config: Config) -> None:
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         logger.info(
-            "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(samples), num_steps
+            "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(rows.train), num_steps
         )
 
         with engine.unsharded():

@@ -12,8 +12,8 @@ import train as script
 from chorus.checkpoint.store import Checkpointer
 from chorus.config import RunConfig
 from chorus.config.execution import Mode
-from chorus.data.batches import tokenise, training_steps
-from chorus.data.sources import read_problems
+from chorus.data.batches import training_steps
+from chorus.data.rows import read_rows
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents
 from chorus.model.base import load_model, load_tokenizer
@@ -52,7 +52,7 @@ def test_the_first_losses_of_the_default_run_are_unchanged(mode: Mode, tmp_path:
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     agents = build_agents(mode, model, config.num_agents, lora_shape(config), rates)
     tokenizer = load_tokenizer(config.model_name)
-    samples = tokenise(read_problems(config).train, tokenizer, config.max_seq_length)
+    samples = read_rows(config, config.seed, tokenizer).train
     steps = training_steps(samples, config, pad_id=1, process_index=0, num_processes=1, num_steps=NUM_STEPS)
     engine, rows = start_engine(Accelerator(cpu=True), agents, config), Rows()
     script.train(engine, steps, 0, NUM_STEPS, config, NoCheckpoints(tmp_path, config, {}), rows)

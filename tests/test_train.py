@@ -138,8 +138,8 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
 
     import train as script
     from chorus.checkpoint.store import Checkpointer
-    from chorus.data.batches import tokenise, training_steps
-    from chorus.data.sources import read_problems
+    from chorus.data.batches import training_steps
+    from chorus.data.rows import read_rows
     from chorus.monitoring.run_log import RunLog
     from chorus.training.engine import start_engine
 
@@ -148,7 +148,7 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     agents = build_agents("sequential", model, 2, lora_shape(config), Regularisation(0.1, 0.1, 0))
     engine = start_engine(Accelerator(cpu=True), agents, config)
-    samples = tokenise(read_problems(config).train, AutoTokenizer.from_pretrained(config.model_name), 128)
+    samples = read_rows(config, config.seed, AutoTokenizer.from_pretrained(config.model_name)).train
     steps = training_steps(samples, config, pad_id=0, process_index=0, num_processes=1, num_steps=3)
     initial = {identity: tensor.detach().clone() for identity, tensor in agents.adapter_tensors().items()}
     script.train(engine, steps, 0, 3, config, Checkpointer(tmp_path, config, {}), RunLog())

@@ -41,6 +41,26 @@ def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return result
 
 
+def on_first_of_each_host(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Run `act` on the first process of each host; its result on every process of that host. A collective call.
+
+    Raises:
+        InputError or RunError of `act`, on every process alike: the first one, with its host where others went well.
+    """
+    outcome: tuple[T | None, InputError | RunError | None] = None, None
+    if accelerator.is_local_main_process:
+        try:
+            outcome = act(), None
+        except (InputError, RunError) as error:
+            outcome = None, error
+    own = socket.gethostname()
+    outcomes = [one for one in gather_object([(own, accelerator.is_local_main_process, *outcome)]) if one[1]]
+    errors = [(host, error) for host, _, _, error in outcomes if error is not None]
+    for host, error in errors:
+        raise error if len(errors) == len(outcomes) else type(error)(f"{error} (on host {host})")
+    return next(result for host, _, result, _ in outcomes if host == own)
+
+
 def on_every_process(act: Callable[[], None]) -> None:
     """Run `act` on every process; if any raises an InputError or RunError, all do. A collective call.
 

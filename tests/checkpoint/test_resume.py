@@ -11,14 +11,14 @@ from toy import tiny_gemma
 
 from chorus.checkpoint.resume import (
     base_fingerprint,
-    data_fingerprint,
     find_start,
     refuse_another_base,
 )
 from chorus.checkpoint.store import write_checkpoint
 from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
-from chorus.data.sources import Problem
+from chorus.data.rows import data_fingerprint
+from chorus.data.templates import Problem
 from chorus.errors import InputError
 
 MUST_EQUAL = [
@@ -85,7 +85,7 @@ OTHER_VALUES = {
     **{"attn_implementation": "eager", "use_deepspeed": False, "deepspeed_config_file": None},
     **{"dirichlet_alpha_aggregator": 2.0, "save_total_limit": 7, "agents_per_pass": 1},
     **{"compile": False, "cuda_graphs": False, "gradient_checkpointing": "selective"},
-    **{"use_gradient_checkpointing": None},
+    **{"use_gradient_checkpointing": None, "data_cache_dir": "elsewhere"},
 }
 
 

@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rows
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from chorus.data.sources import Problem
+from chorus.data.templates import Problem
 from chorus.ensemble import evaluate as evaluate_module
-from chorus.ensemble.evaluate import Evaluation, HeldOut, Score, evaluate, final_answer, held_out_share, is_exact
+from chorus.ensemble.evaluate import Evaluation, HeldOut, Score, evaluate, held_out_share
 from chorus.ensemble.generate import generate
 from chorus.ensemble.mixture import dirichlet_weights
-from chorus.errors import InputError
 from chorus.model.adapters import LoraShape
 from chorus.model.agents import Agents, Regularisation, build_agents
 from chorus.model.base import load_model, load_tokenizer
@@ -95,7 +95,7 @@ def stock_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> s
 def stock_nll_N(model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Tensor:
     """Cross-entropy of completion and end token under the model's own logits, one unpadded row after another."""
     parts = []
-    for prompt, completion in problems:
+    for prompt, completion, *_ in problems:
         encoding = tokenizer(prompt + completion, return_offsets_mapping=True)
         ids = [*encoding["input_ids"], tokenizer.eos_token_id]
         starts = [start for start, end in encoding["offset_mapping"] if end > start >= len(prompt)]
@@ -109,9 +109,8 @@ def held_out_of(
     problems: list[Problem], tokenizer: PreTrainedTokenizerBase, process_index: int = 0, num_processes: int = 1
 ) -> HeldOut:
     return held_out_share(
-        problems,
+        rows.held_out_of(problems, tokenizer),
         tokenizer,
-        max_seq_length=100,
         batch_size=2,
         max_new_tokens=MAX_NEW_TOKENS,
         process_index=process_index,
@@ -151,8 +150,8 @@ def test_the_exact_matches_of_every_answerer_are_those_of_stock_greedy_text(
     result = evaluate(agents, held_out_of(problems, tokenizer), alpha=None)
     expected = []
     for model in stock_models:
-        texts = [stock_text(model, tokenizer, prompt) for prompt, _ in problems]
-        right = [text.split() == completion.split() for text, (_, completion) in zip(texts, problems, strict=True)]
+        texts = [stock_text(model, tokenizer, prompt) for prompt, *_ in problems]
+        right = [text.split() == completion.split() for text, (_, completion, *_) in zip(texts, problems, strict=True)]
         expected.append(sum(right) / len(problems))
     assert [result.base.exact_match, *(score.exact_match for score in result.agents)] == expected
     assert any(0 < share < 1 for share in expected)
@@ -228,23 +227,8 @@ def test_the_processes_share_the_problems_and_their_rows_without_overlap(
 ):
     whole = held_out_of(problems, tokenizer)
     shares = [held_out_of(problems, tokenizer, process, num_processes) for process in range(num_processes)]
-    assert sorted(problem for share in shares for problem in share.problems) == sorted(problems)
-    rows = sorted(sample.ids.tolist() for share in shares for sample in share.samples)
-    assert rows == sorted(sample.ids.tolist() for sample in whole.samples)
-
-
-def test_a_row_that_fails_fails_on_every_process(tokenizer: PreTrainedTokenizerBase):
-    for process_index in (0, 1):
-        with pytest.raises(InputError, match="held-out"):
-            held_out_share(
-                [Problem("a long prompt", "b")],
-                tokenizer,
-                max_seq_length=2,
-                batch_size=1,
-                max_new_tokens=1,
-                process_index=process_index,
-                num_processes=2,
-            )
+    for part in (lambda row: row.prompt, lambda row: row.answer, lambda row: row.sample.ids.tolist()):
+        assert sorted(part(row) for share in shares for row in share.rows) == sorted(part(row) for row in whole.rows)
 
 
 def test_two_processes_score_what_one_scores(
@@ -265,57 +249,6 @@ def test_two_processes_score_what_one_scores(
     # Not the mixture: process 1 fitted its weights to its own rows alone here, and may answer otherwise.
     for one, other in zip([together.base, *together.agents], [alone.base, *alone.agents], strict=True):
         assert one.exact_match == other.exact_match
-
-
-# ---- answers ----
-
-
-@pytest.mark.parametrize(
-    ("text", "reference", "right"),
-    [
-        # the reference marks a result: only results are compared
-        ("12 + 7 = 19\n#### 19", "7 + 12 = 19\n#### 19", True),
-        ("#### 19", "#### 18", False),
-        ("19", "#### 19", False),  # no result without the mark
-        ("", "#### 19", False),
-        ("####", "#### 19", False),
-        ("#### 19\n", " #### 19", True),
-        ("####19", "#### 19", True),
-        ("#### 1 #### 19", "#### 19", True),  # the last one counts
-        ("#### 19 #### 1", "#### 19", False),
-        ("#### 19\nQuestion: what next?", "#### 19", True),  # up to the end of its line
-        ("####\n19", "#### 19", True),
-        ("#### 1,234", "#### 1234", True),
-        ("#### $1,234.", "#### 1234", True),
-        ("#### 5 $", "#### $5", True),
-        ("#### -5", "#### 5", False),
-        ("#### 2.5", "#### 25", False),
-        ("#### 19 apples", "#### 19", False),
-        ("#### 190", "#### 19", False),
-        # no mark in the reference: whole texts, but for white space
-        (" yes ", "yes", True),
-        ("a  b\nc", "a b c", True),
-        ("Yes", "yes", False),
-        ("yes, 1,000", "yes, 1000", False),
-        ("#### yes", "yes", False),
-        ("", "yes", False),
-    ],
-)
-def test_an_answer_is_right_where_its_result_is(text: str, reference: str, right: bool):
-    assert is_exact(text, reference) is right
-
-
-@pytest.mark.parametrize(
-    ("text", "marked", "answer"),
-    [
-        ("6 * 7 = 42\n#### $1,042.\nmore", True, "1042"),
-        ("no result", True, None),
-        ("done ####  ", True, ""),
-        (" the  whole\ntext #### 1 ", False, "the whole text #### 1"),
-    ],
-)
-def test_the_final_answer(text: str, marked: bool, answer: str | None):
-    assert final_answer(text, marked) == answer
 
 
 # ---- names ----

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import train as script
 from chorus.config import Config
-from chorus.data.batches import Sample, collate, tokenise, training_steps
-from chorus.data.sources import read_problems
+from chorus.data.batches import Sample, collate, training_steps
+from chorus.data.rows import read_rows
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Mode, Regularisation, build_agents
 from chorus.model.base import load_model, load_tokenizer
@@ -159,7 +159,7 @@ def difference(one: TrainingState, other: TrainingState) -> float:
 
 def rows_to_train_on() -> list[Sample]:
     config = Config(debug_subset_size=NUM_ROWS)
-    samples = tokenise(read_problems(config).train, load_tokenizer(config.model_name), config.max_seq_length)
+    samples = list(read_rows(config, config.seed, load_tokenizer(config.model_name)).train)
     assert len({tuple(sample.ids.tolist()) for sample in samples}) == NUM_ROWS
     return samples
 

@@ -12,14 +12,15 @@ from chorus.checkpoint.resume import (
 )
 from chorus.checkpoint.store import write_checkpoint
 from chorus.config import Config
-from chorus.data.sources import Problem
+from chorus.data.rows import data_fingerprint
+from chorus.data.templates import Problem
 
 ROWS = [Problem("1 + 1 =", " 2"), Problem("2 + 2 =", " 4")]
 
 
 def run_of(config: Config, accelerator: Accelerator, rows: list[Problem] = ROWS, **more: Any) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny-gemma-2")
-    return {**describe_run(config, rows, tokenizer, "no", accelerator), "num_steps": 4, **more}
+    return {**describe_run(config, data_fingerprint(rows), tokenizer, "no", accelerator), "num_steps": 4, **more}
 
 
 def save_run(config: Config, accelerator: Accelerator, step: int) -> Path:

@@ -90,3 +90,11 @@ def test_a_row_is_readable_without_colour():
     )
     assert "Q:|\\n|[ 2]" in text.getvalue()
     assert "3 tokens, loss on the 1 in brackets" in text.getvalue()
+
+
+def test_a_token_that_should_be_learnt_and_is_not_stands_out_without_colour():
+    report, text = speaking()
+    tokens = [{"text": "bc", "loss": False, "unlearnt": True}, {"text": "d", "loss": True, "unlearnt": False}]
+    report.show(sample_view(tokens))
+    assert "{bc}[d]" in text.getvalue()
+    assert "none on the 1 in braces" in " ".join(text.getvalue().split())

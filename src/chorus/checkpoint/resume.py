@@ -21,7 +21,6 @@ from chorus.checkpoint.store import MANIFEST, Damaged, checkpoints, read_tensors
 from chorus.collectives import on_every_process, on_first_process, refuse_differences, sampled
 from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
-from chorus.data.sources import Problem
 from chorus.errors import InputError
 from chorus.training.engine import Engine, zero_stage
 from chorus.training.state import restore_state
@@ -78,7 +77,7 @@ class Start(NamedTuple):
 
 def describe_run(
     config: Config,
-    rows: Sequence[Problem],
+    data_fingerprint: str,
     tokenizer: PreTrainedTokenizerBase,
     precision: str,
     accelerator: Accelerator,
@@ -90,7 +89,7 @@ def describe_run(
     """
     stage = zero_stage(accelerator)
     engine = f"zero{stage}" if stage else "plain" if accelerator.num_processes == 1 else "ddp"
-    fingerprints = {"tokenizer": tokenizer_fingerprint(tokenizer), "data": data_fingerprint(rows)}
+    fingerprints = {"tokenizer": tokenizer_fingerprint(tokenizer), "data": data_fingerprint}
     keys = {f"key '{key}'": value for key, value in config.model_dump().items()}
     refuse_differences(
         {
@@ -221,14 +220,6 @@ def restore_run(engine: Engine, start: Start, output_dir: Path) -> None:
     restore_state(engine, read_tensors(start.folder, start.facts["optimizer_step"]))
     engine.accelerator.wait_for_everyone()
     on_first_process(engine.accelerator, lambda: set_aside_later(output_dir, start.step))
-
-
-def data_fingerprint(rows: Sequence[Problem]) -> str:
-    """SHA-256 over the text of every training row, in order."""
-    digest = hashlib.sha256()
-    for prompt, completion in rows:
-        digest.update(f"{len(prompt)} {len(completion)}\n{prompt}{completion}\n".encode())
-    return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -263,3 +263,11 @@ def _shuffled(
         if split_of(story.operators, left[-1]) == split:
             yield left[-1]
         left.pop()
+
+
+def conversations(split: Split, count: int, seed: int, variant: Variant = "standard") -> list[dict[str, list]]:
+    """`problems` as turns: the question is the user's, the answer the assistant's. Raises as `problems` does."""
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in (row.values() for row in problems(split, count, seed, variant))
+    ]

@@ -1,11 +1,10 @@
-"""From problems to the batches of an optimiser step: tokens, prompt mask, labels, padding, order.
+"""From samples to the batches of an optimiser step: labels, padding, order.
 
 The labels are shifted here, in `collate`, and nowhere else. Which rows a step takes is a pure function of the seed, the
 step and the global batch, so any number of processes sees the same rows, and a run resumes at any step without reading
 the ones before it.
 """
 
-import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,27 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
 
 from chorus.config import Config
 from chorus.data.packing import one_a_row, packed
-from chorus.data.sources import Problem
-from chorus.errors import SIGNALS, InputError
+from chorus.data.samples import Sample, Samples
+from chorus.errors import SIGNALS
 from chorus.seeding import derive_seed
-
-logger = logging.getLogger(__name__)
-
-
-class Sample(NamedTuple):
-    """A tokenised row, not yet shifted: `ids` int64 and, of equal length, `is_target` bool, the tokens to learn."""
-
-    ids: Tensor
-    is_target: Tensor
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens on which loss is due. The first token has none before it to be predicted from."""
-        return int(self.is_target[1:].sum())
 
 
 class Batch(NamedTuple):
@@ -81,40 +65,6 @@ class StepBatch(NamedTuple):
     epoch: int
 
 
-def tokenise(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, max_seq_length: int, source: str = "training"
-) -> list[Sample]:
-    """Tokenise prompt and completion as one text; the targets are the completion's tokens and the end token.
-
-    A token that begins in the prompt belongs to the prompt, even where it reaches into the completion: at generation
-    time the prompt alone is given. Rows longer than `max_seq_length` tokens are cut on the right, and those that then
-    hold no target are dropped; both are counted in one warning, which calls the rows those of `source`.
-
-    Raises InputError for a tokenizer without character offsets or end token, and where no row keeps a target.
-    """
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        lacks = "an end token" if tokenizer.is_fast else "character offsets (it is not a fast one)"
-        raise InputError(f"key 'model_name': its tokenizer lacks {lacks}; choose a base with a complete tokenizer.json")
-    # A thousand at a time: an encoding, with its offsets, takes many times the memory of a sample.
-    samples, num_cut = [], 0
-    for start in range(0, len(problems), 1_000):
-        for ids, is_target in _encode(problems[start : start + 1_000], tokenizer):
-            num_cut += len(ids) > max_seq_length
-            samples.append(Sample(torch.tensor(ids[:max_seq_length]), torch.tensor(is_target[:max_seq_length])))
-    kept = [sample for sample in samples if sample.num_targets > 0]
-    if num_cut or len(kept) < len(samples):
-        logger.warning(
-            "cut %d of %d %s rows to max_seq_length %d tokens; %d of them have no target token left and are dropped",
-            *(num_cut, len(samples), source, max_seq_length, len(samples) - len(kept)),
-        )
-    if problems and not kept:
-        raise InputError(
-            f"key 'max_seq_length': {max_seq_length} leaves no target token in any of {len(samples)} {source} rows; "
-            "raise it, or shorten prompt_template"
-        )
-    return kept
-
-
 def collate(
     samples: Sequence[Sample],
     pad_id: int,
@@ -152,12 +102,12 @@ def collate(
     return batch if packing is None else batch._replace(position_BT=position_BT, sample_BT=sample_BT)
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order in which an epoch takes the samples: every index once."""
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
+    """The order in which an epoch takes the samples, int64: every index once."""
     if not shuffle:
-        return list(range(num_samples))
+        return torch.arange(num_samples)
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    return torch.randperm(num_samples, generator=generator).tolist()
+    return torch.randperm(num_samples, generator=generator)
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> int:
@@ -166,7 +116,7 @@ def steps_per_epoch(num_samples: int, batch_size: int, gradient_accumulation_ste
 
 
 def step_rows(
-    order: Sequence[int], step_in_epoch: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
+    order: Tensor, step_in_epoch: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
 ) -> list[list[list[int]]]:
     """The samples of one step, as rows[micro_batch][process]: consecutive in `order`, each of at most `batch_size`.
 
@@ -175,7 +125,7 @@ def step_rows(
     """
     first = step_in_epoch * batch_size * gradient_accumulation_steps * num_processes
     starts = range(first, first + batch_size * gradient_accumulation_steps * num_processes, batch_size)
-    rows = [list(order[start : start + batch_size]) for start in starts]
+    rows = [order[start : start + batch_size].tolist() for start in starts]
     return [rows[start : start + num_processes] for start in range(0, len(rows), num_processes)]
 
 
@@ -218,10 +168,11 @@ class _Steps(Dataset[StepBatch]):
         self, samples: Sequence[Sample], config: Config, pad_id: int, process_index: int, num_processes: int
     ) -> None:
         self.samples, self.config, self.pad_id, self.process_index = samples, config, pad_id, process_index
-        self.num_targets = [sample.num_targets for sample in samples]
+        is_table = isinstance(samples, Samples)  # which knows them without reading a token
+        self.num_targets = samples.num_targets if is_table else [sample.num_targets for sample in samples]
         self.global_batch = (config.batch_size, config.gradient_accumulation_steps, num_processes)
         self.steps_per_epoch = steps_per_epoch(len(samples), *self.global_batch)
-        self.epoch, self.order = -1, []
+        self.epoch, self.order = -1, torch.empty(0)
 
     def __getitem__(self, step: int) -> StepBatch:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -232,7 +183,7 @@ class _Steps(Dataset[StepBatch]):
         rows_of_all = [row for micro_batch in rows for part in micro_batch for row in part]
         return StepBatch(
             [self._collate(micro_batch[self.process_index]) for micro_batch in rows],
-            num_targets=sum(self.num_targets[row] for row in rows_of_all),
+            num_targets=sum(int(self.num_targets[row]) for row in rows_of_all),
             num_rows=len(rows_of_all),
             epoch=epoch,
         )
@@ -250,19 +201,6 @@ def _leave_the_process_group(worker: int) -> None:
     while signal.sigtimedwait(SIGNALS, 0):
         pass
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def _encode(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[bool]]]:
-    texts = [prompt + completion for prompt, completion in problems]
-    encoded = tokenizer(texts, add_special_tokens=True, return_offsets_mapping=True, verbose=False)
-    for (prompt, _), ids, offsets in zip(problems, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # A token that the tokenizer adds, such as the one for the beginning, stands for no character.
-        is_target = [len(prompt) <= start < end for start, end in offsets]
-        if ids[-1:] == [tokenizer.eos_token_id]:
-            is_target[-1] = True
-        else:
-            ids, is_target = [*ids, tokenizer.eos_token_id], [*is_target, True]
-        yield ids, is_target
 
 
 def _evenly_spaced(places_N: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -10,16 +10,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from chorus.data.batches import Sample, collate, tokenise
-from chorus.data.sources import Problem
+from chorus.data.batches import collate
+from chorus.data.rows import HeldOutRow, HeldOutRows
+from chorus.ensemble.answers import answer_text, is_exact, warn_of_long_references
 from chorus.ensemble.generate import generate
 from chorus.ensemble.mixture import dirichlet_weights, mixture_log_prob, uniform_weights
 from chorus.model.agents import Agents
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-ANSWER_MARK = "####"  # GSM8K's: what stands behind it is the result
 
 
 class Score(NamedTuple):
@@ -51,29 +50,28 @@ class Evaluation(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """This process's share of the held-out problems, and how they are to be scored."""
+    """This process's share of the held-out rows, and how they are to be scored."""
 
-    problems: list[Problem]
-    samples: list[Sample]
+    rows: list[HeldOutRow]
+    end_ids: list[int]
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     max_new_tokens: int
 
 
 def held_out_share(
-    problems: Sequence[Problem],
+    held_out: HeldOutRows,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_seq_length: int,
     batch_size: int,
     max_new_tokens: int,
     process_index: int,
     num_processes: int,
 ) -> HeldOut:
-    """Every `num_processes`-th problem. Every process tokenises all of them, so that all fail of the same rows."""
-    samples = tokenise(problems, tokenizer, max_seq_length, "held-out") if problems else []
-    share = slice(process_index, None, num_processes)
-    return HeldOut(list(problems[share]), samples[share], tokenizer, batch_size, max_new_tokens)
+    """Every `num_processes`-th of the rows."""
+    rows, end_ids = held_out
+    warn_of_long_references([row.answer for row in rows], end_ids, max_new_tokens)
+    return HeldOut(rows[process_index::num_processes], end_ids, tokenizer, batch_size, max_new_tokens)
 
 
 def evaluate(agents: Agents, held_out: HeldOut, alpha: float | None) -> Evaluation:
@@ -84,7 +82,7 @@ def evaluate(agents: Agents, held_out: HeldOut, alpha: float | None) -> Evaluati
             symmetric Dirichlet prior, see `aggregate.dirichlet_weights`.
     """
     members: list[int | None] = [None, *agents.agents]
-    if held_out.problems:
+    if held_out.rows:
         logger.info("scoring the base, %d agents and their mixture on held-out problems", len(agents.agents))
     was_training = agents.training
     agents.eval()
@@ -108,7 +106,7 @@ def evaluate(agents: Agents, held_out: HeldOut, alpha: float | None) -> Evaluati
 def token_nlls(agents: Agents, members: Sequence[int | None], held_out: HeldOut, device: torch.device) -> Tensor:
     """nll_MN, fp32, nats: for each member, of every target token of this process's held-out rows."""
     parts = [torch.empty(len(members), 0, device=device)]
-    for samples in _batches(held_out.samples, held_out.batch_size):
+    for samples in _batches([row.sample for row in held_out.rows], held_out.batch_size):
         batch = collate(samples, pad_id=0).to(device)
         nll_MBT = torch.stack([agents.agent_pass(member, batch)[0] for member in members])
         parts.append(nll_MBT[:, batch.mask_BT])
@@ -117,32 +115,14 @@ def token_nlls(agents: Agents, members: Sequence[int | None], held_out: HeldOut,
 
 def exact_matches(agents: Agents, members: list[int | None], weight_K: Tensor, held_out: HeldOut) -> list[bool]:
     """For each of this process's problems, whether the greedy answer of the members' mixture is exactly right."""
-    tokenizer, eos_id = held_out.tokenizer, cast(int, held_out.tokenizer.eos_token_id)
+    tokenizer, end_ids = held_out.tokenizer, held_out.end_ids
     right = []
-    for problems in _batches(held_out.problems, held_out.batch_size):
-        prompts = tokenizer([problem.prompt for problem in problems], return_attention_mask=False)["input_ids"]
-        # Some tokenizers close a text with the end token, but a prompt goes on. An empty one begins after an end token.
-        prompts = [ids[:-1] if ids[-1:] == [eos_id] else ids for ids in prompts]
-        prompts = [ids or [eos_id] for ids in prompts]
-        answers = generate(agents, members, weight_K, prompts, held_out.max_new_tokens, eos_id)
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        right += [is_exact(text, problem.completion) for text, problem in zip(texts, problems, strict=True)]
+    for rows in _batches(held_out.rows, held_out.batch_size):
+        prompts = [row.prompt for row in rows]
+        answers = generate(agents, members, weight_K, prompts, held_out.max_new_tokens, end_ids[0])
+        for written, row in zip(answers, rows, strict=True):
+            right.append(is_exact(*(answer_text(ids, tokenizer, end_ids) for ids in (written, row.answer))))
     return right
-
-
-def is_exact(text: str, reference: str) -> bool:
-    """Whether the results agree where the reference marks one with `####`, otherwise the whole texts."""
-    return final_answer(text, ANSWER_MARK in reference) == final_answer(reference, ANSWER_MARK in reference)
-
-
-def final_answer(text: str, marked: bool) -> str | None:
-    """What stands behind the last `####`, without commas and dollar signs (None without one); or the whole text."""
-    if not marked:
-        return " ".join(text.split())
-    _, mark, result = text.rpartition(ANSWER_MARK)
-    if not mark:
-        return None
-    return result.strip().splitlines()[0].strip(" .$").replace(",", "") if result.strip() else ""
 
 
 def _batches(items: list[T], size: int) -> Iterator[list[T]]:

@@ -149,12 +149,17 @@ def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int]) -> Table:
     return table
 
 
-def sample_view(tokens: Sequence[Mapping[str, Any]]) -> Group:
-    """The first training row, token by token: [] around a token with loss, | after one without."""
+def sample_view(tokens: Sequence[Mapping[str, Any]], what: str = "the first training row") -> Group:
+    """A row, token by token: | behind a token without loss, [] around one with, {} around one that should have it."""
     line = Text()
     for token in tokens:
         text = token["text"].replace("\n", "\\n")
-        line.append(f"[{text}]" if token["loss"] else f"{text}|", style="bold green" if token["loss"] else "dim")
+        if token.get("unlearnt"):
+            line.append(f"{{{text}}}", style="bold red")
+        else:
+            line.append(f"[{text}]" if token["loss"] else f"{text}|", style="bold green" if token["loss"] else "dim")
     targets = sum(token["loss"] for token in tokens)
-    title = f"the first training row: {len(tokens)} tokens, loss on the {targets} in brackets"
+    title = f"{what}: {len(tokens)} tokens, loss on the {targets} in brackets"
+    if unlearnt := sum(bool(token.get("unlearnt")) for token in tokens):
+        title += f", none on the {unlearnt} in braces, which hold a part of the completion"
     return Group(Text(title, style="italic"), line, Text())

@@ -17,13 +17,14 @@ from typing import cast, get_args
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
 
 from chorus.checkpoint.output_dir import refuse_unshared, refuse_unusable
 from chorus.collectives import on_every_process, on_first_process, refuse_differences
 from chorus.config import Config, RunConfig
 from chorus.config.execution import Mode
-from chorus.data.batches import Sample
-from chorus.data.sources import Problem, read_problems
+from chorus.data.rows import Rows, read_rows
+from chorus.data.samples import Sample
 from chorus.errors import InputError
 from chorus.model.adapters import lora_shape
 from chorus.model.base import check_positions, load_base, load_skeleton, load_tokenizer, write_toy_like
@@ -33,8 +34,8 @@ from chorus.monitoring.run_log import quiet_libraries
 from chorus.planning.auto_agents import WAYS_OUT, decide_num_agents, machine_of
 from chorus.planning.checks import Report, Stopped, mode_table, sample_view
 from chorus.planning.memory_forecast import GIB, Forecast, Machine, forecast, in_words
-from chorus.planning.run_plan import Plan, Rows, place_of, plan, read_rows, sample_tokens
-from chorus.planning.trial_run import Loop, ModeRun, Setting, disagreement, rehearse
+from chorus.planning.run_plan import Plan, plan, sample_tokens
+from chorus.planning.trial_run import STEPS, Loop, ModeRun, Setting, disagreement, rehearse
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator
 from chorus.training.zero.deepspeed_json import deepspeed_json, deepspeed_wanted
 
@@ -109,19 +110,18 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             skeleton = load_skeleton(config.model_name)
             check_positions(skeleton.config, config.max_seq_length)
             lora_shape(config).targets(skeleton)
-            problems = read_problems(config).train
-            rows = read_rows(problems, tokenizer, config.max_seq_length)
+            rows = read_rows(config, config.seed, tokenizer, accelerator)
         with report.trying("num_agents auto"):
             config, note = decide_num_agents(config, precision, accelerator)
         if note:
             report.add("num_agents auto", True, note)
         with report.trying("memory"):
             told = on_first_process(accelerator, partial(forecast, config, precision, machine_of(accelerator)))
-        planned = plan(config, rows, told.trainable, skeleton.num_parameters(), accelerator.num_processes)
-        tokens = sample_tokens(rows.samples[0], tokenizer)
+        planned = plan(config, rows.train, told.trainable, skeleton.num_parameters(), accelerator.num_processes)
+        tokens = sample_tokens(rows.train, 0, tokenizer)
         report.facts |= {"plan": planned._asdict(), "forecast_gib": told.report(), "sample": tokens}
         report.show(planned.table(config), told.table(), sample_view(tokens))
-        _check_rows(report, config, problems, rows)
+        _check_rows(report, config, rows, tokenizer)
         _check_disk(report, planned, folder)
         fits = _check_memory(report, config, precision, accelerator, told)
         with report.trying("base"):
@@ -133,7 +133,7 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             compiled = decide_execution(config, accelerator.device, in_shards).compiled
             load = partial(load_base, config, DTYPES[precision], accelerator.device, compiled=compiled)
             base = None if in_shards else load()
-        samples = sorted(rows.samples, key=lambda sample: -len(sample.ids))  # the longest decide what fits
+        samples = rows.longest(STEPS * planned.rows_of_a_step)  # they decide what fits
         if not fits:
             samples = [Sample(ids[-TOY_TOKENS:], is_target[-TOY_TOKENS:]) for ids, is_target in samples]
         setting = Setting(config, accelerator, base, load, samples, cast(int, tokenizer.eos_token_id), loop, folder)
@@ -181,21 +181,35 @@ def _check_processes(report: Report, config: Config, accelerator: Accelerator, f
     )
 
 
-def _check_rows(report: Report, config: RunConfig, problems: list[Problem], rows: Rows) -> None:
-    limit, longest = config.max_seq_length, max(rows.lengths)
-    cut = [index for index, length in enumerate(rows.lengths) if length > limit]
-    found = f"the longest of {len(rows.lengths):,} rows has {longest} tokens, max_seq_length is {limit}"
-    if cut:
-        first = cut[0]
+def _check_rows(report: Report, config: RunConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+    limit, lengths, chosen = config.max_seq_length, rows.chosen.lengths, rows.chosen
+    longest, cut = int(lengths.max()), (lengths > limit).nonzero()[0]
+    found = f"the longest of {len(lengths):,} rows has {longest} tokens, max_seq_length is {limit}"
+    if len(cut):
+        first = int(cut[0])
         found = (
-            f"{len(cut):,} of {len(rows.lengths):,} rows are longer than max_seq_length {limit}: the end of the "
-            f"completion is cut off; first {place_of(config, problems[first])} with {rows.lengths[first]} tokens"
+            f"{len(cut):,} of {len(lengths):,} rows are longer than max_seq_length {limit}: the end of the "
+            f"completion is cut off; first {chosen.place(first)} with {lengths[first]} tokens"
         )
     report.add(
         "no completion is cut off",
-        not cut,
+        not len(cut),
         found,
         f"set max_seq_length={longest} (the longest row), or shorten or take out such rows",
+    )
+    merged = chosen.facts["merged"]
+    found = f"in all of {len(lengths):,} rows"
+    if merged.any():
+        places = merged.nonzero()[0]
+        first, name = int(places[0]), "the first row with tokens that should carry loss"
+        found = f"{int(merged.sum()):,} characters of {len(places):,} rows are not, the first {chosen.place(first)}"
+        report.show(sample_view(sample_tokens(chosen, first, tokenizer), name))
+    report.add(
+        "all of a completion is learnt",
+        not merged.any(),
+        found,
+        "a token begins in the prompt and reaches into the completion: begin the completion with a space or a new "
+        "line, or end the prompt with one",
     )
 
 

@@ -1,0 +1,224 @@
+"""From the text of rows to token ids and what of them is learnt, and the tokens that are asked of a model.
+
+Prompt and completion are tokenised as one text, and a token is learnt where it begins in what is to be learnt. So a
+token that begins in the prompt and reaches into the completion carries no loss: at generation time the prompt is given
+without what follows. Such characters are counted, see `Tokenised.merged`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from chorus.data.chat import ChatForm
+from chorus.data.templates import BadRow, Problem
+from chorus.errors import InputError
+
+NOT_LEARNT, LEARNT, MERGED = 0, 1, 2  # marks of a token; MERGED begins before what is to be learnt, and reaches into it
+END_PROBE = "7"  # an answer that no template writes by itself
+
+
+class Tokenised(NamedTuple):
+    """A tokenised row, not cut.
+
+    Attributes:
+        ids: token ids.
+        marks: of each token NOT_LEARNT, LEARNT or MERGED.
+        merged: characters to be learnt that carry no loss, because their token begins before them.
+        answer: how many tokens it takes until the first is learnt that stands for text; 0 where there is none.
+    """
+
+    ids: list[int]
+    marks: list[int]
+    merged: int
+    answer: int
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for a tokenizer without character offsets or end token."""
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        lacks = "an end token" if tokenizer.is_fast else "character offsets (it is not a fast one)"
+        raise InputError(f"key 'model_name': its tokenizer lacks {lacks}; choose a base with a complete tokenizer.json")
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that stand for no text: the end token, those of turns and the like."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids, *added}
+
+
+class Encoder:
+    """Tokenises rows for training and prompts for generation, alike in all that they share.
+
+    One beginning token: where both the text and the tokenizer write it, the tokenizer's is left out; where a chat
+    template does not write it and the tokenizer would, it is added. A text that would begin with a learnt token gets
+    the beginning token, or without one the end token, before it: nothing else could predict its first token.
+    One end token: where the tokenizer or the template writes it, none is added.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self.backend = cast(Tokenizer, tokenizer.backend_tokenizer)
+        if self.backend.truncation is not None or self.backend.padding is not None:  # a tokenizer.json may ask for both
+            self.backend = Tokenizer.from_str(self.backend.to_str())
+            self.backend.no_truncation()
+            self.backend.no_padding()
+        self.bos, self.eos = cast(int | None, tokenizer.bos_token_id), cast(int, tokenizer.eos_token_id)
+        self.beginning = self.eos if self.bos is None else self.bos
+        self.special = special_ids(tokenizer)
+        self.joined: dict[str, int] = {}
+        [probe] = self._encode(["a"], add_special_tokens=True)
+        self.adds_bos = self.bos is not None and probe.ids[:1] == [self.bos] and probe.special_tokens_mask[0] == 1
+
+    def rows(self, problems: Sequence[Problem]) -> Iterator[Tokenised]:
+        """The rows for training, in order; all of them plain text, or all of them turns."""
+        return self.marked(problems, self.encode(problems))
+
+    def encode(self, problems: Sequence[Problem]) -> list[Encoding]:
+        """The first half of `rows`, which lets other threads of Python run."""
+        is_chat = bool(problems and problems[0].learnt)
+        return self._encode([problem.text for problem in problems], not is_chat)
+
+    def marked(self, problems: Sequence[Problem], encodings: Sequence[Encoding]) -> Iterator[Tokenised]:
+        """The second half of `rows`."""
+        for problem, encoding in zip(problems, encodings, strict=True):
+            start = len(self.asked(problem.prompt))
+            first = None if problem.learnt else _token_at(encoding, start)
+            ids, added = self._one_beginning(encoding, bool(problem.learnt))
+            if first is not None and added[-1] == 0:  # nothing of the tokenizer's own stands behind the text
+                first -= len(encoding.ids) - len(ids)
+                yield self._tokenised(ids, [NOT_LEARNT] * first + [LEARNT] * (len(ids) - first), added, 0, False)
+                continue
+            text = problem.text
+            spans = [(len(self.asked(text[:begin])), stop) for begin, stop in problem.learnt] or [(start, len(text))]
+            yield self._marked(text, spans, encoding, bool(problem.learnt))
+
+    def prompt(self, problem: Problem) -> list[int]:
+        """The tokens from which a model is to write the completion; at least one."""
+        is_chat = bool(problem.learnt)
+        [encoding] = self._encode([self.asked(problem.prompt)], not is_chat)
+        ids, added = self._one_beginning(encoding, is_chat)
+        # Some tokenizers close a text with the end token, but a prompt goes on.
+        if ids and added[-1] and ids[-1] == self.eos:
+            ids = ids[:-1]
+        return ids or [self.beginning]
+
+    def asked(self, prompt: str) -> str:
+        """The prompt without the spaces at its end that the tokenizer joins to a following word.
+
+        They are the completion's: kept in the prompt they would take the completion's first word out of the loss, and
+        a model would be asked after a token that training never showed in that place.
+        """
+        bare = prompt.rstrip()
+        spaces = prompt[len(bare) :]
+        if not spaces:
+            return prompt
+        if spaces not in self.joined:
+            self.joined[spaces] = self._joined(spaces)
+        return prompt[: len(prompt) - self.joined[spaces]]
+
+    def _joined(self, spaces: str) -> int:
+        """How many of these characters, from the end, are tokenised together with a letter that follows."""
+        tries = ["x" + spaces[: len(spaces) - count] for count in range(len(spaces) + 1)]
+        whole, *own = (one.ids for one in self._encode(["x" + spaces + "a", *tries], add_special_tokens=False))
+        return next((count for count, ids in enumerate(own) if whole[: len(ids)] == ids), 0)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
+        """By the backend: the wrapper would turn every offset into Python's objects."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+
+    def _one_beginning(self, encoding: Encoding, is_chat: bool) -> tuple[list[int], list[int]]:
+        """Ids, and for each whether the tokenizer added it by itself, with exactly one beginning token."""
+        ids, added = encoding.ids, encoding.special_tokens_mask
+        if self.bos is not None:
+            if ids[:2] == [self.bos, self.bos] and added[0]:
+                return ids[1:], added[1:]
+            if is_chat and self.adds_bos and ids[:1] != [self.bos]:
+                return [self.bos, *ids], [1, *added]
+        return ids, added
+
+    def _marked(self, text: str, spans: Sequence[tuple[int, int]], encoding: Encoding, is_chat: bool) -> Tokenised:
+        ids, added = self._one_beginning(encoding, is_chat)
+        starts, ends = _places(encoding.offsets, text)
+        shift = len(ids) - len(starts)  # by what was added or left out in front
+        if shift:
+            starts, ends = (np.pad(one, (shift, 0)) if shift > 0 else one[-shift:] for one in (starts, ends))
+        own = ~np.array(added, dtype=bool)
+        marks, merged = np.zeros(len(ids), dtype=np.int8), 0
+        for start, stop in spans:
+            last = len(text) + 1 if stop == len(text) else stop  # a token of no width may stand at the very end
+            marks[own & (starts >= start) & (starts < last)] = LEARNT
+            for place in np.flatnonzero(own & (starts < start) & (ends > start)):
+                if text[starts[place] : start].isspace():
+                    marks[place] = LEARNT
+                else:
+                    marks[place] = MERGED
+                    merged += int(min(ends[place], stop)) - start
+        return self._tokenised(ids, marks.tolist(), added, merged, is_chat)
+
+    def _tokenised(self, ids: list[int], marks: list[int], added: list[int], merged: int, is_chat: bool) -> Tokenised:
+        """With one end, and with a token before a first one that is learnt."""
+        texts = zip(ids, marks, strict=True)
+        answer = next((n for n, (one, mark) in enumerate(texts, 1) if mark == LEARNT and one not in self.special), 0)
+        ids, marks = self._ended(ids, marks, added, is_chat)
+        if marks[0] == LEARNT:
+            ids, marks, answer = [self.beginning, *ids], [NOT_LEARNT, *marks], answer and answer + 1
+        return Tokenised(ids, marks, merged, answer)
+
+    def _ended(self, ids: list[int], marks: list[int], added: list[int], is_chat: bool) -> tuple[list[int], list[int]]:
+        """With one end token, which is learnt. Of turns, only where no token of the template's closes the last one."""
+        if is_chat:
+            last = len(marks) - marks[::-1].index(LEARNT) if LEARNT in marks else 0
+            is_closed = any(ids[place] in self.special for place in range(max(last - 2, 0), last))
+            return (ids, marks) if is_closed or last < len(ids) else ([*ids, self.eos], [*marks, LEARNT])
+        if ids[-2:] == [self.eos, self.eos] and added[-1]:
+            ids, marks = ids[:-1], marks[:-1]
+        if ids[-1:] == [self.eos]:
+            return ids, [*marks[:-1], LEARNT]
+        return [*ids, self.eos], [*marks, LEARNT]
+
+
+def _places(offsets: Sequence[tuple[int, int]], text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where each token begins and ends in the text.
+
+    Some tokenizers trim white space from a token's offsets, so that a line break may seem to have no width: a token
+    begins where the one before it ends, if only white space lies between.
+    """
+    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    starts, ends = places[:, 0].copy(), places[:, 1]
+    reached = np.maximum.accumulate(ends)
+    for place in np.flatnonzero(starts[1:] > reached[:-1]) + 1:
+        if text[reached[place - 1] : starts[place]].isspace():
+            starts[place] = reached[place - 1]
+    return starts, ends
+
+
+def _token_at(encoding: Encoding, char: int) -> int | None:
+    """The token that begins at a character, if what is before it ends there; None where that takes a closer look.
+
+    For most rows this is all there is to know, at a third of the time that all offsets take.
+    """
+    token = encoding.char_to_token(char)
+    if token is None or encoding.token_to_chars(token) is None or encoding.token_to_chars(token)[0] != char:
+        return None
+    before = encoding.token_to_chars(token - 1) if token else None
+    return token if before is None or before[1] <= char else None
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, form: ChatForm | None) -> list[int]:
+    """The tokens that end an answer: the end token and, of turns, what closes one of the assistant's."""
+    ends = [cast(int, tokenizer.eos_token_id)]
+    if form is not None:
+        asked = [{"role": "user", "content": END_PROBE}]
+        try:
+            whole = form.write_turns([*asked, {"role": "assistant", "content": END_PROBE}])
+        except BadRow:
+            return ends
+        special = special_ids(tokenizer)
+        ids = cast(list[int], tokenizer(whole.completion, add_special_tokens=False)["input_ids"])
+        closing = [one for one in ids[1:] if one in special]
+        ends += [one for one in closing[:1] if one not in ends]
+    return ends
