@@ -1,0 +1,160 @@
+"""Stock PEFT LoRA folders: what is read of them, and what is refused.
+
+PEFT's own loader is silent about missing, renamed, partial or non-finite tensors, and a model with such an adapter
+answers as the base does. Here every tensor that the folder's configuration announces must be there, and no other.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chorus.errors import InputError
+
+CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+# Fields of PEFT's LoraConfig that this module applies, or that change nothing once training is over. A folder that
+# sets any other is refused: what it asks for would silently be left out.
+APPLIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "peft_type"}
+APPLIED |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+HARMLESS = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "eva_config"}
+HARMLESS |= {"init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
+# Starts of training that change the base's own weights, so that the stock base is another model.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """One LoRA folder, read and checked against the base.
+
+    Attributes:
+        base_name: the base that the folder names, if any.
+        matrices: A_RI and B_OR of every layer, by the layer's name in the base.
+        scaling: of every layer.
+    """
+
+    folder: Path
+    base_name: str | None
+    matrices: Mapping[str, tuple[Tensor, Tensor]]
+    scaling: Mapping[str, float]
+
+
+def read_config(folder: Path) -> LoraConfig:
+    """The LoRA configuration of a folder.
+
+    Raises:
+        InputError: the folder has none, or one of another kind of adapter.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: holds no {CONFIG_FILE}; name a folder that PEFT has saved") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as JSON; export the adapter again") from error
+    if not isinstance(entries, dict) or entries.get("peft_type") != "LORA":
+        kind = entries.get("peft_type") if isinstance(entries, dict) else type(entries).__name__
+        raise InputError(f"{file}: peft_type is {kind}, not LORA; only LoRA adapters can be loaded")
+    defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
+    for name, value in entries.items():
+        is_off = value == defaults.get(name) or value in (None, False, [], {})
+        if name not in APPLIED | HARMLESS and not is_off:
+            raise InputError(f"{file}: {name} is {value!r}, which Chorus does not support; merge or retrain without it")
+    start = entries.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
+        raise InputError(
+            f"{file}: init_lora_weights is {start!r}, which changes the base's weights; convert it to a plain LoRA "
+            "adapter with PEFT first"
+        )
+    known = {name: value for name, value in entries.items() if name in APPLIED}
+    known.pop("peft_type")
+    try:
+        return LoraConfig(**known)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: {str(error).splitlines()[0]}; export the adapter again") from error
+
+
+def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
+    """The adapter of a folder, checked against the base's modules, which need no weights.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of another shape or not finite, or the file is no safetensors file.
+    """
+    config, file = read_config(folder), folder / ADAPTER_FILE
+    if not file.is_file():
+        pickled = f" ({PICKLED_FILE} is a pickle and is not loaded)" if (folder / PICKLED_FILE).exists() else ""
+        raise InputError(f"{folder}: holds no {ADAPTER_FILE}{pickled}; save the adapter as safetensors")
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({str(error).splitlines()[0]}); copy or export it again") from error
+    pairs = _pairs(file, tensors)
+    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    targets = _targets(config, skeleton, linears)
+    _refuse_other_layers(file, set(pairs), targets, linears)
+    matrices, scaling = {}, {}
+    for name, found in pairs.items():
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+        linear = linears[name]
+        for letter, shape in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
+            _check_tensor(file, f"{name}.lora_{letter}", found.get(letter), shape)
+        matrices[name] = (found["A"], found["B"])
+        scaling[name] = alpha / (rank**0.5 if config.use_rslora else rank)
+    return AdapterFile(folder, config.base_model_name_or_path, matrices, scaling)
+
+
+def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise InputError(f"{file}: tensor {key} is no lora_A or lora_B of a linear layer; export the adapter again")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
+        raise InputError(f"{file}: holds no tensor; export the adapter again")
+    return pairs
+
+
+def _targets(config: LoraConfig, skeleton: PreTrainedModel, linears: Mapping[str, Any]) -> set[str]:
+    """Names of the linear layers that the configuration puts an adapter on."""
+    config = _maybe_include_all_linear_layers(config, skeleton)
+    return {name for name in linears if check_target_module_exists(config, name)}
+
+
+def _refuse_other_layers(file: Path, found: set[str], targets: set[str], linears: Mapping[str, Any]) -> None:
+    unknown = sorted(found - linears.keys())
+    if unknown:
+        raise InputError(f"{file}: the base has no linear layer {unknown[0]}; name the base that it was trained on")
+    missing, extra = sorted(targets - found), sorted(found - targets)
+    if missing:
+        raise InputError(
+            f"{file}: {len(missing)} of {len(targets)} layers that {CONFIG_FILE} targets have no tensor, such as "
+            f"{missing[0]}; export the adapter again"
+        )
+    if extra:
+        raise InputError(f"{file}: {extra[0]} is not among the target_modules of {CONFIG_FILE}; export it again")
+
+
+def _check_tensor(file: Path, name: str, tensor: Tensor | None, shape: tuple[int, int]) -> None:
+    if tensor is None:
+        raise InputError(f"{file}: {name} is missing; export the adapter again")
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{file}: {name} has shape {tuple(tensor.shape)} instead of {shape}; is it of another base?")
+    if not tensor.is_floating_point():
+        raise InputError(f"{file}: {name} is {tensor.dtype}, not a floating-point type; export the adapter again")
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{file}: {name} is not finite (NaN or Inf); take an earlier checkpoint")

@@ -1,0 +1,240 @@
+"""An ensemble from disk: of a run, of a checkpoint, or of PEFT LoRA folders that any tool has made over one base."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+
+from chorus.checkpoint.resume import base_fingerprint
+from chorus.checkpoint.store import MANIFEST, checkpoints, verify
+from chorus.ensemble.adapter_files import CONFIG_FILE, AdapterFile, read_adapter, read_config
+from chorus.errors import InputError
+from chorus.model.adapters import LoraShape, lora_layers
+from chorus.model.agents import Agents, Regularisation, build_agents
+from chorus.model.base import load_model, load_skeleton, load_tokenizer
+from chorus.model.flat_adapter import Matrix
+
+logger = logging.getLogger(__name__)
+
+PEFT_PREFIX = "base_model.model."
+EQUAL = 1e-6  # relative difference of two adapters' outputs under which they are the same function
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """K agents over one base, ready to answer.
+
+    Attributes:
+        agents: in evaluation mode.
+        tokenizer: the base's.
+        names: of the agents, in order.
+        weights: of the mixture, summing to 1.
+        temperature: of the mixture, after pooling.
+        base_name: a folder or a hub id.
+        description: `ensemble.json` of the run, or `state.json` of the checkpoint; empty for PEFT folders.
+    """
+
+    agents: Agents
+    tokenizer: PreTrainedTokenizerBase
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    temperature: float
+    base_name: str
+    description: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a path holds before a tensor is read."""
+
+    folders: list[Path]
+    base_name: str | None = None
+    base_fingerprint: str | None = None
+    weights: Sequence[float] | None = None
+    temperature: float = 1.0
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_ensemble(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+    attn_implementation: str = "auto",
+) -> Ensemble:
+    """Load agents and their mixture.
+
+    Args:
+        paths: a finished `output_dir`, a checkpoint's folder, a folder of PEFT LoRA folders, or a list of them. The
+            adapters may differ in rank, scaling and target modules.
+        device: where base and adapters go.
+        dtype: of the base's weights.
+        base: a folder or hub id in place of the one that the adapters name, such as its local copy.
+        attn_implementation: as the key of that name.
+
+    Raises:
+        InputError: no adapters; adapters of different bases, of another base than the one that is there, of an
+            unsupported kind, incomplete or not finite; an agent that equals another or the base.
+    """
+    source = _find([Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths])
+    base_name = base or _common_base(source)
+    if base and source.base_name and base != source.base_name:
+        logger.warning("the base is %s, in place of %s that the adapters name", base, source.base_name)
+    skeleton = load_skeleton(base_name)
+    adapters = [read_adapter(folder, skeleton) for folder in source.folders]
+    names = _names(source.folders)
+    refuse_equal_agents(adapters, names)
+    tokenizer = load_tokenizer(base_name)
+    model = load_model(base_name, dtype, torch.device(device), attn_implementation)
+    if source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
+        raise InputError(f"{base_name}: its weights or architecture differ from those the agents were trained on")
+    weights = tuple(source.weights or [1 / len(adapters)] * len(adapters))
+    agents = _build(model, adapters)
+    return Ensemble(agents, tokenizer, names, weights, source.temperature, base_name, source.description)
+
+
+def _find(paths: Sequence[Path]) -> _Source:
+    if not paths:
+        raise InputError("no folder is named; name a run's output_dir, a checkpoint or PEFT LoRA folders")
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; name a run's output_dir, a checkpoint or a PEFT LoRA folder")
+    if len(paths) == 1 and (paths[0] / "ensemble.json").is_file():
+        return _of_run(paths[0])
+    if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
+        facts = verify(paths[0])
+        folders = _adapters_in(paths[0] / "agents")
+        return _Source(folders, facts["config"]["model_name"], facts["fingerprints"].get("base"), description=facts)
+    return _Source([folder for path in paths for folder in _adapters_in(path)])
+
+
+def _of_run(run: Path) -> _Source:
+    file = run / "ensemble.json"
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        folders = [run / name for name in entries["agents"]]
+        weights = [float(weight) for weight in entries["weights"]]
+        base_name, temperature = entries["base_model"], float(entries.get("temperature", 1.0))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read as the description of an ensemble; name agents/* instead") from error
+    is_wrong = len(weights) != len(folders) or not folders or min(weights) < 0 or abs(sum(weights) - 1) > 1e-4
+    if is_wrong or not temperature > 0:
+        raise InputError(f"{file}: {len(folders)} agents, weights {weights}, temperature {temperature}: no mixture")
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{file}: names {folder}, which is not there; restore it, or name agents/* instead")
+    fingerprint = None
+    for folder in checkpoints(run)[:1]:
+        state = folder / "state.json"
+        if state.is_file():
+            fingerprint = json.loads(state.read_text(encoding="utf-8"))["fingerprints"].get("base")
+    return _Source(folders, base_name, fingerprint, weights, temperature, entries)
+
+
+def _adapters_in(path: Path) -> list[Path]:
+    """The folder itself, or the adapters' folders in it, in the order of the numbers in their names."""
+    if (path / CONFIG_FILE).is_file():
+        return [path]
+    folders = [folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file()] if path.is_dir() else []
+    if not folders:
+        raise InputError(f"{path}: holds no adapters; name a run's output_dir, a checkpoint or PEFT LoRA folders")
+    return sorted(folders, key=lambda folder: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", folder.name)])
+
+
+def _common_base(source: _Source) -> str:
+    if source.base_name is not None:
+        return source.base_name
+    named = {folder: read_config(folder).base_model_name_or_path for folder in source.folders}
+    (first, name), *others = named.items()
+    if not name:
+        raise InputError(f"{first}: names no base (base_model_name_or_path); say which one it was trained on")
+    for folder, other in others:
+        if other != name:
+            raise InputError(f"{folder}: is of base {other}, but {first} of {name}; an ensemble has one base")
+    return name
+
+
+def _names(folders: Sequence[Path]) -> tuple[str, ...]:
+    """The folders' own names where these tell them apart, otherwise their paths."""
+    short = [folder.resolve().name for folder in folders]
+    return tuple(short if len(set(short)) == len(short) else map(str, folders))
+
+
+def refuse_equal_agents(adapters: Sequence[AdapterFile], names: Sequence[str]) -> None:
+    """Compare what the adapters add to the outputs of their layers, on one random input for each layer.
+
+    Raises:
+        InputError: an adapter adds nothing, so that its agent is the base, or two add the same.
+    """
+    layers = sorted({layer for adapter in adapters for layer in adapter.matrices})
+    outputs = [_probe(adapter, layers) for adapter in adapters]
+    for k, (adapter, output) in enumerate(zip(adapters, outputs, strict=True)):
+        if not any(bool(part.any()) for part in output.values()):
+            raise InputError(f"{adapter.folder}: the adapter adds nothing, so it answers as the base; train it first")
+        for other in range(k):
+            size = sum(float(part.square().sum()) for part in output.values()) ** 0.5
+            apart = sum(_apart(output.get(layer), outputs[other].get(layer)) for layer in layers) ** 0.5
+            if apart <= EQUAL * size:
+                raise InputError(
+                    f"{adapter.folder}: is the same agent as {adapters[other].folder} ({names[other]}); name it once"
+                )
+
+
+def _probe(adapter: AdapterFile, layers: Sequence[str]) -> dict[str, Tensor]:
+    outputs = {}
+    for number, layer in enumerate(layers):
+        if layer in adapter.matrices:
+            A_RI, B_OR = (matrix.float() for matrix in adapter.matrices[layer])
+            input_I = torch.randn(A_RI.shape[1], generator=torch.Generator().manual_seed(number))
+            outputs[layer] = adapter.scaling[layer] * (B_OR @ (A_RI @ input_I))
+    return outputs
+
+
+def _apart(one: Tensor | None, other: Tensor | None) -> float:
+    if one is None or other is None:
+        there = one if other is None else other
+        return 0.0 if there is None else float(there.square().sum())
+    return float((one - other).square().sum())
+
+
+def _build(model: Any, adapters: Sequence[AdapterFile]) -> Agents:
+    """Fused agents with the largest rank and the union of the layers of all adapters, zeros in between."""
+    layers = {layer for adapter in adapters for layer in adapter.matrices}
+    rank = max(len(A_RI) for adapter in adapters for A_RI, _ in adapter.matrices.values())
+    shape = LoraShape(rank=rank, alpha=rank, target_modules=sorted(layers), random_init=False, seed=0)
+    agents = build_agents("fused", model, len(adapters), shape, Regularisation(0, 0, 0))
+    scaling = {layer: _common_scaling(layer, adapters) for layer in layers}
+    for path, layer in lora_layers(agents.peft_model(0)).items():
+        layer.scaling = dict.fromkeys(layer.scaling, scaling[path.removeprefix(PEFT_PREFIX)])
+    for adapter, adapter_F in zip(adapters, agents.adapters().values(), strict=True):
+        own = {key: _padded(adapter, key, size, scaling) for key, size in agents.layout.shapes.items()}
+        adapter_F.data.copy_(agents.layout.join(own))
+    return agents.eval().requires_grad_(False)
+
+
+def _common_scaling(layer: str, adapters: Sequence[AdapterFile]) -> float:
+    """The scaling of all agents on this layer; 1 where they differ, which leaves each agent's to its B."""
+    found = {adapter.scaling[layer] for adapter in adapters if layer in adapter.scaling}
+    return found.pop() if len(found) == 1 else 1.0
+
+
+def _padded(adapter: AdapterFile, key: Matrix, shape: torch.Size, scaling: Mapping[str, float]) -> Tensor:
+    """fp32 A or B of one layer with zeros up to the common rank; zeros where the adapter has no such layer."""
+    path, letter = key
+    layer = path.removeprefix(PEFT_PREFIX)
+    if layer not in adapter.matrices:
+        return torch.zeros(shape)
+    A_RI, B_OR = (matrix.float() for matrix in adapter.matrices[layer])
+    if letter == "A":
+        return pad(A_RI, (0, 0, 0, shape[0] - A_RI.shape[0]))
+    # Equal scalings leave B as it was; a power of two between them is exact, too.
+    return pad(B_OR * (adapter.scaling[layer] / scaling[layer]), (0, shape[1] - B_OR.shape[1]))

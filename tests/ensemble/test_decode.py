@@ -1,0 +1,240 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from stock import entropy, make_lively, next_log_probs, stock_greedy, stock_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from toy import VOCABULARY, small_gpt_neox, small_llama, toy_agents
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from chorus.ensemble import decoding_batch
+from chorus.ensemble.decode import Answer, generate
+from chorus.ensemble.next_token import Answerer, draw
+from chorus.ensemble.seating import seat
+from chorus.model.adapters import LoraShape
+from chorus.model.agents import Agents, Mode, Regularisation, build_agents
+
+NEVER = 4  # as an end token: none of these texts holds it
+MEMBERS = [Answerer("base", (None,)), *(Answerer(f"agent {k}", (k,)) for k in range(3))]
+MIXTURES = [Answerer("mixture", (0, 1, 2), (0.6, 0.1, 0.3)), Answerer("tempered", (0, 1, 2), (0.0, 0.5, 0.5), 1.7)]
+EVERYBODY = [*MEMBERS, *MIXTURES]
+
+
+@pytest.fixture(scope="module", params=["fused", "parallel"])
+def agents(request: pytest.FixtureRequest) -> Agents:
+    mode: Mode = request.param
+    agents = toy_agents(mode).eval()
+    make_lively(agents.frozen_tensors())
+    return agents
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Of many lengths; the sliding window is 6, so that most prompts and all answers leave it."""
+    return random_prompts(5, 1, 23, 6, 7, 14)
+
+
+def random_prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def tokens(answers: list[list[Answer]]) -> list[list[list[int]]]:
+    return [[answer.token_ids for answer in row] for row in answers]
+
+
+def test_every_answer_of_one_pass_is_that_of_transformers_on_stock_peft(agents: Agents, prompts: list[list[int]]):
+    answers = tokens(generate(agents, EVERYBODY, prompts, max_new_tokens=14, end_ids=[NEVER]))
+    for row, answerer in zip(answers, MEMBERS, strict=False):
+        model = stock_model(agents, answerer.members[0])
+        assert row == [stock_greedy(model, prompt, 14, NEVER) for prompt in prompts], answerer.name
+    assert len({str(row) for row in answers}) == len(EVERYBODY), "answerers that agree could not be told apart"
+
+
+def test_the_mixture_and_its_figures_are_those_of_plain_probabilities_in_float64(
+    agents: Agents, prompts: list[list[int]]
+):
+    models = [stock_model(agents, member, torch.float64) for member in (0, 1, 2)]
+    answers = generate(agents, MIXTURES, prompts[:3], max_new_tokens=8, end_ids=[NEVER])
+    for answerer, row in zip(MIXTURES, answers, strict=True):
+        for prompt, answer in zip(prompts[:3], row, strict=True):
+            for n, token in enumerate(answer.token_ids):
+                text = prompt + answer.token_ids[:n]
+                log_prob_V = next_log_probs(models, answerer.weights, text, answerer.temperature)
+                own = [next_log_probs([model], [1.0], text, 1.0) for model in models]
+                pooled_V = next_log_probs(models, answerer.weights, text, 1.0)
+                mutual = entropy(pooled_V) - sum(w * entropy(p) for w, p in zip(answerer.weights, own, strict=True))
+                assert token == int(log_prob_V.argmax())
+                assert answer.log_probs[n] == pytest.approx(float(log_prob_V[token]), abs=1e-4)
+                assert answer.entropies[n] == pytest.approx(entropy(log_prob_V), abs=1e-4)
+                assert answer.mutual_informations[n] == pytest.approx(mutual, abs=1e-4)
+                assert answer.member_log_probs[n] == pytest.approx([float(p[token]) for p in own], abs=1e-4)
+
+
+def test_an_answer_does_not_depend_on_what_is_answered_beside_it(agents: Agents, prompts: list[list[int]]):
+    how: dict[str, Any] = {"max_new_tokens": 9, "end_ids": [33, 8], "temperature": 0.8, "top_p": 0.9, "seed": 5}
+    together = tokens(generate(agents, EVERYBODY, prompts, **how))
+    assert tokens(generate(agents, EVERYBODY, prompts, **how, prompts_per_wave=2)) == together
+    for index, answerer in enumerate(EVERYBODY):
+        assert tokens(generate(agents, [answerer], prompts, **how)) == [together[index]]
+    assert tokens(generate(agents, EVERYBODY, prompts, **{**how, "seed": 6})) != together
+
+
+def test_texts_that_end_leave_the_batch_and_the_others_go_on(
+    agents: Agents, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """Each answerer's texts end at other places, so that members come to have different numbers of rows."""
+    free = tokens(generate(agents, EVERYBODY, prompts, max_new_tokens=15, end_ids=[NEVER]))
+    ends = {free[2][2][4], free[4][0][2], free[1][3][1]}
+    sizes: list[int] = []
+    step = decoding_batch.DecodingBatch._step
+    monkeypatch.setattr(
+        decoding_batch.DecodingBatch, "_step", lambda batch: (sizes.append(len(batch.text_R)), step(batch))
+    )
+    answers = generate(agents, EVERYBODY, prompts, max_new_tokens=15, end_ids=ends)
+    for row, whole in zip(answers, free, strict=True):
+        for answer, text in zip(row, whole, strict=True):
+            end = next((n for n, token in enumerate(text) if token in ends), None)
+            assert answer.token_ids == text[:end]
+            assert answer.ended == ("length" if end is None else "end")
+            assert len(answer.log_probs) == len(answer.token_ids) + (answer.ended == "end")
+            assert len(answer.log_probs) == len(answer.entropies) == len(answer.member_log_probs)
+    assert sizes[-1] <= 0.6 * sizes[0], "rows must have left"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4])
+def test_a_text_has_at_most_the_tokens_it_may_have(agents: Agents, prompts: list[list[int]], limit: int):
+    longer = tokens(generate(agents, MIXTURES, prompts, max_new_tokens=6, end_ids=[NEVER]))
+    short = tokens(generate(agents, MIXTURES, prompts, max_new_tokens=limit, end_ids=[NEVER]))
+    assert short == [[text[:limit] for text in row] for row in longer]
+
+
+def test_a_stop_string_ends_an_answer_before_it(agents: Agents, prompts: list[list[int]]):
+    vocabulary = {f"w{n}": n for n in range(VOCABULARY)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    how: dict[str, Any] = {"max_new_tokens": 8, "end_ids": [NEVER], "tokenizer": tokenizer}
+    free = generate(agents, MEMBERS, prompts, **how)
+    stop = f"w{free[1][0].token_ids[3]}"
+    stopped = generate(agents, MEMBERS, prompts, **how, stop=[stop])
+    for row, whole in zip(stopped, free, strict=True):
+        for answer, text in zip(row, whole, strict=True):
+            assert answer.text == text.text.split(stop)[0]
+            assert (answer.ended == "stop") == (stop in text.text)
+            assert answer.token_ids == text.token_ids[: len(answer.token_ids)]
+            assert len(answer.log_probs) == len(answer.token_ids)
+    assert stopped[1][0].ended == "stop"
+
+
+@pytest.mark.parametrize("base", [small_llama, small_gpt_neox])
+def test_other_bases_answer_as_transformers_does(base: Callable[[], PreTrainedModel]):
+    shape = LoraShape(3, 6.0, "all-linear", random_init=True, seed=0)
+    agents = build_agents("fused", base(), 2, shape, Regularisation(0, 0, 0)).eval()
+    for adapter_F in agents.adapters().values():
+        adapter_F.data.mul_(20)
+    prompts = random_prompts(5, 9, 2)
+    everybody = [Answerer("base", (None,)), Answerer("0", (0,)), Answerer("1", (1,))]
+    answers = tokens(generate(agents, everybody, prompts, max_new_tokens=7, end_ids=[NEVER]))
+    assert answers[0] == [stock_greedy(base().eval(), prompt, 7, NEVER) for prompt in prompts]
+    for agent in (0, 1):
+        assert answers[agent + 1] == [uncached(agents, agent, prompt, 7) for prompt in prompts]
+
+
+@torch.no_grad()
+def uncached(agents: Agents, agent: int, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        with agents.trunk(agent) as trunk:
+            hidden_1TD = trunk(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+        ids.append(int(agents.head().logits(hidden_1TD[:, -1]).argmax()))
+    return ids[len(prompt) :]
+
+
+def test_in_bf16_log_probabilities_are_within_a_tolerance_of_stock_peft(prompts: list[list[int]]):
+    """Both round differently: 0.1 nats is what logits up to 3, in steps of 1/64, leave after two layers."""
+    agents = toy_agents("fused", dtype=torch.bfloat16).eval()
+    make_lively(agents.frozen_tensors())
+    answers = generate(agents, MEMBERS, prompts, max_new_tokens=6, end_ids=[NEVER])
+    for answerer, row in zip(MEMBERS, answers, strict=True):
+        model = stock_model(agents, answerer.members[0], torch.bfloat16)
+        for prompt, answer in zip(prompts, row, strict=True):
+            ids = torch.tensor([prompt + answer.token_ids])
+            with torch.no_grad():
+                log_prob_TV = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            expected = [float(log_prob_TV[len(prompt) + n - 1, t]) for n, t in enumerate(answer.token_ids)]
+            assert answer.log_probs == pytest.approx(expected, abs=0.1)
+
+
+def test_no_flag_adapter_attention_or_global_random_state_is_left_behind(agents: Agents, prompts: list[list[int]]):
+    def state() -> list[Any]:
+        flags = [parameter.requires_grad for parameter in agents.parameters()]
+        return [flags, agents.router.turn, agents.config._attn_implementation, torch.is_grad_enabled()]
+
+    before, random_state = state(), torch.random.get_rng_state()
+    generate(agents, EVERYBODY, prompts, max_new_tokens=3, end_ids=[NEVER], temperature=1.0)
+    assert state() == before
+    assert torch.equal(random_state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.5, 0.7), (1.0, 0.01)])
+def test_draws_have_the_frequencies_of_the_distribution_they_are_from(temperature: float, top_p: float):
+    probability_V = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+    uniform_N = torch.arange(20_000, dtype=torch.float64) / 20_000
+    drawn_N = draw(probability_V.log().expand(20_000, 5), uniform_N, temperature, top_p)
+    assert torch.allclose(
+        drawn_N.bincount(minlength=5) / 20_000, expected(probability_V, temperature, top_p), atol=1e-4
+    )
+
+
+def expected(probability_V: Tensor, temperature: float, top_p: float) -> Tensor:
+    sharpened = probability_V ** (1 / temperature)
+    sharpened /= sharpened.sum()
+    kept, total = torch.zeros(5), 0.0
+    for token in sharpened.argsort(descending=True).tolist():
+        if total < top_p:
+            kept[token] = sharpened[token]
+        total += float(sharpened[token])
+    return kept / kept.sum()
+
+
+def test_a_batch_has_few_empty_rows_however_unevenly_answers_end():
+    seating = seat(EVERYBODY, [range(40), range(3), range(1), [], range(5), [2]])
+    rows = len(seating.text_of_row())
+    assert rows == len(seating.members_G) * seating.block
+    assert rows <= 1.2 * (40 + 3 + 1 + 3 * 5 + 3 * 1)
+    assert [prompt for prompt in seating.prompts_A[0] if prompt is not None] == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("answerer", "how"),
+    [
+        (Answerer("x", (0, 1), (0.7, 0.7)), {}),
+        (Answerer("x", (0, 1)), {}),
+        (Answerer("x", (0,), temperature=0.0), {}),
+        (MEMBERS[0], {"top_p": 0.0}),
+        (MEMBERS[0], {"temperature": -1.0}),
+    ],
+)
+def test_weights_and_temperatures_out_of_range_are_refused(agents: Agents, answerer: Answerer, how: dict[str, float]):
+    with pytest.raises(ValueError, match=r"weights|temperature"):
+        generate(agents, [answerer], [[5]], max_new_tokens=1, end_ids=[], **how)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_captured_step_writes_what_transformers_and_the_same_step_uncaptured_write(
+    prompts: list[list[int]], temperature: float
+):
+    agents = toy_agents("fused", device="cuda").eval()
+    make_lively(agents.frozen_tensors())
+    how: dict[str, Any] = {"max_new_tokens": 40, "end_ids": [33], "temperature": temperature}
+    eager = tokens(generate(agents, EVERYBODY, prompts, **how, captured=False))
+    captured = generate(agents, EVERYBODY, prompts, **how, captured=True)
+    assert tokens(captured) == eager
+    if temperature == 0:
+        for row, answerer in zip(eager, MEMBERS, strict=False):
+            model = stock_model(agents, answerer.members[0], device="cuda")
+            assert row == [stock_greedy(model, prompt, 40, 33) for prompt in prompts]
