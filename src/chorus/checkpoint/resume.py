@@ -154,7 +154,8 @@ def _find(config: Config, run: Mapping[str, Any]) -> Start:
             return Start(notes=notes)
     refuse_another_run(facts, config, run, folder)
     in_place = folder.resolve().is_relative_to(output_dir.resolve())
-    is_finished = in_place and facts["step"] == facts["num_steps"] and _is_evaluated(output_dir)
+    is_trained = facts["step"] == facts["num_steps"] or facts.get("stopped_early", False)
+    is_finished = in_place and is_trained and _is_evaluated(output_dir)
     return Start(folder, facts, in_place, is_finished, notes)
 
 
@@ -220,6 +221,19 @@ def restore_run(engine: Engine, start: Start, output_dir: Path) -> None:
     restore_state(engine, read_tensors(start.folder, start.facts["optimizer_step"]))
     engine.accelerator.wait_for_everyone()
     on_first_process(engine.accelerator, lambda: set_aside_later(output_dir, start.step))
+
+
+def load_best(engine: Engine, output_dir: Path, best: Mapping[str, Any] | None) -> None:
+    """Give the agents the weights of the best step's checkpoint, for scoring and export; training ends with it.
+
+    Raises:
+        InputError: that checkpoint is damaged.
+    """
+    if best is None:
+        return
+    folder = output_dir / "checkpoints" / f"step_{best['step']:06d}"
+    restore_state(engine, read_tensors(folder, verify(folder)["optimizer_step"]))
+    logger.info("the agents of step %d are the best: %s %.4g", best["step"], best["metric"], best["value"])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

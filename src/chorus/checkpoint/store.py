@@ -76,7 +76,9 @@ class Checkpointer:
 
 
 def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str, Any], config: Config) -> Path:
-    """Write a checkpoint, then remove the oldest ones beyond `save_total_limit`. One process calls it.
+    """Write a checkpoint, then remove the oldest ones beyond `save_total_limit`, but not the best one.
+
+    One process calls it.
 
     Raises:
         RunError: the disk did not take it; earlier checkpoints are as they were.
@@ -106,7 +108,7 @@ def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str,
         half_done.rename(folder)
         sync(folder.parent)
         sync(output_dir)
-        _prune(output_dir, config.save_total_limit)
+        _prune(output_dir, config.save_total_limit, (facts.get("best") or {}).get("step"))
     return folder
 
 
@@ -183,8 +185,9 @@ def set_aside_later(output_dir: Path, step: int) -> None:
             folder.rename(next(place / name for name in names if not (place / name).exists()))
 
 
-def _prune(output_dir: Path, limit: int | None) -> None:
-    for folder in checkpoints(output_dir)[limit:] if limit is not None else []:
+def _prune(output_dir: Path, limit: int | None, best_step: int | None) -> None:
+    beyond = checkpoints(output_dir)[limit:] if limit is not None else []
+    for folder in (one for one in beyond if step_of(one) != best_step):
         condemned = folder.with_name(folder.name + HALF_DONE)
         folder.rename(condemned)  # a checkpoint that is half removed must not look like a damaged one
         shutil.rmtree(condemned)

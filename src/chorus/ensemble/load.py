@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from chorus.checkpoint.resume import base_fingerprint
 from chorus.checkpoint.store import MANIFEST, checkpoints, verify
 from chorus.ensemble.adapter_files import CONFIG_FILE, AdapterFile, read_adapter, read_config
+from chorus.ensemble.mixture import Mixture
 from chorus.errors import InputError
 from chorus.model.adapters import LoraShape, lora_layers
 from chorus.model.agents import Agents, Regularisation, build_agents
@@ -122,13 +123,10 @@ def _of_run(run: Path) -> _Source:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         folders = [run / name for name in entries["agents"]]
-        weights = [float(weight) for weight in entries["weights"]]
-        base_name, temperature = entries["base_model"], float(entries.get("temperature", 1.0))
+        base_name = entries["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: cannot be read as the description of an ensemble; name agents/* instead") from error
-    is_wrong = len(weights) != len(folders) or not folders or min(weights) < 0 or abs(sum(weights) - 1) > 1e-4
-    if is_wrong or not temperature > 0:
-        raise InputError(f"{file}: {len(folders)} agents, weights {weights}, temperature {temperature}: no mixture")
+    mixture = Mixture.from_json(entries, len(folders), str(file))
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{file}: names {folder}, which is not there; restore it, or name agents/* instead")
@@ -137,7 +135,7 @@ def _of_run(run: Path) -> _Source:
         state = folder / "state.json"
         if state.is_file():
             fingerprint = json.loads(state.read_text(encoding="utf-8"))["fingerprints"].get("base")
-    return _Source(folders, base_name, fingerprint, weights, temperature, entries)
+    return _Source(folders, base_name, fingerprint, mixture.weights, mixture.temperature, entries)
 
 
 def _adapters_in(path: Path) -> list[Path]:
