@@ -26,6 +26,7 @@ from chorus.checkpoint.resume import (
     base_fingerprint,
     describe_run,
     find_start,
+    has_stopped_early,
     load_best,
     refuse_another_base,
     restore_run,
@@ -129,7 +130,7 @@ def main(config: Config) -> None:
         evaluation.start(begin.facts)
         restore_run(engine, begin, output_dir)
         gc.freeze()  # the agents last, too
-        if not begin.facts.get("stopped_early"):
+        if not has_stopped_early(begin.facts, config):
             checkpointer = Checkpointer(output_dir, config, run)
             train(
                 *(engine, steps, begin.step, num_steps, config, checkpointer, run_log, evaluation),

@@ -154,9 +154,14 @@ def _find(config: Config, run: Mapping[str, Any]) -> Start:
             return Start(notes=notes)
     refuse_another_run(facts, config, run, folder)
     in_place = folder.resolve().is_relative_to(output_dir.resolve())
-    is_trained = facts["step"] == facts["num_steps"] or facts.get("stopped_early", False)
+    is_trained = facts["step"] == facts["num_steps"] or has_stopped_early(facts, config)
     is_finished = in_place and is_trained and _is_evaluated(output_dir)
     return Start(folder, facts, in_place, is_finished, notes)
+
+
+def has_stopped_early(facts: Mapping[str, Any], config: Config) -> bool:
+    """Whether patience has ended the run of a checkpoint; without patience, it goes on from there."""
+    return bool(facts.get("stopped_early")) and config.early_stopping_patience > 0
 
 
 def _is_evaluated(output_dir: Path) -> bool:
