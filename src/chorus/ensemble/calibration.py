@@ -8,7 +8,7 @@ from accelerate.utils import gather_object
 
 from chorus.ensemble.distributions import Chunk, Chunks
 from chorus.ensemble.lanes import Member
-from chorus.ensemble.mixture import dirichlet_weights, fit_temperatures, mixture_log_prob, temperature_slope
+from chorus.ensemble.mixture import Mixture, dirichlet_weights, fit_temperatures, temperature_slope
 from chorus.ensemble.next_token import Answerer
 
 Observations = Literal["token", "sequence"]
@@ -65,8 +65,5 @@ def calibrate(chunks: Chunks, members: Sequence[Member], answerers: Sequence[Ans
 
 def _slope(chunk: Chunk, members: Sequence[Member], answerer: Answerer, beta: float) -> tuple[float, float]:
     places = [list(members).index(member) for member in answerer.members]
-    log_prob_NV = chunk.log_prob_MNV[places[0]]
-    if len(places) > 1:
-        weight_K = torch.tensor(answerer.weights, device=log_prob_NV.device)
-        log_prob_NV = mixture_log_prob(chunk.log_prob_MNV[places], weight_K)
+    log_prob_NV = Mixture(answerer.weights).log_prob(chunk.log_prob_MNV[places])
     return temperature_slope(log_prob_NV, chunk.target_N, beta)
