@@ -28,17 +28,29 @@ from typing import cast
 from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ensemble
 from chorus.checkpoint.initial_adapters import initial_folders, start_from
 from chorus.checkpoint.output_dir import prepare_output_dir
-from chorus.checkpoint.resume import base_fingerprint, describe_run, find_start, refuse_another_base, restore_run
+from chorus.checkpoint.resume import (
+    base_fingerprint,
+    describe_run,
+    find_start,
+    has_stopped_early,
+    load_best,
+    refuse_another_base,
+    restore_run,
+)
 from chorus.checkpoint.saving import PeriodicCheckpoints
 from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
 from chorus.data.batches import StepBatch, steps_per_epoch, training_steps
 from chorus.data.rows import read_rows
-from chorus.ensemble.evaluate import evaluate, evaluation_table, held_out_share, refuse_non_finite_answers
+from chorus.ensemble.evaluation_rows import read_evaluation_rows
+from chorus.ensemble.mixture import Mixture
+from chorus.ensemble.scoring import refuse_non_finite_answers
+from chorus.ensemble.tables import evaluation_table
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Regularisation, build_agents
 from chorus.model.base import check_base, check_positions, load_base, load_skeleton, load_tokenizer
 from chorus.model.execution import decide_execution, with_padding
+from chorus.monitoring.evaluation import RunEvaluation, check_evaluation
 from chorus.monitoring.metrics import LoggedMetrics
 from chorus.monitoring.profiler import profiling
 from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
@@ -73,6 +85,7 @@ def main(config: Config) -> None:
     config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
     rows = read_rows(config, config.seed, tokenizer, accelerator)
     config, agents_note = decide_num_agents(config, precision, accelerator)
+    check_evaluation(config)
     run = describe_run(config, rows.fingerprint, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)
     if begin.is_finished:
@@ -87,15 +100,10 @@ def main(config: Config) -> None:
         if agents_note:
             logger.info(agents_note)
         rows.log()
-        held_out = held_out_share(
-            rows.held_out(tokenizer, config.eval_samples),
-            tokenizer,
-            batch_size=config.eval_batch_size,
-            max_new_tokens=config.max_new_tokens_eval,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
-        logger.log(*foresee_memory(config, precision, accelerator, samples, held_out.samples))
+        held_out = rows.held_out(tokenizer, config.eval_samples)
+        evaluation_rows = read_evaluation_rows(held_out, config, tokenizer, accelerator)
+        scored = [row.sample for row in held_out.rows]
+        logger.log(*foresee_memory(config, precision, accelerator, rows.train, scored))
         num_steps = config.max_train_steps
         if num_steps is None:
             rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
@@ -129,20 +137,27 @@ def main(config: Config) -> None:
             "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(rows.train), num_steps
         )
 
-        with engine.unsharded():
-            before = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)  # of the initial adapters, always
+        evaluation = RunEvaluation(engine, evaluation_rows, config, run_log)
+        evaluation.start(begin.saved)
         restore_run(engine, begin, output_dir)
         gc.freeze()  # the agents last, too
-        checkpointer = Checkpointer(output_dir, config, run)
-        train(engine, steps, begin.step, num_steps, config, checkpointer, run_log, begin.skips_in_a_row)
+        if not has_stopped_early(begin.saved, config):
+            checkpointer = Checkpointer(output_dir, config, run)
+            train(
+                *(engine, steps, begin.step, num_steps, config, checkpointer, run_log, evaluation),
+                skips_in_a_row=begin.skips_in_a_row,
+            )
+        if config.load_best_model_at_end:
+            load_best(engine, output_dir, evaluation.best)
         with engine.unsharded():
-            refuse_non_finite_answers(agents, samples[: config.batch_size])
+            refuse_non_finite_answers(agents, rows.train[: config.batch_size])
         save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
-        with engine.unsharded():
-            after = evaluate(agents, held_out, config.dirichlet_alpha_aggregator)
-        scores = {"evaluation": {"before": before.report(), "after": after.report()}}
-        on_first_process(accelerator, lambda: write_ensemble(output_dir, after.weights, config, scores))
-        run_log.table(evaluation_table(before, after))
+        after = evaluation.final(num_steps)
+        mixture = after.mixture or Mixture.uniform(config.num_agents)
+        scores = {"before": evaluation.initial.report(), "after": after.report()}
+        more = {**mixture.to_json(), "evaluation": scores}
+        on_first_process(accelerator, lambda: write_ensemble(output_dir, mixture.weights, config, more))
+        run_log.table(evaluation_table(after))
         logger.info("the agents are in %s", output_dir / "agents")
         accelerator.wait_for_everyone()
 
@@ -155,6 +170,8 @@ def train(
     config: RunConfig,
     checkpointer: Checkpointer,
     run_log: RunLog,
+    evaluation: RunEvaluation | None = None,
+    *,
     skips_in_a_row: int = 0,
 ) -> None:
     """Train from `start_step` to `num_steps`, with all that happens every so many steps: the list of hooks.
@@ -164,6 +181,7 @@ def train(
         RunError: too many steps in a row skipped an agent's update; their state is saved.
     """
     loss_fn = objective_of(config, config, engine.gather)
+    scores = dict if evaluation is None else evaluation.entries
     lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
     skips = SkippedUpdates(config.max_skipped_steps, skips_in_a_row, config.output_dir)
     metrics = LoggedMetrics(
@@ -183,7 +201,8 @@ def train(
             stop.after_step,
             skips.after_step,
             metrics.after_step,
-            PeriodicCheckpoints(checkpointer, engine, skips, config.save_steps).after_step,
+            *([] if evaluation is None else [evaluation.after_step]),
+            PeriodicCheckpoints(checkpointer, engine, skips, config.save_steps, scores).after_step,
             profile_step,
         ]
         take_steps(engine, steps, start_step, num_steps, loss_fn, lr_at, hooks)
@@ -231,7 +250,7 @@ def save(engine: Engine, config: RunConfig, output_dir: Path) -> None:
     """Write the adapters and `ensemble.json`. Every process takes part; the first one writes."""
     tensors = engine.adapter_values()
     refuse_non_finite(tensors)
-    weights = [1 / config.num_agents] * config.num_agents
+    weights = Mixture.uniform(config.num_agents).weights
     on_first_process(engine.accelerator, lambda: save_ensemble(output_dir, tensors, weights, config, {}))
 
 

@@ -96,17 +96,17 @@ def test_one_process_accumulating_four_equals_four_processes_and_two_of_two(tmp_
 
 
 def test_every_agent_learns_the_default_task(tmp_path: Path):
-    """The default run, but with fewer held-out problems: a broken gradient would show in this table."""
-    rows = train(PLAIN, tmp_path, "eval_samples=40")
+    """The default run, but with fewer problems to score: a broken gradient would show in these scores."""
+    rows = train(PLAIN, tmp_path, "eval_samples=40", "ood_samples=5")
     report = json.loads((tmp_path / "ensemble.json").read_text())["evaluation"]
-    assert list(report["after"]) == ["base", "agent 0", "agent 1", "agent 2", "agent 3", "mean of agents"]
-    for name, after in report["after"].items():
-        before = report["before"][name]
-        assert before["exact_match"] <= 0.05, name
-        if name != "base":
-            assert after["exact_match"] > 0.5, name
-            assert after["nll"] < before["nll"] / 4, name
-    assert report["after"]["base"] == report["before"]["base"]
+    before, after = report["before"]["scores"], report["after"]["scores"]
+    assert list(before) == ["base", "base/calibrated"]
+    assert [name for name in after if "/" not in name] == ["base", *(f"agent_{k}" for k in range(4)), "uniform"]
+    assert after["base"] == before["base"]
+    assert before["base"]["cls/Acc"] <= 0.05
+    for name in ("agent_0", "agent_1", "agent_2", "agent_3", "uniform"):
+        assert after[name]["cls/Acc"] > 0.5, name
+        assert after[name]["token/NLL"] < before["base"]["token/NLL"] / 4, name
     assert rows[-1]["step"] == Config().max_train_steps
     for key in ("loss", "task_loss", "swd", "task_loss_per_agent", "lr", "grad_norm", "agent_tokens_per_second"):
         assert key in rows[-1]

@@ -101,8 +101,8 @@ def step_in_words(step: tuple[int, str, int, int], rng: random.Random) -> str:
 def trained_computations() -> Told:
     """Each story with the computations of the train split: the other splits are told nowhere."""
     told: Told = {variant: [] for variant in SHARES}
-    for variant, lengths in RANGES.items():
-        stories = [story for story in STORIES if len(story.operators) in lengths]
+    for variant in SHARES:
+        stories = [story for story in STORIES if len(story.operators) in RANGES[variant]]
         for operators in dict.fromkeys(story.operators for story in stories):
             trained = [n for n in computations(operators, variant) if split_of(operators, n) == "train"]
             told[variant] += [(story, trained) for story in stories if story.operators == operators]

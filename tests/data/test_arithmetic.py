@@ -86,6 +86,11 @@ def test_standard_problems_are_small_and_the_variants_are_harder():
     steps, _, largest = sizes("more_steps")
     assert steps == {3}
     assert largest <= 99
+    for variant, expected in (("three_digits", {1, 2}), ("three_digits_more_steps", {3})):
+        steps, smallest, largest = sizes(variant)
+        assert steps == expected
+        assert (smallest, largest) >= (200, 200)
+        assert largest <= 299
 
 
 def test_no_question_comes_twice():

@@ -1,20 +1,23 @@
+"""Scores of every answerer against stock PEFT models that answer one problem after the other."""
+
+import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import rows
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from chorus.config import Config
+from chorus.data.rows import HeldOutRow, HeldOutRows
+from chorus.data.samples import Sample
 from chorus.data.templates import Problem
-from chorus.ensemble import evaluate as evaluate_module
-from chorus.ensemble.evaluate import Evaluation, HeldOut, Score, evaluate, held_out_share
-from chorus.ensemble.generate import generate
+from chorus.ensemble.evaluate import Evaluation, evaluate
+from chorus.ensemble.evaluation_rows import EvaluationRows, divided, ood_name
 from chorus.ensemble.mixture import dirichlet_weights
 from chorus.model.adapters import LoraShape
 from chorus.model.agents import Agents, Regularisation, build_agents
@@ -95,7 +98,7 @@ def stock_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> s
 def stock_nll_N(model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Tensor:
     """Cross-entropy of completion and end token under the model's own logits, one unpadded row after another."""
     parts = []
-    for prompt, completion, *_ in problems:
+    for prompt, completion in ((one.prompt, one.completion) for one in problems):
         encoding = tokenizer(prompt + completion, return_offsets_mapping=True)
         ids = [*encoding["input_ids"], tokenizer.eos_token_id]
         starts = [start for start, end in encoding["offset_mapping"] if end > start >= len(prompt)]
@@ -105,17 +108,30 @@ def stock_nll_N(model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[P
     return torch.cat(parts)
 
 
-def held_out_of(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, process_index: int = 0, num_processes: int = 1
-) -> HeldOut:
-    return held_out_share(
-        rows.held_out_of(problems, tokenizer),
-        tokenizer,
-        batch_size=2,
-        max_new_tokens=MAX_NEW_TOKENS,
-        process_index=process_index,
-        num_processes=num_processes,
-    )
+def held_out(problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> HeldOutRows:
+    eos_id = tokenizer.eos_token_id
+    rows = []
+    for prompt, completion in ((one.prompt, one.completion) for one in problems):
+        asked = tokenizer(prompt)["input_ids"]
+        answer = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([*asked, *answer, eos_id])
+        rows.append(HeldOutRow(asked, answer, Sample(ids, torch.arange(len(ids)) >= len(asked))))
+    return HeldOutRows(rows, [eos_id])
+
+
+def settings(**keys: Any) -> Config:
+    return Config(max_new_tokens_eval=MAX_NEW_TOKENS, **{"calibration_split": 0.0, "eval_choices": False, **keys})
+
+
+def scored_by(
+    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, alpha: float | None = None, **keys: Any
+) -> Evaluation:
+    config = settings(**keys)
+    return evaluate(agents, divided(held_out(problems, tokenizer), [], tokenizer, config, 0), config, 0, alpha=alpha)
+
+
+def names(suffix: str = "") -> list[str]:
+    return ["base" + suffix, *(f"agent_{agent}{suffix}" for agent in range(NUM_AGENTS))]
 
 
 # ---- scores ----
@@ -125,54 +141,196 @@ def test_the_nll_of_every_answerer_is_the_cross_entropy_of_stock_models(
     agents: Agents, stock_models: list[Any], problems: list[Problem], tokenizer: PreTrainedTokenizerBase
 ):
     nll_MN = torch.stack([stock_nll_N(model, tokenizer, problems) for model in stock_models]).double()
-    result = evaluate(agents, held_out_of(problems, tokenizer), alpha=None)
-    own = [result.base.nll, *(score.nll for score in result.agents)]
+    found = scored_by(agents, problems, tokenizer)
+    own = [found.scores[name]["token/NLL"] for name in names()]
     assert own == pytest.approx(nll_MN.mean(1).tolist(), rel=1e-4)
-    assert result.mixture.nll == pytest.approx(-nll_MN[1:].neg().exp().mean(0).log().mean().item(), rel=1e-4)
-    assert result.weights == pytest.approx([1 / NUM_AGENTS] * NUM_AGENTS)
-    assert result.num_problems == len(problems)
-
-
-def test_a_fitted_mixture_has_the_weights_of_the_held_out_tokens(
-    agents: Agents, stock_models: list[Any], problems: list[Problem], tokenizer: PreTrainedTokenizerBase
-):
-    nll_KN = torch.stack([stock_nll_N(model, tokenizer, problems) for model in stock_models[1:]]).double()
-    weight_K = dirichlet_weights(-nll_KN, 0.5).double()
-    assert weight_K.max() - weight_K.min() > 0.05, "even weights would prove little"
-    result = evaluate(agents, held_out_of(problems, tokenizer), alpha=0.5)
-    assert result.weights == pytest.approx(weight_K.tolist(), abs=1e-3)
-    assert result.mixture.nll == pytest.approx(-(weight_K @ nll_KN.neg().exp()).log().mean().item(), rel=1e-4)
+    mixture = -nll_MN[1:].neg().exp().mean(0).log().mean().item()
+    assert found.scores["uniform"]["token/NLL"] == pytest.approx(mixture, rel=1e-4)
+    assert found.scores["uniform"]["token/perplexity"] == pytest.approx(math.exp(mixture), rel=1e-4)
+    assert found.scores["uniform"]["ens/Ambiguity"] == pytest.approx(nll_MN[1:].mean().item() - mixture, rel=1e-3)
+    assert found.scores["base"]["cls/NLL"] == pytest.approx(nll_MN[0].sum().item() / len(problems), rel=1e-4)
+    assert found.num_problems == len(problems)
 
 
 def test_the_exact_matches_of_every_answerer_are_those_of_stock_greedy_text(
     agents: Agents, stock_models: list[Any], problems: list[Problem], tokenizer: PreTrainedTokenizerBase
 ):
-    result = evaluate(agents, held_out_of(problems, tokenizer), alpha=None)
-    expected = []
-    for model in stock_models:
-        texts = [stock_text(model, tokenizer, prompt) for prompt, *_ in problems]
-        right = [text.split() == completion.split() for text, (_, completion, *_) in zip(texts, problems, strict=True)]
-        expected.append(sum(right) / len(problems))
-    assert [result.base.exact_match, *(score.exact_match for score in result.agents)] == expected
-    assert any(0 < share < 1 for share in expected)
+    found = scored_by(agents, problems, tokenizer)
+    for name, model in zip(names(), stock_models, strict=True):
+        texts = [stock_text(model, tokenizer, problem.prompt) for problem in problems]
+        assert [one["answers"][name]["text"].split() for one in found.problems] == [text.split() for text in texts]
+        right = [text.split() == one.completion.split() for text, one in zip(texts, problems, strict=True)]
+        assert [one["answers"][name]["right"] for one in found.problems] == right
+        assert found.scores[name]["cls/Acc"] == sum(right) / len(right)
+    assert any(0 < found.scores[name]["cls/Acc"] < 1 for name in names())
 
 
-@pytest.mark.parametrize("weights", [[1 / 3, 1 / 3, 1 / 3], [0.02, 0.02, 0.96]])
-def test_the_mixture_is_matched_by_its_own_text(
-    agents: Agents, tokenizer: PreTrainedTokenizerBase, weights: list[float], monkeypatch: pytest.MonkeyPatch
+def test_the_probability_of_an_answer_is_the_product_over_its_tokens(
+    agents: Agents, stock_models: list[Any], problems: list[Problem], tokenizer: PreTrainedTokenizerBase
 ):
-    weight_K = torch.tensor(weights)
-    monkeypatch.setattr(evaluate_module, "dirichlet_weights", lambda *_: weight_K)
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    members = list(agents.agents)
-    answers = generate(agents.eval(), members, weight_K, prompts, MAX_NEW_TOKENS, tokenizer.eos_token_id)
-    own = [Problem(prompt, tokenizer.decode(answer)) for prompt, answer in zip(PROMPTS, answers, strict=True)]
-    own[1] = Problem(PROMPTS[1], "something else")
-    result = evaluate(agents, held_out_of(own, tokenizer), alpha=1.0)
-    assert result.mixture.exact_match == (len(own) - 1) / len(own)
-    assert result.base.exact_match < result.mixture.exact_match
-    even = evaluate(agents, held_out_of(own, tokenizer), alpha=None)
-    assert (even.mixture.exact_match == result.mixture.exact_match) == (weights[0] == weights[1] == weights[2])
+    found = scored_by(agents, problems, tokenizer)
+    for name, model in zip(names(), stock_models, strict=True):
+        for problem, one in zip(problems, found.problems, strict=True):
+            ids = tokenizer(problem.prompt)["input_ids"]
+            written = model.generate(
+                torch.tensor([ids]), do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=1, pad_token_id=0
+            )[0]
+            with torch.no_grad():
+                log_prob_TV = model(written[None, :-1]).logits[0].double().log_softmax(-1)
+            own = log_prob_TV.gather(1, written[1:, None])[len(ids) - 1 :].sum()
+            assert math.log(one["answers"][name]["probability"]) == pytest.approx(float(own), rel=1e-4)
+
+
+def test_equal_members_make_a_mixture_like_each_of_them(problems: list[Problem], tokenizer: PreTrainedTokenizerBase):
+    base = load_model(BASE, torch.float32, torch.device("cpu"))
+    found = scored_by(build_agents("fused", base, 2, SHAPE, Regularisation(0, 0, 0)), problems, tokenizer)
+    base = load_model(BASE, torch.float32, torch.device("cpu"))
+    equal = build_agents("fused", base, 2, SHAPE, Regularisation(0, 0, 0))
+    first, second = equal.adapters().values()
+    second.data.copy_(first.data)
+    same = scored_by(equal, problems, tokenizer).scores["uniform"]
+    assert same["ens/Ambiguity"] == pytest.approx(0, abs=1e-5)
+    assert (same["ens/Disagreement"], same["sc/AUROC/disagreement"]) in [
+        (0, 0.5),
+        (0, pytest.approx(math.nan, nan_ok=True)),
+    ]
+    assert same["ens/MutualInformation"] == pytest.approx(0, abs=1e-5)
+    assert found.scores["uniform"]["ens/Ambiguity"] > 1e-4
+
+
+# ---- calibration ----
+
+
+def test_the_weights_are_fitted_to_the_calibration_rows_alone(
+    agents: Agents, stock_models: list[Any], problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
+    many = [*problems, *(Problem(one.prompt + " So", one.completion) for one in problems)]
+    config = settings(calibration_split=0.4, dirichlet_alpha_aggregator=0.5)
+    rows = divided(held_out(many, tokenizer), [], tokenizer, config, seed=3)
+    assert (len(rows.scored), len(rows.calibration)) == (6, 4)
+    kept = [tokenizer.decode(row.prompt, skip_special_tokens=True) for row in rows.calibration]
+    fitted_to = [one for one in many if one.prompt in kept]
+    nll_KN = [torch.stack([stock_nll_N(m, tokenizer, [one]) for m in stock_models[1:]]) for one in fitted_to]
+    for observations, log_prob_KN in (
+        ("token", -torch.cat(nll_KN, 1)),
+        ("sequence", -torch.stack([nll.sum(1) for nll in nll_KN], 1)),
+    ):
+        found = evaluate(agents, rows, settings(mixture_observations=observations), 0, alpha=0.5)
+        expected = dirichlet_weights(log_prob_KN, 0.5)
+        assert expected.max() - expected.min() > 0.05, "even weights would prove little"
+        assert found.mixture is not None
+        assert found.mixture.weights == pytest.approx(expected.tolist(), abs=2e-3)
+
+
+def test_a_temperature_of_its_own_lowers_the_nll_of_the_rows_that_it_is_fitted_to(
+    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
+    config = settings(calibration_split=0.5)
+    rows = divided(held_out(problems, tokenizer), [], tokenizer, config, 0)
+    found = evaluate(agents, rows._replace(scored=rows.calibration), config, 0)
+    for name in [*names(), "uniform"]:
+        plain, own = found.scores[name], found.scores[f"{name}/calibrated"]
+        assert own["token/NLL"] < plain["token/NLL"]
+        assert own["cls/Acc"] == plain["cls/Acc"]
+        assert found.temperatures[name] != 1
+    assert found.mixture is not None
+    assert found.mixture.temperature == found.temperatures["uniform"]
+
+
+def test_rows_to_fit_to_are_a_choice_by_the_seed_that_no_score_has_seen(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
+    whole = held_out(problems * 4, tokenizer)
+
+    def shares(seed: int, split: float) -> EvaluationRows:
+        return divided(whole, [], tokenizer, settings(calibration_split=split), seed)
+
+    one = shares(0, 0.3)
+    assert len(one.calibration) == 6
+    assert sorted(map(id, one.scored + one.calibration)) == sorted(map(id, whole.rows))
+    assert list(map(id, one.calibration)) == list(map(id, shares(0, 0.3).calibration))
+    assert list(map(id, one.calibration)) != list(map(id, shares(1, 0.3).calibration))
+    assert len(shares(0, 0.99).scored) == 1
+
+
+# ---- choices ----
+
+
+def test_a_choice_is_the_most_probable_of_all_answers(
+    agents: Agents, stock_models: list[Any], tokenizer: PreTrainedTokenizerBase
+):
+    labels = [" apples", " a number", " 19"]
+    asked = [Problem(prompt, labels[number % 3]) for number, prompt in enumerate(PROMPTS)]
+    found = scored_by(agents, asked, tokenizer, eval_choices=True)
+    assert found.is_choice
+    choices = sorted(set(labels))
+    log_prob_MNC = torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.stack(
+                        [-stock_nll_N(model, tokenizer, [Problem(one.prompt, label)]).sum() for label in choices]
+                    )
+                    for one in asked
+                ]
+            )
+            for model in stock_models
+        ]
+    ).log_softmax(-1)
+    right_N = torch.tensor([choices.index(one.completion) for one in asked])
+    for name, log_prob_NC in zip(names(), log_prob_MNC, strict=True):
+        assert found.scores[name]["cls/Acc"] == pytest.approx(float((log_prob_NC.argmax(-1) == right_N).float().mean()))
+        nll = float(cross_entropy(log_prob_NC, right_N))
+        assert found.scores[name]["cls/NLL"] == pytest.approx(nll, rel=1e-3)
+        one_hot_NC = torch.nn.functional.one_hot(right_N, 3)
+        brier = float((log_prob_NC.exp() - one_hot_NC).square().sum(-1).mean())
+        assert found.scores[name]["cls/Brier"] == pytest.approx(brier, rel=1e-3, abs=1e-6)
+    pooled_NC = log_prob_MNC[1:].exp().mean(0)
+    assert found.scores["uniform"]["cls/NLL"] == pytest.approx(
+        float(-pooled_NC[range(5), right_N].log().mean()), rel=1e-3
+    )
+
+
+def test_few_answers_to_many_rows_are_choices(problems: list[Problem], tokenizer: PreTrainedTokenizerBase):
+    def choices(count: int, **keys: Any) -> int:
+        rows = held_out([Problem(f"row {n}:", f" label {n % count}") for n in range(20)], tokenizer)
+        return len(divided(rows, [], tokenizer, settings(**keys), 0).choices)
+
+    assert choices(4, eval_choices="auto") == 4
+    assert choices(5, eval_choices="auto") == choices(1, eval_choices="auto") == 0
+    assert choices(20, eval_choices=True) == 20
+    assert choices(4, eval_choices=False) == 0
+
+
+# ---- out of distribution ----
+
+
+def test_a_second_data_set_is_told_by_uncertainty(
+    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
+    config, rows = settings(), held_out(problems, tokenizer)
+    same = evaluate(agents, divided(rows, rows.rows, tokenizer, config, 0), config, 0)
+    assert same.num_ood == len(problems)
+    for name in ("base", "agent_0", "uniform"):
+        assert same.scores[name]["ood/AUROC/entropy"] == 0.5
+    assert "ood/AUROC/mutual_information" in same.scores["uniform"]
+    assert "ood/AUROC/mutual_information" not in same.scores["agent_0"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ood", "expected"),
+    [
+        ("arithmetic_hard", "auto", "arithmetic_harder"),
+        ("arithmetic", "auto", None),
+        ("arithmetic_hard", None, None),
+        ("rows.jsonl", "others.jsonl", "others.jsonl"),
+    ],
+)
+def test_the_second_data_set_of_a_run(dataset: str, ood: str | None, expected: str | None):
+    assert ood_name(Config(dataset_name=dataset, ood_dataset_name=ood)) == expected
+
+
+# ---- what it leaves, and what it needs ----
 
 
 def test_agents_that_are_trained_with_gradient_checkpointing_score_the_same(
@@ -186,21 +344,20 @@ def test_agents_that_are_trained_with_gradient_checkpointing_score_the_same(
     for identity, tensor in checkpointing.adapter_tensors().items():
         tensor.data.copy_(agents.adapter_tensors()[identity])
     assert checkpointing.training
-    found, expected = (evaluate(one, held_out_of(problems, tokenizer), None) for one in (checkpointing, agents))
-    for one, other in zip(found.scores().values(), expected.scores().values(), strict=True):
-        assert one.exact_match == other.exact_match
-        assert one.nll == pytest.approx(other.nll, rel=1e-5)
+    found, expected = (scored_by(one, problems, tokenizer).scores for one in (checkpointing, agents))
+    for name in found:
+        assert found[name]["cls/Acc"] == expected[name]["cls/Acc"]
+        assert found[name]["token/NLL"] == pytest.approx(expected[name]["token/NLL"], rel=1e-4)
 
 
 def test_evaluation_leaves_no_trace(agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase):
-    held_out = held_out_of(problems[:2], tokenizer)
     for training in (True, False):
         agents.train(training)
         values = {name: tensor.clone() for name, tensor in agents.state_dict().items()}
         modes = [module.training for module in agents.modules()]
         flags = [parameter.requires_grad for parameter in agents.parameters()]
         states, turn = (torch.random.get_rng_state(), random.getstate()), agents.router.turn
-        evaluate(agents, held_out, alpha=1.0)
+        scored_by(agents, problems[:2], tokenizer, alpha=1.0, calibration_split=0.5)
         assert all(torch.equal(values[name], tensor) for name, tensor in agents.state_dict().items())
         assert modes == [module.training for module in agents.modules()]
         assert flags == [parameter.requires_grad for parameter in agents.parameters()]
@@ -211,54 +368,33 @@ def test_evaluation_leaves_no_trace(agents: Agents, problems: list[Problem], tok
         assert all(parameter.grad is None for parameter in agents.parameters())
 
 
-@pytest.mark.parametrize("alpha", [None, 0.5])
-def test_no_problem_is_no_score_and_no_error(agents: Agents, tokenizer: PreTrainedTokenizerBase, alpha: float | None):
-    result = evaluate(agents, held_out_of([], tokenizer), alpha)
-    assert (result.num_problems, result.report()) == (0, {})
-    assert result.weights == pytest.approx([1 / NUM_AGENTS] * NUM_AGENTS)
+def test_no_problem_is_no_score_and_no_error(agents: Agents, tokenizer: PreTrainedTokenizerBase):
+    found = scored_by(agents, [], tokenizer, alpha=0.5)
+    assert (found.num_problems, found.report(), found.flat()) == (0, {}, {})
+
+
+def test_a_report_comes_back_with_its_scores(
+    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
+    found = scored_by(agents, problems, tokenizer)
+    again = Evaluation.from_report(found.report())
+    assert again.flat() == pytest.approx(found.flat(), nan_ok=True)
+    assert again.report()["scores"] == found.report()["scores"]
 
 
 # ---- several processes ----
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4, 9])
-def test_the_processes_share_the_problems_and_their_rows_without_overlap(
+def test_the_processes_share_the_rows_without_overlap(
     problems: list[Problem], tokenizer: PreTrainedTokenizerBase, num_processes: int
 ):
-    whole = held_out_of(problems, tokenizer)
-    shares = [held_out_of(problems, tokenizer, process, num_processes) for process in range(num_processes)]
-    for part in (lambda row: row.prompt, lambda row: row.answer, lambda row: row.sample.ids.tolist()):
-        assert sorted(part(row) for share in shares for row in share.rows) == sorted(part(row) for row in whole.rows)
-
-
-def test_two_processes_score_what_one_scores(
-    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-):
-    """Process 1 computes first and its parts are kept; then process 0 gathers its own and those."""
-    alone = evaluate(agents, held_out_of(problems, tokenizer), 0.5)
-    kept: list[list[Any]] = []
-    monkeypatch.setattr(evaluate_module, "gather_object", lambda own: kept.append(own) or own)
-    evaluate(agents, held_out_of(problems, tokenizer, 1, 2), 0.5)
-    parts: Iterator[list[Any]] = iter(kept)
-    monkeypatch.setattr(evaluate_module, "gather_object", lambda own: own + next(parts))
-    together = evaluate(agents, held_out_of(problems, tokenizer, 0, 2), 0.5)
-    assert together.num_problems == alone.num_problems
-    assert together.weights == pytest.approx(alone.weights, abs=1e-4)
-    for one, other in zip(together.scores().values(), alone.scores().values(), strict=True):
-        assert one.nll == pytest.approx(other.nll, rel=1e-5)
-    # Not the mixture: process 1 fitted its weights to its own rows alone here, and may answer otherwise.
-    for one, other in zip([together.base, *together.agents], [alone.base, *alone.agents], strict=True):
-        assert one.exact_match == other.exact_match
-
-
-# ---- names ----
-
-
-def test_every_answerer_is_named_and_reported():
-    scores = [Score(0.1 * number, float(number)) for number in range(4)]
-    fitted = Evaluation(scores[0], scores[1:3], scores[3], [0.25, 0.75], num_problems=10)
-    assert fitted.scores() == dict(zip(["base", "agent 0", "agent 1", "mixture 0.25 0.75"], scores, strict=True))
-    even = fitted._replace(weights=[0.5, 0.5])
-    assert list(even.scores()) == ["base", "agent 0", "agent 1", "mean of agents"]
-    assert fitted.report()["agent 1"] == {"exact_match": 0.2, "nll": 2.0}
-    assert list(fitted.report()) == list(fitted.scores())
+    whole = held_out(problems * 2, tokenizer)
+    config = settings(calibration_split=0.3)
+    parts = [
+        divided(whole, whole.rows[:3], tokenizer, config, 0, index, num_processes) for index in range(num_processes)
+    ]
+    alone = divided(whole, whole.rows[:3], tokenizer, config, 0)
+    for kind in ("scored", "calibration", "ood"):
+        shared = sorted(id(row) for part in parts for row in getattr(part, kind))
+        assert shared == sorted(id(row) for row in getattr(alone, kind))

@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -6,7 +7,15 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from chorus.ensemble.mixture import dirichlet_weights, mixture_log_prob, uniform_weights
+from chorus.ensemble.mixture import (
+    Mixture,
+    dirichlet_weights,
+    fit_temperatures,
+    mixture_log_prob,
+    temperature_slope,
+    uniform_weights,
+)
+from chorus.errors import InputError
 
 
 def random_log_probs(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
@@ -119,3 +128,79 @@ def test_tokens_that_every_agent_finds_impossible_to_fp32_still_decide():
     log_prob_KN = random_log_probs(30, 6)[:, :3].T
     far = dirichlet_weights(log_prob_KN.double() - 10_000, 0.5)
     torch.testing.assert_close(far, dirichlet_weights(log_prob_KN, 0.5), rtol=0, atol=1e-6)
+
+
+# ---- temperature ----
+
+
+def overconfident(count: int = 400, sharpness: float = 2.5) -> tuple[Tensor, Tensor]:
+    """Outcomes drawn from distributions, and the log-probabilities of a model that sharpens these."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = 2 * torch.randn(count, 7, generator=generator)
+    target_N = torch.multinomial(logits_NV.softmax(-1), 1, generator=generator)[:, 0]
+    return (sharpness * logits_NV).log_softmax(-1), target_N
+
+
+def test_the_fitted_temperature_has_the_least_nll():
+    log_prob_NV, target_N = overconfident()
+    [temperature] = fit_temperatures(lambda betas: [temperature_slope(log_prob_NV, target_N, betas[0])], 1)
+
+    def nll(temperature: float) -> float:
+        return float(torch.nn.functional.nll_loss((log_prob_NV.double() / temperature).log_softmax(-1), target_N))
+
+    assert temperature == pytest.approx(2.5, rel=0.15)  # what has been sharpened is undone
+    assert nll(temperature) <= min(nll(temperature * 1.01), nll(temperature / 1.01))
+
+
+def test_predictors_are_fitted_apart_from_each_other():
+    made = [overconfident(sharpness=sharpness) for sharpness in (0.3, 1.0, 4.0)]
+    alone = [fit_temperatures(lambda betas, one=one: [temperature_slope(*one, betas[0])], 1)[0] for one in made]
+    together = fit_temperatures(lambda betas: [temperature_slope(*o, b) for o, b in zip(made, betas, strict=True)], 3)
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert sorted(together) == together
+
+
+def test_predictions_that_are_all_right_or_all_wrong_end_at_the_bounds():
+    log_prob_NV = torch.tensor([[3.0, 0.0], [0.0, 2.0]]).log_softmax(-1)
+    for target_N, expected in ((torch.tensor([0, 1]), 0.1), (torch.tensor([1, 0]), 10.0)):
+        [found] = fit_temperatures(lambda betas, t=target_N: [temperature_slope(log_prob_NV, t, betas[0])], 1)
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_mixture_is_pooled_before_its_temperature():
+    log_prob_KNV = random_log_probs(3, 4, 9, spread=3)
+    found = Mixture((0.5, 0.3, 0.2), temperature=2.0).log_prob(log_prob_KNV).double().exp()
+    p_NV = (torch.tensor([0.5, 0.3, 0.2]).double()[:, None, None] * log_prob_KNV.double().exp()).sum(0)
+    expected = p_NV.sqrt() / p_NV.sqrt().sum(-1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+# ---- JSON ----
+
+
+def test_a_mixture_comes_back_from_json():
+    mixture = Mixture((0.25, 0.75), 1.5)
+    assert Mixture.from_json(json.loads(json.dumps(mixture.to_json())), 2, "file") == mixture
+    assert Mixture.from_json({"weights": [0.25, 0.75]}, 2, "file").temperature == 1
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {},
+        {"weights": [0.5]},
+        {"weights": [0.5, 0.6]},
+        {"weights": [1.5, -0.5]},
+        {"weights": [0.5, "0.5"]},
+        {"weights": [True, False]},
+        {"weights": [float("nan"), 0.5]},
+        {"weights": [float("inf"), 0.5]},
+        {"weights": [0.5, 0.5], "temperature": 0},
+        {"weights": [0.5, 0.5], "temperature": float("nan")},
+        {"weights": [0.5, 0.5], "temperature": None},
+    ],
+)
+def test_what_is_no_mixture_is_refused_in_a_line_that_names_the_file(entries: dict):
+    with pytest.raises(InputError, match=r"^runs/one/ensemble.json: [^\n]*; give ") as error:
+        Mixture.from_json(entries, 2, "runs/one/ensemble.json")
+    assert "\n" not in str(error.value)

@@ -41,10 +41,11 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def train(command: Sequence[str], output_dir: Path, *settings: str, run: Run = launch) -> list[dict[str, Any]]:
-    """A run that must succeed; its rows of metrics.jsonl."""
+    """A run that must succeed; its rows of metrics.jsonl, without those that hold scores."""
     result = run(command, f"output_dir={output_dir}", *settings)
     assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "scores" not in row]
 
 
 def processes_of(folder: Path) -> list[int]:

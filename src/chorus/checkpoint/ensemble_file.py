@@ -23,8 +23,8 @@ Weight = Annotated[float, Field(ge=0, le=1)]
 class Scores(UntrustedModel):
     """Scores by answerer, before and after training; empty where no held-out problem was scored."""
 
-    before: dict[str, dict[str, JsonValue]]
-    after: dict[str, dict[str, JsonValue]]
+    before: dict[str, JsonValue]
+    after: dict[str, JsonValue]
 
 
 class EnsembleFile(UntrustedModel):
@@ -33,6 +33,7 @@ class EnsembleFile(UntrustedModel):
     agents: Annotated[list[str], Field(min_length=1)]
     weights: list[Weight]
     base_model: str
+    temperature: PositiveFloat = 1.0
     evaluation: Scores | None = None
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE, refuse_unfinished
 from chorus.checkpoint.manifest import MANIFEST, num_agents_of, read_manifest, unexpected_files
-from chorus.checkpoint.state_file import STATE_FILE, StateFile, read_state_file
+from chorus.checkpoint.state_file import STATE_FILE, BestStep, StateFile, read_state_file
 from chorus.checkpoint.store import checkpoints, read_tensors, set_aside_later, verify
 from chorus.checkpoint.untrusted_files import Damaged
 from chorus.collectives import on_every_process, on_first_process, refuse_differences, sampled
@@ -153,14 +153,21 @@ def _find(config: Config, run: Mapping[str, Any]) -> Start:
     place = output_dir.resolve() / "checkpoints"
     in_place = folder.resolve().parent in (place, place / "set_aside")
     is_finished = False
-    if in_place and saved.step == saved.num_steps:
+    if in_place and (saved.step == saved.num_steps or has_stopped_early(saved, config)):
         try:
-            refuse_unfinished(output_dir, entries)
+            best = saved.best if config.load_best_model_at_end else None
+            exported = folder if best is None else folder.with_name(f"step_{best.step:06d}")
+            refuse_unfinished(output_dir, read_manifest(exported))
             is_finished = True
         except Damaged as error:
             if (output_dir / ENSEMBLE_FILE).exists():
                 notes.append(f"{error}; the agents are exported and evaluated again")
     return Start(folder, saved, in_place, is_finished, notes, seen)
+
+
+def has_stopped_early(saved: StateFile | None, config: Config) -> bool:
+    """Whether patience has ended the run of a checkpoint; without patience, it goes on from there."""
+    return saved is not None and saved.stopped_early and config.early_stopping_patience > 0
 
 
 def _newest_whole(output_dir: Path) -> tuple[Path | None, StateFile | None, list[str]]:
@@ -276,6 +283,19 @@ def restore_run(engine: Engine, start: Start, output_dir: Path) -> None:
     restore_state(engine, states[0])
     engine.accelerator.wait_for_everyone()
     on_first_process(engine.accelerator, lambda: set_aside_later(output_dir, start.step))
+
+
+def load_best(engine: Engine, output_dir: Path, best: BestStep | None) -> None:
+    """Give the agents the weights of the best step's checkpoint, for scoring and export; training ends with it.
+
+    Raises:
+        InputError: that checkpoint is damaged.
+    """
+    if best is None:
+        return
+    folder = output_dir / "checkpoints" / f"step_{best.step:06d}"
+    restore_state(engine, read_tensors(folder, verify(folder).optimizer_step))
+    logger.info("the agents of step %d are the best: %s %.4g", best.step, best.metric, best.value)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,5 +1,8 @@
 """Checkpoints while a run trains: every so many steps, and before it ends."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from chorus.checkpoint.store import Checkpointer
 from chorus.spans import span
 from chorus.training.engine import Engine
@@ -10,8 +13,16 @@ from chorus.training.step import StepDone
 class PeriodicCheckpoints:
     """Saves every `save_steps` steps (0: never), and wherever a hook before this one asks for a checkpoint."""
 
-    def __init__(self, checkpointer: Checkpointer, engine: Engine, skips: SkippedUpdates, save_steps: int):
-        self.checkpointer, self.engine, self.skips, self.save_steps = checkpointer, engine, skips, save_steps
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        engine: Engine,
+        skips: SkippedUpdates,
+        save_steps: int,
+        scores: Callable[[], Mapping[str, Any]],
+    ):
+        self.checkpointer, self.engine, self.skips = checkpointer, engine, skips
+        self.save_steps, self.scores = save_steps, scores
 
     def after_step(self, step: StepDone) -> None:
         """Save where it is due. A collective call there.
@@ -22,4 +33,4 @@ class PeriodicCheckpoints:
         if step.must_save or step.is_due(self.save_steps):
             self.skips.settle(step)
             with span("checkpoint"):
-                self.checkpointer.save(self.engine, step.number, step.batch.epoch, self.skips.in_a_row)
+                self.checkpointer.save(self.engine, step.number, step.batch.epoch, self.skips.in_a_row, self.scores())

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 from pydantic.types import NonNegativeInt, PositiveInt
 
 from chorus.checkpoint.untrusted_files import UntrustedModel, parse, read_bytes
@@ -68,6 +68,26 @@ class SavedConfig(UntrustedModel):
         return {key: saved.get(key, field.default) for key, field in Config.model_fields.items()}
 
 
+class BestStep(UntrustedModel):
+    """The best scoring so far, by `metric_for_best_model`.
+
+    step: whose checkpoint is kept.
+    scorings_since: scorings after it, none of them better.
+    """
+
+    step: Annotated[int, Field(ge=1, le=MOST_STEPS)]
+    metric: str
+    value: float
+    scorings_since: NonNegativeInt = 0
+
+
+class InitialScores(UntrustedModel):
+    """The scores of the initial adapters, and the keys with which they were computed."""
+
+    asked: dict[str, JsonValue]
+    report: dict[str, JsonValue]
+
+
 class StateFile(SavedStep):
     """The whole file: how far the run was, and what the run is."""
 
@@ -78,6 +98,9 @@ class StateFile(SavedStep):
     num_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     fingerprints: Fingerprints
     config: SavedConfig
+    best: BestStep | None = None
+    initial_scores: InitialScores | None = None
+    stopped_early: bool = False
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "StateFile":

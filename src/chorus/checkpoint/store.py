@@ -60,11 +60,14 @@ class Checkpointer:
     config: Config
     facts: dict[str, Any]
 
-    def save(self, engine: Engine, step: int, epoch: int, skips_in_a_row: int) -> None:
+    def save(
+        self, engine: Engine, step: int, epoch: int, skips_in_a_row: int, scores: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the checkpoint after `step` optimiser steps. A collective call; the first process writes.
 
         Args:
             skips_in_a_row: how many of the last steps, without a gap, skipped an agent's update.
+            scores: the entries that say what was scored: `best`, `initial_scores`, `stopped_early`.
 
         Raises:
             RunError: on every process alike: it could not be written, or a value in it is not finite.
@@ -73,7 +76,7 @@ class Checkpointer:
         for tensors in (state.weights, *state.moments.values()):
             refuse_non_finite(tensors)
         done = {"format": FORMAT, "step": step, "epoch": epoch, "optimizer_step": state.optimizer_step}
-        facts = {**done, **self.facts, "skips_in_a_row": skips_in_a_row}
+        facts = {**done, **self.facts, "skips_in_a_row": skips_in_a_row, **(scores or {})}
         folder = on_first_process(
             engine.accelerator, lambda: write_checkpoint(self.output_dir, state, facts, self.config)
         )
@@ -81,7 +84,9 @@ class Checkpointer:
 
 
 def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str, Any], config: Config) -> Path:
-    """Write a checkpoint, then remove the oldest ones beyond `save_total_limit`. One process calls it.
+    """Write a checkpoint, then remove the oldest ones beyond `save_total_limit`, but not the best one.
+
+    One process calls it.
 
     Raises:
         RunError: the disk did not take it; earlier checkpoints are as they were.
@@ -108,7 +113,7 @@ def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str,
         half_done.rename(folder)
         sync(folder.parent)
         sync(output_dir)
-        _prune(output_dir, config.save_total_limit)
+        _prune(output_dir, config.save_total_limit, (facts.get("best") or {}).get("step"))
     return folder
 
 
@@ -204,8 +209,9 @@ def set_aside_later(output_dir: Path, step: int) -> None:
             folder.rename(next(place / name for name in names if not (place / name).exists()))
 
 
-def _prune(output_dir: Path, limit: int | None) -> None:
-    for folder in checkpoints(output_dir)[limit:] if limit is not None else []:
+def _prune(output_dir: Path, limit: int | None, best_step: int | None) -> None:
+    beyond = checkpoints(output_dir)[limit:] if limit is not None else []
+    for folder in (one for one in beyond if step_of(one) != best_step):
         condemned = folder.with_name(folder.name + HALF_DONE)
         folder.rename(condemned)  # a checkpoint that is half removed must not look like a damaged one
         shutil.rmtree(condemned)

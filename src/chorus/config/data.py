@@ -14,9 +14,9 @@ class DataSettings(Section):
 
     TITLE: ClassVar[str] = "Data"
 
-    dataset_name: ComparedByEffect[Place] = "arithmetic"
-    """arithmetic or arithmetic_chat (built in), a hub id, a file (.jsonl, .json, .csv, .tsv, .parquet, each also with
-    .gz), a glob of files, or a folder of them. docs/data.md shows every format."""
+    dataset_name: ComparedByEffect[Place] = "arithmetic_hard"
+    """arithmetic, arithmetic_chat, arithmetic_hard or arithmetic_harder (built in), a hub id, a file (.jsonl, .json,
+    .csv, .tsv, .parquet, each also with .gz), a glob of files, or a folder of them. docs/data.md shows every format."""
     dataset_subset: ComparedByEffect[Text | None] = None
     """Configuration name of a hub dataset, such as main; null for none."""
     dataset_split: ComparedByEffect[Text] = "train"

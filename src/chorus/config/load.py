@@ -7,7 +7,7 @@
 import argparse
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -31,6 +31,21 @@ def load_config(arguments: Sequence[str]) -> Config:
     FILE is `configs.yaml` in the working directory unless named. Raises InputError for every mistake in it.
     """
     return _resolve(_parser().parse_intermixed_args(arguments))
+
+
+def config_over(entries: Mapping[str, object], arguments: Sequence[str], place: str) -> Config:
+    """A saved configuration with `key=value` arguments over it; keys that this version does not know are left out.
+
+    Args:
+        entries: as `Config.model_dump` has written them.
+        place: where they come from, for errors.
+
+    Raises:
+        InputError: an argument or an entry that is no valid setting.
+    """
+    saved = {key: value for key, value in entries.items() if key in Config.model_fields}
+    settings = {key: Setting(value, as_yaml(value), f"{place}: key {key!r}") for key, value in saved.items()}
+    return _validated(settings | settings_of_command_line(arguments), place)
 
 
 def render(config: Config) -> str:
@@ -83,10 +98,14 @@ def _resolve(options: argparse.Namespace) -> Config:
     nullable_keys = [key for key in text_keys if is_nullable(key)]
     of_command_line = settings_of_command_line(options.settings, text_keys, nullable_keys)
     settings = settings_of_file(options.config) | of_command_line
+    return _validated(settings, options.config)
+
+
+def _validated(settings: dict[str, Setting], file: str) -> Config:
     try:
         return Config.model_validate({key: setting.value for key, setting in settings.items()})
     except ValidationError as error:
-        _refuse_the_first(error.errors(), settings, options.config)
+        _refuse_the_first(error.errors(), settings, file)
 
 
 def _refuse_the_first(errors: list[ErrorDetails], settings: dict[str, Setting], file: str) -> NoReturn:

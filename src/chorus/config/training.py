@@ -22,7 +22,7 @@ class TrainingSettings(Section):
     """Rows of one micro-batch on one process; every agent sees all of them."""
     gradient_accumulation_steps: ComparedByEffect[Count] = 1
     """Micro-batches of one optimiser step."""
-    lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = 8e-3
     """AdamW's learning rate, at the schedule's peak."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's decoupled weight decay; 0 is off."""

@@ -17,7 +17,7 @@ from chorus.errors import InputError
 from chorus.seeding import derive_seed
 
 Split = Literal["train", "validation", "test"]
-Variant = Literal["standard", "larger_numbers", "more_steps"]
+Variant = Literal["standard", "larger_numbers", "more_steps", "three_digits", "three_digits_more_steps"]
 
 
 class Story(NamedTuple):
@@ -40,7 +40,8 @@ class Ranges(NamedTuple):
 OPERATIONS = {"+": add, "-": sub, "*": mul}
 
 # Each variant's ranges by number of steps. A standard problem has at most two steps and no number above 99; each harder
-# variant has either a number above 99 or a third step, so that it cannot meet a standard problem.
+# variant has either a number above 99 or a third step, so that it cannot meet a standard problem. The tiny base was
+# pretrained on the first three; of numbers from 200 on it has seen nothing.
 RANGES: dict[str, dict[int, Ranges]] = {
     "standard": {
         1: Ranges(range(2, 98), range(2, 98), range(2, 13), range(100)),
@@ -51,6 +52,11 @@ RANGES: dict[str, dict[int, Ranges]] = {
         2: Ranges(range(60, 180), range(2, 20), range(2, 21), range(100, 200)),
     },
     "more_steps": {3: Ranges(range(2, 40), range(2, 12), range(2, 10), range(100))},
+    "three_digits": {
+        1: Ranges(range(2, 300), range(2, 300), range(2, 15), range(200, 300)),
+        2: Ranges(range(150, 290), range(2, 32), range(2, 15), range(200, 300)),
+    },
+    "three_digits_more_steps": {3: Ranges(range(180, 290), range(2, 12), range(2, 15), range(200, 300))},
 }
 
 STORIES = (

@@ -20,7 +20,7 @@ from chorus.collectives import on_first_of_each_host
 from chorus.config.data import DataSettings
 from chorus.data.cache import TokenTable, cached_rows
 from chorus.data.samples import Sample, Samples
-from chorus.data.sources import open_splits
+from chorus.data.sources import open_split, open_splits
 from chorus.data.templates import Problem
 from chorus.data.tokenise import Encoder, check_tokenizer
 from chorus.errors import InputError
@@ -127,16 +127,48 @@ class Rows:
         Raises:
             InputError: most of them would lose the answer.
         """
-        asked = self.held_out_samples[:count]
-        if not len(asked):
-            return HeldOutRows([], [int(tokenizer.eos_token_id)])  # pyright: ignore[reportArgumentType]
-        refuse_lost(asked, "held-out", self.settings)
-        warn_of_losses(asked, "held-out", self.settings.max_seq_length)
-        kept, encoder = _with_targets(asked), Encoder(tokenizer)
-        problems = [kept.table.problem(int(row)) for row in kept.rows]
-        answers = [tokenizer(one.completion, add_special_tokens=False)["input_ids"] for one in problems]
-        rows = map(HeldOutRow, [encoder.prompt(one) for one in problems], answers, kept)
-        return HeldOutRows(list(rows), kept.table.about["end_ids"])
+        return _held_out_rows(self.held_out_samples[:count], tokenizer, self.settings)
+
+
+def read_held_out(
+    settings: DataSettings,
+    name: str,
+    key: str,
+    count: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator | None = None,
+    split: str | None = None,
+) -> HeldOutRows:
+    """The first `count` rows of another source than the run's, read as its rows are. A collective call, likewise.
+
+    Args:
+        name: in any form that dataset_name takes.
+        key: what the user calls it, for errors.
+        split: of the source; None is its only one, or `validation`.
+
+    Raises:
+        InputError: on every process alike: a source that cannot be used, a bad row, or no usable row.
+    """
+    check_tokenizer(tokenizer)
+
+    def prepare() -> Path:
+        return cached_rows(open_split(name, split, key), settings, tokenizer).folder
+
+    folder = prepare() if accelerator is None else on_first_of_each_host(accelerator, prepare)
+    table = TokenTable(folder)
+    return _held_out_rows(Samples(table, np.arange(len(table)))[:count], tokenizer, settings)
+
+
+def _held_out_rows(asked: Samples, tokenizer: PreTrainedTokenizerBase, settings: DataSettings) -> HeldOutRows:
+    if not len(asked):
+        return HeldOutRows([], [int(tokenizer.eos_token_id)])  # pyright: ignore[reportArgumentType]
+    refuse_lost(asked, "held-out", settings)
+    warn_of_losses(asked, "held-out", settings.max_seq_length)
+    kept, encoder = _with_targets(asked), Encoder(tokenizer)
+    problems = [kept.table.problem(int(row)) for row in kept.rows]
+    answers = [tokenizer(one.completion, add_special_tokens=False)["input_ids"] for one in problems]
+    rows = map(HeldOutRow, [encoder.prompt(one) for one in problems], answers, kept)
+    return HeldOutRows(list(rows), kept.table.about["end_ids"])
 
 
 def read_rows(

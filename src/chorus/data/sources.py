@@ -16,11 +16,28 @@ from chorus.data import arithmetic
 from chorus.data.files import Row, check_columns, kind_of, listed, readable_suffixes, rows_of_file
 from chorus.errors import InputError
 
+
+class BuiltIn(NamedTuple):
+    """A built-in data set: how a split's rows are made, and for each split where they are drawn from and how many.
+
+    make: `arithmetic.problems`, or the same rows in another form.
+    """
+
+    make: Callable[..., list[dict[str, Any]]]
+    variant: arithmetic.Variant
+    splits: Mapping[str, tuple[arithmetic.Split, int]]
+
+
 # Enough for the tiny base to learn the form of an answer in minutes on a CPU; 500 put 2 % of error on an exact match.
-BUILT_IN_ROWS: dict[arithmetic.Split, int] = {"train": 4_000, "validation": 500}
-BUILT_IN: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    "arithmetic": arithmetic.problems,
-    "arithmetic_chat": arithmetic.conversations,
+STANDARD: dict[str, tuple[arithmetic.Split, int]] = {"train": ("train", 4_000), "validation": ("validation", 500)}
+# Few rows, so that agents differ in what they make of them. The defaults of a run were chosen on the validation split
+# of this task; so that no scored row has had a part in that, held-out rows come from its test split.
+HARD: dict[str, tuple[arithmetic.Split, int]] = {"train": ("train", 300), "validation": ("test", 500)}
+BUILT_IN = {
+    "arithmetic": BuiltIn(arithmetic.problems, "standard", STANDARD),
+    "arithmetic_chat": BuiltIn(arithmetic.conversations, "standard", STANDARD),
+    "arithmetic_hard": BuiltIn(arithmetic.problems, "three_digits", HARD),
+    "arithmetic_harder": BuiltIn(arithmetic.problems, "three_digits_more_steps", HARD),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # How the files of a folder say their split, as in `train-00000-of-00002.parquet`, `data/dev.jsonl` or `test/0.csv`.
@@ -63,11 +80,19 @@ def open_splits(settings: DataSettings) -> Splits:
         if wanted is None:
             wanted = "validation" if "validation" in splits and settings.dataset_split != "validation" else None
         return Splits(train, None if wanted is None else _split_of(splits, wanted, name, "validation_dataset_split"))
-    held_out = settings.validation_dataset_name
-    others = open_source(held_out, None, key="validation_dataset_name")
-    if wanted is None:
-        wanted = next(iter(others)) if len(others) == 1 else "validation"
-    return Splits(train, _split_of(others, wanted, held_out, "validation_dataset_split"))
+    return Splits(train, open_split(settings.validation_dataset_name, wanted, "validation_dataset_name"))
+
+
+def open_split(name: str, split: str | None, key: str) -> Split:
+    """A split of another source than the run's; None is its only one, or `validation`.
+
+    Raises:
+        InputError: the source does not exist, cannot be read or has no such split. It names `key`.
+    """
+    splits = open_source(name, None, key)
+    if split is None:
+        split = next(iter(splits)) if len(splits) == 1 else "validation"
+    return _split_of(splits, split, name, key)
 
 
 def _split_of(splits: Mapping[str, Split], split: str, source: str, key: str) -> Split:
@@ -91,7 +116,7 @@ def open_source(name: str, subset: str | None, key: str = "dataset_name") -> dic
             f"key 'dataset_subset': {subset!r} is for datasets of the hub, not for {name!r}; set it to null"
         )
     if name in BUILT_IN:
-        return {split: _built_in(name, split, count) for split, count in BUILT_IN_ROWS.items()}
+        return {split: _built_in(name, split) for split in BUILT_IN[name].splits}
     if path.is_file():
         if kind_of(path) is None:
             raise InputError(
@@ -113,15 +138,17 @@ def open_source(name: str, subset: str | None, key: str = "dataset_name") -> dic
     return _files_by_split(name, fixed, readable)
 
 
-def _built_in(name: str, split: arithmetic.Split, count: int) -> Split:
+def _built_in(name: str, split: str) -> Split:
     """Data, like a file: the seed of a run does not change them."""
+    make, variant, splits = BUILT_IN[name]
+    drawn_from, count = splits[split]
 
     def rows(columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Row]:
-        for number, problem in enumerate(BUILT_IN[name](split, count, seed=0), start=1):
+        for number, problem in enumerate(make(drawn_from, count, 0, variant), start=1):
             yield Row(f"{name} ({split}) row {number}", problem)
 
     code = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()
-    return Split(f"{name} ({split})", rows, f"{name} {split} {count} {code}")
+    return Split(f"{name} ({split})", rows, f"{name} {drawn_from} {count} {code}")
 
 
 def _files_in(name: str, folder: Path, key: str) -> list[Path]:

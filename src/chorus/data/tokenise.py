@@ -202,7 +202,8 @@ def _token_at(encoding: Encoding, char: int) -> int | None:
     For most rows this is all there is to know, at a third of the time that all offsets take.
     """
     token = encoding.char_to_token(char)
-    if token is None or encoding.token_to_chars(token) is None or encoding.token_to_chars(token)[0] != char:
+    chars = None if token is None else encoding.token_to_chars(token)
+    if token is None or chars is None or chars[0] != char:
         return None
     before = encoding.token_to_chars(token - 1) if token else None
     return token if before is None or before[1] <= char else None

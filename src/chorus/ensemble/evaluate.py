@@ -1,167 +1,258 @@
-"""How well the base, each agent and their mixture do on held-out problems: exact match and token NLL."""
+"""How well the base, each agent and their mixtures answer held-out problems, and how well they know it.
 
-import logging
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+Held-out rows fall into two shares: one to which weights and temperatures are fitted, and one that is scored. Both are
+kept from training. Every process answers its part of them, and all know the result.
+"""
 
-import torch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 from accelerate.utils import gather_object
-from rich.table import Table
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from chorus.collectives import on_every_process
-from chorus.data.batches import collate
-from chorus.data.rows import HeldOutRow, HeldOutRows
-from chorus.ensemble.answers import answer_text, is_exact, warn_of_long_references
-from chorus.ensemble.generate import generate
-from chorus.ensemble.mixture import dirichlet_weights, mixture_log_prob, uniform_weights
-from chorus.errors import RunError
+from chorus.config.evaluation import EvaluationSettings
+from chorus.data.rows import HeldOutRow
+from chorus.ensemble.answers import ANSWER_MARK, final_answer
+from chorus.ensemble.calibration import calibrate, fit_weights
+from chorus.ensemble.distributions import Chunks, choice_chunks, token_chunks
+from chorus.ensemble.evaluation_rows import EvaluationRows
+from chorus.ensemble.lanes import Member
+from chorus.ensemble.metrics import Interval
+from chorus.ensemble.mixture import Mixture
+from chorus.ensemble.next_token import Answerer
+from chorus.ensemble.outcomes import Outcome, Outcomes, choice_outcomes, text_outcomes
+from chorus.ensemble.scores import Scores, ensemble_scores, intervals_of, scores_of, uncertainties, uncertainty
 from chorus.model.agents import Agents
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+UNIFORM, FITTED, CALIBRATED = "uniform", "fitted", "calibrated"
 
 
-class Score(NamedTuple):
-    """Of one answerer: the share of problems answered exactly, and the mean NLL of a completion token in nats."""
+@dataclass
+class Evaluation:
+    """The scores of every answerer under `base`, `agent_0`, ..., `uniform` and, with fitted weights, `fitted`; and of
+    each at its own temperature under the same name with `/calibrated` behind it.
 
-    exact_match: float
-    nll: float
+    Attributes:
+        mixture: the weights and the temperature that were fitted; None of the base alone.
+        intervals: 95 % intervals of scores; `differences`: of their differences to those of the chosen mixture.
+        problems: one object a problem, for JSON.
+    """
+
+    num_problems: int = 0
+    num_calibration: int = 0
+    num_ood: int = 0
+    is_choice: bool = False
+    mixture: Mixture | None = None
+    temperatures: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    differences: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> str:
+        """The name of the mixture that ensemble.json holds."""
+        return FITTED if FITTED in self.scores else UNIFORM
+
+    def flat(self) -> dict[str, float]:
+        """Every score under one name, such as `uniform/calibrated/cal/ECE`."""
+        return {f"{name}/{score}": value for name, own in self.scores.items() for score, value in own.items()}
+
+    def report(self) -> dict[str, Any]:
+        """All but the problems, for JSON; empty where there was no problem to score."""
+        if not self.num_problems:
+            return {}
+        return {
+            "num_problems": self.num_problems,
+            "num_calibration": self.num_calibration,
+            "num_ood": self.num_ood,
+            "task": "choice" if self.is_choice else "text",
+            "mixture": self.mixture and self.mixture.to_json(),
+            "temperatures": self.temperatures,
+            "scores": _without_nan(self.scores),
+            "intervals": self.intervals,
+            "differences": self.differences,
+        }
+
+    @classmethod
+    def from_report(cls, report: Mapping[str, Any]) -> "Evaluation":
+        """What a report says again, but for intervals and problems."""
+        if not report:
+            return cls()
+        scores = {
+            name: {score: float("nan") if value is None else value for score, value in own.items()}
+            for name, own in report["scores"].items()
+        }
+        counts = {key: report[key] for key in ("num_problems", "num_calibration", "num_ood", "temperatures")}
+        return cls(**counts, is_choice=report["task"] == "choice", scores=scores)
 
 
-class Evaluation(NamedTuple):
-    """Scores of the base, of each agent in order, and of their mixture, with the mixture's weights."""
-
-    base: Score
-    agents: list[Score]
-    mixture: Score
-    weights: list[float]
-    num_problems: int
-
-    def scores(self) -> dict[str, Score]:
-        """Each answerer's score under the name a reader knows it by."""
-        even = len(set(self.weights)) == 1
-        mixture = "mean of agents" if even else "mixture " + " ".join(f"{weight:.2f}" for weight in self.weights)
-        own = {f"agent {agent}": score for agent, score in enumerate(self.agents)}
-        return {"base": self.base, **own, mixture: self.mixture}
-
-    def report(self) -> dict[str, dict[str, float]]:
-        """The scores as plain numbers, for JSON; empty where there was no problem to score."""
-        return {name: score._asdict() for name, score in self.scores().items()} if self.num_problems else {}
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and value != value else value
 
 
-class HeldOut(NamedTuple):
-    """This process's share of the held-out rows, and how they are to be scored."""
-
-    rows: list[HeldOutRow]
-    end_ids: list[int]
-    tokenizer: PreTrainedTokenizerBase
-    batch_size: int
-    max_new_tokens: int
-
-
-def held_out_share(
-    held_out: HeldOutRows,
-    tokenizer: PreTrainedTokenizerBase,
+def evaluate(
+    agents: Agents,
+    rows: EvaluationRows,
+    settings: EvaluationSettings,
+    seed: int,
     *,
-    batch_size: int,
-    max_new_tokens: int,
-    process_index: int,
-    num_processes: int,
-) -> HeldOut:
-    """Every `num_processes`-th of the rows."""
-    rows, end_ids = held_out
-    warn_of_long_references([row.answer for row in rows], end_ids, max_new_tokens)
-    return HeldOut(rows[process_index::num_processes], end_ids, tokenizer, batch_size, max_new_tokens)
-
-
-def evaluate(agents: Agents, held_out: HeldOut, alpha: float | None) -> Evaluation:
+    alpha: float | None = None,
+    with_base: bool = True,
+    with_agents: bool = True,
+    progress: Callable[[str, int], None] = lambda task, count: None,
+) -> Evaluation:
     """Score every answerer; a collective call, with the same result on every process.
 
     Args:
-        alpha: None mixes the agents evenly; a number fits the mixture's weights to the held-out tokens under a
-            symmetric Dirichlet prior, see `aggregate.dirichlet_weights`.
+        alpha: None mixes the agents evenly; a number also fits a mixture, see `mixture.dirichlet_weights`.
+        with_agents: False scores the base alone.
+        progress: is told what has been done, and of how many problems.
     """
-    members: list[int | None] = [None, *agents.agents]
-    if held_out.rows:
-        logger.info("scoring the base, %d agents and their mixture on held-out problems", len(agents.agents))
-    was_training = agents.training
-    agents.eval()
-    device = next(agents.parameters()).device
-    # Scored where the model is, joined on the CPU: every process needs all tokens to fit the weights.
-    nll_MN = torch.cat(gather_object([token_nlls(agents, members, held_out, device).cpu()]), 1)
-    nll_KN = nll_MN[1:]
-    weight_K = uniform_weights(len(nll_KN)) if alpha is None else dirichlet_weights(-nll_KN, alpha)
-    mixture_N = -mixture_log_prob(-nll_KN, weight_K)
-    nlls = [*nll_MN.mean(1).tolist(), mixture_N.mean().item()]
-    one = torch.ones(1, device=device)
-    answerers = [([member], one) for member in members] + [(list(agents.agents), weight_K.to(device))]
-    right_AP = gather_object([[exact_matches(agents, who, weight, held_out) for who, weight in answerers]])
-    matches = [sum(map(sum, rights)) / max(1, sum(map(len, rights))) for rights in zip(*right_AP, strict=True)]
-    agents.train(was_training)
-    base, *own, mixture = map(Score, matches, nlls)
-    return Evaluation(base, own, mixture, weight_K.tolist(), num_problems=sum(len(rights[0]) for rights in right_AP))
+    counts = [sum(column) for column in zip(*gather_object([list(map(len, rows[:3]))]), strict=True)]
+    if not counts[0]:
+        return Evaluation()
+    members: list[Member] = [*([None] if with_base else []), *(agents.agents if with_agents else [])]
+    if not members:
+        return Evaluation()
+    text = rows.text
+    with _answering(agents):
+        answerers = [Answerer("base" if one is None else f"agent_{one}", (one,)) for one in members]
+        chunks = _calibration_chunks(agents, members, rows)
+        if with_agents:
+            answerers += _mixtures(agents, chunks, members, settings, alpha)
+        calibrated = calibrate(chunks, members, answerers)
+        progress("calibrated", len(rows.calibration))
 
-
-@torch.no_grad()
-def refuse_non_finite_answers(agents: Agents, samples: Sequence[Sample]) -> None:
-    """Raise RunError, on every process alike, where an agent's NLL of these rows is not finite. A collective call.
-
-    Finite weights do not suffice: large ones overflow in the forward pass.
-    """
-    was_training = agents.training
-    agents.eval()
-    batch = collate(samples, pad_id=0).to(next(agents.parameters()).device)
-    bad = [agent for agent in agents.agents if not bool(agents.agent_pass(agent, batch)[0].isfinite().all())]
-    agents.train(was_training)
-
-    def refuse() -> None:
-        if bad:
-            raise RunError(
-                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: the loss on training rows is not finite (NaN "
-                "or Inf), so the agents were not exported; lower lr and start over with resume_from_checkpoint=null"
+        def outcomes_of(own: list[HeldOutRow], task: str, with_references: bool) -> Outcomes:
+            if rows.choices:
+                found = choice_outcomes(agents, members, calibrated, own, rows.choices, text)
+                progress(task, len(own))
+                return found
+            return text_outcomes(
+                *(agents, calibrated, own, text),
+                end_ids=rows.end_ids,
+                max_new_tokens=settings.max_new_tokens_eval,
+                prompts_at_a_time=settings.eval_batch_size,
+                with_references=with_references,
+                advance=lambda count: progress(task, count),
             )
 
-    on_every_process(refuse)
+        scored, ood = outcomes_of(rows.scored, "scored", True), outcomes_of(rows.ood, "out of distribution", False)
+    names = [name for answerer in answerers for name in (answerer.name, f"{answerer.name}/{CALIBRATED}")]
+    of_all = dict(zip(names, _joined(scored), strict=True))
+    ood_of_all = dict(zip(names, _joined(ood), strict=True))
+    prompts = _interleaved(gather_object([[text(row.prompt) for row in rows.scored]]))
+    references = _interleaved(gather_object([[text(row.answer) for row in rows.scored]]))
+    found = _scored(answerers, of_all, ood_of_all, references, bool(rows.choices))
+    found.num_problems, found.num_calibration, found.num_ood = counts
+    found.temperatures = dict(zip([one.name for one in answerers], calibrated.temperatures, strict=True))
+    if with_agents:
+        chosen = next(one for one in answerers if one.name == found.chosen)
+        found.mixture = Mixture(chosen.weights, found.temperatures[chosen.name])
+    against = found.chosen if with_agents else None
+    found.intervals = intervals_of(of_all, seed, None, found.is_choice)
+    found.differences = intervals_of(of_all, seed, against, found.is_choice) if against else {}
+    found.problems = _problems(prompts, references, of_all, {one.name for one in answerers if len(one.members) > 1})
+    return found
 
 
-@torch.no_grad()
-def token_nlls(agents: Agents, members: Sequence[int | None], held_out: HeldOut, device: torch.device) -> Tensor:
-    """nll_MN, fp32, nats: for each member, of every target token of this process's held-out rows."""
-    parts = [torch.empty(len(members), 0, device=device)]
-    for samples in _batches([row.sample for row in held_out.rows], held_out.batch_size):
-        batch = collate(samples, pad_id=0).to(device)
-        nll_MBT = torch.stack([agents.agent_pass(member, batch)[0] for member in members])
-        parts.append(nll_MBT[:, batch.mask_BT])
-    return torch.cat(parts, 1)
+@contextmanager
+def _answering(agents: Agents) -> Iterator[None]:
+    """Evaluation mode, and back."""
+    was_training = agents.training
+    agents.eval()
+    try:
+        yield
+    finally:
+        agents.train(was_training)
 
 
-def exact_matches(agents: Agents, members: list[int | None], weight_K: Tensor, held_out: HeldOut) -> list[bool]:
-    """For each of this process's problems, whether the greedy answer of the members' mixture is exactly right."""
-    tokenizer, end_ids = held_out.tokenizer, held_out.end_ids
-    right = []
-    for rows in _batches(held_out.rows, held_out.batch_size):
-        prompts = [row.prompt for row in rows]
-        answers = generate(agents, members, weight_K, prompts, held_out.max_new_tokens, end_ids[0])
-        for written, row in zip(answers, rows, strict=True):
-            right.append(is_exact(*(answer_text(ids, tokenizer, end_ids) for ids in (written, row.answer))))
-    return right
+def _calibration_chunks(agents: Agents, members: Sequence[Member], rows: EvaluationRows) -> Chunks:
+    if not rows.choices:
+        return token_chunks(agents, members, [row.sample for row in rows.calibration])
+    names = [rows.text(choice) for choice in rows.choices]
+    targets = [names.index(rows.text(row.answer)) for row in rows.calibration]
+    return choice_chunks(agents, members, [row.prompt for row in rows.calibration], rows.choices, targets)
 
 
-def _batches(items: list[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _mixtures(
+    agents: Agents, chunks: Chunks, members: Sequence[Member], settings: EvaluationSettings, alpha: float | None
+) -> list[Answerer]:
+    own = tuple(agents.agents)
+    mixtures = [Answerer(UNIFORM, own, Mixture.uniform(len(own)).weights)]
+    if alpha is not None:
+        mixtures.append(Answerer(FITTED, own, fit_weights(chunks, members, alpha, settings.mixture_observations)))
+    return mixtures
 
 
-def evaluation_table(before: Evaluation, after: Evaluation) -> Table:
-    """Exact match and NLL (nats a completion token) of every answerer, before and after training."""
-    if not after.num_problems:
-        return Table("no held-out problems, nothing scored")
-    table = Table(title=f"{after.num_problems} held-out problems")
-    table.add_column("")
-    for name in ("exact match before", "after", "NLL before", "after"):
-        table.add_column(name, justify="right")
-    for (name, now), was in zip(after.scores().items(), before.scores().values(), strict=True):
-        table.add_row(name, f"{was.exact_match:.1%}", f"{now.exact_match:.1%}", f"{was.nll:.4f}", f"{now.nll:.4f}")
-    return table
+def _joined(own: Outcomes) -> list[list[Outcome]]:
+    """Of every answerer at each temperature: the outcomes of all processes, in the order of the problems."""
+    flat = [problems for of_answerer in own for problems in of_answerer]
+    parts = gather_object([flat])
+    return [_interleaved([part[index] for part in parts]) for index in range(len(flat))]
+
+
+def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """What every `len(parts)`-th went to each process, in its old order."""
+    return [
+        parts[process][index]
+        for index in range(max(map(len, parts), default=0))
+        for process in range(len(parts))
+        if index < len(parts[process])
+    ]
+
+
+def _scored(
+    answerers: Sequence[Answerer],
+    of_all: Mapping[str, list[Outcome]],
+    ood_of_all: Mapping[str, list[Outcome]],
+    references: Sequence[str],
+    is_choice: bool,
+) -> Evaluation:
+    found = Evaluation(is_choice=is_choice)
+    key = "cls/NLL" if is_choice else "token/NLL"
+    for answerer in answerers:
+        is_mixture = len(answerer.members) > 1
+        for name in (answerer.name, f"{answerer.name}/{CALIBRATED}"):
+            own = scores_of(of_all[name], ood_of_all[name], is_choice=is_choice, is_mixture=is_mixture)
+            if is_mixture:
+                agents = [name.replace(answerer.name, f"agent_{member}") for member in answerer.members]
+                answers = [_compared(of_all[agent], references) for agent in agents]
+                members = [found.scores[agent] for agent in agents]
+                own |= ensemble_scores(own, members, answerer.weights, answers, key)
+            found.scores[name] = own
+    return found
+
+
+def _compared(outcomes: Sequence[Outcome], references: Sequence[str]) -> list[str]:
+    """What is compared of two members' answers: the results where the references mark one."""
+    pairs = zip(outcomes, references, strict=True)
+    return [final_answer(one.answer, ANSWER_MARK in reference) or "" for one, reference in pairs]
+
+
+def _problems(
+    prompts: Sequence[str], references: Sequence[str], of_all: Mapping[str, list[Outcome]], mixtures: set[str]
+) -> list[dict[str, Any]]:
+    """One object a problem: what was asked, and what every answerer said of it."""
+    return [
+        {
+            "prompt": prompt,
+            "reference": reference,
+            "answers": {name: _described(own[n], name.split("/")[0] in mixtures) for name, own in of_all.items()},
+        }
+        for n, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
+    ]
+
+
+def _described(outcome: Outcome, is_mixture: bool) -> dict[str, Any]:
+    return {
+        "text": outcome.answer,
+        "right": outcome.is_right,
+        "probability": outcome.probability,
+        "reference_nll": -float(outcome.log_prob_T.double().sum()),
+        "uncertainty": {name: uncertainty(outcome, name) for name in uncertainties(is_mixture)},
+    }

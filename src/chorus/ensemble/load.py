@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chorus.checkpoint.resume import base_fingerprint
+from chorus.checkpoint.state_file import read_state_file
 from chorus.checkpoint.store import MANIFEST, checkpoints, verify
 from chorus.ensemble.adapter_files import CONFIG_FILE, AdapterFile, read_adapter, read_config
 from chorus.ensemble.lanes import lanes_of
+from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import hidden_states
 from chorus.errors import InputError
 from chorus.model.adapters import LoraShape, lora_layers
@@ -113,9 +116,10 @@ def _find(paths: Sequence[Path]) -> _Source:
     if len(paths) == 1 and (paths[0] / "ensemble.json").is_file():
         return _of_run(paths[0])
     if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
-        facts = verify(paths[0])
+        verify(paths[0])
+        saved = read_state_file(paths[0])
         folders = _adapters_in(paths[0] / "agents")
-        return _Source(folders, facts["config"]["model_name"], facts["fingerprints"].get("base"), description=facts)
+        return _Source(folders, saved.config.model_name, saved.fingerprints.base, description=saved.model_dump())
     return _Source([folder for path in paths for folder in _adapters_in(path)])
 
 
@@ -124,22 +128,18 @@ def _of_run(run: Path) -> _Source:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         folders = [run / name for name in entries["agents"]]
-        weights = [float(weight) for weight in entries["weights"]]
-        base_name, temperature = entries["base_model"], float(entries.get("temperature", 1.0))
+        base_name = entries["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: cannot be read as the description of an ensemble; name agents/* instead") from error
-    is_wrong = len(weights) != len(folders) or not folders or min(weights) < 0 or abs(sum(weights) - 1) > 1e-4
-    if is_wrong or not temperature > 0:
-        raise InputError(f"{file}: {len(folders)} agents, weights {weights}, temperature {temperature}: no mixture")
+    mixture = Mixture.from_json(entries, len(folders), str(file))
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{file}: names {folder}, which is not there; restore it, or name agents/* instead")
     fingerprint = None
     for folder in checkpoints(run)[:1]:
-        state = folder / "state.json"
-        if state.is_file():
-            fingerprint = json.loads(state.read_text(encoding="utf-8"))["fingerprints"].get("base")
-    return _Source(folders, base_name, fingerprint, weights, temperature, entries)
+        with suppress(InputError):  # damaged: the agents themselves are elsewhere, and may be whole
+            fingerprint = read_state_file(folder).fingerprints.base
+    return _Source(folders, base_name, fingerprint, mixture.weights, mixture.temperature, entries)
 
 
 def _adapters_in(path: Path) -> list[Path]:

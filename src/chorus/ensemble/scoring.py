@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chorus.collectives import on_every_process
 from chorus.data.batches import Batch, Sample, collate
 from chorus.ensemble.lanes import Lane, Member, lanes_of
+from chorus.errors import RunError
 from chorus.model.agents import Agents
 from chorus.model.base import Head
 from chorus.model.token_nll import CHUNK_ELEMENTS, token_nll
@@ -152,3 +154,27 @@ def passes(
 
 def _device(agents: Agents) -> torch.device:
     return next(agents.parameters()).device
+
+
+def refuse_non_finite_answers(agents: Agents, samples: Sequence[Sample]) -> None:
+    """Refuse agents whose NLL of these rows is not finite. A collective call.
+
+    Finite weights do not suffice: large ones overflow in the forward pass.
+
+    Raises:
+        RunError: on every process alike, where an agent's NLL is NaN or infinite.
+    """
+    was_training = agents.training
+    agents.eval()
+    log_prob_MN = torch.cat(token_log_probs(agents, agents.agents, samples), 1)
+    agents.train(was_training)
+    bad = [agent for agent, own_N in zip(agents.agents, log_prob_MN, strict=True) if not own_N.isfinite().all()]
+
+    def refuse() -> None:
+        if bad:
+            raise RunError(
+                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: the loss on training rows is not finite (NaN "
+                "or Inf), so the agents were not exported; lower lr and start over with resume_from_checkpoint=null"
+            )
+
+    on_every_process(refuse)

@@ -58,6 +58,13 @@ class RunLog:
         """
         self._on_first_process(partial(self._write_profile, step, report, lines))
 
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """The scores after `step`, as a row of metrics.jsonl of its own, and in a line for people.
+
+        A collective call; raises as `advance` does.
+        """
+        self._on_first_process(partial(self._write_scores, step, scores))
+
     def table(self, table: Table) -> None:
         """Print a table. A collective call; raises as `advance` does."""
         self._on_first_process(partial(self._print, table))
@@ -80,6 +87,9 @@ class RunLog:
 
     def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
         """The first process' part of `profile`."""
+
+    def _write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """The first process' part of `scores`."""
 
     def _print(self, table: Table) -> None:
         """The first process' part of `table`."""
@@ -181,6 +191,16 @@ class WritingRunLog(RunLog):
     def _write_profile(self, step: int, report: Mapping[str, Any], lines: Sequence[str]) -> None:
         self._append({"step": step, "profile": report}, dict(_flat("profile", report)))
         logger.info("profiled\n%s", "\n".join(lines))
+
+    def _write_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        finite = {f"eval/{name}": value for name, value in scores.items() if value == finite_or_null(value)}
+        self._append({"step": step, "scores": dict(scores)}, finite)
+        shown = [
+            f"{name.removesuffix('/cls/Acc')} {value:.1%}"
+            for name, value in scores.items()
+            if name.endswith("/cls/Acc") and "/calibrated/" not in name
+        ]
+        logger.info("step %d  right answers: %s", step, "  ".join(shown))
 
     def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         line = json.dumps(finite_or_null(row), allow_nan=False) + "\n"

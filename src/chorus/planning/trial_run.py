@@ -123,7 +123,9 @@ class _Recorder(RunLog):
 
 
 class _NoCheckpointer(Checkpointer):
-    def save(self, engine: Engine, step: int, epoch: int, skips_in_a_row: int) -> None:
+    def save(
+        self, engine: Engine, step: int, epoch: int, skips_in_a_row: int, scores: Mapping[str, Any] | None = None
+    ) -> None:
         """Only the run's own mode is saved."""
 
 

@@ -77,7 +77,7 @@ def assert_same_run(folder: Path, rows: list[dict], other: Path, other_rows: lis
     for name, tensor in moments.items():
         assert torch.allclose(tensor, other_moments[name], rtol=1e-3, atol=1e-7), name
     scores, other_scores = (
-        json.loads((place / "ensemble.json").read_text())["evaluation"]["after"] for place in (folder, other)
+        json.loads((place / "ensemble.json").read_text())["evaluation"]["after"]["scores"] for place in (folder, other)
     )
     for name, score in scores.items():
         assert score == pytest.approx(other_scores[name], rel=1e-4), name

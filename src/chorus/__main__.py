@@ -1,0 +1,33 @@
+"""`chorus COMMAND ...`, also `python -m chorus COMMAND ...`: what can be done with a trained ensemble."""
+
+import sys
+from importlib import import_module
+
+from chorus.errors import InputError, input_errors_end_the_program
+
+COMMANDS = {"evaluate": "scores of the base, each agent and their mixtures on held-out problems"}
+USAGE = "\n".join(
+    [
+        "usage: chorus COMMAND [--help] ...",
+        "",
+        *(f"  {name:10} {about}" for name, about in COMMANDS.items()),
+        "",
+        "To train: accelerate launch train.py",
+    ]
+)
+
+
+def main() -> None:
+    """Run the command that the first argument names; what it needs is imported only then."""
+    command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if command in ("--help", "-h"):
+        print(USAGE)
+        return
+    with input_errors_end_the_program():
+        if command not in COMMANDS:
+            raise InputError(f"command line: {command!r} is no command; there is {', '.join(COMMANDS)}")
+        import_module(f"chorus.commands.{command}").main(arguments)
+
+
+if __name__ == "__main__":
+    main()

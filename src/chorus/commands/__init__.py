@@ -1,0 +1,1 @@
+"""The subcommands of `chorus`: a file each, whose `main` takes the arguments behind its name."""

@@ -1,0 +1,149 @@
+"""The scores of a run: before, while and after it trains, which step is best so far, and when to stop."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from chorus.checkpoint.state_file import BestStep, StateFile
+from chorus.config import RunConfig
+from chorus.config.evaluation import EvaluationSettings
+from chorus.ensemble.evaluate import CALIBRATED, FITTED, UNIFORM, Evaluation, evaluate
+from chorus.ensemble.evaluation_rows import EvaluationRows
+from chorus.ensemble.scores import is_lower_better, score_names
+from chorus.errors import InputError
+from chorus.monitoring.run_log import RunLog
+from chorus.spans import span
+from chorus.training.engine import Engine
+from chorus.training.step import StepDone
+
+logger = logging.getLogger(__name__)
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Refuse keys that do not go together, before anything is loaded.
+
+    Raises:
+        InputError: a best step is asked for and nothing says which, or a metric that no answerer has.
+    """
+    metric = config.metric_for_best_model
+    if metric is None:
+        for key in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(config, key):
+                raise InputError(f"key '{key}': no score says which step is best; set metric_for_best_model")
+        return
+    if config.eval_steps == 0:
+        raise InputError("key 'metric_for_best_model': nothing is scored while training; set eval_steps")
+    mixtures = {UNIFORM, *({FITTED} if config.dirichlet_alpha_aggregator else ())}
+    answerers = [*mixtures, *(f"agent_{agent}" for agent in range(config.num_agents))]
+    known = [
+        f"{answerer}{more}/{score}"
+        for answerer in answerers
+        for more in ("", f"/{CALIBRATED}")
+        for score in score_names(answerer in mixtures)
+    ]
+    if metric not in known:
+        _refuse(metric, known)
+
+
+def _refuse(metric: str, known: Iterable[str]) -> NoReturn:
+    nearest = get_close_matches(metric, known, n=1, cutoff=0)[0]
+    raise InputError(f"key 'metric_for_best_model': {metric!r} is not scored; did you mean {nearest!r}?")
+
+
+class RunEvaluation:
+    """Scores every `eval_steps` steps, and remembers the best step by `metric_for_best_model`.
+
+    Attributes:
+        initial: scores before the first step; without an answerer where they were not asked for.
+        best: the best step so far; None before the first comparison.
+        stopped_early: patience has ended training.
+    """
+
+    def __init__(self, engine: Engine, rows: EvaluationRows, config: RunConfig, run_log: RunLog) -> None:
+        self.engine, self.rows, self.config, self.run_log = engine, rows, config, run_log
+        self.initial = Evaluation()
+        self.best: BestStep | None = None
+        self.stopped_early = False
+
+    def entries(self) -> dict[str, Any]:
+        """What `state.json` keeps of it."""
+        best = None if self.best is None else self.best.model_dump()
+        initial = {"asked": self._asked(), "report": self.initial.report()}
+        return {"best": best, "initial_scores": initial, "stopped_early": self.stopped_early}
+
+    def _asked(self) -> dict[str, Any]:
+        """The keys on which the initial scores depend."""
+        return self.config.model_dump(include=set(EvaluationSettings.model_fields) | {"dataset_name", "seed"})
+
+    def start(self, saved: StateFile | None) -> None:
+        """Score the initial adapters, unless a checkpoint holds their scores for the same evaluation. Collective.
+
+        Adapters that add nothing are the base: it alone is scored.
+
+        Args:
+            saved: `state.json` of the checkpoint; None at a fresh start.
+        """
+        known = None if saved is None else saved.initial_scores
+        self.best = None if saved is None else saved.best
+        if known is not None and known.asked == self._asked():
+            self.initial = Evaluation.from_report(known.report)
+        elif self.config.eval_on_start:
+            adapters = self.engine.agents.adapter_tensors()
+            with_agents = any(bool(tensor.any()) for identity, tensor in adapters.items() if identity.matrix == "B")
+            self.initial = self._evaluate(with_base=True, with_agents=with_agents)
+            if self.initial.num_problems:
+                self.run_log.scores(0, self.initial.flat())
+
+    def after_step(self, step: StepDone) -> None:
+        """Score where it is due; ask for a checkpoint of a best step, and for the end when patience is over."""
+        metric = self.config.metric_for_best_model
+        is_last = step.number == step.num_steps
+        if not self.config.eval_steps or not step.is_due(self.config.eval_steps) or (is_last and metric is None):
+            return
+        found = self._evaluate(with_base=False)
+        self.run_log.scores(step.number, found.flat())
+        if metric is not None and found.num_problems:
+            self._compare(step, metric, found.flat())
+
+    def _compare(self, step: StepDone, metric: str, scores: Mapping[str, float]) -> None:
+        if metric not in scores:
+            _refuse(metric, scores)  # in a task of choices there are no scores of tokens
+        value, best = scores[metric], self.best
+        sign = -1 if is_lower_better(metric) else 1
+        if best is None or best.metric != metric or not sign * value <= sign * best.value:
+            self.best = BestStep(step=step.number, metric=metric, value=value)
+            step.must_save = True
+            return
+        self.best = best.model_copy(update={"scorings_since": best.scorings_since + 1})
+        is_over = 0 < self.config.early_stopping_patience <= self.best.scorings_since
+        if is_over and step.number != step.num_steps:
+            self.stopped_early = True
+            logger.info(
+                "stopping after step %d: %s was best after step %d (%.4g)",
+                *(step.number, metric, best.step, best.value),
+            )
+            step.end()
+
+    def final(self, num_steps: int) -> Evaluation:
+        """Scores of the agents as they are now, the base's among them. A collective call."""
+        found = self._evaluate(with_base="base" not in self.initial.scores)
+        of_base = {name: own for name, own in self.initial.scores.items() if name.split("/")[0] == "base"}
+        found.scores = of_base | found.scores
+        if found.num_problems and self.config.metric_for_best_model is None:  # otherwise their step has its row
+            self.run_log.scores(num_steps, found.flat())
+        return found
+
+    def _evaluate(self, *, with_base: bool, with_agents: bool = True) -> Evaluation:
+        who = "the base" if not with_agents else f"{len(self.engine.agents.agents)} agents and their mixture"
+        logger.info("scoring %s on held-out problems", who)
+        with span("evaluation"), self.engine.unsharded():
+            return evaluate(
+                self.engine.agents,
+                self.rows,
+                self.config,
+                self.config.seed,
+                alpha=self.config.dirichlet_alpha_aggregator,
+                with_base=with_base,
+                with_agents=with_agents,
+            )
