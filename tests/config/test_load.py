@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
         ("shuffle: yes", "write true or false"),
         ("model_name: 2", "put it in quotes"),
         ("lora_target_modules: q_proj", "write [one, another]"),
+        ("lora_target_modules: all_linear", "write all-linear"),
         ("lora_target_modules: [a, a]", "name each one once"),
     ],
 )

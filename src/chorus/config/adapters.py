@@ -59,6 +59,8 @@ class AdapterSettings(Section):
             return modules
         if modules in ("auto", "all-linear"):
             return modules
+        if modules in ("all", "all_linear", "linear"):  # as other tools write it
+            raise ValueError("write all-linear")
         if re.fullmatch(r"[\w.-]+", modules):  # no expression, but a name without its brackets
             raise ValueError("write [one, another] for names, or a regular expression such as .*\\.q_proj")
         try:

@@ -174,7 +174,6 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     },
     "attn_implementation": dict.fromkeys(["flash", "flash_attention", "flash_attn", "fa2"], "flash_attention_2"),
     "gradient_checkpointing": {"true": "full", "false": "none"},
-    "lora_target_modules": dict.fromkeys(["all", "all_linear", "linear"], "all-linear"),
 }
 
 
