@@ -82,7 +82,7 @@ def test_held_out_rows_may_be_of_another_source(tmp_path: Path) -> None:
     config = data_config(ours, validation_dataset_name=str(theirs), validation_split=0.5)
     assert read_problems(config) == (PROBLEMS[:10], PROBLEMS[10:])
     config = data_config(ours, validation_dataset_name="arithmetic", validation_split=0.5)
-    assert len(read_problems(config)[1]) == sources.BUILT_IN_ROWS["validation"]
+    assert len(read_problems(config)[1]) == sources.STANDARD["validation"][1]
     with pytest.raises(InputError, match=r"key 'validation_dataset_name': 'nowhere.csv' does not exist"):
         read_problems(data_config(ours, validation_dataset_name="nowhere.csv"))
     config = data_config(ours, validation_dataset_name="arithmetic", validation_dataset_split="test")
@@ -176,6 +176,6 @@ def test_a_subset_of_something_local_is_refused(source: Path) -> None:
 
 def test_the_built_in_rows_do_not_depend_on_the_seed() -> None:
     train, validation = read_problems(data_config("arithmetic", seed=0))
-    assert (len(train), len(validation)) == (sources.BUILT_IN_ROWS["train"], sources.BUILT_IN_ROWS["validation"])
+    assert (len(train), len(validation)) == tuple(sources.STANDARD[split][1] for split in ("train", "validation"))
     assert (train, validation) == read_problems(data_config("arithmetic", seed=1))
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in validation}

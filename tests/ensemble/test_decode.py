@@ -217,6 +217,7 @@ def test_weights_and_temperatures_out_of_range_are_refused(agents: Agents, answe
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_captured_step_writes_what_transformers_and_the_same_step_uncaptured_write(
     prompts: list[list[int]], temperature: float

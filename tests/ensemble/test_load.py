@@ -230,10 +230,10 @@ def test_an_agent_that_equals_another_is_refused_however_its_factors_are_scaled(
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"weights": [1.0]}, "no mixture"),
-        ({"weights": [0.5, 0.6]}, "no mixture"),
-        ({"weights": [0.5, 0.5], "temperature": 0}, "no mixture"),
-        ({}, "cannot be read"),
+        ({"weights": [1.0]}, r"weights \[1.0\] of 2 agents; give one number"),
+        ({"weights": [0.5, 0.6]}, r"weights .* of 2 agents; give one number"),
+        ({"weights": [0.5, 0.5], "temperature": 0}, "temperature 0; give a number above 0"),
+        ({}, "weights None of 2 agents; give one number"),
         ({"weights": [0.5, 0.5], "agents": ["agents/gone", "agents/adapter_0"]}, "not there"),
     ],
 )
@@ -254,5 +254,10 @@ def test_another_base_of_the_same_shape_is_refused_where_the_run_has_left_its_fi
     run = describe(tmp_path / "run", base, made[:1], weights=[1.0])
     state = run / "checkpoints" / "step_000001" / "state.json"
     state.parent.mkdir(parents=True)
-    state.write_text(json.dumps({"fingerprints": {"base": "of another"}}))
+    config = {"num_agents": 1, "model_name": str(base), "dataset_name": "rows.jsonl", "batch_size": 1}
+    config |= {"gradient_accumulation_steps": 1, "epochs": 1, "max_train_steps": 1}
+    about = {"parallel_mode": "fused", "engine": "plain", "world_size": 1, "precision": "no", "num_steps": 1}
+    fingerprints = {"tokenizer": "0" * 64, "data": "0" * 64, "base": "0" * 64}
+    entries = {"format": 1, "step": 1, "optimizer_step": 1, **about, "config": config, "fingerprints": fingerprints}
+    state.write_text(json.dumps(entries))
     refusal(run, "differ from those")

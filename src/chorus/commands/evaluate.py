@@ -66,7 +66,9 @@ def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.
     quiet_libraries()
     name, key = (options.data, "--data") if options.data else (config.dataset_name, "dataset_name")
     if options.data or options.split:
-        open_split(name, options.split, key)  # whether it is there at all, before the base is loaded
+        open_split(
+            name, options.split, key, "--split" if options.split else None
+        )  # whether it is there at all, before the base is loaded
     dtype = DTYPES[decide_precision(config.mixed_precision)]
     accelerator = make_accelerator(config)
     with lost_processes_named(config.collective_timeout_s):

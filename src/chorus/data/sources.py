@@ -80,19 +80,23 @@ def open_splits(settings: DataSettings) -> Splits:
         if wanted is None:
             wanted = "validation" if "validation" in splits and settings.dataset_split != "validation" else None
         return Splits(train, None if wanted is None else _split_of(splits, wanted, name, "validation_dataset_split"))
-    return Splits(train, open_split(settings.validation_dataset_name, wanted, "validation_dataset_name"))
+    return Splits(
+        train,
+        open_split(settings.validation_dataset_name, wanted, "validation_dataset_name", "validation_dataset_split"),
+    )
 
 
-def open_split(name: str, split: str | None, key: str) -> Split:
+def open_split(name: str, split: str | None, key: str, split_key: str | None = None) -> Split:
     """A split of another source than the run's; None is its only one, or `validation`.
 
     Raises:
-        InputError: the source does not exist, cannot be read or has no such split. It names `key`.
+        InputError: the source does not exist, cannot be read or has no such split. It names `key`, or
+            `split_key` for a split.
     """
     splits = open_source(name, None, key)
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "validation"
-    return _split_of(splits, split, name, key)
+    return _split_of(splits, split, name, split_key or key)
 
 
 def _split_of(splits: Mapping[str, Split], split: str, source: str, key: str) -> Split:
