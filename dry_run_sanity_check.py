@@ -1,8 +1,9 @@
-"""Try a configuration before a long run: `python dry_run_sanity_check.py [--config FILE] [--json] [key=value ...]`.
+"""Try a configuration before a long run: `python dry_run_sanity_check.py [--config FILE] [--json] [key=value
+...]`.
 
-Or `accelerate launch dry_run_sanity_check.py ...`, as the run will be launched. It takes two optimiser steps in every
-mode, saves, reads again, and writes nothing into output_dir. Exit codes: 0 all checks passed, 2 bad input, 3 a check
-failed. --json prints one JSON object on stdout, and nothing else there.
+Or `accelerate launch dry_run_sanity_check.py ...`, as the run will be launched. It takes two optimiser steps
+in every mode, saves, reads again, and writes nothing into output_dir. Exit codes: 0 all checks passed, 2 bad
+input, 3 a check failed. --json prints one JSON object on stdout, and nothing else there.
 """
 
 import json
@@ -32,7 +33,11 @@ if __name__ == "__main__":
         except InputError as error:
             if JSON_TO is not None and os.environ.get("RANK", "0") == "0":
                 refused = {"name": "configuration", "status": "FAIL", "found": str(error), "remedy": ""}
-                print(json.dumps({"passed": False, "exit_code": 2, "checks": [refused]}), file=JSON_TO, flush=True)
+                print(
+                    json.dumps({"passed": False, "exit_code": 2, "checks": [refused]}),
+                    file=JSON_TO,
+                    flush=True,
+                )
             raise
     say("importing torch and transformers ...")
 

@@ -12,7 +12,8 @@ from chorus.config import Config, RunConfig, load_config
 from chorus.progress import say
 
 if __name__ == "__main__":
-    # Before the heavy imports: a misspelt key is answered at once, not after ten seconds of loading libraries.
+    # Before the heavy imports: a misspelt key is answered at once, not after ten seconds of loading
+    # libraries.
     with input_errors_end_the_program():
         CONFIG = load_config(sys.argv[1:])
     say("importing torch and transformers ...")
@@ -58,7 +59,14 @@ from chorus.monitoring.trackers import decide_trackers
 from chorus.planning.auto_agents import decide_num_agents
 from chorus.planning.memory_check import foresee_memory, memory_errors_named
 from chorus.spans import each_in_span, span
-from chorus.training.engine import DTYPES, Engine, decide_precision, make_accelerator, start_engine, zero_stage
+from chorus.training.engine import (
+    DTYPES,
+    Engine,
+    decide_precision,
+    make_accelerator,
+    start_engine,
+    zero_stage,
+)
 from chorus.training.nonfinite import SkippedUpdates
 from chorus.training.objective import Objective, objective_of
 from chorus.training.schedule import learning_rate
@@ -95,7 +103,9 @@ def main(config: Config) -> None:
     initial = initial_folders(config) if begin.folder is None else []
     with ExitStack() as at_exit:
         output_dir = at_exit.enter_context(prepare_output_dir(config.output_dir, accelerator, begin))
-        run_log = at_exit.enter_context(closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to)))
+        run_log = at_exit.enter_context(
+            closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to))
+        )
         begin.log()
         if agents_note:
             logger.info(agents_note)
@@ -106,7 +116,11 @@ def main(config: Config) -> None:
         logger.log(*foresee_memory(config, precision, accelerator, rows.train, scored))
         num_steps = config.max_train_steps
         if num_steps is None:
-            rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
+            rows_of_a_step = (
+                config.batch_size,
+                config.gradient_accumulation_steps,
+                accelerator.num_processes,
+            )
             num_steps = config.epochs * steps_per_epoch(len(rows.train), *rows_of_a_step)
         steps = training_steps(
             rows.train,
@@ -120,7 +134,11 @@ def main(config: Config) -> None:
 
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
-        run = {**run, "num_steps": num_steps, "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)}}
+        run = {
+            **run,
+            "num_steps": num_steps,
+            "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)},
+        }
         refuse_another_base(begin, run, config)
         agents = build_agents(
             config.parallel_mode,
@@ -134,7 +152,11 @@ def main(config: Config) -> None:
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         logger.info(
-            "%d agents, %s; %d rows, %d steps", config.num_agents, config.parallel_mode, len(rows.train), num_steps
+            "%d agents, %s; %d rows, %d steps",
+            config.num_agents,
+            config.parallel_mode,
+            len(rows.train),
+            num_steps,
         )
 
         evaluation = RunEvaluation(engine, evaluation_rows, config, run_log)
@@ -195,8 +217,9 @@ def train(
         StopRequest(engine.accelerator, config.collective_timeout_s) as stop,
         profiling(config, engine, run_log, Path(config.output_dir), start_step, num_steps) as profile_step,
     ):
-        # Called after every step, in this order and on every process. A hook that may ask for a checkpoint, or for the
-        # end of training, stands before the checkpoints. The profiler is last: it times the others, too.
+        # Called after every step, in this order and on every process. A hook that may ask for a checkpoint,
+        # or for the end of training, stands before the checkpoints. The profiler is last: it times the
+        # others, too.
         hooks = [
             stop.after_step,
             skips.after_step,

@@ -1,4 +1,5 @@
-"""How long answers take: the 2b recipe's evaluation, decoding, scoring of given answers, and the mixture's kernel.
+"""How long answers take: the 2b recipe's evaluation, decoding, scoring of given answers, and the mixture's
+kernel.
 
     python benchmarks/answers.py                         # everything: about eight minutes on an H100
     python benchmarks/answers.py --only kernel decode    # some parts
@@ -80,7 +81,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def agents_of(options: argparse.Namespace, num_agents: int, device: torch.device, dtype: torch.dtype) -> Agents:
+def agents_of(
+    options: argparse.Namespace, num_agents: int, device: torch.device, dtype: torch.dtype
+) -> Agents:
     torch.manual_seed(0)
     base = random_base(options.model, device, dtype, "eager")
     shape = LoraShape(RANK, 2.0 * RANK, TARGETS, random_init=True, seed=0)
@@ -157,7 +160,8 @@ def decode_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
 def decoding(
     agents: Agents, answerers: Sequence[Answerer], prompts: list[list[int]], new_tokens: int
 ) -> dict[str, float]:
-    """From the difference of a long and a short run, so that the prompts and the capture count for nothing."""
+    """From the difference of a long and a short run, so that
+    the prompts and the capture count for nothing."""
     seconds, device = [], next(agents.parameters()).device
     for tokens in (17, new_tokens + 17, 17, new_tokens + 17):
         wait(device)
@@ -232,7 +236,9 @@ def kernel_rows(options: argparse.Namespace, device: torch.device, dtype: torch.
     return rows
 
 
-def time_way(way: Callable, sets: Sequence[Tensor], weight_K: Tensor, how: dict, device: torch.device) -> float:
+def time_way(
+    way: Callable, sets: Sequence[Tensor], weight_K: Tensor, how: dict, device: torch.device
+) -> float:
     """Median ms of one call, the sets in turn; on a GPU as it runs while decoding, captured."""
     for logits_KNV in sets:
         way(logits_KNV, weight_K, **how)
@@ -246,7 +252,11 @@ def time_way(way: Callable, sets: Sequence[Tensor], weight_K: Tensor, how: dict,
 def table(name: str, rows: dict[str, Any]) -> str:
     lines = [f"--- {name}"]
     for key, value in rows.items():
-        shown = ", ".join(f"{k} {_short(v)}" for k, v in value.items()) if isinstance(value, dict) else _short(value)
+        shown = (
+            ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+            if isinstance(value, dict)
+            else _short(value)
+        )
         lines.append(f"{key}: {shown}")
     return "\n".join(lines)
 

@@ -1,7 +1,8 @@
-"""The baseline: K LoRA agents over one base by switching adapters, with stock PEFT and without Chorus' layers.
+"""The baseline: K LoRA agents over one base by switching adapters, with stock PEFT and without Chorus'
+layers.
 
-Each agent's forward and backward run under its own adapter before the switch to the next: no other order gives
-every agent its gradient. The agents are not coupled: that would need all of them at once.
+Each agent's forward and backward run under its own adapter before the switch to the next: no other order
+gives every agent its gradient. The agents are not coupled: that would need all of them at once.
 """
 
 from collections.abc import Callable, Mapping

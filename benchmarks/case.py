@@ -118,12 +118,15 @@ def attention_of(case: Case, device: torch.device, dtype: torch.dtype, compiled:
 def start(config: Config, base: PreTrainedModel, execution: Execution, accelerator: Accelerator) -> Engine:
     """Chorus' agents on `base`, under its engine, as in train.py."""
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
-    agents = build_agents(config.parallel_mode, base, int(config.num_agents), lora_shape(config), rates, execution)
+    agents = build_agents(
+        config.parallel_mode, base, int(config.num_agents), lora_shape(config), rates, execution
+    )
     return start_engine(accelerator, agents, config)
 
 
 def step_of(engine: Engine, config: Config, batch: Batch) -> Callable[[], Tensor]:
-    """An optimiser step of one micro-batch, as train.py's loop takes it; gives each agent's mean NLL before it."""
+    """An optimiser step of one micro-batch, as train.py's loop
+    takes it; gives each agent's mean NLL before it."""
     loss_fn, steps = objective_of(config, config, engine.gather), count()
     own_targets = len(batch.target_rows_N)
 

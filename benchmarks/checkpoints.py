@@ -1,8 +1,9 @@
 """What a save adds to a step: `python benchmarks/checkpoints.py [--steps N] [key=value ...]`.
 
-It runs the same training twice in this process, without saves and with one after every step; by default with the
-settings of configs.yaml. Times are medians: of a step, from log line to log line; of a save, and of the fsync calls
-in it, one for each file and folder; of verifying and reading the last checkpoint, as a resume does.
+It runs the same training twice in this process, without saves and with one after every step; by default with
+the settings of configs.yaml. Times are medians: of a step, from log line to log line; of a save, and of the
+fsync calls in it, one for each file and folder; of verifying and reading the last checkpoint, as a resume
+does.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def timed(act: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
 def step_ms(output_dir: Path) -> float:
     """Median time between the log lines of two steps; the first three steps warm up."""
     lines = re.findall(
-        r"^(\S+ \S+) INFO chorus\.monitoring\.run_log: step ", (output_dir / "train.log").read_text(), re.MULTILINE
+        r"^(\S+ \S+) INFO chorus\.monitoring\.run_log: step ",
+        (output_dir / "train.log").read_text(),
+        re.MULTILINE,
     )
     times = [datetime.strptime(line, "%Y-%m-%d %H:%M:%S,%f").timestamp() for line in lines]
     return 1000 * statistics.median(b - a for a, b in itertools.pairwise(times[3:]))
@@ -75,7 +78,10 @@ def main() -> None:
             timed(read_tensors, reads)(last, saved.optimizer_step)
         num_syncs = len(syncs) // len(saves)
         without, with_saves = (step_ms(folder) for folder in folders.values())
-    print(f"a checkpoint of {size:,} bytes ({export.ADAPTER_FILE} of each agent, optimizer.safetensors and the rest)")
+    print(
+        f"a checkpoint of {size:,} bytes ({export.ADAPTER_FILE} of each agent, optimizer.safetensors and "
+        "the rest)"
+    )
     print(f"a step without a save   {without:7.1f} ms")
     print(f"a step with one         {with_saves:7.1f} ms")
     print(f"the save                {1000 * statistics.median(saves):7.1f} ms")

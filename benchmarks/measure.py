@@ -1,11 +1,12 @@
 """One row of a benchmark: an optimiser step of one mode, on one base, timed in processes of its own.
 
-`modes.py` calls `measure` in a fresh process. `table.py` starts this file by a launcher, on one or several processes:
+`modes.py` calls `measure` in a fresh process. `table.py` starts this file by a launcher, on one or several
+processes:
 
     accelerate launch [...] benchmarks/measure.py '{"model": "tiny", "K": 2, ...}' FILE
 
-where the first process writes the figures to FILE. Weights and token ids are random, and the same on every process and
-in every row.
+where the first process writes the figures to FILE. Weights and token ids are random, and the same on every
+process and in every row.
 """
 
 import json
@@ -38,7 +39,10 @@ from chorus.model.execution import decide_execution
 from chorus.monitoring.flops import Work, work_of
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator, zero_stage
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, of losses of the same agents in another mode
+TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 1e-2,
+}  # relative, of losses of the same agents in another mode
 
 
 def measure(
@@ -50,7 +54,8 @@ def measure(
     expected_loss_K: list[float] | None = None,
     profile_to: Path | None = None,
 ) -> Row:
-    """One row: median ms of a step after warm-up, the peak memory of those steps, and the rates. A collective call.
+    """One row: median ms of a step after warm-up, the peak memory of those steps, and the rates. A collective
+    call.
 
     The slowest process and the one with the most memory count.
 
@@ -70,11 +75,15 @@ def measure(
     first_loss_K = step().tolist()
     first_step_s = time.perf_counter() - started
     differs = difference(first_loss_K, expected_loss_K or first_loss_K, TOLERANCE[dtype])
-    num_steps = num_timed(steps, max(gather_object([warm_up(step, device)])))  # the same number on every process
+    num_steps = num_timed(
+        steps, max(gather_object([warm_up(step, device)]))
+    )  # the same number on every process
     accelerator.wait_for_everyone()
     times = list(timed(step, num_steps, device))
     if profile_to is not None:
-        write_profile(step, profile_to / f"profile-{case.name.replace(' ', '-').replace('/', '-')}.txt", device)
+        write_profile(
+            step, profile_to / f"profile-{case.name.replace(' ', '-').replace('/', '-')}.txt", device
+        )
     figures = {
         **rates(case, work, times, matmul, accelerator),
         "warm_up_s": first_step_s,
@@ -92,7 +101,8 @@ def measure(
 def rates(case: Case, work: Work, times: list[float], matmul: float, accelerator: Accelerator) -> Row:
     """Of all processes together, from this one's milliseconds. A collective call."""
     ms, fastest, slowest, peaks = zip(
-        *gather_object([(median(times), min(times), max(times), reserved_gib(accelerator.device))]), strict=True
+        *gather_object([(median(times), min(times), max(times), reserved_gib(accelerator.device))]),
+        strict=True,
     )
     seconds, lengths = max(ms) / 1000, lengths_of(case)
     useful = sum(work.useful_flops(case.K, length, case.K * length) for length in lengths) / seconds / 1e12
@@ -110,23 +120,32 @@ def rates(case: Case, work: Work, times: list[float], matmul: float, accelerator
 
 
 def difference(first_loss_K: list[float], expected_loss_K: list[float], tolerance: float) -> float:
-    """The largest relative difference of an agent's loss from the expected one, which must be within the tolerance."""
+    """The largest relative difference of an agent's loss from the
+    expected one, which must be within the tolerance."""
     worst = max(abs(own / other - 1) for own, other in zip(first_loss_K, expected_loss_K, strict=True))
     if not worst <= tolerance:
-        raise ValueError(f"losses {first_loss_K} differ by {worst:.1e} from {expected_loss_K} of the same agents")
+        raise ValueError(
+            f"losses {first_loss_K} differ by {worst:.1e} from {expected_loss_K} of the same agents"
+        )
     return worst
 
 
 def prepare(
     case: Case, config: Config, base: PreTrainedModel, batch: Batch, accelerator: Accelerator
 ) -> tuple[Callable[[], Tensor], str, str, Callable[[], object]]:
-    """The step of a case, from the same adapters in every mode; its execution and notes, for the table; its end."""
+    """The step of a case, from the same adapters in every mode;
+    its execution and notes, for the table; its end."""
     attention = f"{base.config._attn_implementation} attention"
     if "switching" not in case.mode:
         execution = decide_execution(config, accelerator.device)
         engine = start(config, base, execution, accelerator)
         ways = {"compiled": execution.compiled, "captured": execution.captured}
-        return step_of(engine, config, batch), ", ".join(way for way in ways if ways[way]), attention, engine.close
+        return (
+            step_of(engine, config, batch),
+            ", ".join(way for way in ways if ways[way]),
+            attention,
+            engine.close,
+        )
     shape = lora_shape(config)
     agents = build_agents("sequential", copy_sharing_storage(base), case.K, shape, Regularisation(0, 0, 0))
     initial = {identity: tensor.detach() for identity, tensor in agents.adapter_tensors().items()}
@@ -143,7 +162,9 @@ def write_profile(step: Callable[[], Any], path: Path, device: torch.device) -> 
         wait(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     averages = profiler.key_averages()
-    by_device = averages.table(sort_by=f"self_{device.type}_time_total", row_limit=60, max_name_column_width=90)
+    by_device = averages.table(
+        sort_by=f"self_{device.type}_time_total", row_limit=60, max_name_column_width=90
+    )
     path.write_text(f"{by_device}\n{averages.table(sort_by='self_cpu_time_total', row_limit=40)}\n")
 
 
@@ -154,7 +175,8 @@ def measure_alone(case: Case, rank: int, **settings: Any) -> Row:
 
 
 def measure_as_launched(row: Row, file: Path) -> None:
-    """Measure a row of `table.py` in the processes that a launcher started. The first one writes the figures."""
+    """Measure a row of `table.py` in the processes that a
+    launcher started. The first one writes the figures."""
     case = Case(**{field: row[field] for field in Case._fields})
     config = run_config(case, row["rank"], str(file.parent))
     accelerator = make_accelerator(config)

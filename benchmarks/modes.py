@@ -4,9 +4,10 @@
     python benchmarks/modes.py --only 4x4x512 --minutes 5         # those of them whose name has this in it
     python benchmarks/modes.py --model gemma-2-2b --shapes 4x1x512 --modes fused switching --recompute none full
 
-prints a table and writes modes.md and modes.json to --out, where a row that is measured again replaces the earlier one.
-A shape is K x B x T. Weights and token ids are random, every token is a target. One step is forward, backward, clipping
-and AdamW. Every row runs in a process of its own, so that a row that runs out of memory does not affect the others.
+prints a table and writes modes.md and modes.json to --out, where a row that is measured again replaces the
+earlier one. A shape is K x B x T. Weights and token ids are random, every token is a target. One step is
+forward, backward, clipping and AdamW. Every row runs in a process of its own, so that a row that runs out of
+memory does not affect the others.
 """
 
 import argparse
@@ -31,7 +32,9 @@ from chorus.model.kernels.decoder_layers import Recompute
 from chorus.training.engine import DTYPES, decide_precision
 
 MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
-SLOWEST_ROW_S = 180  # a row that takes longer is abandoned: compiling and capturing takes 20 to 60 s, the steps a few
+SLOWEST_ROW_S = (
+    180  # a row that takes longer is abandoned: compiling and capturing takes 20 to 60 s, the steps a few
+)
 SHORTEST_ROW_S = 20  # no row starts with less time left
 SAME_RUN = ("device", "dtype", "torch", "commit")  # rows that agree in these may be compared
 
@@ -49,7 +52,9 @@ def headline_rows() -> list[Case]:
         Case(small, "tuned switching", 4, 1, 512),
         Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=2),  # its aim includes memory
         Case(large, "fused", 4, 4, 1024, "full", compiled=True, agents_per_pass=1),
-        Case(small, "fused", 4, 1, 512, "full", compiled=True),  # the least memory with all agents in one pass
+        Case(
+            small, "fused", 4, 1, 512, "full", compiled=True
+        ),  # the least memory with all agents in one pass
         Case(small, "fused", 4, 4, 512, "selective", **fast),
         Case(small, "fused", 4, 8, 512, **fast, mixed=True),
         Case(small, "fused", 4, 8, 512, **fast, mixed=True, packing=True),
@@ -80,9 +85,12 @@ def chosen_rows(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def alone(case: Case, seconds: float, **settings: Any) -> Row | None:
-    """`measure_alone` in a process of its own: its row, or `failed` with the reason. None: not within these seconds."""
+    """`measure_alone` in a process of its own: its row, or `failed`
+    with the reason. None: not within these seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["measure"])  # each row starts with everything imported and no GPU touched yet
+    context.set_forkserver_preload(
+        ["measure"]
+    )  # each row starts with everything imported and no GPU touched yet
     ours, theirs = context.Pipe(duplex=False)
     process, begun = context.Process(target=_measure_into, args=(theirs, case, settings)), time.monotonic()
     process.start()  # the first one waits for the imports
@@ -113,13 +121,33 @@ def case_of(row: Row) -> Case:
 
 def table(rows: Sequence[Row], newest: dict[str, Any] | None = None) -> str:
     """Rows of another run than `newest` name their device and commit."""
-    head = ["model", "mode", "K", "B x T", "recompute", "how", "ms/step", "agent-tok/s", "useful TFLOP/s", "of matmul"]
+    head = [
+        "model",
+        "mode",
+        "K",
+        "B x T",
+        "recompute",
+        "how",
+        "ms/step",
+        "agent-tok/s",
+        "useful TFLOP/s",
+        "of matmul",
+    ]
     lines = [[*head, "peak GiB", "notes"]]
     for row in rows:
-        lengths = " to ".join(f"{length}" for length in ([row["T"] // 8] if row["mixed"] else []) + [row["T"]])
+        lengths = " to ".join(
+            f"{length}" for length in ([row["T"] // 8] if row["mixed"] else []) + [row["T"]]
+        )
         groups = [f"groups of {row['agents_per_pass']}"] if row["agents_per_pass"] else []
         how = ", ".join([*(flag for flag in FLAGS if row[flag]), *groups])
-        start = [row["model"], row["mode"], str(row["K"]), f"{row['B']} x {lengths}", recompute_cell(row), how]
+        start = [
+            row["model"],
+            row["mode"],
+            str(row["K"]),
+            f"{row['B']} x {lengths}",
+            recompute_cell(row),
+            how,
+        ]
         if "failed" in row:
             lines.append([*start, "failed", *[""] * 4, row["failed"]])
             continue
@@ -132,7 +160,8 @@ def table(rows: Sequence[Row], newest: dict[str, Any] | None = None) -> str:
                 f"{row['useful_tflops']:.1f}",
                 f"{row['share_of_matmul']:.0%}",
                 gib_cell(row),
-                row["notes"] + (f"; {row['about']['device']}, {row['about']['commit']}" if is_of_another_run else ""),
+                row["notes"]
+                + (f"; {row['about']['device']}, {row['about']['commit']}" if is_of_another_run else ""),
             ]
         )
     return markdown_table(lines)
@@ -143,7 +172,8 @@ def is_same_run(row: Row, about: dict[str, Any]) -> bool:
 
 
 def equality(rows: Sequence[Row]) -> str:
-    """How far first losses of the same agents over the same samples differ. A row that differs more is not timed."""
+    """How far first losses of the same agents over the same
+    samples differ. A row that differs more is not timed."""
     said = []
     measured = [row for row in rows if "failed" not in row]
     for key in dict.fromkeys(case_of(row).same_losses for row in measured):
@@ -151,7 +181,9 @@ def equality(rows: Sequence[Row]) -> str:
         modes = list(dict.fromkeys(row["mode"] for row in same))
         if len(same) > 1:
             worst = max(row["loss_differs"] for row in same)
-            said.append(f"losses of {', '.join(modes)} agree to {worst:.1e} ({key[0]} {key[1]}x{key[2]}x{key[3]})")
+            said.append(
+                f"losses of {', '.join(modes)} agree to {worst:.1e} ({key[0]} {key[1]}x{key[2]}x{key[3]})"
+            )
     return "; ".join(said) or "nothing to compare, one row of each shape"
 
 
@@ -177,20 +209,28 @@ the allocator reserved, the memory of CUDA graphs included.
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", metavar="KxBxT", help="rows of your own, in place of the headline rows")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="KxBxT", help="rows of your own, in place of the headline rows"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", default=[""], help="only rows with one of these in the name"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and measure none")
-    parser.add_argument("--minutes", type=float, default=60.0, help="end after this time; the rows left out are named")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="end after this time; the rows left out are named"
+    )
     parser.add_argument("--model", nargs="+", default=None)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--recompute", nargs="+", choices=get_args(Recompute), default=["none"])
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="yes" if on_gpu else "no")
     parser.add_argument("--graphs", choices=["no", "yes", "both"], default="yes" if on_gpu else "no")
-    parser.add_argument("--mixed", action="store_true", help="also samples of T / 8 to T tokens, a row each and packed")
+    parser.add_argument(
+        "--mixed", action="store_true", help="also samples of T / 8 to T tokens, a row each and packed"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="write a profiler table of a step of each row")
@@ -205,7 +245,9 @@ def arguments() -> argparse.Namespace:
 def expected_loss(case: Case, rows: Sequence[Row], about: dict[str, Any]) -> list[float] | None:
     """Each agent's first loss by another row of the same machine and commit, if there is one."""
     others = (row for row in rows if case_of(row) != case and case_of(row).same_losses == case.same_losses)
-    return next((row["first_loss"] for row in others if "failed" not in row and is_same_run(row, about)), None)
+    return next(
+        (row["first_loss"] for row in others if "failed" not in row and is_same_run(row, about)), None
+    )
 
 
 def main() -> None:
@@ -230,7 +272,9 @@ def main() -> None:
         outcome = alone(case, min(SLOWEST_ROW_S, left), **settings, expected_loss_K=expected)
         if outcome is None and left < SLOWEST_ROW_S:
             break  # cut off by the end, which is not the row's fault: an earlier measurement stays
-        row = case._asdict() | (outcome or {"failed": f"took longer than {SLOWEST_ROW_S} s"}) | {"about": about}
+        row = (
+            case._asdict() | (outcome or {"failed": f"took longer than {SLOWEST_ROW_S} s"}) | {"about": about}
+        )
         failed = failed or "failed" in row
         results.add(row)
         waiting.pop(0)

@@ -1,4 +1,5 @@
-"""The rows of a benchmark on disk: NAME.json with every figure and NAME.md for readers, written after every row."""
+"""The rows of a benchmark on disk: NAME.json with every figure
+and NAME.md for readers, written after every row."""
 
 import json
 from collections.abc import Callable, Hashable, Sequence
@@ -17,10 +18,14 @@ class Results:
         page: the Markdown page of all rows.
     """
 
-    def __init__(self, out: Path, name: str, key: Callable[[Row], Hashable], page: Callable[[list[Row]], str]):
+    def __init__(
+        self, out: Path, name: str, key: Callable[[Row], Hashable], page: Callable[[list[Row]], str]
+    ):
         self._files = out / f"{name}.json", out / f"{name}.md"
         self._key, self._page, self._lock = key, page, Lock()
-        self.rows: list[Row] = json.loads(self._files[0].read_text())["rows"] if self._files[0].exists() else []
+        self.rows: list[Row] = (
+            json.loads(self._files[0].read_text())["rows"] if self._files[0].exists() else []
+        )
 
     def of(self, row: Row) -> Row | None:
         """The row of the same key, if there is one."""
@@ -41,7 +46,9 @@ class Results:
         """Write both files; returns the page."""
         page = self._page(self.rows)
         self._files[0].parent.mkdir(parents=True, exist_ok=True)
-        for file, text in zip(self._files, (json.dumps({"rows": self.rows}, indent=1) + "\n", page), strict=True):
+        for file, text in zip(
+            self._files, (json.dumps({"rows": self.rows}, indent=1) + "\n", page), strict=True
+        ):
             new = file.with_name(f"{file.name}.new")
             new.write_text(text)
             new.replace(file)

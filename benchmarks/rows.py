@@ -2,9 +2,10 @@
 
     python benchmarks/rows.py [--rows 100000] [--processes 1] [--checkout .]
 
-Rows of 300 characters are written to a folder of its own, and `train.py` of the checkout takes one step of them: first
-without a cache, then again. A run of 100 rows before tells what a start costs without rows; memory is what is grown
-beyond that one's, anonymous memory (of the process alone) and mapped files (shared by all) apart.
+Rows of 300 characters are written to a folder of its own, and `train.py` of the checkout takes one step of
+them: first without a cache, then again. A run of 100 rows before tells what a start costs without rows;
+memory is what is grown beyond that one's, anonymous memory (of the process alone) and mapped files (shared by
+all) apart.
 """
 
 import argparse
@@ -20,18 +21,42 @@ import time
 from pathlib import Path
 
 CHARACTERS = 300
-SETTINGS = ["num_agents=2", "lora_rank=2", "batch_size=4", "max_train_steps=1", "eval_samples=0", "logging_steps=1"]
+SETTINGS = [
+    "num_agents=2",
+    "lora_rank=2",
+    "batch_size=4",
+    "max_train_steps=1",
+    "eval_samples=0",
+    "logging_steps=1",
+]
 SETTINGS += ["max_seq_length=128", "resume_from_checkpoint=null"]
 
 
 def write_rows(path: Path, count: int) -> None:
     """`count` rows of prompt and answer, of 300 characters together with the template's."""
     draw = random.Random(0)
-    words = ["Ada", "Ben", "Clara", "has", "gives", "finds", "12", "7", "35", "apples", "coins", "eggs", "and", "then"]
+    words = [
+        "Ada",
+        "Ben",
+        "Clara",
+        "has",
+        "gives",
+        "finds",
+        "12",
+        "7",
+        "35",
+        "apples",
+        "coins",
+        "eggs",
+        "and",
+        "then",
+    ]
     with path.open("w") as file:
         for number in range(count):
             text = f"{number}: " + " ".join(draw.choices(words, k=70))
-            file.write(json.dumps({"question": text[: CHARACTERS - 30], "answer": f"{number % 97} apples"}) + "\n")
+            file.write(
+                json.dumps({"question": text[: CHARACTERS - 30], "answer": f"{number % 97} apples"}) + "\n"
+            )
 
 
 def memory_of(pid: int) -> tuple[float, float]:
@@ -66,15 +91,24 @@ def trainers_of(mark: str) -> list[int]:
     return sorted(found)
 
 
-def start(checkout: Path, rows: Path, processes: int, folder: Path) -> tuple[float, float, list[tuple[float, float]]]:
-    """Seconds to the end of the first step, processor seconds of all until then, and the most memory of each."""
+def start(
+    checkout: Path, rows: Path, processes: int, folder: Path
+) -> tuple[float, float, list[tuple[float, float]]]:
+    """Seconds to the end of the first step, processor seconds of
+    all until then, and the most memory of each."""
     mark = f"CHORUS_ROWS={folder}-{time.monotonic_ns()}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"PYTHONPATH": str(checkout / "src"), "HF_DATASETS_CACHE": str(folder / "cache")}
     name, value = mark.split("=")
     launcher = [sys.executable]
     if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
     command = [*launcher, "train.py", f"dataset_name={rows}", f"output_dir={folder}/run", *SETTINGS]
     begun = time.monotonic()
     process = subprocess.Popen(
@@ -114,7 +148,9 @@ def start(checkout: Path, rows: Path, processes: int, folder: Path) -> tuple[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--checkout", type=Path, default=Path(__file__).parents[1])
@@ -130,9 +166,12 @@ def main() -> None:
         print(f"100 rows: {base_s:.1f} s to the first step, {base_cpu:.1f} CPU-seconds", flush=True)
         for when in ("first start", "second start"):
             seconds, cpu, memory = start(checkout, many, options.processes, folder)
-            grown = [f"{own - other:.0f} + {f - g:.0f}" for (own, f), (other, g) in zip(memory, base, strict=True)]
+            grown = [
+                f"{own - other:.0f} + {f - g:.0f}" for (own, f), (other, g) in zip(memory, base, strict=True)
+            ]
             print(
-                f"{options.rows:,} rows, {when}: {seconds:.1f} s, {seconds - base_s:.1f} more; CPU-seconds {cpu:.1f}, "
+                f"{options.rows:,} rows, {when}: {seconds:.1f} s, {seconds - base_s:.1f} more; CPU-seconds "
+                f"{cpu:.1f}, "
                 f"{cpu - base_cpu:.1f} more; MiB grown, anonymous + mapped, a process: {', '.join(grown)}",
                 flush=True,
             )

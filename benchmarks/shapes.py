@@ -48,10 +48,13 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """A frozen base of a shape above, made on `device`; or the model of a hub id or folder, with its weights."""
+    """A frozen base of a shape above, made on `device`; or the
+    model of a hub id or folder, with its weights."""
     if name not in SHAPES:
         config = AutoConfig.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation=attention
+        )
         return model.to(device).requires_grad_(False)
     config = Gemma2Config(**SHAPES[name], dtype=dtype, attn_implementation=attention)
     before = torch.get_default_dtype()

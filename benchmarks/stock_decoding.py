@@ -1,4 +1,5 @@
-"""What decoding is compared with: members one after the other, and transformers' generate of one merged adapter."""
+"""What decoding is compared with: members one after the other,
+and transformers' generate of one merged adapter."""
 
 import time
 from collections.abc import Sequence
@@ -20,7 +21,9 @@ def one_after_the_other(
     answerers: list[tuple[int | None, ...]] = [(None,), *((k,) for k in agents.agents), agents.agents]
     length = max(map(len, prompts))
     ids_BT = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    mask_BT = torch.tensor(
+        [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
     for members in ([(None,)], answerers):  # the first is the warm-up
         wait(device)
         begun = time.perf_counter()
@@ -30,7 +33,9 @@ def one_after_the_other(
     return time.perf_counter() - begun
 
 
-def _answer(agents: Agents, members: Sequence[int | None], ids_BT: Tensor, mask_BT: Tensor, new_tokens: int) -> None:
+def _answer(
+    agents: Agents, members: Sequence[int | None], ids_BT: Tensor, mask_BT: Tensor, new_tokens: int
+) -> None:
     caches: list[Any] = [None] * len(members)
     for _ in range(new_tokens):
         position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]

@@ -3,9 +3,10 @@
     python benchmarks/table.py --seconds 540                      # what matters most first
     python benchmarks/table.py --rows "gemma-2-2b fused" "gemma-2-9b zero2 x1"
 
-writes table.md and table.json to --out after every row. A row that table.json holds is not measured again, so that the
-table can be made in pieces; a failed row is. `--list` prints the names of the rows in their order. Where there are more
-GPUs than a row needs, rows of different models run side by side. What counts as useful work: modes.py.
+writes table.md and table.json to --out after every row. A row that table.json holds is not measured again, so
+that the table can be made in pieces; a failed row is. `--list` prints the names of the rows in their order.
+Where there are more GPUs than a row needs, rows of different models run side by side. What counts as useful
+work: modes.py.
 """
 
 import argparse
@@ -67,7 +68,9 @@ def rows(options: argparse.Namespace, shapes: Sequence[tuple]) -> list[Row]:
                     of_the_launch = {"rank": options.rank, "engine": engine, "processes": processes}
                     found.append({**case._asdict(), **of_the_launch, "steps": options.steps})
     wanted = [row for row in found if not options.rows or any(is_named(row, words) for words in options.rows)]
-    return sorted(wanted, key=lambda row: next((i for i, name in enumerate(FIRST) if is_named(row, name)), len(FIRST)))
+    return sorted(
+        wanted, key=lambda row: next((i for i, name in enumerate(FIRST) if is_named(row, name)), len(FIRST))
+    )
 
 
 def is_named(row: Row, words: str) -> bool:
@@ -75,19 +78,34 @@ def is_named(row: Row, words: str) -> bool:
 
 
 def launcher(row: Row) -> list[str]:
-    """As train.py is launched; by module, because some machines lack the commands beside their interpreter."""
+    """As train.py is launched; by module, because some machines
+    lack the commands beside their interpreter."""
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     processes = ["--num_processes", str(row["processes"])]
     if row["engine"] == "zero2":
-        return [*accelerate, "--config_file", "accelerate_config.yaml", "--main_process_port", "0", *processes]
+        return [
+            *accelerate,
+            "--config_file",
+            "accelerate_config.yaml",
+            "--main_process_port",
+            "0",
+            *processes,
+        ]
     if torch.cuda.is_available():
         several = ["--multi_gpu", "--main_process_port", "0"] if row["processes"] > 1 else []
         return [*accelerate, *several, *processes]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={row['processes']}"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={row['processes']}",
+    ]
 
 
 def measured(row: Row, gpus: Sequence[str], seconds: float) -> Row | None:
-    """The row with its figures, or with `failed`, the reason. None: they did not come within these seconds."""
+    """The row with its figures, or with `failed`, the reason.
+    None: they did not come within these seconds."""
     with TemporaryDirectory() as folder:
         file, log = Path(folder) / "figures.json", Path(folder) / "log"
         command = [*launcher(row), str(Path(__file__).with_name("measure.py")), json.dumps(row), str(file)]
@@ -101,7 +119,9 @@ def measured(row: Row, gpus: Sequence[str], seconds: float) -> Row | None:
             return None
         if code != 0 or not file.exists():
             said = log.read_text(errors="replace")
-            fault = re.search(r"^(?:\[rank\d+\]: *)?((?:error|[\w.]*(?:Error|Exception)): .+)", said, re.MULTILINE)
+            fault = re.search(
+                r"^(?:\[rank\d+\]: *)?((?:error|[\w.]*(?:Error|Exception)): .+)", said, re.MULTILINE
+            )
             reason = fault.group(1) if fault else f"code {code}: {said.strip()[-150:]}"
             reason = " ".join(reason[:200].replace("|", "/").split())
             return {**row, "failed": reason, "log": said[-8000:]}
@@ -141,8 +161,10 @@ def table(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row]) -> str:
     abouts = {tuple(row["about"].items()): row["about"] for row in rows if "about" in row}
     described = "\n".join(
-        f"- {about['device']}, driver {about['driver']}, {about['dtype']}; torch {about['torch']}, transformers "
-        f"{about['transformers']}, deepspeed {about['deepspeed']}; commit {about['commit']}: `{about['command']}`"
+        f"- {about['device']}, driver {about['driver']}, {about['dtype']}; torch {about['torch']}, "
+        "transformers "
+        f"{about['transformers']}, deepspeed {about['deepspeed']}; commit {about['commit']}: "
+        f"`{about['command']}`"
         for about in abouts.values()
     )
     return f"""# Time and memory of a step
@@ -162,19 +184,27 @@ over that of several with as many rows each.
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     on_gpu = torch.cuda.is_available()
     own = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()] if on_gpu else [1, 2]
-    parser.add_argument("--rows", nargs="+", metavar="WORDS", help="rows whose name has all words of one of these")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="WORDS", help="rows whose name has all words of one of these"
+    )
     parser.add_argument("--processes", nargs="+", type=int, default=own, help="numbers of GPUs")
     parser.add_argument("--attention", default="auto", help="as the key attn_implementation")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=float, default=200, help="seconds for one row")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after this time, even within a row")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="end after this time, even within a row"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the rows and end")
     # Figures of a CPU say nothing about the speed on a GPU: they do not go beside the table.
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent if on_gpu else ROOT / "runs" / "table")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent if on_gpu else ROOT / "runs" / "table"
+    )
     return parser.parse_args()
 
 
@@ -195,7 +225,9 @@ def waves(waiting: Sequence[Row], gpus: Sequence[str]) -> Iterator[list[tuple[li
         lanes: list[list[Row]] = [[] for _ in range(num_lanes)]
         for row in group:
             lanes[models.index(row["model"]) % num_lanes].append(row)
-        yield [(lane, gpus[number * processes : (number + 1) * processes]) for number, lane in enumerate(lanes)]
+        yield [
+            (lane, gpus[number * processes : (number + 1) * processes]) for number, lane in enumerate(lanes)
+        ]
 
 
 def in_order(row: Row) -> list[str]:
@@ -230,7 +262,10 @@ def main() -> None:
         measure_all(waiting, results, options.limit, timing.deadline(options.seconds))
     for row in wanted:
         known = results.of(row)
-        print(name_of(row) + (": not measured" if known is None else ": failed" if "failed" in known else ": measured"))
+        print(
+            name_of(row)
+            + (": not measured" if known is None else ": failed" if "failed" in known else ": measured")
+        )
     if results.rows and not options.list:
         print("\n".join(["", table(results.rows), "", *map(str, checks(results.rows))]))
 

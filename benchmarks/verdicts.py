@@ -31,7 +31,9 @@ class Verdict(NamedTuple):
 
 
 def name_of(row: Row) -> str:
-    return f"{row['model']} K={row['K']} {row['B']}x{row['T']} {row['mode']} {row['engine']} x{row['processes']}"
+    return (
+        f"{row['model']} K={row['K']} {row['B']}x{row['T']} {row['mode']} {row['engine']} x{row['processes']}"
+    )
 
 
 def key_of(row: Row) -> tuple:
@@ -39,7 +41,8 @@ def key_of(row: Row) -> tuple:
 
 
 def with_ratios(done: Sequence[Row]) -> list[Row]:
-    """Each row with its cost over the plain engine and its efficiency over one process, where those are measured."""
+    """Each row with its cost over the plain engine and its
+    efficiency over one process, where those are measured."""
     ms = {key_of(row): row["ms_per_step"] for row in done if "failed" not in row}
     result = []
     for row in done:
@@ -63,15 +66,20 @@ def checks(done: Sequence[Row]) -> list[Verdict]:
 
 
 def equal_losses(rows: Sequence[Row]) -> list[Verdict]:
-    """Over modes, engines and numbers of processes: each row starts with the same agents and the same batch."""
+    """Over modes, engines and numbers of processes: each row
+    starts with the same agents and the same batch."""
     losses: dict[str, list[float]] = {}
     for row in rows:
-        losses.setdefault(f"{row['model']} K={row['K']} {row['B']}x{row['T']}", []).append(fmean(row["first_loss"]))
+        losses.setdefault(f"{row['model']} K={row['K']} {row['B']}x{row['T']}", []).append(
+            fmean(row["first_loss"])
+        )
     verdicts = []
     for shape, values in losses.items():
         differ = max(values) / min(values) - 1
         verdicts.append(
-            Verdict(f"{shape}: the first losses agree", differ <= TOLERANCE, f"{len(values)} rows to {differ:.1e}")
+            Verdict(
+                f"{shape}: the first losses agree", differ <= TOLERANCE, f"{len(values)} rows to {differ:.1e}"
+            )
         )
     return verdicts
 
@@ -90,7 +98,9 @@ def large_base_fits(rows: Sequence[Row]) -> Verdict:
 
 def aims(rows: Sequence[Row]) -> list[Verdict]:
     """The cost of ZeRO-2 on one process, and the scaling of each engine; on a CPU for the tiny base."""
-    aimed_at = [row for row in rows if is_one_of(row, AIMED_AT)] or [row for row in rows if row["model"] == "tiny"]
+    aimed_at = [row for row in rows if is_one_of(row, AIMED_AT)] or [
+        row for row in rows if row["model"] == "tiny"
+    ]
     claim = f"ZeRO-2 costs at most {AT_MOST_OVER_PLAIN:.0%} over plain on one process"
     alone = [row for row in aimed_at if row["over_plain"] is not None and row["processes"] == 1]
     verdicts = [
@@ -100,7 +110,10 @@ def aims(rows: Sequence[Row]) -> list[Verdict]:
     claim = f"several processes give at least {LEAST_SCALING:.0%} of as many alone"
     several = [row for row in aimed_at if row["scaling"] is not None]
     return verdicts + (
-        [Verdict(claim, row["scaling"] >= LEAST_SCALING, f"{name_of(row)}: {row['scaling']:.1%}") for row in several]
+        [
+            Verdict(claim, row["scaling"] >= LEAST_SCALING, f"{name_of(row)}: {row['scaling']:.1%}")
+            for row in several
+        ]
         or [Verdict(claim, None, "not measured")]
     )
 

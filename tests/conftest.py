@@ -11,7 +11,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy tensors: a second thread only waits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-CACHE = tempfile.TemporaryDirectory(prefix="chorus-tests-")  # tokenised rows, of these tests and what they start
+CACHE = tempfile.TemporaryDirectory(
+    prefix="chorus-tests-"
+)  # tokenised rows, of these tests and what they start
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 

@@ -22,14 +22,27 @@ MODES = ["fused", "sequential", "parallel", "switching", "tuned switching"]
 
 
 def bench(out: Path, *options: str) -> dict:
-    command = [sys.executable, str(BENCHMARKS / "modes.py"), "--model", "tiny", "--steps", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "modes.py"),
+        "--model",
+        "tiny",
+        "--steps",
+        "1",
+        "--out",
+        str(out),
+    ]
     subprocess.run([*command, *options], capture_output=True, text=True, timeout=900, check=False)
     return json.loads((out / "modes.json").read_text())
 
 
-def test_every_row_is_measured_where_its_losses_agree_and_one_that_fails_takes_no_other_with_it(tmp_path: Path):
+def test_every_row_is_measured_where_its_losses_agree_and_one_that_fails_takes_no_other_with_it(
+    tmp_path: Path,
+):
     written = bench(tmp_path, "--shapes", "2x4x32", "--mixed")
-    apart, packed = ([row for row in written["rows"] if row["mixed"] and row["packing"] == value] for value in (0, 1))
+    apart, packed = (
+        [row for row in written["rows"] if row["mixed"] and row["packing"] == value] for value in (0, 1)
+    )
     rows = [row for row in written["rows"] if not row["mixed"]]
     assert [row["mode"] for row in rows] == MODES
     assert f"losses of {', '.join(MODES)} agree to " in (tmp_path / "modes.md").read_text()
@@ -43,7 +56,8 @@ def test_every_row_is_measured_where_its_losses_agree_and_one_that_fails_takes_n
         assert (one["rows_of_the_batch"], other["rows_of_the_batch"]) == ([4, 32], [3, 32])
         assert other["loss_differs"] < 1e-5
 
-    # A row measured again takes its old self's place, and one that fails stands as that, with the others beside it.
+    # A row measured again takes its old self's place, and one that fails stands as that, with the others
+    # beside it.
     rows[1]["first_loss"] = [1.0, 1.0]  # sequential: the first row that a new measurement is compared with
     (tmp_path / "modes.json").write_text(json.dumps({"rows": rows[1:]}))
     again = bench(tmp_path, "--shapes", "2x4x32", "--only", "fused")["rows"]
@@ -86,7 +100,9 @@ def test_a_row_that_fails_says_why_and_one_that_is_given_up_leaves_no_process_be
     assert "no/such/model" in failed["failed"]
     assert "Traceback" in failed["log"]
     assert table.measured(both, [], seconds=1.0) is None
-    launched = subprocess.Popen([*table.launcher(both), str(BENCHMARKS / "measure.py"), json.dumps(both), "/dev/null"])
+    launched = subprocess.Popen(
+        [*table.launcher(both), str(BENCHMARKS / "measure.py"), json.dumps(both), "/dev/null"]
+    )
     wait_for(lambda: len(processes_of(tmp_path)) == 3)
     table.end(launched)
     assert processes_of(tmp_path) == []
@@ -128,7 +144,9 @@ def test_rows_of_a_model_keep_to_one_gpu_and_nothing_runs_beside_a_row_that_need
 
 
 @pytest.mark.launch
-def test_a_row_that_the_end_cuts_off_is_left_out_and_not_said_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_row_that_the_end_cuts_off_is_left_out_and_not_said_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(table, "SHORTEST_ROW_S", 0.0)
     results = Results(tmp_path, "table", table.key_of, table.page)
     table.measure_all(table.rows(options(), table.ON_CPU), results, limit=100, deadline=time.monotonic() + 2)
@@ -136,7 +154,13 @@ def test_a_row_that_the_end_cuts_off_is_left_out_and_not_said_to_fail(tmp_path: 
 
 
 def figures(
-    mode: str, engine: str, processes: int, ms: float, model: str = "tiny", K: int = 2, gib: float | None = None
+    mode: str,
+    engine: str,
+    processes: int,
+    ms: float,
+    model: str = "tiny",
+    K: int = 2,
+    gib: float | None = None,
 ):
     case = Case(model, mode, K, 4, 512) if model != "tiny" else Case(model, mode, K, 2, 16)
     of_the_launch = {"rank": 16, "engine": engine, "processes": processes}
@@ -150,7 +174,9 @@ def verdict(rows: list[dict[str, Any]], words: str) -> bool | None:
 
 def test_rows_are_compared_with_the_plain_engine_and_with_one_process():
     rows = [figures("fused", *of) for of in (("plain", 1, 100.0), ("zero2", 1, 104.0), ("zero2", 4, 130.0))]
-    one, zero, four = verdicts.with_ratios([*rows, {**rows[0], "mode": "parallel", "failed": "out of memory"}])[:3]
+    one, zero, four = verdicts.with_ratios(
+        [*rows, {**rows[0], "mode": "parallel", "failed": "out of memory"}]
+    )[:3]
     assert (one["over_plain"], one["scaling"]) == (None, None)
     assert (zero["over_plain"], zero["scaling"]) == (pytest.approx(0.04), None)
     assert (four["over_plain"], four["scaling"]) == (None, pytest.approx(0.8))

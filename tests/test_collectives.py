@@ -111,7 +111,9 @@ def test_an_error_of_any_process_is_every_processs_and_names_its_host(
 ):
     """This process, and another whose outcome arrives by the gathering."""
     other = InputError("disk full")
-    monkeypatch.setattr(collectives, "gather_object", lambda outcomes: [*outcomes, (other, "far"), (None, "farther")])
+    monkeypatch.setattr(
+        collectives, "gather_object", lambda outcomes: [*outcomes, (other, "far"), (None, "farther")]
+    )
 
     def act() -> None:
         if own is not None:
@@ -143,7 +145,11 @@ def test_what_differs_from_the_first_process_is_refused_with_both_values(monkeyp
 
 
 def test_an_error_that_is_not_about_another_process_is_left_as_it_is():
-    for error in (RuntimeError("CUDA out of memory"), RunError("agent 0: full disk"), ValueError("gloo timed out")):
+    for error in (
+        RuntimeError("CUDA out of memory"),
+        RunError("agent 0: full disk"),
+        ValueError("gloo timed out"),
+    ):
         with pytest.raises(type(error)) as caught, lost_processes_named(3):
             raise error
         assert caught.value is error
@@ -152,8 +158,14 @@ def test_an_error_that_is_not_about_another_process_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2946"), "has ended"),
-        (RuntimeError("[/gloo/buf.cc:81] Timed out waiting 3000ms for recv operation"), "did not answer within 3 s"),
+        (
+            RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2946"),
+            "has ended",
+        ),
+        (
+            RuntimeError("[/gloo/buf.cc:81] Timed out waiting 3000ms for recv operation"),
+            "did not answer within 3 s",
+        ),
         (torch.distributed.DistStoreError("wait timeout after 3000ms"), "did not answer within 3 s"),
         (torch.distributed.DistNetworkError("Failed to recv, got 0 bytes"), "has ended"),
     ],
@@ -176,7 +188,8 @@ LOST = (*LOST, "save_steps=2", "save_total_limit=null", "lambda_sw=0.1", "batch_
 
 
 def lose(command: list[str], where: str, act: str, folder: Path, timeout_s: int) -> tuple[int, str, float]:
-    """Launch a run that loses a process; exit code, what it said, and how long it took from the loss to the end."""
+    """Launch a run that loses a process; exit code, what it
+    said, and how long it took from the loss to the end."""
     settings = (*LOST, f"output_dir={folder}/run", f"collective_timeout_s={timeout_s}")
     with (folder / "log").open("w") as log:
         launcher = subprocess.Popen(
@@ -205,13 +218,21 @@ def test_no_signal_takes_the_last_line_or_the_exit_code_of_a_run_that_is_stopped
 ):
     """As from a launcher that is asked twice, or has seen another process end."""
     command = [sys.executable, "train.py"] if processes == 1 else ddp(2)
-    ended = launch([*command[:-1], "tests/helpers/fault_worker.py", "last words", act], f"output_dir={tmp_path}", *LOST)
-    lines = [line for line in ended.stderr.splitlines() if re.match("stopped and saved after step 5;|error: ", line)]
+    ended = launch(
+        [*command[:-1], "tests/helpers/fault_worker.py", "last words", act], f"output_dir={tmp_path}", *LOST
+    )
+    lines = [
+        line
+        for line in ended.stderr.splitlines()
+        if re.match("stopped and saved after step 5;|error: ", line)
+    ]
     codes = re.findall(r"exitcode +: (-?\d+) ", ended.stderr) if processes > 1 else [str(ended.returncode)]
     if act == "ask":
         assert (len(lines), codes) == (processes, ["4"] * processes), ended.stderr[-3000:]
     else:
-        assert [line[:42] for line in lines] == ["error: process 0: another process has ende"], ended.stderr[-3000:]
+        assert [line[:42] for line in lines] == ["error: process 0: another process has ende"], ended.stderr[
+            -3000:
+        ]
         assert sorted(codes) == ["-9", "3"], ended.stderr[-3000:]
     assert step_of(checkpoints(tmp_path)[0]) == (5 if act == "ask" else 4)
 
@@ -263,7 +284,9 @@ def test_a_process_that_runs_out_of_memory_says_so_and_all_end_with_the_last_che
     assert len(lines) == 2, said[-3000:]
     own, other = sorted(lines, key=lambda line: "another process has ended" in line)
     assert own.startswith(f"error: process {victim}: out of memory in training, at "), lines
-    assert "4294967296.00 GiB asked for; set gradient_checkpointing=full, or parallel_mode=sequential, or" in own
+    assert (
+        "4294967296.00 GiB asked for; set gradient_checkpointing=full, or parallel_mode=sequential, or" in own
+    )
     assert other.startswith(f"error: process {1 - victim}: another process has ended")
     assert sorted(re.findall(r"exitcode +: (-?\d+) ", said)) == ["3", "3"], said[-3000:]
     announced = [2] if where == "save" else [4, 2]

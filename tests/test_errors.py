@@ -33,11 +33,17 @@ def run(statement: str) -> subprocess.CompletedProcess[str]:
         ("raise RunError('agent 1: loss is nan')", 3, "error: agent 1: loss is nan\n"),
         ("raise Preempted('stopped and saved after step 7')", 4, "stopped and saved after step 7\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
-        ("bytearray(10**16)", 3, "error: out of memory: MemoryError; end what else uses the device, or ask for less\n"),
+        (
+            "bytearray(10**16)",
+            3,
+            "error: out of memory: MemoryError; end what else uses the device, or ask for less\n",
+        ),
         ("pass", 0, ""),
     ],
 )
-def test_an_error_meant_for_people_is_one_line_on_stderr_and_an_exit_code(statement: str, code: int, line: str):
+def test_an_error_meant_for_people_is_one_line_on_stderr_and_an_exit_code(
+    statement: str, code: int, line: str
+):
     ended = run(statement)
     assert (ended.returncode, ended.stderr, ended.stdout) == (code, line, "")
 
@@ -91,7 +97,8 @@ def led_to(cause: BaseException) -> BaseException:
 
 
 CUDA = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.19 GiB is "
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+    "1.19 GiB is "
     "free. Process 1 has 77.92 GiB memory in use."
 )
 
@@ -105,15 +112,22 @@ CUDA = (
         (raised_by(lambda: np.empty(2**53)), "64.0 PiB asked for"),
         (raised_by(lambda: bytearray(2**60)), "MemoryError"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (
+            RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "CUBLAS_STATUS_ALLOC_FAILED",
+        ),
         (RuntimeError("CUDA error: out of memory\nmore"), "CUDA error: out of memory"),
     ],
     ids=str,
 )
-def test_a_lack_of_memory_is_known_whoever_has_it_and_says_what_was_asked_for(error: BaseException, asked: str):
+def test_a_lack_of_memory_is_known_whoever_has_it_and_says_what_was_asked_for(
+    error: BaseException, asked: str
+):
     assert (out_of_memory(error) or "").startswith(asked)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("ours"), OSError(28, "No space left"), led_to(ValueError("ours"))])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("ours"), OSError(28, "No space left"), led_to(ValueError("ours"))]
+)
 def test_no_other_error_is_a_lack_of_memory(error: BaseException):
     assert out_of_memory(error) is None

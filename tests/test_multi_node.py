@@ -1,7 +1,7 @@
 """docs/multi-node.md as it is written: a launcher a host, a shared folder, and a host that is lost.
 
-Two hosts are two network namespaces, each with an address of its own on a cable between them, where this machine allows
-it (root, and iproute2's `ip`); elsewhere two launchers on the loopback.
+Two hosts are two network namespaces, each with an address of its own on a cable between them, where this
+machine allows it (root, and iproute2's `ip`); elsewhere two launchers on the loopback.
 """
 
 import json
@@ -23,7 +23,13 @@ from chorus.checkpoint.store import checkpoints, step_of
 pytestmark = pytest.mark.launch
 PATIENCE = 300.0  # seconds, for a machine with other work
 # Without an end: each run is stopped once it has what is to be seen, however fast the machine is.
-SETTINGS = ("num_agents=2", "eval_samples=0", "debug_subset_size=200", "max_train_steps=100000", "logging_steps=1")
+SETTINGS = (
+    "num_agents=2",
+    "eval_samples=0",
+    "debug_subset_size=200",
+    "max_train_steps=100000",
+    "logging_steps=1",
+)
 SAVING = ("save_steps=5", "save_total_limit=null")
 
 
@@ -41,13 +47,28 @@ def hosts() -> Iterator[list[Host]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        ip(
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            names[1],
+        )
         addresses = [f"10.211.0.{number}" for number in (1, 2)]
         for name, address in zip(names, addresses, strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             for interface in ("lo", "eth0"):
                 ip("-n", name, "link", "set", interface, "up")
-        yield [Host(["ip", "netns", "exec", *own], "eth0", at) for *own, at in zip(names, addresses, strict=True)]
+        yield [
+            Host(["ip", "netns", "exec", *own], "eth0", at) for *own, at in zip(names, addresses, strict=True)
+        ]
     except (OSError, subprocess.CalledProcessError):
         yield [Host([], "lo", f"127.0.0.{number}") for number in (1, 2)]
     finally:
@@ -98,12 +119,15 @@ def kill(host: Path) -> None:
 
 
 def stop_a_trainer(host: Path) -> None:
-    """SIGTERM to one that trains, and not to its launcher, which would kill it where 30 seconds are not enough."""
+    """SIGTERM to one that trains, and not to its launcher,
+    which would kill it where 30 seconds are not enough."""
     trainers = [n for n in processes_of(host) if b"\0LOCAL_RANK=" in Path(f"/proc/{n}/environ").read_bytes()]
     os.kill(trainers[0], signal.SIGTERM)
 
 
-def has_saved(output_dir: Path, step: int, launchers: list[subprocess.Popen], folder: Path) -> Callable[[], bool]:
+def has_saved(
+    output_dir: Path, step: int, launchers: list[subprocess.Popen], folder: Path
+) -> Callable[[], bool]:
     def condition() -> bool:
         logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))
         assert all(launcher.poll() is None for launcher in launchers), logs
@@ -127,7 +151,9 @@ def digests(checkpoint: Path) -> dict[str, Any]:
     return {name: value for name, value in files.items() if name.endswith(".safetensors")}
 
 
-def test_two_hosts_lose_one_go_on_together_and_are_the_run_of_one_host_bit_by_bit(hosts: list[Host], tmp_path: Path):
+def test_two_hosts_lose_one_go_on_together_and_are_the_run_of_one_host_bit_by_bit(
+    hosts: list[Host], tmp_path: Path
+):
     two, one = tmp_path / "two", tmp_path / "one"
     with running(hosts, tmp_path / "first", two) as launchers:
         wait_for(has_saved(two, 5, launchers, tmp_path / "first"), PATIENCE)

@@ -1,4 +1,5 @@
-"""CONTRIBUTING.md lists the private names of libraries that the source uses: what to look at when a library moves."""
+"""CONTRIBUTING.md lists the private names of libraries that the
+source uses: what to look at when a library moves."""
 
 import ast
 import re
@@ -37,7 +38,8 @@ def own_names(trees: list[ast.Module]) -> set[str]:
 
 
 def attribute_name(node: ast.Attribute, own: set[str]) -> str | None:
-    """The library's name in `node`: with its modules where they are written, otherwise the attribute alone."""
+    """The library's name in `node`: with its modules where they
+    are written, otherwise the attribute alone."""
     written = ast.unparse(node)
     if is_library_private(written):
         return written
@@ -49,7 +51,9 @@ def attribute_name(node: ast.Attribute, own: set[str]) -> str | None:
 
 
 def used_names(tree: ast.Module, own: set[str]) -> Iterator[str]:
-    longer = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}  # part of a longer name
+    longer = {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    }  # part of a longer name
     for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module)):
@@ -62,7 +66,8 @@ def used_names(tree: ast.Module, own: set[str]) -> Iterator[str]:
                 if name is not None:
                     yield name
             case ast.Call(
-                func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[where, ast.Constant(value=str(name)), *_]
+                func=ast.Name(id="getattr" | "hasattr" | "setattr"),
+                args=[where, ast.Constant(value=str(name)), *_],
             ):
                 if is_private(name) or ast.unparse(where) == "zero":
                     yield name

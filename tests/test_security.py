@@ -49,13 +49,22 @@ def test_every_model_is_loaded_from_safetensors_and_without_code_of_its_own():
     assert len(found) >= 5
     for call in found:
         assert "trust_remote_code=False" in call, call
-        assert "use_safetensors=True" in call or not call.startswith("AutoModelForCausalLM.from_pretrained"), call
+        assert "use_safetensors=True" in call or not call.startswith(
+            "AutoModelForCausalLM.from_pretrained"
+        ), call
 
 
 # ---- a pickle that writes a marker, under every name ----
 
 NAMES_OF_OTHERS = (
-    *("adapter_model.bin", "pytorch_model.bin", "model.pth", "optimizer.bin", "optimizer.pt", "scheduler.bin"),
+    *(
+        "adapter_model.bin",
+        "pytorch_model.bin",
+        "model.pth",
+        "optimizer.bin",
+        "optimizer.pt",
+        "scheduler.bin",
+    ),
     *("random_states_0.pkl", "custom_checkpoint_0.pkl", "training_args.bin", "rng_state.pth", "latest"),
     *("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "agent0_weights.pth"),
 )
@@ -96,7 +105,9 @@ def test_a_resume_runs_no_code_whatever_its_files_hold(tmp_path: Path, bomb: byt
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_resume_reads_no_file_of_other_tools_beside_its_own(tmp_path: Path, accelerator: Accelerator, bomb: bytes):
+def test_a_resume_reads_no_file_of_other_tools_beside_its_own(
+    tmp_path: Path, accelerator: Accelerator, bomb: bytes
+):
     config = config_of(tmp_path / "run")
     folder = save_run(config, accelerator, 1)
     for name in NAMES_OF_OTHERS:
@@ -118,7 +129,9 @@ def test_a_folder_of_pickles_alone_is_no_checkpoint(tmp_path: Path, accelerator:
 
 
 def test_stock_peft_reads_an_exported_adapter_without_unpickling_anything(tmp_path: Path, bomb: bytes):
-    tensors = {identity: tensor.detach() for identity, tensor in toy_agents("parallel").adapter_tensors().items()}
+    tensors = {
+        identity: tensor.detach() for identity, tensor in toy_agents("parallel").adapter_tensors().items()
+    }
     config = Config(num_agents=3, lora_rank=3, lora_alpha=6.0)
     save_ensemble(tmp_path / "run", tensors, [1 / 3] * 3, config, {})
     folder = tmp_path / "run" / "agents" / "agent_0"
@@ -160,20 +173,25 @@ def test_a_run_with_a_local_base_opens_no_connection_even_where_it_could(tmp_pat
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     more = {"PYTHONPATH": path, "WATCHED": str(watched)}
     for program in (["-c", probe], ["train.py", *SMALL, f"output_dir={tmp_path}/run"]):
-        subprocess.run([sys.executable, *program], cwd=ROOT, env=online() | more, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *program], cwd=ROOT, env=online() | more, check=True, capture_output=True
+        )
     assert watched.read_text() == "socket.connect ('127.0.0.1', 9)\n", "the probe's, and no other"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="there is no strace")
 def test_two_processes_connect_to_each_other_over_loopback_and_to_nothing_else(tmp_path: Path):
-    """All system calls, libraries' in C++ included. torch's rendezvous asks the resolver what 127.0.0.1 is called."""
+    """All system calls, libraries' in C++ included. torch's
+    rendezvous asks the resolver what 127.0.0.1 is called."""
     trace = tmp_path / "trace"
     run = [*ddp(2), *SMALL, "batch_size=1", f"output_dir={tmp_path}/run"]
     run.remove("batch_size=2")
     watched = ["strace", "-f", "-q", "-e", "trace=connect", "-o", str(trace), *run]
     subprocess.run(watched, cwd=ROOT, env=online(), check=True, capture_output=True)
-    connects = [line for line in trace.read_text().splitlines() if "AF_INET" in line and "htons(53)" not in line]
+    connects = [
+        line for line in trace.read_text().splitlines() if "AF_INET" in line and "htons(53)" not in line
+    ]
     assert connects, "the two have found each other"
     for line in connects:
         assert '"127.0.0.1"' in line or '"::ffff:127.0.0.1"' in line or '"::1"' in line, line

@@ -23,8 +23,22 @@ def test_seeds_do_not_change_between_versions():
 
 def test_different_inputs_give_different_seeds():
     inputs = [
-        *((seed, purpose, step, agent) for seed, purpose, step, agent in product(range(4), "abc", range(20), range(8))),
-        *[(0,), (0, "a"), (0, "a", 1), (0, "a1"), (0, "a", "1"), (0, 1), (1, 0), (0, 1, 0), (0, "1, 0"), (0, "a", "")],
+        *(
+            (seed, purpose, step, agent)
+            for seed, purpose, step, agent in product(range(4), "abc", range(20), range(8))
+        ),
+        *[
+            (0,),
+            (0, "a"),
+            (0, "a", 1),
+            (0, "a1"),
+            (0, "a", "1"),
+            (0, 1),
+            (1, 0),
+            (0, 1, 0),
+            (0, "1, 0"),
+            (0, "a", ""),
+        ],
         *[(0, "a', 'b"), (0, "a", "b"), (0, "ab"), (0, ""), (2**63 - 1,), (2**63 - 1, 0)],
     ]
     assert len({derive_seed(*one) for one in inputs}) == len(inputs)

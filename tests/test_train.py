@@ -1,4 +1,5 @@
-"""train.py as a user runs it, in real processes; where the launcher is not the matter, forked (preloaded.py)."""
+"""train.py as a user runs it, in real processes; where the
+launcher is not the matter, forked (preloaded.py)."""
 
 import json
 import os
@@ -38,7 +39,9 @@ def adapters(output_dir: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same_run(one: Path, other: Path, rows: list[dict], other_rows: list[dict], tolerance: float) -> None:
+def assert_same_run(
+    one: Path, other: Path, rows: list[dict], other_rows: list[dict], tolerance: float
+) -> None:
     assert [row["step"] for row in rows] == [row["step"] for row in other_rows]
     for row, other_row in zip(rows, other_rows, strict=True):
         for key in ("loss", "lr", "grad_norm"):
@@ -72,7 +75,13 @@ def coupled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
         (zero2(2), ("batch_size=4", "parallel_mode=fused")),
         (zero2(2), ("batch_size=4", "parallel_mode=sequential", "num_workers=1")),
     ],
-    ids=["sequential", "zero2-programmatic-checkpointing", "ddp-2", "zero2-2-fused", "zero2-2-sequential-workers"],
+    ids=[
+        "sequential",
+        "zero2-programmatic-checkpointing",
+        "ddp-2",
+        "zero2-2-fused",
+        "zero2-2-sequential-workers",
+    ],
 )
 def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
     coupled_run: tuple[Path, list[dict]], tmp_path: Path, command: list[str], settings: tuple[str, ...]
@@ -101,14 +110,26 @@ def test_every_agent_learns_the_default_task(tmp_path: Path):
     report = json.loads((tmp_path / "ensemble.json").read_text())["evaluation"]
     before, after = report["before"]["scores"], report["after"]["scores"]
     assert list(before) == ["base", "base/calibrated"]
-    assert [name for name in after if "/" not in name] == ["base", *(f"agent_{k}" for k in range(4)), "uniform"]
+    assert [name for name in after if "/" not in name] == [
+        "base",
+        *(f"agent_{k}" for k in range(4)),
+        "uniform",
+    ]
     assert after["base"] == before["base"]
     assert before["base"]["cls/Acc"] <= 0.05
     for name in ("agent_0", "agent_1", "agent_2", "agent_3", "uniform"):
         assert after[name]["cls/Acc"] > 0.5, name
         assert after[name]["token/NLL"] < before["base"]["token/NLL"] / 4, name
     assert rows[-1]["step"] == Config().max_train_steps
-    for key in ("loss", "task_loss", "swd", "task_loss_per_agent", "lr", "grad_norm", "agent_tokens_per_second"):
+    for key in (
+        "loss",
+        "task_loss",
+        "swd",
+        "task_loss_per_agent",
+        "lr",
+        "grad_norm",
+        "agent_tokens_per_second",
+    ):
         assert key in rows[-1]
 
 
@@ -121,7 +142,9 @@ def test_zero_steps_write_initial_adapters_that_differ_and_that_stock_peft_reads
     ids = torch.arange(4, 20)[None]
     expected = base(input_ids=ids).logits
     for agent in range(3):
-        loaded = PeftModel.from_pretrained(base, str(tmp_path / "agents" / f"agent_{agent}"), adapter_name=f"a{agent}")
+        loaded = PeftModel.from_pretrained(
+            base, str(tmp_path / "agents" / f"agent_{agent}"), adapter_name=f"a{agent}"
+        )
         loaded.set_adapter(f"a{agent}")
         assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-5)
     weights = adapters(tmp_path)
@@ -153,7 +176,9 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
     steps = training_steps(samples, config, pad_id=0, process_index=0, num_processes=1, num_steps=3)
     initial = {identity: tensor.detach().clone() for identity, tensor in agents.adapter_tensors().items()}
     script.train(engine, steps, 0, 3, config, Checkpointer(tmp_path, config, {}), RunLog())
-    assert all(not torch.equal(initial[identity], tensor) for identity, tensor in agents.adapter_tensors().items())
+    assert all(
+        not torch.equal(initial[identity], tensor) for identity, tensor in agents.adapter_tensors().items()
+    )
     frozen = {name.replace(".base_layer", ""): tensor for name, tensor in agents.frozen_tensors().items()}
     compared = 0
     for name, tensor in before.items():
@@ -199,7 +224,9 @@ def test_bad_input_gives_one_line_that_names_it_and_exit_code_2_and_loses_nothin
     (kept / "agents" / "precious").write_text("adapter")
     (kept / "metrics.jsonl").touch()
     for case, (settings, named) in bad_inputs(tmp_path).items():
-        output = [] if any(setting.startswith("output_dir") for setting in settings) else [f"output_dir={kept}"]
+        output = (
+            [] if any(setting.startswith("output_dir") for setting in settings) else [f"output_dir={kept}"]
+        )
         result = forked([sys.executable, "train.py"], *settings, *output)
         lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert result.returncode == 2, (case, result.stderr[-2000:])
@@ -225,7 +252,12 @@ def test_non_finite_losses_are_skipped_and_then_end_the_run_with_agents_step_and
     line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert "agents 0, 1, 2: loss or gradient is not finite at step 4" in line
     assert f"{run}/checkpoints/step_000004 holds" in line
-    assert [f"at step {step} " in (run / "train.log").read_text() for step in range(1, 5)] == [False, True, True, True]
+    assert [f"at step {step} " in (run / "train.log").read_text() for step in range(1, 5)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     rows = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [0, 3, 3, 3]
     assert rows[-1]["task_loss_per_agent"] == [None] * 3

@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python assets/tiny-gemma-2/pretrain.py --out build/tiny-gemma-2
 
-The text teaches short English about quantities, and arithmetic in many notations. It never holds the form that
-fine-tuning teaches ("Question:", "Answer:", "#### 19", "12 + 7 = 19"), and of the built-in task its stories tell only
-computations of the train split, for every variant of the task.
+The text teaches short English about quantities, and arithmetic in many notations. It never holds the form
+that fine-tuning teaches ("Question:", "Answer:", "#### 19", "12 + 7 = 19"), and of the built-in task its
+stories tell only computations of the train split, for every variant of the task.
 """
 
 import argparse
@@ -25,11 +25,17 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaTokenizer
 from chorus.data.arithmetic import NAMES, RANGES, STORIES, THINGS, Story, computations, split_of, tell, work
 from chorus.seeding import derive_seed
 
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]  # Gemma's first five ids; its class adds <mask> where missing
+SPECIAL = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    "<mask>",
+]  # Gemma's first five ids; its class adds <mask> where missing
 SHARDS = 32  # the text is made shard by shard, each from its own seed, so that the number of workers changes nothing
 
-# Every part of Gemma-2's architecture at work: half the query heads for keys and values, soft-caps, and in every other
-# layer a window of 32 tokens, which is shorter than most problems.
+# Every part of Gemma-2's architecture at work: half the query heads for keys and values, soft-caps, and in
+# every other layer a window of 32 tokens, which is shorter than most problems.
 CONFIG = {
     "vocab_size": 1024,
     "hidden_size": 160,
@@ -49,24 +55,63 @@ CONFIG = {
 # One step a op b = r in words and signs. "{a} + {b} = {r}" is left for fine-tuning to teach.
 NOTATIONS = {
     "+": (
-        *("{a} plus {b} is {r}", "{a} plus {b} makes {r}", "{a} and {b} make {r}", "{a} and {b} more are {r}"),
-        *("adding {b} to {a} gives {r}", "the sum of {a} and {b} is {r}", "{a}+{b}={r}", "{a} + {b} makes {r}"),
+        *(
+            "{a} plus {b} is {r}",
+            "{a} plus {b} makes {r}",
+            "{a} and {b} make {r}",
+            "{a} and {b} more are {r}",
+        ),
+        *(
+            "adding {b} to {a} gives {r}",
+            "the sum of {a} and {b} is {r}",
+            "{a}+{b}={r}",
+            "{a} + {b} makes {r}",
+        ),
         *("{a} plus {b} = {r}", "{a} + {b} -> {r}", "({a} + {b}) is {r}", "{a} + {b} gives {r}"),
     ),
     "-": (
-        *("{a} minus {b} is {r}", "{a} minus {b} leaves {r}", "{a} less {b} is {r}", "taking {b} from {a} leaves {r}"),
-        *("{b} fewer than {a} is {r}", "the difference of {a} and {b} is {r}", "{a}-{b}={r}", "{a} - {b} leaves {r}"),
+        *(
+            "{a} minus {b} is {r}",
+            "{a} minus {b} leaves {r}",
+            "{a} less {b} is {r}",
+            "taking {b} from {a} leaves {r}",
+        ),
+        *(
+            "{b} fewer than {a} is {r}",
+            "the difference of {a} and {b} is {r}",
+            "{a}-{b}={r}",
+            "{a} - {b} leaves {r}",
+        ),
         *("{a} minus {b} = {r}", "{a} - {b} -> {r}", "({a} - {b}) is {r}", "{a} - {b} gives {r}"),
     ),
     "*": (
-        *("{a} times {b} is {r}", "{a} times {b} makes {r}", "{a} groups of {b} are {r}", "{a} times {b} gives {r}"),
-        *("the product of {a} and {b} is {r}", "{a} lots of {b} make {r}", "{a}*{b}={r}", "{a} * {b} makes {r}"),
+        *(
+            "{a} times {b} is {r}",
+            "{a} times {b} makes {r}",
+            "{a} groups of {b} are {r}",
+            "{a} times {b} gives {r}",
+        ),
+        *(
+            "the product of {a} and {b} is {r}",
+            "{a} lots of {b} make {r}",
+            "{a}*{b}={r}",
+            "{a} * {b} makes {r}",
+        ),
         *("{a} times {b} = {r}", "{a} * {b} -> {r}", "({a} * {b}) is {r}", "{a} * {b} gives {r}"),
     ),
 }
-ENDINGS = ("So it is {r}.", "The result is {r}.", "That makes {r}.", "This gives {r} in the end.", "{r} it is.")
+ENDINGS = (
+    "So it is {r}.",
+    "The result is {r}.",
+    "That makes {r}.",
+    "This gives {r} in the end.",
+    "{r} it is.",
+)
 TALK = (
-    *("{name} likes {things}, but {other} likes {others} better.", "{name} and {other} are counting {things}."),
+    *(
+        "{name} likes {things}, but {other} likes {others} better.",
+        "{name} and {other} are counting {things}.",
+    ),
     *("Answer the door, {name}!", "Answer me: where are the {things}?"),
     *("That is a good question, said {name}.", "{other} has no answer to that."),
     *("{n} is more than {m}.", "{m} is less than {n}.", "{name} has {n} {things} and {m} {others}."),
@@ -75,13 +120,25 @@ TALK = (
     "Page {n} comes after page {before}.",
     "Every week {name} walks to the market and buys {things} for the whole family.",
     "It rains, so they stay inside.",
-    *("There were {n} people in the street, because it was a warm and sunny day.", "The red {things} cost a lot."),
+    *(
+        "There were {n} people in the street, because it was a warm and sunny day.",
+        "The red {things} cost a lot.",
+    ),
     *("My sister lives near the old school.", "When did {name} come home? It was about {m} minutes ago."),
     *("{name} asked a question, and {other} gave the right answer.", "Question everything, little brother!"),
-    *("How much water is in this glass? Only a little.", "Please wash the {things} before you eat them, {name}."),
+    *(
+        "How much water is in this glass? Only a little.",
+        "Please wash the {things} before you eat them, {name}.",
+    ),
     *("We saw {m} birds, {n} dogs and one white horse.", "Nobody knows where the small green {things} are."),
-    *("Each child may take one of the {things}.", "What would {name} do with {n} {things}? Share them with friends."),
-    *("You can put the {things} under the chair or behind the {others}.", "Yes, {other} will help us tomorrow."),
+    *(
+        "Each child may take one of the {things}.",
+        "What would {name} do with {n} {things}? Share them with friends.",
+    ),
+    *(
+        "You can put the {things} under the chair or behind the {others}.",
+        "Yes, {other} will help us tomorrow.",
+    ),
     *("His mother works from {m} until {n}.", "Her father paid {n} dollars for some {things} last year."),
 )
 HEADINGS = (
@@ -150,7 +207,15 @@ def talk(rng: random.Random) -> str:
     lines = []
     for template in rng.choices(TALK, k=rng.randint(1, 4)):
         m, n = sorted(rng.sample(range(1, 200), 2))
-        words = {"name": name, "other": other, "things": things, "others": others, "m": m, "n": n, "before": n - 1}
+        words = {
+            "name": name,
+            "other": other,
+            "things": things,
+            "others": others,
+            "m": m,
+            "n": n,
+            "before": n - 1,
+        }
         counted = ", ".join(str(m + i) for i in range(4))
         lines.append(template.format(**words, count=counted, digits=", ".join(str(n))))
     if rng.random() < 0.4:
@@ -166,19 +231,26 @@ def documents(seed: int, shard: int, count: int) -> list[str]:
 
 
 def build_tokenizer(texts: list[str], vocab_size: int) -> GemmaTokenizer:
-    """Gemma's kind of tokenizer: BPE with byte fallback, a space as the "▁" before a word, digits one by one."""
+    """Gemma's kind of tokenizer: BPE with byte fallback, a
+    space as the "▁" before a word, digits one by one."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
-    # These cuts serve the training alone: merges that never cross them are all that the finished tokenizer has.
+    # These cuts serve the training alone: merges that never cross them are all that the finished tokenizer
+    # has.
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]|\n|▁?\p{L}+|▁?[^\p{L}0-9\n▁]+|▁"), "isolated")
     alphabet = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL) - 256, initial_alphabet=alphabet, show_progress=False, min_frequency=2
+        vocab_size=vocab_size - len(SPECIAL) - 256,
+        initial_alphabet=alphabet,
+        show_progress=False,
+        min_frequency=2,
     )
     trained.train_from_iterator(texts, trainer)
     learnt = json.loads(trained.to_str())["model"]
     pieces = sorted(learnt["vocab"], key=learnt["vocab"].get)
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces])}
+    vocab = {
+        token: i for i, token in enumerate([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces])
+    }
     return GemmaTokenizer(
         vocab=vocab,
         merges=[tuple(merge) for merge in learnt["merges"]],
@@ -193,8 +265,11 @@ def encode_shard(tokenizer: GemmaTokenizer, seed: int, count: int, shard: int) -
     return np.array([token for row in rows for token in (*row, tokenizer.eos_token_id)], dtype=np.uint16)
 
 
-def train(model: Gemma2ForCausalLM, rows_NT: torch.Tensor, steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Next-token training by AdamW, each epoch in a new order; warm-up over 5 % of the steps, then cosine to 0."""
+def train(
+    model: Gemma2ForCausalLM, rows_NT: torch.Tensor, steps: int, batch_size: int, lr: float, seed: int
+) -> None:
+    """Next-token training by AdamW, each epoch in a new order;
+    warm-up over 5 % of the steps, then cosine to 0."""
     device = model.device
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.05},
@@ -207,7 +282,9 @@ def train(model: Gemma2ForCausalLM, rows_NT: torch.Tensor, steps: int, batch_siz
     forward = torch.compile(model) if device.type == "cuda" else model
     generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
     epochs = math.ceil(steps * batch_size / len(rows_NT))
-    order = torch.cat([torch.randperm(len(rows_NT), generator=generator) for _ in range(epochs)]).split(batch_size)
+    order = torch.cat([torch.randperm(len(rows_NT), generator=generator) for _ in range(epochs)]).split(
+        batch_size
+    )
     started = time.perf_counter()
     for step in range(steps):
         rows_BT = rows_NT[order[step]].to(device, torch.long)
@@ -219,11 +296,15 @@ def train(model: Gemma2ForCausalLM, rows_NT: torch.Tensor, steps: int, batch_siz
         optimizer.zero_grad()
         schedule.step()
         if step % 250 == 0 or step == steps - 1:
-            print(f"step {step}: loss {loss.item():.4f} nats, {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {loss.item():.4f} nats, {time.perf_counter() - started:.0f} s", flush=True
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--texts", type=int, default=1_500_000)
@@ -237,7 +318,9 @@ def main() -> None:
     tokenizer = build_tokenizer(documents(args.seed, SHARDS, 50_000), CONFIG["vocab_size"])
     assert len(tokenizer) == CONFIG["vocab_size"], len(tokenizer)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        shards = pool.map(partial(encode_shard, tokenizer, args.seed, math.ceil(args.texts / SHARDS)), range(SHARDS))
+        shards = pool.map(
+            partial(encode_shard, tokenizer, args.seed, math.ceil(args.texts / SHARDS)), range(SHARDS)
+        )
         tokens = np.concatenate(list(shards))
     whole_rows = len(tokens) // args.row_length
     rows_NT = torch.from_numpy(tokens[: whole_rows * args.row_length].astype(np.int16)).view(whole_rows, -1)

@@ -25,8 +25,8 @@ T = TypeVar("T")
 def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
     """Run `act` on the first process only. A collective call.
 
-    Every process returns its result, or raises its InputError or RunError: otherwise the others would wait for a
-    process that has ended.
+    Every process returns its result, or raises its InputError or RunError: otherwise the others would wait
+    for a process that has ended.
     """
     outcome: list = [None, None]
     if accelerator.is_main_process:
@@ -42,10 +42,12 @@ def on_first_process(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 
 def on_first_of_each_host(accelerator: Accelerator, act: Callable[[], T]) -> T:
-    """Run `act` on the first process of each host; its result on every process of that host. A collective call.
+    """Run `act` on the first process of each host; its result on every process of that host. A collective
+    call.
 
     Raises:
-        InputError or RunError of `act`, on every process alike: the first one, with its host where others went well.
+        InputError or RunError of `act`, on every process alike: the first one, with its host where others
+        went well.
     """
     outcome: tuple[T | None, InputError | RunError | None] = None, None
     if accelerator.is_local_main_process:
@@ -64,8 +66,8 @@ def on_first_of_each_host(accelerator: Accelerator, act: Callable[[], T]) -> T:
 def on_every_process(act: Callable[[], None]) -> None:
     """Run `act` on every process; if any raises an InputError or RunError, all do. A collective call.
 
-    They raise the first one, with the name of its host. Hosts may see different files, and a process that ended
-    alone would leave the others waiting.
+    They raise the first one, with the name of its host. Hosts may see different files, and a process that
+    ended alone would leave the others waiting.
     """
     error = None
     try:
@@ -94,7 +96,8 @@ def refuse_differences(own: Mapping[str, Any]) -> None:
         for name, value in firsts[0].items():
             if own.get(name) != value:
                 raise InputError(
-                    f"{name} is {own.get(name)}, but {value} on the first process; start every host with the same "
+                    f"{name} is {own.get(name)}, but {value} on the first process; start every host with "
+                    "the same "
                     "command, files and versions"
                 )
 
@@ -102,18 +105,26 @@ def refuse_differences(own: Mapping[str, Any]) -> None:
 
 
 def described(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """Named tensors in their order, for `refuse_differences`: the name, shape and digest of 16 values of each."""
+    """Named tensors in their order, for `refuse_differences`: the
+    name, shape and digest of 16 values of each."""
     named = list(tensors)
     digests = [hashlib.sha256(values).hexdigest()[:8] for values in sampled([tensor for _, tensor in named])]
-    lines = [f"{name} {list(own.shape)} of values {digest}" for (name, own), digest in zip(named, digests, strict=True)]
-    return {"the number of tensors": len(lines)} | {f"tensor {place}": line for place, line in enumerate(lines)}
+    lines = [
+        f"{name} {list(own.shape)} of values {digest}"
+        for (name, own), digest in zip(named, digests, strict=True)
+    ]
+    return {"the number of tensors": len(lines)} | {
+        f"tensor {place}": line for place, line in enumerate(lines)
+    }
 
 
 def sampled(tensors: Sequence[Tensor]) -> list[bytes]:
     """16 evenly spaced values of each tensor, as fp32 bytes. All tensors take one copy from the device."""
     flat = [tensor.detach().flatten() for tensor in tensors]
     places = [torch.arange(16, device=one.device) * max(len(one) - 1, 0) // 15 for one in flat]
-    values = [one[place].float() if len(one) else one.float() for one, place in zip(flat, places, strict=True)]
+    values = [
+        one[place].float() if len(one) else one.float() for one, place in zip(flat, places, strict=True)
+    ]
     pieces = torch.cat(values).cpu().split([len(value) for value in values])
     return [piece.numpy().tobytes() for piece in pieces]
 
@@ -129,19 +140,27 @@ def limit_waiting(seconds: int) -> None:
 
 @contextmanager
 def lost_processes_named(timeout_s: int) -> Iterator[None]:
-    """Raise LostProcess, a RunError, if a collective call fails because another process has ended or is silent."""
+    """Raise LostProcess, a RunError, if a collective call fails
+    because another process has ended or is silent."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
         is_silent = re.search(r"gloo.*time(d )?out|wait timeout", text, re.DOTALL | re.IGNORECASE)
-        is_gone = re.search(r"gloo.*(closed|reset by peer|broken pipe|refused)", text, re.DOTALL | re.IGNORECASE)
+        is_gone = re.search(
+            r"gloo.*(closed|reset by peer|broken pipe|refused)", text, re.DOTALL | re.IGNORECASE
+        )
         if not (is_silent or is_gone or isinstance(error, torch.distributed.DistError)):
             raise
-        place = next(frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if _is_ours(frame.filename))
-        what = f"did not answer within {timeout_s} s, key 'collective_timeout_s'," if is_silent else "has ended"
+        place = next(
+            frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if _is_ours(frame.filename)
+        )
+        what = (
+            f"did not answer within {timeout_s} s, key 'collective_timeout_s'," if is_silent else "has ended"
+        )
         raise LostProcess(
-            f"process {os.environ.get('RANK', 0)}: another process {what} while this one waited for it in {place.name} "
+            f"process {os.environ.get('RANK', 0)}: another process {what} while this one waited for it in "
+            f"{place.name} "
             f"({Path(place.filename).name}:{place.lineno}); see its last lines, then resume with "
             "resume_from_checkpoint=auto"
         ) from error

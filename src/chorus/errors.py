@@ -26,7 +26,8 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, such as when losses stay non-finite. One line: which agent, which step, what to do."""
+    """A run that cannot go on, such as when losses stay non-finite.
+    One line: which agent, which step, what to do."""
 
 
 class LostProcess(RunError):
@@ -34,11 +35,13 @@ class LostProcess(RunError):
 
 
 class OutOfMemory(RunError):
-    """The memory of a device, or of the host, was not enough. One line: where, what was asked for, what to do."""
+    """The memory of a device, or of the host, was not enough. One
+    line: where, what was asked for, what to do."""
 
 
 class Preempted(Exception):
-    """A SIGTERM or SIGINT has ended the run after a step, and all of it is saved. One line: where, how to go on."""
+    """A SIGTERM or SIGINT has ended the run after a step, and
+    all of it is saved. One line: where, how to go on."""
 
 
 @contextmanager
@@ -69,11 +72,12 @@ def input_errors_end_the_program() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was asked for, in a few words, if the error or one that led to it is a lack of memory; None otherwise.
+    """What was asked for, in a few words, if the error or one that led to it is a lack of memory; None
+    otherwise.
 
-    Memory may run out in torch on a GPU (OutOfMemoryError), in its allocator on the host (RuntimeError), in one of
-    CUDA's libraries (a status), in Python or numpy (MemoryError) or in the system (ENOMEM). A capture or a
-    compilation that is ended by it raises an error of its own on top.
+    Memory may run out in torch on a GPU (OutOfMemoryError), in its allocator on the host (RuntimeError), in
+    one of CUDA's libraries (a status), in Python or numpy (MemoryError) or in the system (ENOMEM). A capture
+    or a compilation that is ended by it raises an error of its own on top.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -96,23 +100,28 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 _LACK = re.compile(
-    r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory|_ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|can't allocate memory|Cannot allocate memory|not enough memory|_ALLOC_FAILED",
+    re.IGNORECASE,
 )
 
 
 def _exit(line: str, code: int) -> None:
     for number in SIGNALS:
-        if signal.getsignal(number) is _end:  # a launcher that sees another process end must not take the code away
+        if (
+            signal.getsignal(number) is _end
+        ):  # a launcher that sees another process end must not take the code away
             signal.signal(number, signal.SIG_IGN)
     _say(line)
     raise SystemExit(code) from None
 
 
 def end_on_signals() -> None:
-    """From here on SIGTERM or SIGINT ends this process at once, with one line and code 4, also amid an import.
+    """From here on SIGTERM or SIGINT ends this process at once, with one line and code 4, also amid an
+    import.
 
-    Training replaces these handlers by its own (`training.signals.StopRequest`), which end the step first. Everything
-    else may end at any moment: what it writes is whole or absent, and a run that is started again goes on.
+    Training replaces these handlers by its own (`training.signals.StopRequest`), which end the step first.
+    Everything else may end at any moment: what it writes is whole or absent, and a run that is started again
+    goes on.
     """
     for number in SIGNALS:
         signal.signal(number, _end)
@@ -123,16 +132,19 @@ def _end(number: int, _: FrameType | None) -> None:
         signal.signal(other, signal.SIG_IGN)
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
-    _say(f"stopped by {signal.Signals(number).name}: no step is lost, and resume_from_checkpoint=auto goes on")
+    _say(
+        f"stopped by {signal.Signals(number).name}: no step is lost, and resume_from_checkpoint=auto goes on"
+    )
     os._exit(4)
 
 
 def _say(line: str, is_consequence: bool = False) -> None:
-    """In one write: under torchrun Python has no buffers, and after `print`'s first write another process may write.
+    """In one write: under torchrun Python has no buffers, and after `print`'s first write another process may
+    write.
 
-    A launcher prints a report of its own after it. torchrun's, which is also that of `accelerate launch` for several
-    processes, quotes the line at its end. `accelerate launch` for one process prints the traceback of its own call,
-    whatever the process does; on a terminal the line stands out from it in bold.
+    A launcher prints a report of its own after it. torchrun's, which is also that of `accelerate launch` for
+    several processes, quotes the line at its end. `accelerate launch` for one process prints the traceback of
+    its own call, whatever the process does; on a terminal the line stands out from it in bold.
     """
     _tell_torchrun(line, is_consequence)
     is_bold = sys.stderr.isatty() and line.startswith("error: ")
@@ -144,7 +156,8 @@ def _say(line: str, is_consequence: bool = False) -> None:
 def _tell_torchrun(line: str, is_consequence: bool) -> None:
     """Leave the line where torchrun looks for it, in the format of torch.distributed.elastic's error files.
 
-    The earliest failure is what it reports as the cause: a process that only lost another one comes after that.
+    The earliest failure is what it reports as the cause: a process that only lost another one comes after
+    that.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:

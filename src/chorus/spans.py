@@ -1,8 +1,8 @@
 """Names for the parts of a training step, given where the part is: `with span("task_loss"):`.
 
-A span without a listener costs an eighth of a microsecond. Code that names its parts does not know the listener: a
-`Stopwatch` (profiler.py), PyTorch's profiler (trace.py) or the memory forecast. There is no span inside of a compiled
-layer or a captured pass, where nothing could be timed.
+A span without a listener costs an eighth of a microsecond. Code that names its parts does not know the
+listener: a `Stopwatch` (profiler.py), PyTorch's profiler (trace.py) or the memory forecast. There is no span
+inside of a compiled layer or a captured pass, where nothing could be timed.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +16,16 @@ import torch
 T = TypeVar("T")
 Listener = Callable[[str], AbstractContextManager[Any]]
 
-# A plain variable, not a ContextVar: backward on a GPU runs in a thread of its own, where that would be unset.
+# A plain variable, not a ContextVar: backward on a GPU runs in a thread of its own, where that would be
+# unset.
 _listener: Listener | None = None
 _SILENT = nullcontext()
 _END = object()
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """The context of a named part of the step. A dot makes it a detail of the part before: `forward_pass.agent_0`."""
+    """The context of a named part of the step. A dot makes it a
+    detail of the part before: `forward_pass.agent_0`."""
     return _SILENT if _listener is None else _listener(name)
 
 

@@ -57,7 +57,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "an agent cut short": lambda folder: (folder / ADAPTER).write_bytes(b""),
     "an agent that is a FIFO": lambda folder: as_fifo(folder / ADAPTER),
     "no adapter_config": lambda folder: (folder / "agents/agent_0/adapter_config.json").unlink(),
-    "a broken adapter_config": lambda folder: (folder / "agents/agent_0/adapter_config.json").write_text('{"r": "8"}'),
+    "a broken adapter_config": lambda folder: (folder / "agents/agent_0/adapter_config.json").write_text(
+        '{"r": "8"}'
+    ),
     "no ensemble.json": lambda folder: (folder / "ensemble.json").unlink(),
     "half of ensemble.json": lambda folder: (folder / "ensemble.json").write_text('{"evaluation": '),
     "text": lambda folder: (folder / "ensemble.json").write_text("[" * 10_000),
@@ -75,7 +77,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_finished_run_is_finished_and_what_is_not_finite_is_null(tmp_path: Path, accelerator: Accelerator):
     config = finished(tmp_path, accelerator)
     assert find_start(config, run_of(config, accelerator), accelerator).is_finished
-    assert json.loads((tmp_path / "ensemble.json").read_text())["evaluation"]["after"] == {"base": {"nll": None}}
+    assert json.loads((tmp_path / "ensemble.json").read_text())["evaluation"]["after"] == {
+        "base": {"nll": None}
+    }
     for name in (".DS_Store", "agents/agent_0/x.swp"):
         (tmp_path / name).write_text("")
     assert find_start(config, run_of(config, accelerator), accelerator).is_finished

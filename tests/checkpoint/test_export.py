@@ -54,7 +54,9 @@ def save(folder: Path, agents: Agents, config: Config = CONFIG, **more: Any) -> 
 def test_stock_peft_reads_every_agent_and_gives_its_logits(mode: Any, targets: Any, tmp_path: Path):
     agents = toy_agents(mode)
     kept = values(agents)
-    if targets == ("q_proj",):  # an ensemble with fewer adapters, so that the list of targets must be the saved one
+    if targets == (
+        "q_proj",
+    ):  # an ensemble with fewer adapters, so that the list of targets must be the saved one
         kept = {identity: tensor for identity, tensor in kept.items() if identity.path.endswith("q_proj")}
         for identity, tensor in agents.adapter_tensors().items():
             tensor.data *= identity in kept
@@ -64,8 +66,12 @@ def test_stock_peft_reads_every_agent_and_gives_its_logits(mode: Any, targets: A
     for agent in agents.agents:
         folder = tmp_path / "agents" / f"agent_{agent}"
         model = PeftModel.from_pretrained(tiny_gemma(), folder).eval()
-        loaded = {name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name}
-        assert loaded.keys() == load_file(folder / "adapter_model.safetensors").keys(), "missing or unexpected keys"
+        loaded = {
+            name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name
+        }
+        assert loaded.keys() == load_file(folder / "adapter_model.safetensors").keys(), (
+            "missing or unexpected keys"
+        )
         with torch.no_grad(), agents.trunk(agent) as trunk:
             expected = head_of(tiny_gemma()).logits(trunk(input_ids=batch.input_BT).last_hidden_state)
             assert max_difference(model(input_ids=batch.input_BT).logits, expected) < 2e-5
@@ -74,13 +80,20 @@ def test_stock_peft_reads_every_agent_and_gives_its_logits(mode: Any, targets: A
 def test_an_adapter_folder_says_what_it_is(tmp_path: Path):
     save(tmp_path, toy_agents("parallel"))
     folder = tmp_path / "agents" / "agent_1"
-    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base"
     assert config["peft_type"] == "LORA"
     assert config["task_type"] == "CAUSAL_LM"
     assert config["inference_mode"] is True
-    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (RANK, ALPHA, sorted(TARGETS))
+    assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (
+        RANK,
+        ALPHA,
+        sorted(TARGETS),
+    )
 
 
 def test_the_targets_are_in_one_order_whatever_python_hashes(tmp_path: Path):
@@ -93,7 +106,9 @@ def test_the_targets_are_in_one_order_whatever_python_hashes(tmp_path: Path):
 def test_a_saved_agent_holds_its_own_values_in_fp32_and_nothing_of_the_base(tmp_path: Path):
     agents = toy_agents("sequential")
     save(tmp_path, agents)
-    saved = [load_file(tmp_path / "agents" / f"agent_{agent}" / "adapter_model.safetensors") for agent in range(3)]
+    saved = [
+        load_file(tmp_path / "agents" / f"agent_{agent}" / "adapter_model.safetensors") for agent in range(3)
+    ]
     for identity, tensor in values(agents).items():
         own = saved[identity.agent].pop(f"{identity.path}.lora_{identity.matrix}.weight")
         assert own.dtype == torch.float32
@@ -134,7 +149,9 @@ def test_the_saved_configuration_starts_an_equal_run(tmp_path: Path):
 
 
 def test_agents_are_in_order_beyond_ten(tmp_path: Path):
-    tensors = {TensorId(agent, "base_model.model.x", "A"): torch.full((1, 1), float(agent)) for agent in range(12)}
+    tensors = {
+        TensorId(agent, "base_model.model.x", "A"): torch.full((1, 1), float(agent)) for agent in range(12)
+    }
     save_ensemble(tmp_path, dict(reversed(tensors.items())), [1 / 12] * 12, CONFIG, {})
     names = json.loads((tmp_path / "ensemble.json").read_text())["agents"]
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in names]
@@ -214,7 +231,9 @@ def save_until_killed(folder: Path, num_acts: int, value: float, monkeypatch: py
 
         return call
 
-    tensors = {TensorId(k, "base_model.model.x", m): torch.full((2, 2), value) for k in range(2) for m in ("A", "B")}
+    tensors = {
+        TensorId(k, "base_model.model.x", m): torch.full((2, 2), value) for k in range(2) for m in ("A", "B")
+    }
     with monkeypatch.context() as patched:
         for owner, name in (
             *((export, "save_file"), (export, "sync"), (export.shutil, "rmtree")),
@@ -315,8 +334,12 @@ def test_a_weight_of_the_mixture_that_is_not_finite_is_refused(tmp_path: Path, w
 def test_agents_whose_answers_are_not_finite_are_not_exported(tmp_path: Path):
     """Their weights are finite, and too large for any forward pass."""
     few = ("num_agents=2", "batch_size=4", "debug_subset_size=20", "eval_samples=0")
-    ended = launch([sys.executable, "train.py"], *few, "lr=1e30", "max_train_steps=6", f"output_dir={tmp_path / 'run'}")
+    ended = launch(
+        [sys.executable, "train.py"], *few, "lr=1e30", "max_train_steps=6", f"output_dir={tmp_path / 'run'}"
+    )
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("error: agents 0, 1: the loss on training rows is not finite"), ended.stderr[-2000:]
+    assert last.startswith("error: agents 0, 1: the loss on training rows is not finite"), ended.stderr[
+        -2000:
+    ]
     assert ended.returncode == 3
     assert not {"agents", "ensemble.json"} & {path.name for path in (tmp_path / "run").iterdir()}

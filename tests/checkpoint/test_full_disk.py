@@ -1,4 +1,5 @@
-"""Disks that are really full: a small tmpfs in a mount namespace of its own; for the log, a limit on a file's size."""
+"""Disks that are really full: a small tmpfs in a mount namespace
+of its own; for the log, a limit on a file's size."""
 
 import functools
 import re
@@ -20,7 +21,13 @@ ON_A_SMALL_DISK = (
 )
 MOMENTS_AND_WEIGHTS = 466_944  # 12 bytes for each number of two agents' adapters
 SETTINGS = (
-    *("num_agents=2", "lora_rank=8", "lora_target_modules=[down_proj]", "eval_samples=0", "debug_subset_size=40"),
+    *(
+        "num_agents=2",
+        "lora_rank=8",
+        "lora_target_modules=[down_proj]",
+        "eval_samples=0",
+        "debug_subset_size=40",
+    ),
     *("batch_size=2", "logging_steps=1"),
 )
 
@@ -33,7 +40,9 @@ def why_no_small_disk() -> str | None:
     return tried.stderr.strip() or None
 
 
-def run_on_a_disk_of(kib: int, folder: Path, command: list[str], *settings: str) -> subprocess.CompletedProcess[str]:
+def run_on_a_disk_of(
+    kib: int, folder: Path, command: list[str], *settings: str
+) -> subprocess.CompletedProcess[str]:
     """A run whose `output_dir` is on a disk of so many KiB. What is left on it then lies in `folder`/kept."""
     if why_no_small_disk():
         pytest.skip(f"no small disk can be mounted here: {why_no_small_disk()}")
@@ -74,7 +83,9 @@ def assert_all_are_out_with_code_3(result: subprocess.CompletedProcess[str]) -> 
 
 
 def test_a_disk_full_at_a_later_save_leaves_the_earlier_checkpoint_and_every_process_says_so(tmp_path: Path):
-    result = run_on_a_disk_of(800, tmp_path, ddp(2), "max_train_steps=6", "save_steps=2", "parallel_mode=parallel")
+    result = run_on_a_disk_of(
+        800, tmp_path, ddp(2), "max_train_steps=6", "save_steps=2", "parallel_mode=parallel"
+    )
     assert_all_are_out_with_code_3(result)
     for line in errors_of(result):
         assert_says_the_bytes(line, "run/checkpoints/step_000004 could not", MOMENTS_AND_WEIGHTS)
@@ -103,9 +114,18 @@ def test_a_disk_full_at_the_first_save_leaves_no_checkpoint(tmp_path: Path):
     assert not checkpoints(tmp_path / "kept" / "run")
 
 
-def run_with_small_files(command: list[str], output_dir: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def run_with_small_files(
+    command: list[str], output_dir: Path, *settings: str
+) -> subprocess.CompletedProcess[str]:
     """A run in which no file can grow beyond 16,000 bytes: a checkpoint's are smaller."""
-    of_all = (*SETTINGS, "num_agents=1", "lambda_sw=0", "lora_rank=1", "lora_target_modules=[q_proj]", *settings)
+    of_all = (
+        *SETTINGS,
+        "num_agents=1",
+        "lambda_sw=0",
+        "lora_rank=1",
+        "lora_target_modules=[q_proj]",
+        *settings,
+    )
     last_of_each_key = {setting.split("=")[0]: setting for setting in of_all}
     return subprocess.run(
         [*command, *last_of_each_key.values(), f"output_dir={output_dir}"],
@@ -130,7 +150,8 @@ def test_a_log_that_can_grow_no_more_ends_every_process_and_leaves_the_checkpoin
 
 
 def test_a_log_line_beside_the_steps_that_the_disk_refuses_ends_every_process_alike(tmp_path: Path):
-    """The first line of a run that goes on, which the first process alone writes, before the model is there."""
+    """The first line of a run that goes on, which the first
+    process alone writes, before the model is there."""
     run, steps = tmp_path / "run", ("max_train_steps=4", "save_steps=2")
     first = run_with_small_files([sys.executable, "train.py"], run, *steps, "batch_size=4")
     assert first.returncode == 0, first.stderr[-3000:]

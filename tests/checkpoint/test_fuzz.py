@@ -1,6 +1,7 @@
 """Whatever lies in a folder or stands in a configuration: the run goes on as before, or one line comes.
 
-Hypothesis draws it: bytes, JSON of any shape, and valid files with one place changed. Never a traceback, never a hang.
+Hypothesis draws it: bytes, JSON of any shape, and valid files with one place changed. Never a traceback,
+never a hang.
 """
 
 import copy
@@ -130,7 +131,9 @@ class Case:
         """Where `auto` begins, with its tensors read; then the same checkpoint by its name."""
         with one_line_or_none():
             find_start(
-                self.config.model_copy(update={"resume_from_checkpoint": str(self.newest)}), self.run, self.accelerator
+                self.config.model_copy(update={"resume_from_checkpoint": str(self.newest)}),
+                self.run,
+                self.accelerator,
             )
         start = Start()
         with one_line_or_none():
@@ -154,7 +157,13 @@ def case(tmp_path: Path, accelerator: Accelerator) -> Case:
 def test_any_bytes_in_any_file_of_a_checkpoint_are_noticed(case: Case, examples: int):
     names = [*expected_files(2), "MANIFEST.json"]
 
-    @fuzz(examples, name=st.sampled_from(names), content=st.binary(max_size=200), at=st.integers(0), cut=st.booleans())
+    @fuzz(
+        examples,
+        name=st.sampled_from(names),
+        content=st.binary(max_size=200),
+        at=st.integers(0),
+        cut=st.booleans(),
+    )
     def check(name: str, content: bytes, at: int, cut: bool) -> None:
         case.fresh()
         file = case.newest / name
@@ -199,7 +208,9 @@ def test_any_ensemble_file_is_of_a_finished_run_or_of_one_that_ends_again(case: 
     @fuzz(examples, content=changed(whole) | JSON)
     def check(content: Any) -> None:
         case.fresh()
-        (case.folder / "ensemble.json").write_text(json.dumps(content), encoding="utf-8", errors="surrogatepass")
+        (case.folder / "ensemble.json").write_text(
+            json.dumps(content), encoding="utf-8", errors="surrogatepass"
+        )
         assert case.start().step == 2
 
 

@@ -50,7 +50,9 @@ def test_without_the_key_agents_stay_as_they_are():
         ({"init_adapters_from": "no/such/folder"}, "cannot be read .*name a run's output_dir"),
     ],
 )
-def test_adapters_of_another_shape_are_refused_with_the_key_to_set(settings: dict, words: str, run_folder: Path):
+def test_adapters_of_another_shape_are_refused_with_the_key_to_set(
+    settings: dict, words: str, run_folder: Path
+):
     with pytest.raises(InputError, match=words):
         initial_folders(RunConfig(**{**SETTINGS, "init_adapters_from": str(run_folder), **settings}))
 

@@ -1,4 +1,5 @@
-"""Runs that are killed and stopped, through the real launchers: a sample of what `make soak` does at length."""
+"""Runs that are killed and stopped, through the real launchers:
+a sample of what `make soak` does at length."""
 
 import functools
 import os
@@ -15,7 +16,16 @@ import soak
 from launching import PLAIN, ROOT, ddp, environment, train, wait_for
 from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, processes_of, start, worker_of
 from preloaded import Workers, environments, preload
-from soak import LIMIT, Tally, Uninterrupted, digest_of_end, faults_after_a_kill, one_life, run_in, uninterrupted
+from soak import (
+    LIMIT,
+    Tally,
+    Uninterrupted,
+    digest_of_end,
+    faults_after_a_kill,
+    one_life,
+    run_in,
+    uninterrupted,
+)
 
 from chorus.checkpoint.store import checkpoints, step_of
 
@@ -40,7 +50,8 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Uninterru
 
 @pytest.fixture(scope="module")
 def forked() -> Callable[[str], Sequence[Mapping[str, str]]]:
-    """For the many cases: an engine's processes are forked, but where it is the launcher that gets the signal."""
+    """For the many cases: an engine's processes are forked, but
+    where it is the launcher that gets the signal."""
     preload()
     return functools.cache(lambda engine: environments(soak.ENGINES[engine][0]))
 
@@ -96,7 +107,11 @@ def test_two_zero2_processes_killed_and_then_stopped_through_one_of_them_end_as_
     tmp_path: Path, truth
 ):
     """SIGKILL in a save; then SIGINT, twice, to the second worker, in a save, with DataLoader workers."""
-    run, announced, tally = run_in(tmp_path, "run", "zero2", STEPS, f"save_total_limit={LIMIT}"), set[int](), Tally()
+    run, announced, tally = (
+        run_in(tmp_path, "run", "zero2", STEPS, f"save_total_limit={LIMIT}"),
+        set[int](),
+        Tally(),
+    )
     assert not one_life(run, Plan("save", 2, 0.5), truth("zero2"), tally, announced)
     assert announced
     with_workers = run._replace(settings=[*run.settings, "num_workers=1"])
@@ -107,14 +122,23 @@ def test_two_zero2_processes_killed_and_then_stopped_through_one_of_them_end_as_
     end(run, truth("zero2"), announced | life.announced())
 
 
-def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_nothing_had_been(tmp_path: Path, truth):
-    """SIGKILL in a save and in a step; SIGTERM in the evaluation; then a byte of the newest checkpoint is flipped."""
-    run, announced, tally = run_in(tmp_path, "run", "python", STEPS, f"save_total_limit={LIMIT}"), set[int](), Tally()
+def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_nothing_had_been(
+    tmp_path: Path, truth
+):
+    """SIGKILL in a save and in a step; SIGTERM in the evaluation;
+    then a byte of the newest checkpoint is flipped."""
+    run, announced, tally = (
+        run_in(tmp_path, "run", "python", STEPS, f"save_total_limit={LIMIT}"),
+        set[int](),
+        Tally(),
+    )
     for plan in (Plan("save", 2, 0.5), Plan("step", 1, 0.5)):
         assert not one_life(run, plan, truth("python"), tally, announced), said(run)[-3000:]
     assert sum(tally.kills.values()) == 2
     life = Life(evaluated(run), Pace())
-    assert life.until(Plan("evaluation", 1, 0.0), stop(signal.SIGTERM, "launcher", times=1)) in ENDED_OR_STRUCK
+    assert (
+        life.until(Plan("evaluation", 1, 0.0), stop(signal.SIGTERM, "launcher", times=1)) in ENDED_OR_STRUCK
+    )
     newest, before = checkpoints(run.folder)[:2]
     assert step_of(newest) == STEPS
     file = newest / "optimizer.safetensors"
@@ -123,7 +147,10 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
     file.write_bytes(content)
     end_of_damaged = Life(run, Pace())
     assert end_of_damaged.until(None) == 0, said(run)[-3000:]
-    assert f"{file}: is not as it was written (size or SHA-256 differs); this checkpoint is passed over" in said(run)
+    assert (
+        f"{file}: is not as it was written (size or SHA-256 differs); this checkpoint is passed over"
+        in said(run)
+    )
     assert f"resuming from {before}, after {STEPS - 1} of {STEPS} steps" in end_of_damaged.said()
     assert (newest.parent / "set_aside" / newest.name).is_dir()
     assert digest_of_end(run.folder) == truth("python").end
@@ -132,7 +159,8 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
 def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """PyTorch locks what it compiles, or finds compiled, by a file alone; for one that is left it waits without end."""
+    """PyTorch locks what it compiles, or finds compiled, by a
+    file alone; for one that is left it waits without end."""
     compiled = tmp_path / "compiled"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
     settings = ("num_agents=1", "lambda_sw=0", "lora_rank=2", "eval_samples=0", "debug_subset_size=20")
@@ -189,7 +217,13 @@ def test_a_signal_outside_of_training_is_one_line_and_code_4_and_leaves_no_proce
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("engine", "target"),
-    [("python", "launcher"), ("ddp", "launcher"), ("ddp", "worker"), ("zero2", "launcher"), ("zero2", "worker")],
+    [
+        ("python", "launcher"),
+        ("ddp", "launcher"),
+        ("ddp", "worker"),
+        ("zero2", "launcher"),
+        ("zero2", "worker"),
+    ],
 )
 def test_a_signal_at_any_moment_to_launcher_or_worker_saves_one_agreed_step_and_the_rest_is_bitwise(
     engine: str, target: str, number: signal.Signals, times: int, moment: str, tmp_path: Path, truth, forked
@@ -231,9 +265,13 @@ def test_a_checkpoint_that_is_lost_or_not_what_it_should_be_is_a_fault(tmp_path:
     state.write_bytes(kept + b" ")
     assert any(str(state) in fault for fault in faults_after_a_kill(run, everything, true))
     state.write_bytes(kept)
-    assert faults_after_a_kill(run, everything, true._replace(by_step=dict.fromkeys(everything, ""))), "other values"
+    assert faults_after_a_kill(run, everything, true._replace(by_step=dict.fromkeys(everything, ""))), (
+        "other values"
+    )
     shutil.rmtree(before)
-    assert faults_after_a_kill(run, everything, true) == [f"{run.folder}: step {STEPS - 1} was announced and is gone"]
+    assert faults_after_a_kill(run, everything, true) == [
+        f"{run.folder}: step {STEPS - 1} was announced and is gone"
+    ]
     kept_third, *beyond_the_limit = checkpoints(run.folder)[1:]
     for folder in beyond_the_limit:
         shutil.rmtree(folder)

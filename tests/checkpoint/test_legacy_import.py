@@ -42,7 +42,9 @@ def before() -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     states, logits = [], []
     for name in ("agent0", "agent1"):
         model.set_adapter(name)
-        states.append({key: value.clone() for key, value in get_peft_model_state_dict(model, None, name).items()})
+        states.append(
+            {key: value.clone() for key, value in get_peft_model_state_dict(model, None, name).items()}
+        )
         logits.append(model.eval()(input_ids=IDS).logits.detach())
     return states, logits
 
@@ -82,7 +84,12 @@ def test_the_folder_is_that_of_a_run_and_says_what_is_not_carried_over(tmp_path:
     assert ensemble["imported"]["from"] == str(old)
     assert "optimizer moments" in ensemble["imported"]["not_carried_over"]
     config = load_config(["--config", str(new / "config.yaml")])
-    assert (config.num_agents, config.lora_rank, config.lora_alpha, config.lora_dropout) == (2, RANK, 12, 0.05)
+    assert (config.num_agents, config.lora_rank, config.lora_alpha, config.lora_dropout) == (
+        2,
+        RANK,
+        12,
+        0.05,
+    )
     assert (config.lora_target_modules, config.parallel_mode) == (TARGETS, "parallel")
 
 
@@ -99,14 +106,18 @@ def test_every_spelling_of_a_name_gives_the_same_adapters(spelling: str, tmp_pat
         {SPELLINGS[spelling](key, agent): tensor for key, tensor in state.items()}
         for agent, state in enumerate(before[0])
     ]
-    import_older(write_older(tmp_path / "old", renamed, parallel_mode=None, model_name=BASE), tmp_path / "new")
+    import_older(
+        write_older(tmp_path / "old", renamed, parallel_mode=None, model_name=BASE), tmp_path / "new"
+    )
     for agent, state in enumerate(before[0]):
         saved = load_file(tmp_path / "new" / "agents" / f"agent_{agent}" / "adapter_model.safetensors")
         assert saved.keys() == state.keys()
         assert all(torch.equal(tensor, state[key]) for key, tensor in saved.items())
 
 
-def test_half_precision_becomes_fp32_and_an_agent_that_was_never_trained_is_remarked_on(tmp_path: Path, before):
+def test_half_precision_becomes_fp32_and_an_agent_that_was_never_trained_is_remarked_on(
+    tmp_path: Path, before
+):
     half = [{key: tensor.bfloat16() for key, tensor in state.items()} for state in before[0]]
     half[1] = {key: tensor * 0 if "lora_B" in key else tensor for key, tensor in half[1].items()}
     (remark,) = import_older(write_older(tmp_path / "old", half), tmp_path / "new", BASE)
@@ -154,7 +165,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another kind of LoRA": (meta(use_dora=True), f"{META}: key 'use_dora' is not known"),
     "biases": (meta(bias="all"), f"{META}: key 'bias' is 'all'"),
     "another rank": (meta(r=4), "has shape (3, 160), and this base and rank want (4, 160); correct"),
-    "another target": (meta(target_modules=["q_proj"]), "down_proj.lora_A.weight: the base has no such target"),
+    "another target": (
+        meta(target_modules=["q_proj"]),
+        "down_proj.lora_A.weight: the base has no such target",
+    ),
     "one target more": (meta(target_modules=[*TARGETS, "k_proj"]), "k_proj.lora_A.weight is missing"),
     "no such target": (meta(target_modules=["q_projj"]), "'q_projj' cannot carry an adapter"),
     "one agent more": (meta(K_agents=3), "agent2_weights.pth: cannot be read (No such file"),
@@ -166,7 +180,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"{IN_AGENT_1}'base_model.model.lm_head.weight' is no LoRA tensor of agent 1",
     ),
     "another agent's tensor": (
-        edited(lambda state: state.update({A_TENSOR.replace(".weight", ".agent0.weight"): state.pop(A_TENSOR)})),
+        edited(
+            lambda state: state.update({A_TENSOR.replace(".weight", ".agent0.weight"): state.pop(A_TENSOR)})
+        ),
         ".lora_B.agent0.weight' is no LoRA tensor of agent 1",
     ),
     "a tensor twice": (

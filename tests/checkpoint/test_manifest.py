@@ -66,7 +66,9 @@ SPECIAL: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", [*expected_files(2), "MANIFEST.json"])
-def test_what_is_not_a_plain_file_is_named_and_neither_read_nor_waited_for(name: str, kind: str, tmp_path: Path):
+def test_what_is_not_a_plain_file_is_named_and_neither_read_nor_waited_for(
+    name: str, kind: str, tmp_path: Path
+):
     folder = save(tmp_path, 1)
     (folder / name).unlink()
     SPECIAL[kind](folder / name)
@@ -98,7 +100,9 @@ def test_a_file_that_is_longer_than_the_manifest_says_is_not_read_to_its_end(tmp
         verify(folder)
 
 
-def test_files_of_editors_are_no_damage_and_others_are_named_and_not_read(tmp_path: Path, accelerator: Accelerator):
+def test_files_of_editors_are_no_damage_and_others_are_named_and_not_read(
+    tmp_path: Path, accelerator: Accelerator
+):
     config = config_of(tmp_path)
     folder = save_run(config, accelerator, 1)
     for name in (".DS_Store", "agents/.state.swp", "agents/agent_0/notes~"):
@@ -110,7 +114,9 @@ def test_files_of_editors_are_no_damage_and_others_are_named_and_not_read(tmp_pa
     start = find_start(config, run_of(config, accelerator), accelerator)
     assert start.folder == folder
     (note,) = start.notes
-    assert note.startswith(f"{folder}/agents/agent_2/adapter_model.safetensors: is not part of the checkpoint")
+    assert note.startswith(
+        f"{folder}/agents/agent_2/adapter_model.safetensors: is not part of the checkpoint"
+    )
     assert {identity.agent for identity in read_tensors(folder, 1).weights} == {0, 1}
 
 

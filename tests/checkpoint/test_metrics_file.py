@@ -22,7 +22,19 @@ def test_later_rows_and_a_last_line_cut_short_are_dropped(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "line",
-    ["", "x", "[]", "1", "null", '{"loss": 1}', '{"step": "1"}', '{"step": -1}', '{"step": NaN}', "\udcff", "[" * 9999],
+    [
+        "",
+        "x",
+        "[]",
+        "1",
+        "null",
+        '{"loss": 1}',
+        '{"step": "1"}',
+        '{"step": -1}',
+        '{"step": NaN}',
+        "\udcff",
+        "[" * 9999,
+    ],
 )
 def test_a_line_that_is_not_a_row_is_left_out_with_a_warning_and_kept_beside(
     line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

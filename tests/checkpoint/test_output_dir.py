@@ -90,7 +90,9 @@ class SecondProcess:
     is_main_process = False
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, token: Path):
-        monkeypatch.setattr(collectives, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, token))
+        monkeypatch.setattr(
+            collectives, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, token)
+        )
 
 
 def test_only_the_first_process_moves_and_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -132,7 +134,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, accelerator:
 
 
 def test_a_folder_that_the_system_refuses_to_make_is_refused(tmp_path: Path, accelerator: Accelerator):
-    """Also for root: no name is that long, nothing can be made in /proc, and a link to nothing is in the way."""
+    """Also for root: no name is that long, nothing can be made
+    in /proc, and a link to nothing is in the way."""
     (tmp_path / "link").symlink_to(tmp_path / "nothing" / "there")
     for name in (str(tmp_path / ("x" * 300)), "/proc/run", str(tmp_path / "link")):
         refusal(name, accelerator)
@@ -154,7 +157,8 @@ def test_a_folder_that_cannot_step_aside_is_refused(
 
 
 def hold(folder: Path, accelerator: Accelerator, barrier: Any, outcomes: Any) -> None:
-    """In a process of its own: take the folder once all others are there, and keep it until the process is killed."""
+    """In a process of its own: take the folder once all others are
+    there, and keep it until the process is killed."""
     barrier.wait(60)
     try:
         with prepare_output_dir(str(folder), accelerator):
@@ -204,7 +208,9 @@ def test_a_folder_of_a_run_at_work_is_refused_by_every_way_to_it_and_nothing_in_
     assert without_lock(tmp_path) == {"run.1/metrics.jsonl": b"rows"}
 
 
-def test_of_processes_that_take_a_folder_at_the_same_instant_one_gets_it(tmp_path: Path, accelerator: Accelerator):
+def test_of_processes_that_take_a_folder_at_the_same_instant_one_gets_it(
+    tmp_path: Path, accelerator: Accelerator
+):
     for number in range(10):
         folder = tmp_path / str(number) / "run"
         folder.mkdir(parents=True)
@@ -228,7 +234,9 @@ def test_a_folder_that_changed_since_the_start_was_found_is_refused(tmp_path: Pa
 # ---- links, mount points and what is not a run's ----
 
 
-def test_a_link_stays_and_what_lies_behind_it_is_moved_on_its_own_disk(tmp_path: Path, accelerator: Accelerator):
+def test_a_link_stays_and_what_lies_behind_it_is_moved_on_its_own_disk(
+    tmp_path: Path, accelerator: Accelerator
+):
     disk, link = tmp_path / "disk" / "run", tmp_path / "link"
     disk.mkdir(parents=True)
     link.symlink_to(disk)
@@ -242,7 +250,8 @@ def test_a_link_stays_and_what_lies_behind_it_is_moved_on_its_own_disk(tmp_path:
 def test_where_nothing_can_be_made_beside_the_folder_earlier_runs_are_kept_in_it(
     tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ):
-    """A mount point is such a folder: beside it is another disk. Nothing can be made beside a name of full length."""
+    """A mount point is such a folder: beside it is another disk.
+    Nothing can be made beside a name of full length."""
     run = tmp_path / ("r" * 255)
     run.mkdir()
     for number in range(2):
@@ -255,7 +264,9 @@ def test_where_nothing_can_be_made_beside_the_folder_earlier_runs_are_kept_in_it
 def test_a_mount_point_stays_and_keeps_earlier_runs(tmp_path: Path, accelerator: Accelerator):
     run = tmp_path / "run"
     run.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "none", str(run)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "none", str(run)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("nothing can be mounted here")
     try:
         (run / "metrics.jsonl").write_text("rows")

@@ -64,7 +64,9 @@ def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(tmp_path: Path, 
             find_start(config, run_of(config, accelerator), accelerator)
 
 
-def test_a_checkpoint_of_another_folder_is_not_gone_on_with_in_place(tmp_path: Path, accelerator: Accelerator):
+def test_a_checkpoint_of_another_folder_is_not_gone_on_with_in_place(
+    tmp_path: Path, accelerator: Accelerator
+):
     folder = save_run(config_of(tmp_path / "one"), accelerator, 1)
     config = config_of(tmp_path / "two", resume_from_checkpoint=str(folder))
     assert not find_start(config, run_of(config, accelerator), accelerator).in_place
@@ -74,7 +76,9 @@ def test_a_checkpoint_of_another_folder_is_not_gone_on_with_in_place(tmp_path: P
 
 
 @pytest.mark.parametrize("key", [key for key in Config.model_fields if on_resume(key) is OnResume.MUST_EQUAL])
-def test_a_key_that_makes_another_run_is_refused_with_both_values(key: str, tmp_path: Path, accelerator: Accelerator):
+def test_a_key_that_makes_another_run_is_refused_with_both_values(
+    key: str, tmp_path: Path, accelerator: Accelerator
+):
     old = config_of(tmp_path)
     folder = save_run(old, accelerator, 1)
     config = old.model_copy(update={key: other_value(key)})
@@ -108,7 +112,11 @@ def test_keys_that_say_how_a_run_is_carried_out_may_change(tmp_path: Path, accel
             {},
             "key 'batch_size' x processes is 4",
         ),
-        ({"batch_size": 8, "lambda_sw": 0.01}, {}, "with lambda_sw above 0, key 'batch_size' x processes is 8, but 16"),
+        (
+            {"batch_size": 8, "lambda_sw": 0.01},
+            {},
+            "with lambda_sw above 0, key 'batch_size' x processes is 8, but 16",
+        ),
         ({"model_name": "moved/base", "dataset_name": "moved.jsonl"}, {}, None),
         ({"epochs": 9}, {}, None),  # max_train_steps decides
         ({}, {"precision": "bf16"}, "key 'mixed_precision' is bf16, but no"),
@@ -147,7 +155,7 @@ def test_other_rows_and_another_tokenizer_are_named(tmp_path: Path, accelerator:
     save_run(config, accelerator, 1)
     for rows in (ROWS[::-1], ROWS[:1], [Problem("1 + 1 = ", "2"), ROWS[1]]):
         assert data_fingerprint(rows) != data_fingerprint(ROWS)
-        with pytest.raises(InputError, match="'dataset_name': arithmetic: its training rows differ"):
+        with pytest.raises(InputError, match="'dataset_name': arithmetic_hard: its training rows differ"):
             find_start(config, run_of(config, accelerator, rows), accelerator)
     run = run_of(config, accelerator)
     run["fingerprints"]["tokenizer"] = "another"
@@ -169,5 +177,7 @@ def test_another_base_is_named(tmp_path: Path, accelerator: Accelerator):
     other_cap.config.final_logit_softcapping = 31.0
     for model in (trained, other_cap, tiny_gemma(seed=1)):
         run = {**facts, "fingerprints": {**facts["fingerprints"], "base": base_fingerprint(model)}}
-        with pytest.raises(InputError, match="'model_name': assets/tiny-gemma-2: its weights or architecture differ"):
+        with pytest.raises(
+            InputError, match="'model_name': assets/tiny-gemma-2: its weights or architecture differ"
+        ):
             refuse_another_base(begin, run, config)

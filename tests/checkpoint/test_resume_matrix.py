@@ -56,11 +56,15 @@ def test_a_run_goes_on_in_any_mode_split_number_of_processes_and_engine(saved, s
         (zero2(2)[:-1], "zero2", "plain,ddp"),
         (TORCHRUN, "ddp", "zero2"),
     ):
-        result = launch([*command, "tests/helpers/resume_matrix.py"], str(tmp_path), engine, others, timeout=3600)
+        result = launch(
+            [*command, "tests/helpers/resume_matrix.py"], str(tmp_path), engine, others, timeout=3600
+        )
         assert result.returncode == 0, result.stderr[-5000:]
     for origin in ("plain", "ddp", "zero2"):
         theirs = torch.load(tmp_path / f"{origin}.pt", weights_only=False)
         assert all(of_run.ids == saved[WAYS[0]].ids for of_run in theirs.values())
         for saved_way, way, start in product(WAYS, WAYS, POSITIONS.values()):
             resumed = run(*way, samples, theirs[saved_way], start)
-            assert_goes_on(theirs[saved_way], start, resumed, is_bitwise=(origin, saved_way) == ("plain", way))
+            assert_goes_on(
+                theirs[saved_way], start, resumed, is_bitwise=(origin, saved_way) == ("plain", way)
+            )

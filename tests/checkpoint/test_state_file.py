@@ -17,7 +17,21 @@ from chorus.errors import InputError
 
 BAD = {
     "step": [-5, 0, 1, 3, 10**18, 10**30, 1.0, "1", True, None, [1], {}, 10**400],
-    "optimizer_step": [-3, 3, 10**18, "1", None, [], [1], [1, 1, 1], [1, 3], [1, -1], [1, "1"], [[1], [1]], True],
+    "optimizer_step": [
+        -3,
+        3,
+        10**18,
+        "1",
+        None,
+        [],
+        [1],
+        [1, 1, 1],
+        [1, 3],
+        [1, -1],
+        [1, "1"],
+        [[1], [1]],
+        True,
+    ],
     "epoch": [-1, "0", None, 0.0],
     "skips_in_a_row": [-1, 3, "0", None],
     "num_steps": [0, -1, 1, 10**18, 99, "100", None],
@@ -68,7 +82,8 @@ def test_a_text_that_is_not_a_json_object_is_damage(content: str, tmp_path: Path
 
 
 def test_an_older_file_without_today_s_later_entries_is_read(tmp_path: Path, accelerator: Accelerator):
-    """Entries and keys that were added since take their defaults; those that were removed since are ignored."""
+    """Entries and keys that were added since take their
+    defaults; those that were removed since are ignored."""
     config = config_of(tmp_path)
     folder = save_run(config, accelerator, 1)
 
@@ -86,4 +101,11 @@ def test_the_typed_entries_are_keys_of_the_configuration_and_its_own_dump_is_acc
     assert SavedConfig.model_fields.keys() <= Config.model_fields.keys()
     saved = SavedConfig.model_validate_json(json.dumps(Config().model_dump()))
     assert saved.values() == Config().model_dump()
-    assert {"format", "step", "epoch", "optimizer_step", "config", "fingerprints"} <= StateFile.model_fields.keys()
+    assert {
+        "format",
+        "step",
+        "epoch",
+        "optimizer_step",
+        "config",
+        "fingerprints",
+    } <= StateFile.model_fields.keys()

@@ -58,7 +58,9 @@ def test_what_was_written_is_read_back_bitwise_in_the_names_of_peft(tmp_path: Pa
     assert set(saved) == {f"base_model.model.{name}.lora_{m}.weight" for name in "xy" for m in ("A", "B")}
 
 
-def test_it_holds_12_bytes_for_each_trainable_number_and_nothing_of_the_base(tmp_path: Path, accelerator: Accelerator):
+def test_it_holds_12_bytes_for_each_trainable_number_and_nothing_of_the_base(
+    tmp_path: Path, accelerator: Accelerator
+):
     agents = toy_agents("parallel")
     engine = start_engine(accelerator, agents, Config(lambda_sw=0.0))
     with engine.micro_batch(is_last=True):
@@ -123,7 +125,8 @@ ACTS = [
 
 
 def save_in_a_process_killed_before_act(number: int, folder: Path, step: int) -> bool:
-    """A save in a process of its own that ends, without any clean-up, before its act `number`. Whether it was."""
+    """A save in a process of its own that ends, without any
+    clean-up, before its act `number`. Whether it was."""
     child = os.fork()
     if child == 0:
         acts = iter(range(number))
@@ -218,7 +221,9 @@ def test_any_file_deleted_truncated_unreadable_or_with_a_flipped_byte_is_noticed
         for damage in damages(file):
             with pytest.raises(Damaged) as caught:
                 verify(folder)
-            if file.name != "MANIFEST.json":  # where a name or digest in it is flipped, another file is in question
+            if (
+                file.name != "MANIFEST.json"
+            ):  # where a name or digest in it is flipped, another file is in question
                 assert str(caught.value).startswith(f"{file}: "), damage
             assert "\n" not in str(caught.value)
             count += 1
@@ -250,5 +255,7 @@ def test_any_file_swapped_with_another_step_s_is_noticed(tmp_path: Path):
 
 def test_another_format_is_refused(tmp_path: Path):
     folder = write_checkpoint(tmp_path, state_of(1.0), {"format": 2, "step": 1}, CONFIG)
-    with pytest.raises(InputError, match="has checkpoint format 2, and this version of Chorus reads format 1"):
+    with pytest.raises(
+        InputError, match="has checkpoint format 2, and this version of Chorus reads format 1"
+    ):
         verify(folder)

@@ -1,4 +1,5 @@
-"""`chorus evaluate` as its users call it: on a run, on a checkpoint, and on adapters that stock PEFT has made alone."""
+"""`chorus evaluate` as its users call it: on a run, on a
+checkpoint, and on adapters that stock PEFT has made alone."""
 
 import json
 import subprocess
@@ -15,7 +16,9 @@ from chorus.checkpoint.store import checkpoints
 
 pytestmark = pytest.mark.launch
 BASE = str(ROOT / "assets" / "tiny-gemma-2")
-QUESTIONS = [{"question": f"Ada has {n} apples. Ben gives Ada 7 more.", "answer": f"{n + 7}"} for n in range(12, 24)]
+QUESTIONS = [
+    {"question": f"Ada has {n} apples. Ben gives Ada 7 more.", "answer": f"{n + 7}"} for n in range(12, 24)
+]
 FEW = ("max_new_tokens_eval=4", "ood_samples=3")
 
 
@@ -25,7 +28,9 @@ def evaluate(*arguments: str | Path, processes: int = 1) -> subprocess.Completed
         starter = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={processes}"]
     command = [*starter, "-m", "chorus", "evaluate", *map(str, arguments)]
     more = {"PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300
+    )
 
 
 def numbers(scores: dict[str, float | None]) -> dict[str, float]:
@@ -70,7 +75,9 @@ def test_adapters_of_stock_peft_have_the_nll_that_stock_peft_gives_them(
     adapters: list[Path], data: Path, tmp_path: Path
 ):
     problems = tmp_path / "scored.jsonl"
-    result = evaluate(*adapters, "--data", data, "--json", "--problems", problems, *FEW, "calibration_split=0.25")
+    result = evaluate(
+        *adapters, "--data", data, "--json", "--problems", problems, *FEW, "calibration_split=0.25"
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout)
     assert found["agents"] == {"agent_0": "one", "agent_1": "other"}
@@ -83,7 +90,9 @@ def test_adapters_of_stock_peft_have_the_nll_that_stock_peft_gives_them(
         nlls = []
         for row in rows:
             asked = tokenizer(row["prompt"])["input_ids"]
-            ids = torch.tensor([[*tokenizer(row["prompt"] + row["reference"])["input_ids"], tokenizer.eos_token_id]])
+            ids = torch.tensor(
+                [[*tokenizer(row["prompt"] + row["reference"])["input_ids"], tokenizer.eos_token_id]]
+            )
             with torch.no_grad():
                 log_prob_TV = model(ids[:, :-1]).logits[0].log_softmax(-1)
             nll_T = -log_prob_TV.gather(1, ids[0, 1:, None])[len(asked) - 1 :, 0]
@@ -123,7 +132,9 @@ def test_a_checkpoint_gives_a_table_with_every_answerer(run: Path):
         assert f"│ {name} " in result.stdout
 
 
-def test_what_cannot_be_used_is_refused_in_one_line(adapters: list[Path], data: Path, run: Path, tmp_path: Path):
+def test_what_cannot_be_used_is_refused_in_one_line(
+    adapters: list[Path], data: Path, run: Path, tmp_path: Path
+):
     empty, text = tmp_path / "empty.jsonl", tmp_path / "text"
     empty.touch()
     text.mkdir()
@@ -139,7 +150,9 @@ def test_what_cannot_be_used_is_refused_in_one_line(adapters: list[Path], data: 
     model = get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(str(foreign))
     described = json.loads((foreign / "adapter_config.json").read_text())
-    (foreign / "adapter_config.json").write_text(json.dumps(described | {"target_modules": ["no_such_layer"]}))
+    (foreign / "adapter_config.json").write_text(
+        json.dumps(described | {"target_modules": ["no_such_layer"]})
+    )
     cases = {
         "no ensemble": ((tmp_path / "nowhere",), "no such folder"),
         "no adapters": ((text, "--data", data), "holds no adapters"),

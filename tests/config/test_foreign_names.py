@@ -29,10 +29,22 @@ def test_a_foreign_name_is_answered_with_our_key_or_with_what_to_do():
 @pytest.mark.parametrize(
     ("name", "key"),
     [
-        *(("learning_rate", "lr"), ("num_train_epochs", "epochs"), ("per_device_train_batch_size", "batch_size")),
+        *(
+            ("learning_rate", "lr"),
+            ("num_train_epochs", "epochs"),
+            ("per_device_train_batch_size", "batch_size"),
+        ),
         *(("bf16", "mixed_precision"), ("lora_r", "lora_rank"), ("max_length", "max_seq_length")),
-        *(("warmup_ratio", "num_warmup_steps_ratio"), ("eval_strategy", "eval_samples"), ("optimizer.lr", "lr")),
-        *(("micro_batch_size", "batch_size"), ("cutoff_len", "max_seq_length"), ("model.lora_rank", "lora_rank")),
+        *(
+            ("warmup_ratio", "num_warmup_steps_ratio"),
+            ("eval_strategy", "eval_samples"),
+            ("optimizer.lr", "lr"),
+        ),
+        *(
+            ("micro_batch_size", "batch_size"),
+            ("cutoff_len", "max_seq_length"),
+            ("model.lora_rank", "lora_rank"),
+        ),
     ],
 )
 def test_the_names_that_most_users_bring_are_known(name: str, key: str):
@@ -40,10 +52,15 @@ def test_the_names_that_most_users_bring_are_known(name: str, key: str):
 
 
 def test_no_argument_of_transformers_gets_an_absurd_suggestion():
-    """Every field of its `TrainingArguments` is a key of ours, is answered, or gets no other key as a suggestion."""
-    (package,) = find_spec("transformers").submodule_search_locations  # read, not imported: that takes seconds
+    """Every field of its `TrainingArguments` is a key of ours, is
+    answered, or gets no other key as a suggestion."""
+    (package,) = find_spec(
+        "transformers"
+    ).submodule_search_locations  # read, not imported: that takes seconds
     tree = ast.parse(Path(package, "training_args.py").read_text())
-    (arguments,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    (arguments,) = (
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"
+    )
     fields = [node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)]
     names = [name for name in fields if name not in Config.model_fields]
     assert len(names) > 50
@@ -52,7 +69,9 @@ def test_no_argument_of_transformers_gets_an_absurd_suggestion():
         message = refusal("epochs: 1", f"{name}=1")
         if "did you mean" in message:
             suggested = message.split("'")[-2]
-            assert {word[:4] for word in name.split("_")} & {word[:4] for word in suggested.split("_")}, message
+            assert {word[:4] for word in name.split("_")} & {word[:4] for word in suggested.split("_")}, (
+                message
+            )
 
 
 def test_a_word_that_is_like_no_key_gets_no_suggestion():
@@ -61,7 +80,9 @@ def test_a_word_that_is_like_no_key_gets_no_suggestion():
     )
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key in FOREIGN_VALUES for value in FOREIGN_VALUES[key]])
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key in FOREIGN_VALUES for value in FOREIGN_VALUES[key]]
+)
 def test_a_foreign_word_for_a_value_is_answered_with_ours(key: str, value: str):
     ours = FOREIGN_VALUES[key][value]
     assert refusal(f"{key}: {value}").endswith(f"; write {ours}")

@@ -21,13 +21,15 @@ SAMPLE = 20
 
 
 def written_values(key: str) -> list[str]:
-    """As written in YAML: all that is near a limit or a word of the key, and a sample of what is wrong anywhere."""
+    """As written in YAML: all that is near a limit or a word of
+    the key, and a sample of what is wrong anywhere."""
     odd = random.Random(key).sample(ODDITIES, SAMPLE)
     return [*dict.fromkeys([*edges(key), as_yaml(other_value(key)), *odd])]
 
 
 def accepted(key: str, written: str) -> Config | None:
-    """The configuration with this value, which the schema allows; None where a validator of its own refuses it."""
+    """The configuration with this value, which the schema
+    allows; None where a validator of its own refuses it."""
     with suppress(InputError):
         return load(f"{key}: {written}")
     named = re.search(r"key '(\w+)'", refusal(f"{key}: {written}"))
@@ -46,7 +48,9 @@ def test_a_key_accepts_what_its_field_allows_and_refuses_the_rest_with_place_val
                 continue
             verdicts.add(True)
             if not is_text(key):
-                assert load("seed: 0", f"{key}={written}").model_dump()[key] == config.model_dump()[key], written
+                assert load("seed: 0", f"{key}={written}").model_dump()[key] == config.model_dump()[key], (
+                    written
+                )
         else:
             verdicts.add(False)
             message = refusal(f"# a comment\n{key}: {written}")

@@ -1,4 +1,5 @@
-"""The configuration: what is read, what is refused, and in which words; test_keys.py goes through the keys."""
+"""The configuration: what is read, what is refused, and in
+which words; test_keys.py goes through the keys."""
 
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def test_an_unknown_key_is_named_before_other_mistakes():
 
 def test_of_two_bad_values_one_is_named():
     message = refusal("lr: fast\nlora_rank: true")
-    assert message.startswith("configs.yaml: key 'lora_rank' (line 2) is true; it should be a valid integer; ")
+    assert message.startswith(
+        "configs.yaml: key 'lora_rank' (line 2) is true; it should be a valid integer; "
+    )
     assert "number," not in message.replace("whole number,", "")
 
 
@@ -134,13 +137,29 @@ def test_spellings_that_contradict_each_other_are_refused(said: str, older: str)
 def test_an_accepted_template_fills_in_its_columns(template, expected):
     config = Config(prompt_template=template, completion_template=template)
     columns = {"a": 1, "b_2": 2, "input text": 3, "a-b": 4, "é": 5}
-    assert config.prompt_template.format(**columns) == config.completion_template.format(**columns) == expected
+    assert (
+        config.prompt_template.format(**columns) == config.completion_template.format(**columns) == expected
+    )
 
 
 @pytest.mark.parametrize("key", ["prompt_template", "completion_template"])
 @pytest.mark.parametrize(
     "template",
-    ["{", "}", "{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{a", "a}", "{{a}", '{"a": {a}}', "{a:{b}}"],
+    [
+        "{",
+        "}",
+        "{}",
+        "{0}",
+        "{a.b}",
+        "{a[0]}",
+        "{a!r}",
+        "{a:>9}",
+        "{a",
+        "a}",
+        "{{a}",
+        '{"a": {a}}',
+        "{a:{b}}",
+    ],
 )
 def test_a_template_with_more_than_plain_columns_is_refused(key, template):
     with pytest.raises(ValidationError, match="braces must hold the plain name of a column"):
@@ -220,7 +239,12 @@ def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults():
     Path("mine.yaml").write_text("lr: 0.25\nbatch_size: 3\ndeepspeed_config_file: a.json\n")
     modules = "lora_target_modules=[q_proj, v_proj]"
     config = load_config(["lr=3e-5", "--config", "mine.yaml", modules, "deepspeed_config_file=null"])
-    given = {"lr": 3e-5, "batch_size": 3, "deepspeed_config_file": None, "lora_target_modules": ["q_proj", "v_proj"]}
+    given = {
+        "lr": 3e-5,
+        "batch_size": 3,
+        "deepspeed_config_file": None,
+        "lora_target_modules": ["q_proj", "v_proj"],
+    }
     assert config == Config(**given)
 
 
@@ -279,7 +303,9 @@ def test_no_comment_is_wider_than_100_columns():
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *code.split(" ", 1), *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, *code.split(" ", 1), *arguments], capture_output=True, text=True, timeout=60
+    )
 
 
 def test_the_program_prints_the_resolved_configuration():

@@ -100,7 +100,11 @@ def test_a_text_that_is_no_plain_yaml_mapping_is_refused(text: str, words: str):
 def test_a_file_that_cannot_be_read_is_refused():
     Path("folder").mkdir()
     Path("latin.yaml").write_bytes("model_name: é".encode("latin-1"))
-    for file, reason in [("none.yaml", "No such file"), ("folder", "Is a directory"), ("latin.yaml", "UTF-8")]:
+    for file, reason in [
+        ("none.yaml", "No such file"),
+        ("folder", "Is a directory"),
+        ("latin.yaml", "UTF-8"),
+    ]:
         assert reason in refusal(file)
 
 
@@ -109,7 +113,25 @@ def test_a_file_that_cannot_be_read_is_refused():
 NUMBERS = [5e-5, 1e-3, 1e16, 1e-300, 5e-324, 1.7976931348623157e308, 0.1 + 0.2, 3.0, 3]
 WORDS_OF_YAML = ["no", "null", "1", "3e-5", "true", "~", "=", ".inf", "...", "---", "2020-01-01", "0x1F", ""]
 MARKS_OF_YAML = [
-    *("?a", "[?a]", "- a", "a: b", "a #b", "a, b]", "[a", "&a", "*a", "!a", "|", ">", "%a", "@a", "`a", '"', "'"),
+    *(
+        "?a",
+        "[?a]",
+        "- a",
+        "a: b",
+        "a #b",
+        "a, b]",
+        "[a",
+        "&a",
+        "*a",
+        "!a",
+        "|",
+        ">",
+        "%a",
+        "@a",
+        "`a",
+        '"',
+        "'",
+    ),
 ]
 ODD_CHARACTERS = [
     *("\n", "a\tb", "a\r\nb", "\\", "\\x85", "\x85", "\u2028", "\ufeff", "\x00", "\x7f", "\xa0", "é中", "😀"),

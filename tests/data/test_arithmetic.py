@@ -14,7 +14,8 @@ SPLITS, VARIANTS = get_args(Split), get_args(Variant)
 
 
 def computation(row: dict[str, str]) -> str:
-    """What a row computes, read back from its worked steps; the first two numbers ascend where they commute."""
+    """What a row computes, read back from its worked steps; the
+    first two numbers ascend where they commute."""
     *steps, _ = row["answer"].split("\n")
     left, operator, right = steps[0].split(" = ")[0].split(" ")
     if operator in "+*":
@@ -23,7 +24,8 @@ def computation(row: dict[str, str]) -> str:
 
 
 def test_no_computation_is_in_two_splits_or_variants_whatever_the_seeds():
-    """A split that came from the caller's seed, from the story or by luck would meet another one in so many rows."""
+    """A split that came from the caller's seed, from the story or
+    by luck would meet another one in so many rows."""
     seen = {
         (split, variant): {computation(row) for row in problems(split, 3000, seed, variant)}
         for (seed, split), variant in itertools.product(enumerate(SPLITS), VARIANTS)
@@ -33,12 +35,16 @@ def test_no_computation_is_in_two_splits_or_variants_whatever_the_seeds():
 
 
 def test_a_computation_has_the_same_split_in_either_order_where_the_order_does_not_count():
-    assert all(split_of("+", (a, b)) == split_of("+", (b, a)) for a, b in itertools.product(range(2, 40), repeat=2))
     assert all(
-        split_of("*-", (a, b, 5)) == split_of("*-", (b, a, 5)) for a, b in itertools.product(range(2, 13), repeat=2)
+        split_of("+", (a, b)) == split_of("+", (b, a)) for a, b in itertools.product(range(2, 40), repeat=2)
+    )
+    assert all(
+        split_of("*-", (a, b, 5)) == split_of("*-", (b, a, 5))
+        for a, b in itertools.product(range(2, 13), repeat=2)
     )
     assert any(
-        split_of("-+", (a, b, 5)) != split_of("-+", (b, a, 5)) for a, b in itertools.product(range(2, 40), repeat=2)
+        split_of("-+", (a, b, 5)) != split_of("-+", (b, a, 5))
+        for a, b in itertools.product(range(2, 40), repeat=2)
     )
 
 
@@ -103,8 +109,12 @@ def test_a_smaller_count_gives_the_first_rows_of_a_larger_one():
 
 
 def test_the_seed_decides_the_rows_in_another_process_too():
-    call = "import json; from chorus.data.arithmetic import problems; print(json.dumps(problems('test', 50, 3)))"
-    assert json.loads(subprocess.check_output([sys.executable, "-c", call], text=True)) == problems("test", 50, 3)
+    call = (
+        "import json; from chorus.data.arithmetic import problems; print(json.dumps(problems('test', 50, 3)))"
+    )
+    assert json.loads(subprocess.check_output([sys.executable, "-c", call], text=True)) == problems(
+        "test", 50, 3
+    )
     assert problems("test", 50, 3) != problems("test", 50, 4)
 
 
@@ -116,7 +126,9 @@ def test_every_story_is_told():
 
 
 def test_more_problems_than_exist_are_refused_with_the_number_that_exists():
-    with pytest.raises(InputError, match=r"200000 problems asked for.* 'test' .* holds only (\d+); ask for") as refused:
+    with pytest.raises(
+        InputError, match=r"200000 problems asked for.* 'test' .* holds only (\d+); ask for"
+    ) as refused:
         problems("test", 200_000, 0)
     [existing] = re.findall(r"holds only (\d+)", str(refused.value))
     rows = problems("test", int(existing), 1)
@@ -127,7 +139,9 @@ def test_more_problems_than_exist_are_refused_with_the_number_that_exists():
 
 @pytest.mark.parametrize(("split", "variant"), [("dev", "standard"), ("test", "harder")])
 def test_an_unknown_split_or_variant_is_refused_with_the_known_ones(split, variant):
-    with pytest.raises(InputError, match=r"does not exist; choose one of (train, validation, test|standard, larger)"):
+    with pytest.raises(
+        InputError, match=r"does not exist; choose one of (train, validation, test|standard, larger)"
+    ):
         problems(split, 1, 0, variant)
 
 

@@ -26,7 +26,13 @@ def test_a_batch_says_of_each_token_what_follows_it(pad_to_multiple_of: int, poi
             assert batch.mask_BT[row, t] == due
             flat += [row * T + t] * due
     assert batch.target_rows_N.tolist() == flat
-    assert [tensor.dtype for tensor in batch[:5]] == [torch.int64, torch.int64, torch.bool, torch.int64, torch.int64]
+    assert [tensor.dtype for tensor in batch[:5]] == [
+        torch.int64,
+        torch.int64,
+        torch.bool,
+        torch.int64,
+        torch.int64,
+    ]
     assert batch.points_SM.shape == (7, points_per_row)
 
 
@@ -71,7 +77,13 @@ def test_no_rows_make_one_row_of_padding(pad_to_multiple_of: int) -> None:
     assert not batch.mask_BT.any()
     assert batch.target_rows_N.tolist() == []
     assert batch.points_SM.tolist() == [[-1, -1, -1]]
-    assert [tensor.dtype for tensor in batch[:5]] == [torch.int64, torch.int64, torch.bool, torch.int64, torch.int64]
+    assert [tensor.dtype for tensor in batch[:5]] == [
+        torch.int64,
+        torch.int64,
+        torch.bool,
+        torch.int64,
+        torch.int64,
+    ]
 
 
 def test_a_batch_moves_as_a_whole() -> None:

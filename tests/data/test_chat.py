@@ -32,7 +32,9 @@ UNMARKED = (
 )
 
 
-def samples_of_rows(tmp_path: Path, rows: list[dict], tokenizer: Any = TOKENIZER, **keys: object) -> list[Sample]:
+def samples_of_rows(
+    tmp_path: Path, rows: list[dict], tokenizer: Any = TOKENIZER, **keys: object
+) -> list[Sample]:
     return list(read_rows(data_config(write_lines(tmp_path / "rows.jsonl", rows), **keys), tokenizer).train)
 
 
@@ -48,7 +50,9 @@ def learnt_texts(sample: Sample, tokenizer: Any = TOKENIZER) -> list[str]:
     for token, is_target in zip(sample.ids.tolist(), sample.is_target.tolist(), strict=True):
         if is_target:
             texts = (
-                [*texts[:-1], texts[-1] + tokenizer.decode([token])] if before else [*texts, tokenizer.decode([token])]
+                [*texts[:-1], texts[-1] + tokenizer.decode([token])]
+                if before
+                else [*texts, tokenizer.decode([token])]
             )
         before = is_target
     return texts
@@ -57,12 +61,19 @@ def learnt_texts(sample: Sample, tokenizer: Any = TOKENIZER) -> list[str]:
 # ---- the same tokens and the same loss as in TRL ----
 
 
-def of_trl(tmp_path: Path, rows: list[dict], tokenizer: Any, **keys: object) -> list[tuple[list[int], list[bool]]]:
+def of_trl(
+    tmp_path: Path, rows: list[dict], tokenizer: Any, **keys: object
+) -> list[tuple[list[int], list[bool]]]:
     """Token ids, and where loss is due, of each row in TRL's SFTTrainer."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    settings = trl.SFTConfig(str(tmp_path / "trl"), max_length=None, report_to=[], use_cpu=True, bf16=False, **keys)
+    settings = trl.SFTConfig(
+        str(tmp_path / "trl"), max_length=None, report_to=[], use_cpu=True, bf16=False, **keys
+    )
     trainer = trl.SFTTrainer(
-        "assets/tiny-gemma-2", settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        "assets/tiny-gemma-2",
+        settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
     )
     return [(row["input_ids"], [one != -100 for one in row["labels"]]) for row in trainer.train_dataset]
 
@@ -130,20 +141,28 @@ def test_a_template_that_closes_no_turn_gets_the_end_token(tmp_path: Path) -> No
                         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # fmt: skip
     [sample] = samples_of_rows(tmp_path, [{"messages": [USER, ANSWER]}], chat_template=str(template))
     assert learnt_texts(sample) == [" 2\n<eos>"]  # with the space that the tokenizer joins
-    assert sample.ids[0] == TOKENIZER.bos_token_id  # which the template does not write, and the tokenizer would
+    assert (
+        sample.ids[0] == TOKENIZER.bos_token_id
+    )  # which the template does not write, and the tokenizer would
 
 
 @pytest.mark.parametrize(
     ("marked", "message"),
     [
-        ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}", r"marks '2', where .* turn is '2<eos>'"),
-        ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", r"marks '<eos>', where .* is '2<eos>'"),
+        (
+            "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}",
+            r"marks '2', where .* turn is '2<eos>'",
+        ),
+        (
+            "{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}",
+            r"marks '<eos>', where .* is '2<eos>'",
+        ),
     ],
 )
 def test_marks_and_turns_that_disagree_are_refused(tmp_path: Path, marked: str, message: str) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A\n' }}" + marked +
-        "{% else %}{{ 'U\n' + m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A\n' }}{% endif %}"
+        "{% else %}{{ 'U\n' + m.content }}{% endif %}{% endfor " "%}{% if " "add_generation_prompt " "%}{{ 'A\n' " "}}{% endif %}"
     )  # fmt: skip
     with pytest.raises(InputError, match=rf"rows.jsonl:1: key 'chat_template': {{% generation %}} {message}"):
         samples_of_rows(tmp_path, [{"messages": [USER, ANSWER]}], with_template(template))
@@ -152,12 +171,15 @@ def test_marks_and_turns_that_disagree_are_refused(tmp_path: Path, marked: str, 
 def test_a_template_that_renders_earlier_turns_otherwise_needs_marks(tmp_path: Path) -> None:
     """As templates that leave out what was thought in earlier turns."""
     body = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A\n' }}[{{ 'thought' if loop.last }}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A\n' }}[{{ 'thought' if "
+        "loop.last }}"
         "{{ m.content + eos_token }}]{% else %}{{ 'U\n' + m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'A\n' }}{% endif %}"
     )
     rows = [{"messages": [USER, ANSWER, *MORE]}]
-    with pytest.raises(InputError, match=r"key 'chat_template': the template renders a turn otherwise once others"):
+    with pytest.raises(
+        InputError, match=r"key 'chat_template': the template renders a turn otherwise once others"
+    ):
         samples_of_rows(tmp_path, rows, with_template(body.replace("[", "").replace("]", "")))
     marked = with_template(body.replace("[", "{% generation %}").replace("]", "{% endgeneration %}"))
     assert learnt_texts(samples_of_rows(tmp_path, rows, marked)[0]) == ["2<eos>", "thought 5 <eos>"]
@@ -218,13 +240,22 @@ def test_tools_are_left_in_place(tmp_path: Path) -> None:
 
 BAD = [
     ({"messages": [USER]}, "no turn of the assistant's is to be learnt"),
-    ({"messages": [USER, {"role": "assistant", "content": " "}]}, "turn 2 of 'messages', the assistant's, is empty"),
-    ({"messages": [USER, {"role": "assistant"}]}, "turn 2 of 'messages' must have text as content, has NoneType"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": " "}]},
+        "turn 2 of 'messages', the assistant's, is empty",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant"}]},
+        "turn 2 of 'messages' must have text as content, has NoneType",
+    ),
     (
         {"messages": [USER, {"role": "narrator", "content": "x"}]},
         "turn 2 of 'messages' is of 'narrator'; a role",
     ),
-    ({"messages": [USER, {"role": "user", "content": [{"type": "image"}]}]}, "turn 2 of 'messages' holds a part that"),
+    (
+        {"messages": [USER, {"role": "user", "content": [{"type": "image"}]}]},
+        "turn 2 of 'messages' holds a part that",
+    ),
     ({"messages": [USER, {"role": "assistant", "content": "\ud83d"}]}, "which is not text"),
     ({"messages": []}, "field 'messages' must be a list of turns"),
     ({"text": "x"}, "field 'messages' is missing"),
@@ -242,12 +273,16 @@ def test_a_bad_row_of_turns_is_named_and_can_be_skipped(tmp_path: Path, bad: dic
 
 
 def test_what_a_template_refuses_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"rows.jsonl:1: the chat template refuses it: System role not supported"):
+    with pytest.raises(
+        InputError, match=r"rows.jsonl:1: the chat template refuses it: System role not supported"
+    ):
         samples_of_rows(tmp_path, [{"messages": [SYSTEM, USER, ANSWER]}], with_template(UNMARKED))
 
 
 def test_turns_without_a_chat_template_are_refused_with_what_helps(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"key 'chat_template': the rows hold turns, .*has no chat template; name a"):
+    with pytest.raises(
+        InputError, match=r"key 'chat_template': the rows hold turns, .*has no chat template; name a"
+    ):
         samples_of_rows(tmp_path, [{"messages": [USER, ANSWER]}], make_tokenizer())
     with pytest.raises(InputError, match=r"key 'chat_template': cannot read nowhere.jinja"):
         samples_of_rows(tmp_path, [{"messages": [USER, ANSWER]}], chat_template="nowhere.jinja")
@@ -263,7 +298,9 @@ def test_agents_are_asked_as_the_template_asks(tmp_path: Path) -> None:
     scored = read_rows(data_config(path, validation_dataset_name=str(path))).held_out(TOKENIZER, 10)
     for row, turns, answer in zip(scored.rows, CONVERSATIONS, ("2", "5", "5", "2"), strict=True):
         last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-        asked = TOKENIZER.apply_chat_template(turns[:last], add_generation_prompt=True, return_dict=True)["input_ids"]
+        asked = TOKENIZER.apply_chat_template(turns[:last], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         assert row.prompt == asked == row.sample.ids[: len(asked)].tolist()
         assert TOKENIZER.decode(row.answer, skip_special_tokens=True) == answer
     assert scored.end_ids == [EOS]

@@ -23,7 +23,9 @@ def examples() -> Iterator[tuple[dict[str, str], dict]]:
         else:
             keys = YAML(typ="safe").load(block["body"])
             yield dict(files), keys
-            files = files if keys["dataset_name"] == "data" else {}  # whose files the example after it reads, too
+            files = (
+                files if keys["dataset_name"] == "data" else {}
+            )  # whose files the example after it reads, too
 
 
 EXAMPLES = list(examples())
@@ -41,7 +43,8 @@ def test_an_example_is_read_to_the_last_row(
     rows = read_rows(Config.model_validate({"validation_split": 0.0, **keys}))
     answers = [TOKENIZER.decode(sample.ids[sample.is_target]).strip() for sample in rows.train]
     held_out = [
-        TOKENIZER.decode(row.answer, skip_special_tokens=True).strip() for row in rows.held_out(TOKENIZER, 9).rows
+        TOKENIZER.decode(row.answer, skip_special_tokens=True).strip()
+        for row in rows.held_out(TOKENIZER, 9).rows
     ]
     found = [answer.removesuffix("<eos>") for answer in answers] + held_out
     assert found == [str(answer) for answer in (5, 6, 7, 8) if str(answer) in found]
@@ -49,5 +52,10 @@ def test_an_example_is_read_to_the_last_row(
 
 
 def test_every_format_that_is_read_has_its_example() -> None:
-    assert {Path(name).suffix for files, _ in EXAMPLES for name in files} >= {".jsonl", ".json", ".csv", ".tsv"}
+    assert {Path(name).suffix for files, _ in EXAMPLES for name in files} >= {
+        ".jsonl",
+        ".json",
+        ".csv",
+        ".tsv",
+    }
     assert len(EXAMPLES) >= 12

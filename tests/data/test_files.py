@@ -49,7 +49,9 @@ TABLE_FAULTS = [
 
 @pytest.mark.parametrize(("name", "answer", "message"), TABLE_FAULTS)
 def test_a_bad_row_of_a_table_is_named(tmp_path: Path, name: str, answer: str | None, message: str) -> None:
-    path = write(tmp_path / name, [{"question": "two\nlines", "answer": "a"}, {"question": "q", "answer": answer}])
+    path = write(
+        tmp_path / name, [{"question": "two\nlines", "answer": "a"}, {"question": "q", "answer": answer}]
+    )
     with pytest.raises(InputError) as error:
         read_problems(data_config(path))
     assert message in str(error.value)
@@ -57,17 +59,27 @@ def test_a_bad_row_of_a_table_is_named(tmp_path: Path, name: str, answer: str | 
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "folder"])
-def test_a_table_without_a_needed_column_is_refused_even_where_bad_rows_are_skipped(tmp_path: Path, name: str) -> None:
+def test_a_table_without_a_needed_column_is_refused_even_where_bad_rows_are_skipped(
+    tmp_path: Path, name: str
+) -> None:
     path = write(tmp_path / name, [{"question": "q", "reply": "a"}])
     with pytest.raises(InputError, match="must have one column 'answer', has 'question', 'reply'"):
         read_problems(data_config(path, skip_bad_rows=True))
 
 
 DAMAGED_FILES = [
-    ("rows.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q"', ":2: is not valid JSON: Expecting ',' delim"),
+    (
+        "rows.jsonl",
+        b'{"question": "q", "answer": "a"}\n{"question": "q"',
+        ":2: is not valid JSON: Expecting ',' delim",
+    ),
     ("rows.jsonl", b'{"question": "q", "answer": "a"}\n["q", "a"]\n', ":2: must be a JSON object, is list"),
     ("rows.jsonl", b'{"question": "q", "answer": "a"}\n\n"q"\n', ":3: must be a JSON object, is str"),
-    ("rows.jsonl", b'\n{"question": "q", "question": "r"}', ":2: is not valid JSON: key 'question' appears twice"),
+    (
+        "rows.jsonl",
+        b'\n{"question": "q", "question": "r"}',
+        ":2: is not valid JSON: key 'question' appears twice",
+    ),
     ("rows.jsonl", b'{"a": {"b": 1, "b": 1}}', ":1: is not valid JSON: key 'b' appears twice"),
     ("rows.jsonl", b"[" * 100_000, ":1: is not valid JSON: "),
     ("rows.jsonl", b"1" * 5_000, ":1: is not valid JSON: "),
@@ -75,7 +87,11 @@ DAMAGED_FILES = [
     ("rows.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "\xff"}', ":2: is not UTF-8 at byte 15"),
     ("rows.jsonl", b'{"question": "q", "answer": "a"}\n\0\0\0\0', ":2: holds a NUL character"),
     ("rows.jsonl", b"", " (train) has no usable row: it is empty"),
-    ("rows.json", b'[{"question": "q", "answer": "a"},\n\n {"question": }]', ":3: is not valid JSON: Expecting value"),
+    (
+        "rows.json",
+        b'[{"question": "q", "answer": "a"},\n\n {"question": }]',
+        ":3: is not valid JSON: Expecting value",
+    ),
     ("rows.json", b'[\n{"question": "q", "answer": "a"},\n"q"\n]', ":3: must be a JSON object, is str"),
     ("rows.json", b'[{"question": "q",\n"answer": "a"\n}\n\n,\n\n7]', ":7: must be a JSON object, is int"),
     (
@@ -85,20 +101,52 @@ DAMAGED_FILES = [
     ),
     ("rows.json", b'[{"question": "q", "answer": "a"},]', ":1: is not valid JSON: "),
     ("rows.json", b'{"data": []}', ": must be a list of objects"),
-    ("rows.json", b'{"question": "q",\n"answer": "a"}\n{"question": "q"}', ":3: is not valid JSON: Extra data"),
-    ("rows.json", b'{"question": "q", "answer": "a"}\n{"question": }', ":2: is not valid JSON: Expecting value"),
-    ("rows.json", b'{"data": [{"question": "q", "answer": "a"}]}', ": must be a list of objects, and has its rows in"),
-    ("rows.json", b'{\n"data": [{"question": "q"}]\n}', "take them out: jq -c '.data[]' rows.json > rows.jsonl"),
-    ("rows.jsonl.gz", b'{"question": "q", "answer": "a"}\n', ": is not a whole gzip file: Not a gzipped file"),
-    ("rows.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99)[:-9], ": is not a whole gzip file: "),
+    (
+        "rows.json",
+        b'{"question": "q",\n"answer": "a"}\n{"question": "q"}',
+        ":3: is not valid JSON: Extra data",
+    ),
+    (
+        "rows.json",
+        b'{"question": "q", "answer": "a"}\n{"question": }',
+        ":2: is not valid JSON: Expecting value",
+    ),
+    (
+        "rows.json",
+        b'{"data": [{"question": "q", "answer": "a"}]}',
+        ": must be a list of objects, and has its rows in",
+    ),
+    (
+        "rows.json",
+        b'{\n"data": [{"question": "q"}]\n}',
+        "take them out: jq -c '.data[]' rows.json > rows.jsonl",
+    ),
+    (
+        "rows.jsonl.gz",
+        b'{"question": "q", "answer": "a"}\n',
+        ": is not a whole gzip file: Not a gzipped file",
+    ),
+    (
+        "rows.jsonl.gz",
+        gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99)[:-9],
+        ": is not a whole gzip file: ",
+    ),
     ("rows.csv.gz", gzip.compress(b"question,answer\nq,a\nq\n"), ":3: has 1 cells, the header has 2"),
     ("rows.json", b"", ":1: is not valid JSON: "),
     ("rows.json", b" [ ] ", " (train) has no usable row: it is empty"),
     ("rows.csv", b"question,answer\nq,a\nq\n", ":3: has 1 cells, the header has 2"),
     ("rows.csv", b'question,answer\n"two\nlines",a\nq,a,b\n', ":4: has 3 cells, the header has 2"),
-    ("rows.csv", b'question,answer\nq,a\nq,"never closed\n\n', ":3: is not valid CSV: unexpected end of data"),
+    (
+        "rows.csv",
+        b'question,answer\nq,a\nq,"never closed\n\n',
+        ":3: is not valid CSV: unexpected end of data",
+    ),
     ("rows.csv", b'question,answer\nq,"a"b\n', ":2: is not valid CSV: "),
-    ("rows.csv", b"question,answer,answer\nq,a,b\n", ": must have one column 'answer', has 'question', 'answer', 'ans"),
+    (
+        "rows.csv",
+        b"question,answer,answer\nq,a,b\n",
+        ": must have one column 'answer', has 'question', 'answer', 'ans",
+    ),
     ("rows.csv", b"question,answer\nq,\xe9\n", ":2: is not UTF-8 at byte 3"),
     ("rows.csv", b"question,answer\nq,a\0\n", ":2: holds a NUL character"),
     ("rows.csv", b"question,answer\n", " (train) has no usable row: it is empty"),
@@ -125,7 +173,8 @@ def test_a_damaged_file_is_named_with_its_line_and_never_skipped(
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz"])
 def test_a_cell_may_be_of_any_length(tmp_path: Path, name: str) -> None:
     path = write(
-        tmp_path / name, [{"question": "q" * 300_000, "answer": "a"}, {"question": "q", "answer": "a" * 140_000}]
+        tmp_path / name,
+        [{"question": "q" * 300_000, "answer": "a"}, {"question": "q", "answer": "a" * 140_000}],
     )
     train, _ = read_problems(data_config(path))
     assert [len(prompt) + len(completion) for prompt, completion in train] == [300_008, 140_008]
@@ -137,14 +186,18 @@ def test_json_lines_under_the_name_json_are_read_with_their_lines(tmp_path: Path
     path.write_text("\n" + as_lines([GOOD, GOOD, {"question": "q"}]))
     with pytest.raises(InputError, match=r"rows\.json:4: field 'answer' is missing"):
         read_problems(data_config(path))
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}))
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+    )
     assert len(read_problems(data_config(path))[0]) == 1
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])
 def test_cells_may_be_separated_by_what_makes_the_columns(tmp_path: Path, delimiter: str) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text("".join(f"{q}{delimiter}{a}\n" for q, a in (("question", "answer"), ("a, b", "1,5"), ("c", "2"))))
+    path.write_text(
+        "".join(f"{q}{delimiter}{a}\n" for q, a in (("question", "answer"), ("a, b", "1,5"), ("c", "2")))
+    )
     assert read_problems(data_config(path))[0] == [("Q: a, b\nA:", " 1,5"), ("Q: c\nA:", " 2")]
 
 
@@ -163,7 +216,9 @@ def test_good_rows_bring_no_warning(source: Path, caplog: pytest.LogCaptureFixtu
 
 def test_a_file_of_bad_rows_only_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"question": "q"}] * 3)
-    with pytest.raises(InputError, match=r"no usable row: all 3 are bad, the first at .*rows.jsonl:1 \(field 'answer'"):
+    with pytest.raises(
+        InputError, match=r"no usable row: all 3 are bad, the first at .*rows.jsonl:1 \(field 'answer'"
+    ):
         read_problems(data_config(path, skip_bad_rows=True))
 
 

@@ -81,13 +81,19 @@ def test_no_samples_make_a_packed_batch_of_padding():
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_packing_changes_no_step(num_processes: int):
-    """Which samples each micro-batch of each process takes, and what the step counts, also from a later step on."""
+    """Which samples each micro-batch of each process takes, and
+    what the step counts, also from a later step on."""
 
     def steps(process: int, start_step: int = 0, **keys: object) -> list[StepBatch]:
         config = Config.model_validate(
             {"batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_length": 40, **keys}
         )
-        where = {"process_index": process, "num_processes": num_processes, "num_steps": 5, "start_step": start_step}
+        where = {
+            "process_index": process,
+            "num_processes": num_processes,
+            "num_steps": 5,
+            "start_step": start_step,
+        }
         return list(training_steps(SAMPLES, config, pad_id=0, **where))
 
     def learnt(batch: Batch) -> list[int]:
@@ -97,12 +103,16 @@ def test_packing_changes_no_step(num_processes: int):
         apart, together = steps(process), steps(process, packing=True)
         for one, other in zip(apart, together, strict=True):
             assert one[1:] == other[1:]
-            assert [learnt(batch) for batch in one.micro_batches] == [learnt(batch) for batch in other.micro_batches]
+            assert [learnt(batch) for batch in one.micro_batches] == [
+                learnt(batch) for batch in other.micro_batches
+            ]
         later = steps(process, 3, packing=True)
         for one, other in zip(together[3:], later, strict=True):
             for batch, again in zip(one.micro_batches, other.micro_batches, strict=True):
                 assert all(
-                    torch.equal(a, b) for a, b in zip(batch, again, strict=True) if a is not None and b is not None
+                    torch.equal(a, b)
+                    for a, b in zip(batch, again, strict=True)
+                    if a is not None and b is not None
                 )
 
 
@@ -122,7 +132,9 @@ def assert_packing_changes_nothing(apart: Agents, together: Agents) -> None:
     (one, gradients), (other, packed_gradients) = (
         run(agents, batch, lambda_sw=0.5) for agents, batch in zip((apart, together), batches, strict=True)
     )
-    for expected, found in zip(of_samples(one.nll_KBT, batches[0]), of_samples(other.nll_KBT, batches[1]), strict=True):
+    for expected, found in zip(
+        of_samples(one.nll_KBT, batches[0]), of_samples(other.nll_KBT, batches[1]), strict=True
+    ):
         assert max_difference(found, expected) < EXACT
     for identity, gradient in gradients.items():
         assert max_difference(packed_gradients[identity], gradient) < EXACT, identity
@@ -141,7 +153,8 @@ def test_packed_samples_in_compiled_layers():
 
 
 def test_packed_samples_in_flex_attention(monkeypatch: pytest.MonkeyPatch):
-    """Uncompiled: PyTorch has its forward and backward in plain operators, but lets nobody train with it on a CPU."""
+    """Uncompiled: PyTorch has its forward and backward in plain
+    operators, but lets nobody train with it on a CPU."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     monkeypatch.setattr(WrappedFlexAttention, "_is_flex_compiled", False)

@@ -22,7 +22,9 @@ from chorus.errors import InputError
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.99])
-def test_held_out_rows_and_training_rows_partition_the_source_in_its_order(source: Path, fraction: float) -> None:
+def test_held_out_rows_and_training_rows_partition_the_source_in_its_order(
+    source: Path, fraction: float
+) -> None:
     train, validation = read_problems(data_config(source, validation_split=fraction))
     assert len(validation) == min(max(1, round(20 * fraction)), 19)
     assert [problem for problem in PROBLEMS if problem in validation] == validation
@@ -58,14 +60,22 @@ def test_the_debug_subset_is_the_first_training_rows(source: Path) -> None:
 LONG = [{"question": "a " * count, "answer": "b c"} for count in (1, 2, 30, 60)]
 
 
-def test_cut_rows_are_counted_and_the_first_one_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cut_rows_are_counted_and_the_first_one_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(tmp_path / "rows.jsonl", LONG)
     rows = read_rows(data_config(path, max_seq_length=38))
     rows.log()
     assert [len(sample.ids) for sample in rows.train] == [min(length, 38) for length in rows.train.lengths]
     assert all(sample.num_targets > 0 for sample in rows.train)
-    assert f"cut {(rows.chosen.lengths > 38).sum()} of 4 training rows to max_seq_length 38 tokens" in caplog.text
-    assert f"{4 - len(rows.train)} of them have no target token left and are dropped; first {path}:" in caplog.text
+    assert (
+        f"cut {(rows.chosen.lengths > 38).sum()} of 4 training rows to max_seq_length 38 tokens"
+        in caplog.text
+    )
+    assert (
+        f"{4 - len(rows.train)} of them have no target token left and are dropped; first {path}:"
+        in caplog.text
+    )
 
 
 def test_rows_that_fit_bring_no_warning(
@@ -81,7 +91,9 @@ def test_rows_that_fit_bring_no_warning(
 
 
 @pytest.mark.parametrize(("limit", "count"), [(20, 3), (7, 4)])
-def test_rows_that_mostly_lose_their_answer_to_the_limit_are_refused(tmp_path: Path, limit: int, count: int) -> None:
+def test_rows_that_mostly_lose_their_answer_to_the_limit_are_refused(
+    tmp_path: Path, limit: int, count: int
+) -> None:
     path = write(tmp_path / "rows.jsonl", [*LONG[2:], LONG[3], LONG[0]])
     said = rf"'max_seq_length': {limit} leaves no target token of the answer in {count} of 4 training rows"
     with pytest.raises(InputError, match=rf"{said} \(first {path}:1"):
@@ -98,16 +110,24 @@ def test_rows_that_mostly_lose_their_answer_to_the_prompt_are_refused(tmp_path: 
         read_rows(data_config(path, **keys), make_tokenizer())
 
 
-def test_characters_that_carry_no_loss_are_counted_and_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_characters_that_carry_no_loss_are_counted_and_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(tmp_path / "rows.jsonl", [{"question": q, "answer": "cd"} for q in ("a", "b", "b")])
     keys = {"prompt_template": "{question}", "completion_template": "{answer}"}
     read_rows(data_config(path, **keys), make_tokenizer()).log()
-    assert "2 characters at the beginning of the completion carry no loss, in 2 of 3 training rows" in caplog.text
+    assert (
+        "2 characters at the beginning of the completion carry no loss, in 2 of 3 training rows"
+        in caplog.text
+    )
     assert f"first {path}:2, where 'b' ends the prompt and 'cd' begins the completion" in caplog.text
 
 
-def test_held_out_rows_are_those_that_training_would_keep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A prompt that fills max_seq_length is left out of NLL and of generation alike, and no prompt is longer."""
+def test_held_out_rows_are_those_that_training_would_keep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt that fills max_seq_length is left out of NLL and
+    of generation alike, and no prompt is longer."""
     train, held_out = write(tmp_path / "train.jsonl", LONG), write(tmp_path / "other.jsonl", LONG)
     config = data_config(train, validation_dataset_name=str(held_out), max_seq_length=38)
     rows = read_rows(config)
@@ -116,7 +136,10 @@ def test_held_out_rows_are_those_that_training_would_keep(tmp_path: Path, caplog
     assert all(row.prompt == row.sample.ids[: len(row.prompt)].tolist() for row in scored.rows)
     assert all(TOKENIZER.decode(row.answer) == " b c" for row in scored.rows)
     assert max(len(row.prompt) for row in scored.rows) < 38
-    assert f"{4 - len(scored.rows)} of them have no target token left and are dropped; first {held_out}:" in caplog.text
+    assert (
+        f"{4 - len(scored.rows)} of them have no target token left and are dropped; first {held_out}:"
+        in caplog.text
+    )
     assert len(rows.held_out(TOKENIZER, 1).rows) == 1
 
 
@@ -166,7 +189,9 @@ def test_a_cache_left_half_written_is_not_read(tmp_path: Path, monkeypatch: pyte
     config = data_config(write(tmp_path / "rows.jsonl", ROWS), data_cache_dir=str(tmp_path / "kept"))
     with monkeypatch.context() as broken:
         broken.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(InputError, match=r"key 'data_cache_dir': cannot write tokenised rows .*No space left"):
+        with pytest.raises(
+            InputError, match=r"key 'data_cache_dir': cannot write tokenised rows .*No space left"
+        ):
             read_rows(config)
     assert not list((tmp_path / "kept").iterdir())
     assert len(read_rows(config).train) == 20
@@ -180,12 +205,16 @@ def test_samples_travel_to_a_worker_as_the_path_of_their_file(tmp_path: Path) ->
         assert all(map(torch.equal, one, other))
 
 
-def test_more_rows_than_a_batch_of_the_file_are_each_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_a_batch_of_the_file_are_each_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "BATCH", 3)
     config = data_config(write(tmp_path / "rows.jsonl", ROWS), data_cache_dir=str(tmp_path / "kept"))
     rows = read_rows(config)
     assert texts_of(rows.train) == PROBLEMS
-    assert [rows.train.place(n) for n in (0, 2, 3, 19)] == [f"{config.dataset_name}:{n}" for n in (1, 3, 4, 20)]
+    assert [rows.train.place(n) for n in (0, 2, 3, 19)] == [
+        f"{config.dataset_name}:{n}" for n in (1, 3, 4, 20)
+    ]
     expected = samples_of([Problem(*problem) for problem in PROBLEMS], TOKENIZER)
     for one, other in zip(rows.train, expected, strict=True):
         assert all(map(torch.equal, one, other))

@@ -86,7 +86,9 @@ def test_held_out_rows_may_be_of_another_source(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"key 'validation_dataset_name': 'nowhere.csv' does not exist"):
         read_problems(data_config(ours, validation_dataset_name="nowhere.csv"))
     config = data_config(ours, validation_dataset_name="arithmetic", validation_dataset_split="test")
-    with pytest.raises(InputError, match=r"key 'validation_dataset_split': 'arithmetic' has no split 'test' \(it has"):
+    with pytest.raises(
+        InputError, match=r"key 'validation_dataset_split': 'arithmetic' has no split 'test' \(it has"
+    ):
         read_problems(config)
 
 
@@ -102,9 +104,13 @@ def test_a_class_label_is_read_by_its_name(tmp_path: Path) -> None:
 
 def test_a_folder_or_a_glob_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(InputError, match=r"'dataset_name': the folder .* holds no data: .*what save_to_disk writes"):
+    with pytest.raises(
+        InputError, match=r"'dataset_name': the folder .* holds no data: .*what save_to_disk writes"
+    ):
         read_problems(data_config(tmp_path))
-    with pytest.raises(InputError, match=r"'dataset_name': .* matches only 'notes.txt'; give a glob of files"):
+    with pytest.raises(
+        InputError, match=r"'dataset_name': .* matches only 'notes.txt'; give a glob of files"
+    ):
         read_problems(data_config(tmp_path / "*"))
     with pytest.raises(InputError, match=r"key 'dataset_name': .* matches no file"):
         read_problems(data_config(tmp_path / "*.csv"))
@@ -113,21 +119,36 @@ def test_a_folder_or_a_glob_without_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sources.txt", "rows.parquet.gz", "rows.gz"])
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("hello")
-    with pytest.raises(InputError, match=r"must be a file ending in '\.jsonl', .*'\.parquet' \(text files also"):
+    with pytest.raises(
+        InputError, match=r"must be a file ending in '\.jsonl', .*'\.parquet' \(text files also"
+    ):
         read_problems(data_config(tmp_path / name))
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *("rows.jsonl", "nowhere/rows.json", "../rows", "./rows", "/nowhere/rows", "a/b/c", "folder\\rows", "~/rows"),
+        *(
+            "rows.jsonl",
+            "nowhere/rows.json",
+            "../rows",
+            "./rows",
+            "/nowhere/rows",
+            "a/b/c",
+            "folder\\rows",
+            "~/rows",
+        ),
         *("here/rows", "two words", "http://example.org/rows"),
     ],
 )
-def test_a_missing_path_is_never_asked_of_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_path_is_never_asked_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: pytest.fail(f"the hub was asked for {arguments}"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *arguments: pytest.fail(f"the hub was asked for {arguments}")
+    )
     with pytest.raises(InputError, match=r"key 'dataset_name': .* does not exist; correct the path"):
         read_problems(data_config(name))
 
@@ -163,7 +184,9 @@ def test_a_hub_that_does_not_answer_is_one_line(error: Exception, monkeypatch: p
     with pytest.raises(InputError) as refused:
         read_problems(data_config("openai/gsm8k", dataset_subset="x"))
     message = str(refused.value)
-    assert message.startswith("key 'dataset_name': cannot load 'openai/gsm8k' (dataset_subset: 'x') from the hub: ")
+    assert message.startswith(
+        "key 'dataset_name': cannot load 'openai/gsm8k' (dataset_subset: 'x') from the hub: "
+    )
     assert message.endswith("; correct the name or subset, or download it and name a local file")
     assert "\n" not in message
 
@@ -176,6 +199,8 @@ def test_a_subset_of_something_local_is_refused(source: Path) -> None:
 
 def test_the_built_in_rows_do_not_depend_on_the_seed() -> None:
     train, validation = read_problems(data_config("arithmetic", seed=0))
-    assert (len(train), len(validation)) == tuple(sources.STANDARD[split][1] for split in ("train", "validation"))
+    assert (len(train), len(validation)) == tuple(
+        sources.STANDARD[split][1] for split in ("train", "validation")
+    )
     assert (train, validation) == read_problems(data_config("arithmetic", seed=1))
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in validation}

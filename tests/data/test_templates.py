@@ -42,7 +42,9 @@ def test_a_bad_json_row_is_named_by_file_and_line(tmp_path: Path, suffix: str, b
 def test_a_remedy_is_offered_only_where_it_helps(tmp_path: Path) -> None:
     """Skipping helps where other rows are good, and optional_columns where a column is empty."""
     bad = {"question": "q", "answer": [1]}
-    with pytest.raises(InputError, match=r"rows.jsonl:1: field 'answer' must be text .*correct the row, or set skip"):
+    with pytest.raises(
+        InputError, match=r"rows.jsonl:1: field 'answer' must be text .*correct the row, or set skip"
+    ):
         read_problems(data_config(write(tmp_path / "rows.jsonl", [bad, GOOD])))
     with pytest.raises(InputError) as error:
         read_problems(data_config(write(tmp_path / "rows.jsonl", [bad] * 3)))
@@ -60,14 +62,20 @@ ALPACA = [
 ALPACA_KEYS = {"prompt_template": "{instruction}\n{input}\nA:", "completion_template": " {output}"}
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "folder"])
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.parquet", "folder"]
+)
 def test_an_optional_column_may_be_empty_in_any_row_of_any_format(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / name, ALPACA)
     with caplog.at_level(logging.INFO, "chorus"):
         train, _ = read_problems(data_config(path, **ALPACA_KEYS))
-    assert train == [("Add one to 4.\n\nA:", " 5"), ("Add one to it.\n7\nA:", " 8"), ("Add one to 1.\n\nA:", " 2")]
+    assert train == [
+        ("Add one to 4.\n\nA:", " 5"),
+        ("Add one to it.\n7\nA:", " 8"),
+        ("Add one to 1.\n\nA:", " 2"),
+    ]
     assert "3 rows of text, input is empty in 2 rows" in caplog.text
     with pytest.raises(InputError, match=r"field 'input' is (empty|null)"):
         read_problems(data_config(path, **ALPACA_KEYS, optional_columns=[]))
@@ -82,7 +90,9 @@ def test_which_columns_may_be_empty_is_the_keys_word(tmp_path: Path) -> None:
     assert read_problems(data_config(path, **keys, optional_columns=["hint"]))[0] == [("qh", "a"), ("q", "a")]
 
 
-def test_a_row_whose_every_column_is_empty_is_bad_and_a_column_that_no_row_has_is_misspelt(tmp_path: Path) -> None:
+def test_a_row_whose_every_column_is_empty_is_bad_and_a_column_that_no_row_has_is_misspelt(
+    tmp_path: Path,
+) -> None:
     rows = [{"input": "q", "output": "a"}, {"input": "", "output": "a"}]
     keys = {"prompt_template": "{input}:", "completion_template": "{output}"}
     with pytest.raises(InputError, match=r"rows.jsonl:2: field 'input' is empty"):
@@ -95,7 +105,9 @@ def test_a_row_whose_every_column_is_empty_is_bad_and_a_column_that_no_row_has_i
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "folder"])
 def test_a_whole_number_is_text_in_every_format(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path / name, [{"question": "q", "answer": number} for number in (1, -20, 12345678901234)])
+    path = write(
+        tmp_path / name, [{"question": "q", "answer": number} for number in (1, -20, 12345678901234)]
+    )
     assert [answer for _, answer in read_problems(data_config(path))[0]] == [" 1", " -20", " 12345678901234"]
 
 

@@ -1,4 +1,5 @@
-"""What text becomes: tokens, and those of them that are learnt. Nothing of a completion is left out in silence."""
+"""What text becomes: tokens, and those of them that are learnt.
+Nothing of a completion is left out in silence."""
 
 import itertools
 import random
@@ -36,7 +37,11 @@ def targets(sample: Sample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         ("ab: ", "9", ["▁", "9", "<eos>"]),  # whatever follows: when a model is asked that is not known
         ("", "bcd", ["bc", "d", "<eos>"]),
         ("b é🙂", "cé", ["c", "<0xC3>", "<0xA9>", "<eos>"]),  # offsets count characters, not bytes
-        ("<bos>ab", "d<bos>e", ["d", "<bos>", "e", "<eos>"]),  # a special token that a template writes is learnt
+        (
+            "<bos>ab",
+            "d<bos>e",
+            ["d", "<bos>", "e", "<eos>"],
+        ),  # a special token that a template writes is learnt
         ("ab", "d<eos>", ["d", "<eos>"]),  # the end once
         ("ab<eos>", "d", ["d", "<eos>"]),
     ],
@@ -99,7 +104,9 @@ def test_every_character_of_a_completion_is_learnt_whatever_the_offsets(
     [row], [sample] = encoder.rows([problem]), samples_of([problem], tokenizer)
     assert tokenizer.decode(sample.ids[sample.is_target][:-1]) == learnt
     assert (row.merged, sample.ids[-1], sample.num_targets) == (0, EOS, int(sample.is_target.sum()))
-    assert encoder.prompt(problem) == (tokenizer(asked)["input_ids"] or [EOS]) == row.ids[: row.marks.index(1)]
+    assert (
+        encoder.prompt(problem) == (tokenizer(asked)["input_ids"] or [EOS]) == row.ids[: row.marks.index(1)]
+    )
 
 
 @pytest.mark.parametrize("trims", [False, True])

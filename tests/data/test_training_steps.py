@@ -74,7 +74,11 @@ def test_every_way_to_split_a_global_batch_takes_the_same_rows_in_each_step(
         assert [row for batch in in_order for row in rows_of(batch)] == rows_of(whole.micro_batches[0])
         for part in parts:
             assert len(part.micro_batches) == accumulation
-            assert (part.num_targets, part.num_rows, part.epoch) == (whole.num_targets, whole.num_rows, whole.epoch)
+            assert (part.num_targets, part.num_rows, part.epoch) == (
+                whole.num_targets,
+                whole.num_rows,
+                whole.epoch,
+            )
         assert sum(int(batch.mask_BT.sum()) for batch in in_order) == whole.num_targets
         assert sum(len(rows_of(batch)) for batch in in_order) == whole.num_rows
 
@@ -92,14 +96,21 @@ def test_epochs_follow_one_another_until_the_last_step(shuffle: bool) -> None:
 def as_lists(steps: Iterator[StepBatch]) -> list:
     """Comparable with ==."""
     return [
-        ([[t if t is None else t.tolist() for t in batch] for batch in step.micro_batches], *step[1:]) for step in steps
+        ([[t if t is None else t.tolist() for t in batch] for batch in step.micro_batches], *step[1:])
+        for step in steps
     ]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_run_sees_the_tail_of_the_uninterrupted_one(num_workers: int) -> None:
     samples = make_samples(11)
-    keys = {"batch_size": 2, "gradient_accumulation_steps": 2, "pad_to_multiple_of": 4, "process": 1, "processes": 2}
+    keys = {
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "pad_to_multiple_of": 4,
+        "process": 1,
+        "processes": 2,
+    }
     whole = as_lists(training_steps(samples, num_steps=6, **keys))
     assert len(whole) == 6
     for start in range(7):

@@ -1,4 +1,5 @@
-"""What counts as a right answer: special tokens, tokens that end a turn and white space count on neither side."""
+"""What counts as a right answer: special tokens, tokens that
+end a turn and white space count on neither side."""
 
 import copy
 
@@ -14,8 +15,12 @@ def ids_of(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("reference", [" 4 apples", " 4 apples<eos>", "4 apples <eos>", "<bos>4  apples\n<eos><eos>"])
-@pytest.mark.parametrize("written", [" 4 apples", " 4 apples<eos>", " 4 apples<eos> and more", "<pad>4 apples\n"])
+@pytest.mark.parametrize(
+    "reference", [" 4 apples", " 4 apples<eos>", "4 apples <eos>", "<bos>4  apples\n<eos><eos>"]
+)
+@pytest.mark.parametrize(
+    "written", [" 4 apples", " 4 apples<eos>", " 4 apples<eos> and more", "<pad>4 apples\n"]
+)
 def test_what_closes_an_answer_counts_on_neither_side(reference: str, written: str):
     texts = [answer_text(ids_of(text), TOKENIZER, [EOS]) for text in (written, reference)]
     assert is_exact(*texts)
@@ -35,7 +40,10 @@ def test_a_token_that_ends_a_turn_ends_an_answer_special_or_not(is_special: bool
 def test_answers_that_are_longer_than_what_is_written_are_counted(caplog: pytest.LogCaptureFixture):
     references = [ids_of(text) for text in (" 1 2", " 1 2<eos>", " 1 2 3 4")]
     assert warn_of_long_references(references, [EOS], len(references[0])) == 1
-    assert f"1 of 3 held-out answers are longer than max_new_tokens_eval {len(references[0])} tokens" in caplog.text
+    assert (
+        f"1 of 3 held-out answers are longer than max_new_tokens_eval {len(references[0])} tokens"
+        in caplog.text
+    )
     caplog.clear()
     assert warn_of_long_references(references, [EOS], len(references[2])) == 0
     assert not caplog.messages

@@ -15,7 +15,10 @@ from chorus.model.agents import Agents, Mode
 
 NEVER = 4  # as an end token: none of these texts holds it
 MEMBERS = [Answerer("base", (None,)), *(Answerer(f"agent {k}", (k,)) for k in range(3))]
-MIXTURES = [Answerer("mixture", (0, 1, 2), (0.6, 0.1, 0.3)), Answerer("tempered", (0, 1, 2), (0.0, 0.5, 0.5), 1.7)]
+MIXTURES = [
+    Answerer("mixture", (0, 1, 2), (0.6, 0.1, 0.3)),
+    Answerer("tempered", (0, 1, 2), (0.0, 0.5, 0.5), 1.7),
+]
 EVERYBODY = [*MEMBERS, *MIXTURES]
 
 
@@ -42,12 +45,16 @@ def tokens(answers: list[list[Answer]]) -> list[list[list[int]]]:
     return [[answer.token_ids for answer in row] for row in answers]
 
 
-def test_every_answer_of_one_pass_is_that_of_transformers_on_stock_peft(agents: Agents, prompts: list[list[int]]):
+def test_every_answer_of_one_pass_is_that_of_transformers_on_stock_peft(
+    agents: Agents, prompts: list[list[int]]
+):
     answers = tokens(generate(agents, EVERYBODY, prompts, max_new_tokens=14, end_ids=[NEVER]))
     for row, answerer in zip(answers, MEMBERS, strict=False):
         model = stock_model(agents, answerer.members[0])
         assert row == [stock_greedy(model, prompt, 14, NEVER) for prompt in prompts], answerer.name
-    assert len({str(row) for row in answers}) == len(EVERYBODY), "answerers that agree could not be told apart"
+    assert len({str(row) for row in answers}) == len(EVERYBODY), (
+        "answerers that agree could not be told apart"
+    )
 
 
 def test_the_mixture_and_its_figures_are_those_of_plain_probabilities_in_float64(
@@ -62,7 +69,9 @@ def test_the_mixture_and_its_figures_are_those_of_plain_probabilities_in_float64
                 log_prob_V = next_log_probs(models, answerer.weights, text, answerer.temperature)
                 own = [next_log_probs([model], [1.0], text, 1.0) for model in models]
                 pooled_V = next_log_probs(models, answerer.weights, text, 1.0)
-                mutual = entropy(pooled_V) - sum(w * entropy(p) for w, p in zip(answerer.weights, own, strict=True))
+                mutual = entropy(pooled_V) - sum(
+                    w * entropy(p) for w, p in zip(answerer.weights, own, strict=True)
+                )
                 assert token == int(log_prob_V.argmax())
                 assert answer.log_probs[n] == pytest.approx(float(log_prob_V[token]), abs=1e-4)
                 assert answer.entropies[n] == pytest.approx(entropy(log_prob_V), abs=1e-4)
@@ -71,7 +80,13 @@ def test_the_mixture_and_its_figures_are_those_of_plain_probabilities_in_float64
 
 
 def test_an_answer_does_not_depend_on_what_is_answered_beside_it(agents: Agents, prompts: list[list[int]]):
-    how: dict[str, Any] = {"max_new_tokens": 9, "end_ids": [33, 8], "temperature": 0.8, "top_p": 0.9, "seed": 5}
+    how: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "end_ids": [33, 8],
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": 5,
+    }
     together = tokens(generate(agents, EVERYBODY, prompts, **how))
     assert tokens(generate(agents, EVERYBODY, prompts, **how, prompts_per_wave=2)) == together
     for index, answerer in enumerate(EVERYBODY):
@@ -143,8 +158,8 @@ def uncached(agents: Agents, member: int | None, prompt: list[int], count: int) 
 
 
 def test_in_bf16_log_probabilities_are_within_a_tolerance_of_stock_peft(prompts: list[list[int]]):
-    """Both round differently, by steps of 1/64 in logits of 3: 0.05 nats in the mean and 0.25 at most after two layers
-    of large random weights."""
+    """Both round differently, by steps of 1/64 in logits of 3: 0.05 nats in the mean and 0.25 at most after
+    two layers of large random weights."""
     differences: list[float] = []
     agents = toy_agents("fused", dtype=torch.bfloat16).eval()
     make_lively(agents.frozen_tensors())
@@ -161,7 +176,9 @@ def test_in_bf16_log_probabilities_are_within_a_tolerance_of_stock_peft(prompts:
     assert max(differences) < 0.25
 
 
-def test_no_flag_adapter_attention_or_global_random_state_is_left_behind(agents: Agents, prompts: list[list[int]]):
+def test_no_flag_adapter_attention_or_global_random_state_is_left_behind(
+    agents: Agents, prompts: list[list[int]]
+):
     def state() -> list[Any]:
         flags = [parameter.requires_grad for parameter in agents.parameters()]
         return [flags, agents.router.turn, agents.config._attn_implementation, torch.is_grad_enabled()]
@@ -211,7 +228,9 @@ def test_a_batch_has_few_empty_rows_however_unevenly_answers_end():
         (MEMBERS[0], {"temperature": -1.0}),
     ],
 )
-def test_weights_and_temperatures_out_of_range_are_refused(agents: Agents, answerer: Answerer, how: dict[str, float]):
+def test_weights_and_temperatures_out_of_range_are_refused(
+    agents: Agents, answerer: Answerer, how: dict[str, float]
+):
     with pytest.raises(ValueError, match=r"weights|temperature"):
         generate(agents, [answerer], [[5]], max_new_tokens=1, end_ids=[], **how)  # pyright: ignore[reportArgumentType]
 

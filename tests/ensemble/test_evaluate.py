@@ -76,7 +76,10 @@ def stock_model(agents: Agents, member: int | None) -> Any:
     if member is None:
         return base.eval()
     config = LoraConfig(
-        r=SHAPE.rank, lora_alpha=int(SHAPE.alpha), target_modules=list(SHAPE.target_modules), task_type="CAUSAL_LM"
+        r=SHAPE.rank,
+        lora_alpha=int(SHAPE.alpha),
+        target_modules=list(SHAPE.target_modules),
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, config)
     parameters = dict(model.named_parameters())
@@ -89,14 +92,19 @@ def stock_model(agents: Agents, member: int | None) -> Any:
 def stock_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     inputs = tokenizer(prompt, return_tensors="pt")
     written = model.generate(
-        **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+        **inputs,
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=0,
     )
     return tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @torch.no_grad()
 def stock_nll_N(model: Any, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> Tensor:
-    """Cross-entropy of completion and end token under the model's own logits, one unpadded row after another."""
+    """Cross-entropy of completion and end token under the
+    model's own logits, one unpadded row after another."""
     parts = []
     for prompt, completion in ((one.prompt, one.completion) for one in problems):
         encoding = tokenizer(prompt + completion, return_offsets_mapping=True)
@@ -120,14 +128,22 @@ def held_out(problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> Hel
 
 
 def settings(**keys: Any) -> Config:
-    return Config(max_new_tokens_eval=MAX_NEW_TOKENS, **{"calibration_split": 0.0, "eval_choices": False, **keys})
+    return Config(
+        max_new_tokens_eval=MAX_NEW_TOKENS, **{"calibration_split": 0.0, "eval_choices": False, **keys}
+    )
 
 
 def scored_by(
-    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase, alpha: float | None = None, **keys: Any
+    agents: Agents,
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    alpha: float | None = None,
+    **keys: Any,
 ) -> Evaluation:
     config = settings(**keys)
-    return evaluate(agents, divided(held_out(problems, tokenizer), [], tokenizer, config, 0), config, 0, alpha=alpha)
+    return evaluate(
+        agents, divided(held_out(problems, tokenizer), [], tokenizer, config, 0), config, 0, alpha=alpha
+    )
 
 
 def names(suffix: str = "") -> list[str]:
@@ -147,7 +163,9 @@ def test_the_nll_of_every_answerer_is_the_cross_entropy_of_stock_models(
     mixture = -nll_MN[1:].neg().exp().mean(0).log().mean().item()
     assert found.scores["uniform"]["token/NLL"] == pytest.approx(mixture, rel=1e-4)
     assert found.scores["uniform"]["token/perplexity"] == pytest.approx(math.exp(mixture), rel=1e-4)
-    assert found.scores["uniform"]["ens/Ambiguity"] == pytest.approx(nll_MN[1:].mean().item() - mixture, rel=1e-3)
+    assert found.scores["uniform"]["ens/Ambiguity"] == pytest.approx(
+        nll_MN[1:].mean().item() - mixture, rel=1e-3
+    )
     assert found.scores["base"]["cls/NLL"] == pytest.approx(nll_MN[0].sum().item() / len(problems), rel=1e-4)
     assert found.num_problems == len(problems)
 
@@ -158,7 +176,9 @@ def test_the_exact_matches_of_every_answerer_are_those_of_stock_greedy_text(
     found = scored_by(agents, problems, tokenizer)
     for name, model in zip(names(), stock_models, strict=True):
         texts = [stock_text(model, tokenizer, problem.prompt) for problem in problems]
-        assert [one["answers"][name]["text"].split() for one in found.problems] == [text.split() for text in texts]
+        assert [one["answers"][name]["text"].split() for one in found.problems] == [
+            text.split() for text in texts
+        ]
         right = [text.split() == one.completion.split() for text, one in zip(texts, problems, strict=True)]
         assert [one["answers"][name]["right"] for one in found.problems] == right
         assert found.scores[name]["cls/Acc"] == sum(right) / len(right)
@@ -173,7 +193,11 @@ def test_the_probability_of_an_answer_is_the_product_over_its_tokens(
         for problem, one in zip(problems, found.problems, strict=True):
             ids = tokenizer(problem.prompt)["input_ids"]
             written = model.generate(
-                torch.tensor([ids]), do_sample=False, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=1, pad_token_id=0
+                torch.tensor([ids]),
+                do_sample=False,
+                max_new_tokens=MAX_NEW_TOKENS,
+                eos_token_id=1,
+                pad_token_id=0,
             )[0]
             with torch.no_grad():
                 log_prob_TV = model(written[None, :-1]).logits[0].double().log_softmax(-1)
@@ -181,7 +205,9 @@ def test_the_probability_of_an_answer_is_the_product_over_its_tokens(
             assert math.log(one["answers"][name]["probability"]) == pytest.approx(float(own), rel=1e-4)
 
 
-def test_equal_members_make_a_mixture_like_each_of_them(problems: list[Problem], tokenizer: PreTrainedTokenizerBase):
+def test_equal_members_make_a_mixture_like_each_of_them(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
     base = load_model(BASE, torch.float32, torch.device("cpu"))
     found = scored_by(build_agents("fused", base, 2, SHAPE, Regularisation(0, 0, 0)), problems, tokenizer)
     base = load_model(BASE, torch.float32, torch.device("cpu"))
@@ -269,7 +295,10 @@ def test_a_choice_is_the_most_probable_of_all_answers(
             torch.stack(
                 [
                     torch.stack(
-                        [-stock_nll_N(model, tokenizer, [Problem(one.prompt, label)]).sum() for label in choices]
+                        [
+                            -stock_nll_N(model, tokenizer, [Problem(one.prompt, label)]).sum()
+                            for label in choices
+                        ]
                     )
                     for one in asked
                 ]
@@ -279,7 +308,9 @@ def test_a_choice_is_the_most_probable_of_all_answers(
     ).log_softmax(-1)
     right_N = torch.tensor([choices.index(one.completion) for one in asked])
     for name, log_prob_NC in zip(names(), log_prob_MNC, strict=True):
-        assert found.scores[name]["cls/Acc"] == pytest.approx(float((log_prob_NC.argmax(-1) == right_N).float().mean()))
+        assert found.scores[name]["cls/Acc"] == pytest.approx(
+            float((log_prob_NC.argmax(-1) == right_N).float().mean())
+        )
         nll = float(cross_entropy(log_prob_NC, right_N))
         assert found.scores[name]["cls/NLL"] == pytest.approx(nll, rel=1e-3)
         one_hot_NC = torch.nn.functional.one_hot(right_N, 3)
@@ -350,7 +381,9 @@ def test_agents_that_are_trained_with_gradient_checkpointing_score_the_same(
         assert found[name]["token/NLL"] == pytest.approx(expected[name]["token/NLL"], rel=1e-4)
 
 
-def test_evaluation_leaves_no_trace(agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase):
+def test_evaluation_leaves_no_trace(
+    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
     for training in (True, False):
         agents.train(training)
         values = {name: tensor.clone() for name, tensor in agents.state_dict().items()}
@@ -392,7 +425,8 @@ def test_the_processes_share_the_rows_without_overlap(
     whole = held_out(problems * 2, tokenizer)
     config = settings(calibration_split=0.3)
     parts = [
-        divided(whole, whole.rows[:3], tokenizer, config, 0, index, num_processes) for index in range(num_processes)
+        divided(whole, whole.rows[:3], tokenizer, config, 0, index, num_processes)
+        for index in range(num_processes)
     ]
     alone = divided(whole, whole.rows[:3], tokenizer, config, 0)
     for kind in ("scored", "calibration", "ood"):

@@ -82,19 +82,24 @@ def text_of(length: int = 12) -> Sample:
 def test_agents_of_any_rank_scaling_and_layers_are_what_stock_peft_makes_of_them(
     base: Path, made: list[Path], dtype: torch.dtype, tolerance: float
 ):
-    """bf16 rounds the adapters, too, which PEFT keeps in fp32: a quarter nat is what these large ones leave."""
+    """bf16 rounds the adapters, too, which PEFT keeps in fp32:
+    a quarter nat is what these large ones leave."""
     ensemble = load_ensemble(made, dtype=dtype)
     sample = text_of()
     (log_prob_KT,) = token_log_probs(ensemble.agents, ensemble.agents.agents, [sample])
     for own_T, folder in zip(log_prob_KT, made, strict=True):
-        torch.testing.assert_close(own_T, stock_log_probs(base, folder, sample.ids, dtype), atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            own_T, stock_log_probs(base, folder, sample.ids, dtype), atol=tolerance, rtol=0
+        )
     assert ensemble.names == tuple(folder.name for folder in made)
     assert ensemble.weights == (0.25,) * 4
     assert ensemble.base_name == str(base)
     assert not ensemble.agents.training
 
 
-@pytest.mark.parametrize(("family", "targets"), [("deepseek-v3", ["kv_b_proj"]), ("gpt2", ["c_attn", "c_fc"])])
+@pytest.mark.parametrize(
+    ("family", "targets"), [("deepseek-v3", ["kv_b_proj"]), ("gpt2", ["c_attn", "c_fc"])]
+)
 def test_bases_that_mix_rows_or_transpose_weights_answer_as_stock_peft_does(
     tmp_path: Path, family: str, targets: list[str]
 ):
@@ -180,7 +185,10 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (edit_tensors(drop_pair), "2|have no tensor"),
     (edit_tensors(rename_one), r"is missing|not among the target_modules|have no tensor"),
     (edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(2)})), "no lora_A or lora_B"),
-    (edit_tensors(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1, 1)})), "no linear layer x"),
+    (
+        edit_tensors(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1, 1)})),
+        "no linear layer x",
+    ),
     (edit_tensors(lambda t: t.update({k: v[:, :2].contiguous() for k, v in t.items()})), "has shape"),
     (edit_tensors(lambda t: t.update({k: v.long() for k, v in t.items()})), "not a floating-point"),
     (edit_tensors(set_all(float("nan"))), "not finite"),
@@ -219,7 +227,9 @@ def refusal(paths: Any, words: str) -> None:
     assert re.search(r"[;:?] .{3,}|\(.{3,}\)", message), message
 
 
-def test_an_agent_that_equals_another_is_refused_however_its_factors_are_scaled(made: list[Path], tmp_path: Path):
+def test_an_agent_that_equals_another_is_refused_however_its_factors_are_scaled(
+    made: list[Path], tmp_path: Path
+):
     refusal([made[0], made[0]], "is the same agent")
     folder = tmp_path / "same"
     shutil.copytree(made[0], folder)
@@ -258,6 +268,13 @@ def test_another_base_of_the_same_shape_is_refused_where_the_run_has_left_its_fi
     config |= {"gradient_accumulation_steps": 1, "epochs": 1, "max_train_steps": 1}
     about = {"parallel_mode": "fused", "engine": "plain", "world_size": 1, "precision": "no", "num_steps": 1}
     fingerprints = {"tokenizer": "0" * 64, "data": "0" * 64, "base": "0" * 64}
-    entries = {"format": 1, "step": 1, "optimizer_step": 1, **about, "config": config, "fingerprints": fingerprints}
+    entries = {
+        "format": 1,
+        "step": 1,
+        "optimizer_step": 1,
+        **about,
+        "config": config,
+        "fingerprints": fingerprints,
+    }
     state.write_text(json.dumps(entries))
     refusal(run, "differ from those")

@@ -40,7 +40,9 @@ def test_the_adaptive_calibration_error_has_bins_of_equal_counts():
     is_right_N = torch.arange(30) % 2 == 0
     pairs = zip(confidence_N.view(15, 2).double(), is_right_N.view(15, 2).double(), strict=True)
     expected = sum(abs(float((p - right).sum())) for p, right in pairs) / 30
-    assert adaptive_calibration_error(confidence_N.flip(0), is_right_N.flip(0)) == pytest.approx(expected, abs=1e-7)
+    assert adaptive_calibration_error(confidence_N.flip(0), is_right_N.flip(0)) == pytest.approx(
+        expected, abs=1e-7
+    )
     assert adaptive_calibration_error(torch.tensor([0.25]), torch.tensor([True])) == pytest.approx(0.75)
 
 
@@ -48,7 +50,9 @@ def test_the_adaptive_calibration_error_has_bins_of_equal_counts():
 def test_the_auroc_is_that_of_scikit_learn(scale: float):
     score_N, is_positive_N = drawn(300)
     score_N = (score_N - 0.5) * scale
-    assert auroc(score_N, is_positive_N) == pytest.approx(roc_auc_score(is_positive_N.numpy(), score_N.numpy()))
+    assert auroc(score_N, is_positive_N) == pytest.approx(
+        roc_auc_score(is_positive_N.numpy(), score_N.numpy())
+    )
 
 
 def test_the_false_positive_rate_is_read_off_the_curve_of_scikit_learn():
@@ -90,7 +94,9 @@ def test_error_detection_of_a_perfect_and_of_the_worst_order():
 
 def test_the_area_is_that_under_the_curve_of_risks():
     uncertainty_N, is_right_N = drawn(200)
-    uncertainty_N = uncertainty_N + torch.rand(200, generator=torch.Generator().manual_seed(1)) / 1000  # no ties
+    uncertainty_N = (
+        uncertainty_N + torch.rand(200, generator=torch.Generator().manual_seed(1)) / 1000
+    )  # no ties
     order = uncertainty_N.argsort()
     risks = [float((~is_right_N)[order[:n]].double().mean()) for n in range(1, 201)]
     found = error_detection(uncertainty_N, ~is_right_N)["AURC"]

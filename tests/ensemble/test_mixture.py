@@ -25,7 +25,8 @@ def random_log_probs(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
 
 
 def most_probable_weights(log_prob_KN: Tensor, alpha: float) -> np.ndarray:
-    """argmax over the simplex of sum_n log sum_k w_k p_kn + alpha sum_k log w_k, by a general-purpose optimiser."""
+    """argmax over the simplex of sum_n log sum_k w_k p_kn +
+    alpha sum_k log w_k, by a general-purpose optimiser."""
     probability_KN = log_prob_KN.double().exp().numpy()
 
     def loss(weight_K: np.ndarray) -> float:
@@ -59,7 +60,11 @@ def test_the_mixture_is_the_weighted_sum_of_probabilities():
 
 
 def test_the_mixture_of_distributions_is_a_distribution():
-    total = mixture_log_prob(random_log_probs(4, 6, 50, spread=8), torch.tensor([0.1, 0.2, 0.3, 0.4])).exp().sum(-1)
+    total = (
+        mixture_log_prob(random_log_probs(4, 6, 50, spread=8), torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        .exp()
+        .sum(-1)
+    )
     torch.testing.assert_close(total, torch.ones(6), rtol=1e-6, atol=1e-6)
 
 
@@ -146,7 +151,9 @@ def test_the_fitted_temperature_has_the_least_nll():
     [temperature] = fit_temperatures(lambda betas: [temperature_slope(log_prob_NV, target_N, betas[0])], 1)
 
     def nll(temperature: float) -> float:
-        return float(torch.nn.functional.nll_loss((log_prob_NV.double() / temperature).log_softmax(-1), target_N))
+        return float(
+            torch.nn.functional.nll_loss((log_prob_NV.double() / temperature).log_softmax(-1), target_N)
+        )
 
     assert temperature == pytest.approx(2.5, rel=0.15)  # what has been sharpened is undone
     assert nll(temperature) <= min(nll(temperature * 1.01), nll(temperature / 1.01))
@@ -154,8 +161,12 @@ def test_the_fitted_temperature_has_the_least_nll():
 
 def test_predictors_are_fitted_apart_from_each_other():
     made = [overconfident(sharpness=sharpness) for sharpness in (0.3, 1.0, 4.0)]
-    alone = [fit_temperatures(lambda betas, one=one: [temperature_slope(*one, betas[0])], 1)[0] for one in made]
-    together = fit_temperatures(lambda betas: [temperature_slope(*o, b) for o, b in zip(made, betas, strict=True)], 3)
+    alone = [
+        fit_temperatures(lambda betas, one=one: [temperature_slope(*one, betas[0])], 1)[0] for one in made
+    ]
+    together = fit_temperatures(
+        lambda betas: [temperature_slope(*o, b) for o, b in zip(made, betas, strict=True)], 3
+    )
     assert together == pytest.approx(alone, rel=1e-4)
     assert sorted(together) == together
 

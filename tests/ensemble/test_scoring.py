@@ -26,7 +26,9 @@ def stock_log_probs(agents: Agents, member: int | None, ids: list[int]) -> Tenso
 
 
 @pytest.mark.parametrize("tokens_per_pass", [1, 100, 10_000])
-def test_target_tokens_of_rows_of_all_lengths_have_stock_pefts_log_probabilities(agents: Agents, tokens_per_pass: int):
+def test_target_tokens_of_rows_of_all_lengths_have_stock_pefts_log_probabilities(
+    agents: Agents, tokens_per_pass: int
+):
     samples = toy_samples(7)
     found = token_log_probs(agents, MEMBERS, samples, tokens_per_pass)
     for sample, log_prob_MT in zip(samples, found, strict=True):
@@ -42,7 +44,9 @@ def test_choices_have_the_sum_of_their_tokens_log_probabilities(agents: Agents):
         Choices([3], [[4], [5], [4]]),
         Choices([7] * 9, [[3, 4, 5, 6]]),
     ]
-    for question, log_prob_MC in zip(questions, choice_log_probs(agents, MEMBERS, questions, 60), strict=True):
+    for question, log_prob_MC in zip(
+        questions, choice_log_probs(agents, MEMBERS, questions, 60), strict=True
+    ):
         for member, own_C in zip(MEMBERS, log_prob_MC, strict=True):
             for ids, total in zip(question.choice_ids, own_C.tolist(), strict=True):
                 text = [*question.prompt_ids, *ids]

@@ -1,6 +1,7 @@
 """One optimiser step whose rows are spread over micro-batches and processes.
 
-Run by test_engine.py as one of two processes; the first one writes AdamW's first moments and the gradient norm.
+Run by test_engine.py as one of two processes; the first one writes AdamW's first moments and the gradient
+norm.
 """
 
 import json
@@ -21,8 +22,8 @@ NUM_ROWS, MICRO_BATCHES, PROCESSES = 12, 3, 2
 
 
 def step_over(engine: Engine, micro_batches: int) -> tuple[dict[str, Tensor], float]:
-    """The first moments, which are a tenth of the step's gradient (AdamW's first step itself hides its scale), and the
-    gradient norm."""
+    """The first moments, which are a tenth of the step's gradient (AdamW's first step itself hides its
+    scale), and the gradient norm."""
     samples = toy_samples(NUM_ROWS)
     num_targets = sum(sample.num_targets for sample in samples)
     rows = NUM_ROWS // (micro_batches * engine.num_processes)
@@ -33,7 +34,9 @@ def step_over(engine: Engine, micro_batches: int) -> tuple[dict[str, Tensor], fl
             engine.backward(engine.module(batch, step=0).nll_KBT.sum() / num_targets)
     result = engine.step(0.01)
     moments = read_state(engine).moments["exp_avg"]
-    return {json.dumps(identity): tensor.clone() for identity, tensor in moments.items()}, float(result.grad_norm)
+    return {json.dumps(identity): tensor.clone() for identity, tensor in moments.items()}, float(
+        result.grad_norm
+    )
 
 
 def main(folder: Path) -> None:

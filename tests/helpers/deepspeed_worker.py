@@ -1,6 +1,7 @@
 """One of two ZeRO-2 processes: the gradients of half the samples in every mode, read from DeepSpeed's engine.
 
-Run by test_agents.py as under torch's launcher; writes a file of gradients for each combination into a folder.
+Run by test_agents.py as under torch's launcher; writes a file of gradients for each combination into a
+folder.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""One of two ZeRO-2 processes: what the engine itself says about partitions. Writes `rank_N.json` into a folder."""
+"""One of two ZeRO-2 processes: what the engine itself says
+about partitions. Writes `rank_N.json` into a folder."""
 
 import json
 import sys
@@ -26,7 +27,9 @@ def main(folder: Path) -> None:
     facts = {
         "trainable": sum(adapter_F.numel() for adapter_F in engine.agents.adapters().values()),
         "gradients": sum(gradients),
-        "optimizer_state": [sum(entry[name].numel() for entry in state) for name in ("exp_avg", "exp_avg_sq")],
+        "optimizer_state": [
+            sum(entry[name].numel() for entry in state) for name in ("exp_avg", "exp_avg_sq")
+        ],
         "clipping": engine.module.gradient_clipping(),
         "stage": engine.module.zero_optimization_stage(),
         "world": torch.distributed.get_world_size(),

@@ -1,4 +1,5 @@
-"""A tiny random model of every family of bases that Chorus is tried on, with some layers of each of its kinds."""
+"""A tiny random model of every family of bases that Chorus is
+tried on, with some layers of each of its kinds."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +17,19 @@ from chorus.model.execution import Execution
 AGENTS = 2
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64, **IDS}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.2}
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    **IDS,
+}
+HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+}
 HEAD_DIM = {"head_dim": 8}
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
@@ -30,11 +42,22 @@ GEMMA_3N = {**SIZE, **HEADS, **HEAD_DIM, **PER_LAYER, "layer_types": KINDS * 2, 
 GEMMA_3N |= {"num_kv_shared_layers": 2, "sliding_window": 6, "laurel_rank": 4, "altup_num_inputs": 2}
 GEMMA_3N |= {"activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "intermediate_size": [48] * 4}
 GEMMA_4 = {**SIZE, **HEADS, **HEAD_DIM, **SLIDING, "hidden_size_per_layer_input": 0, "global_head_dim": 16}
-GEMMA_4_SHARED = {**GEMMA_4, **PER_LAYER, "layer_types": KINDS * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+GEMMA_4_SHARED = {
+    **GEMMA_4,
+    **PER_LAYER,
+    "layer_types": KINDS * 2,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
 GEMMA_4_SHARED |= {"use_double_wide_mlp": True}
 GEMMA_4_EXPERTS = {**GEMMA_4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
 GEMMA_4_EXPERTS |= {"moe_intermediate_size": 16, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
-GEMMA_4_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA_4_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 GEMMA_4_VISION |= {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}
 GEMMA_4_AUDIO = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 OUTSIDE = {"image_token_id": 58, "video_token_id": 57, "audio_token_id": 56}
@@ -88,7 +111,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "phi-3": _of("Phi3", SIZE, HEADS),
     "smollm3": _of("SmolLM3", SIZE, HEADS),
     "olmo-2": _of("Olmo2", SIZE, HEADS),
-    "granite": _of("Granite", SIZE, HEADS, logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.5),
+    "granite": _of(
+        "Granite", SIZE, HEADS, logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.5
+    ),
     "cohere2": _of("Cohere2", SIZE, HEADS, SLIDING, logit_scale=0.25),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, **NO_DROPOUT)),
     "gpt-oss": _of("GptOss", SIZE, HEADS, HEAD_DIM, SLIDING, num_experts_per_tok=2, num_local_experts=4),
@@ -99,7 +124,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         SIZE,
         HEADS,
         {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
-        {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
         {"moe_intermediate_size": 16, "num_key_value_heads": 4},
     ),
 }
@@ -113,12 +144,18 @@ def of_family(name: str) -> PreTrainedModel:
 
 
 def agents_of(
-    family: str, mode: Mode = "fused", targets: str = "auto", dtype: torch.dtype = torch.float32, **execution: Any
+    family: str,
+    mode: Mode = "fused",
+    targets: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    **execution: Any,
 ) -> Agents:
     """Agents that differ, on the family's tiny model."""
     shape, rates = LoraShape(RANK, ALPHA, targets, False, 0), Regularisation(0, 0, 7)
     base = of_family(family).to(dtype)
-    agents = build_agents(mode, base.to(execution.pop("device", "cpu")), AGENTS, shape, rates, Execution(**execution))
+    agents = build_agents(
+        mode, base.to(execution.pop("device", "cpu")), AGENTS, shape, rates, Execution(**execution)
+    )
     for identity, tensor in agents.adapter_tensors().items():
         generator = torch.Generator().manual_seed(hash_of(str(identity)))
         tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))

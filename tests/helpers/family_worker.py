@@ -1,4 +1,5 @@
-"""One of two DDP processes on a family's tiny model, each with half of the rows: `family_worker.py FAMILY FOLDER`."""
+"""One of two DDP processes on a family's tiny model, each with
+half of the rows: `family_worker.py FAMILY FOLDER`."""
 
 import sys
 from pathlib import Path
@@ -25,7 +26,10 @@ def main(family: str, folder: Path) -> None:
         loss = module(batch, step=0).nll_KBT.sum() / len(whole.target_rows_N)
         (2 * loss).backward()  # DDP takes the mean over processes
         if get_rank() == 0:
-            torch.save({agent: adapter_F.grad for agent, adapter_F in agents.adapters().items()}, folder / f"{name}.pt")
+            torch.save(
+                {agent: adapter_F.grad for agent, adapter_F in agents.adapters().items()},
+                folder / f"{name}.pt",
+            )
 
 
 if __name__ == "__main__":

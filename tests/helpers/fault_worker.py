@@ -1,11 +1,12 @@
 """train.py, in which one process meets its end: `fault_worker.py WHERE ACT settings`.
 
-WHERE: forward or backward, of process 1 in step 5; or save, of process 0, which writes, after step 4.
-ACT: kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only; `memory`: it asks for
-more than any host has.
+WHERE: forward or backward, of process 1 in step 5; or save, of process 0, which writes, after step 4. ACT:
+kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only; `memory`: it asks
+for more than any host has.
 
-WHERE may also be `last words`, and ACT ask or kill: the last process is asked to stop, or killed, in step 5. Every one
-is asked as it closes the engine, before its last line, and again after that line, as Python takes itself down.
+WHERE may also be `last words`, and ACT ask or kill: the last process is asked to stop, or killed, in step 5.
+Every one is asked as it closes the engine, before its last line, and again after that line, as Python takes
+itself down.
 """
 
 import itertools

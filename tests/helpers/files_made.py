@@ -9,7 +9,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-ROWS = [{"question": f"What is {n}\u2028plus, 1?\n“{n}”", "answer": str(n + 1), "other": "x"} for n in range(20)]
+ROWS = [
+    {"question": f"What is {n}\u2028plus, 1?\n“{n}”", "answer": str(n + 1), "other": "x"} for n in range(20)
+]
 PROBLEMS = [(f"Q: {row['question']}\nA:", f" {row['answer']}") for row in ROWS]
 GOOD = {"question": "q", "answer": "a"}
 

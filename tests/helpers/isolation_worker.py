@@ -1,7 +1,7 @@
 """Steps of an engine in which one agent's forward, loss or gradient is no number, on one process.
 
-Run by test_isolation.py and test_partitions.py under the launchers, as one of two processes; writes the states of every
-run into a folder. A DeepSpeed JSON may follow.
+Run by test_isolation.py and test_partitions.py under the launchers, as one of two processes; writes the
+states of every run into a folder. A DeepSpeed JSON may follow.
 """
 
 import json
@@ -33,7 +33,9 @@ from chorus.training.step import StepDone
 
 BROKEN = 1  # the agent
 STEPS, BROKEN_STEP = 3, 1  # of 0, 1, 2
-CONFIG = Config(num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, batch_size=2, collective_timeout_s=777)
+CONFIG = Config(
+    num_agents=3, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, batch_size=2, collective_timeout_s=777
+)
 CASES = (
     ("no", "fused", ("forward", "loss", "gradient", "x 1000")),
     ("no", "sequential", ("forward",)),
@@ -59,9 +61,13 @@ def fault(kind: str, engine: Engine) -> None:
         elif kind == "x 1000":
             nll_BT = 1000 * nll_BT
         parts = zip(output, (nll_BT, hidden_BTD), strict=True)
-        return AgentOutput(*(torch.stack([*of_all[:BROKEN], own, *of_all[BROKEN + 1 :]]) for of_all, own in parts))
+        return AgentOutput(
+            *(torch.stack([*of_all[:BROKEN], own, *of_all[BROKEN + 1 :]]) for of_all, own in parts)
+        )
 
-    hooks: list[Any] = [engine.agents.register_forward_hook(lambda _module, _inputs, output: output_of(output))]
+    hooks: list[Any] = [
+        engine.agents.register_forward_hook(lambda _module, _inputs, output: output_of(output))
+    ]
     if kind == "gradient":
         hooks.append(adapter_F.register_hook(with_one_infinite))
     engine.agents.hooks_of_a_fault = hooks  # pyright: ignore
@@ -96,8 +102,11 @@ def take_step(engine: Engine, config: Config, step: int) -> StepDone:
     return StepDone(step + 1, 1000, step_batch, [], engine.step(config.lr))
 
 
-def run(engine: Engine, config: Config, kind: str | None = None) -> tuple[list[TrainingState], dict[str, Any]]:
-    """The state after each step, with the fault in one of them on the last process; and what is kept of it."""
+def run(
+    engine: Engine, config: Config, kind: str | None = None
+) -> tuple[list[TrainingState], dict[str, Any]]:
+    """The state after each step, with the fault in one of them
+    on the last process; and what is kept of it."""
     states, grad_norm = [], math.nan
     skips = SkippedUpdates(config.max_skipped_steps, 0, config.output_dir)
     for step in range(STEPS):
@@ -155,11 +164,15 @@ def main(folder: Path, json_file: str | None = None) -> None:
 def write_timeouts(file: Path, accelerator: Accelerator) -> None:
     """Those of all process groups that exist, in seconds, by the group's name."""
     get_backend, torch.distributed.get_backend = torch.distributed.get_backend, lambda: "nccl"
-    StopRequest(accelerator, CONFIG.collective_timeout_s)  # makes the group of its own that it has beside NCCL
+    StopRequest(
+        accelerator, CONFIG.collective_timeout_s
+    )  # makes the group of its own that it has beside NCCL
     torch.distributed.get_backend = get_backend
     groups = distributed_c10d._world.pg_map
     backends = {group.group_name: group._get_backend(torch.device("cpu")) for group in groups}
-    file.write_text(json.dumps({name: own.options._timeout.total_seconds() for name, own in backends.items()}))
+    file.write_text(
+        json.dumps({name: own.options._timeout.total_seconds() for name, own in backends.items()})
+    )
 
 
 def agents_unlike(what: str | None) -> Agents:

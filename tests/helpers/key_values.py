@@ -1,4 +1,5 @@
-"""Values of a configuration key, good and bad, derived from the key's own field. A new key needs no line here."""
+"""Values of a configuration key, good and bad, derived from the
+key's own field. A new key needs no line here."""
 
 import math
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ def parsed(written: str) -> Any:
 
 
 def is_valid(key: str, value: Any) -> bool:
-    """What the key's JSON schema says, by the `jsonschema` package, under two rules of ours: numbers are finite, and
-    text is Unicode."""
+    """What the key's JSON schema says, by the `jsonschema` package, under two rules of ours: numbers are
+    finite, and text is Unicode."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
     if isinstance(value, str) and value.encode(errors="ignore").decode() != value:

@@ -1,4 +1,5 @@
-"""Starting train.py as its users do, by the real launchers. Where the launcher is not the matter: preloaded.py."""
+"""Starting train.py as its users do, by the real launchers.
+Where the launcher is not the matter: preloaded.py."""
 
 import json
 import os
@@ -14,7 +15,14 @@ HELPERS = Path(__file__).parent
 BIN = Path(sys.executable).parent
 PATIENCE_S = 1800.0  # what has not come about by then hangs; on a busy machine a start alone takes minutes
 PLAIN = [str(BIN / "accelerate"), "launch", "train.py"]
-ZERO2 = [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_config.yaml", "--main_process_port", "0"]
+ZERO2 = [
+    str(BIN / "accelerate"),
+    "launch",
+    "--config_file",
+    "accelerate_config.yaml",
+    "--main_process_port",
+    "0",
+]
 
 
 def ddp(num_processes: int) -> list[str]:
@@ -26,21 +34,31 @@ def zero2(num_processes: int) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """On the CPU, also where there is a GPU, since two processes cannot share one. One thread a process: two of two
-    threads each on two cores wait for each other most of the time."""
+    """On the CPU, also where there is a GPU, since two processes cannot share one. One thread a process: two
+    of two threads each on two cores wait for each other most of the time."""
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def launch(command: Sequence[str], *settings: str, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+def launch(
+    command: Sequence[str], *settings: str, timeout: float = PATIENCE_S
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command, *settings], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        [*command, *settings],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def train(command: Sequence[str], output_dir: Path, *settings: str, run: Run = launch) -> list[dict[str, Any]]:
+def train(
+    command: Sequence[str], output_dir: Path, *settings: str, run: Run = launch
+) -> list[dict[str, Any]]:
     """A run that must succeed; its rows of metrics.jsonl, without those that hold scores."""
     result = run(command, f"output_dir={output_dir}", *settings)
     assert result.returncode == 0, result.stderr[-3000:]

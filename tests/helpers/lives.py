@@ -21,8 +21,8 @@ from chorus.checkpoint.store import HALF_DONE, checkpoints, step_of
 
 
 class Plan(NamedTuple):
-    """When to strike: in the `number`-th "save" of a life, in the "step" after that save, at the "start" of the
-    program, in the "first step", or in the "evaluation" at the end.
+    """When to strike: in the `number`-th "save" of a life, in the "step" after that save, at the "start" of
+    the program, in the "first step", or in the "evaluation" at the end.
 
     fraction: how far into it, by what it usually takes.
     """
@@ -77,7 +77,9 @@ def start(run: Run) -> subprocess.Popen | Workers:
         return Workers(run.forked, run.settings, run.output)
     with run.output.open("a") as log:
         command = [*run.launcher, *run.settings]
-        return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def processes_of(run: Run) -> list[int]:
@@ -131,7 +133,8 @@ Strike = Callable[[Run, list[int], Any], None]
 
 
 class Life:
-    """From a start of the run to its kill, or to its end. It looks at the folder alone, as any onlooker could."""
+    """From a start of the run to its kill, or to its end. It
+    looks at the folder alone, as any onlooker could."""
 
     def __init__(self, run: Run, pace: Pace):
         self.run, self.pace = run, pace
@@ -144,13 +147,16 @@ class Life:
         self.started = time.monotonic()
 
     def until(self, plan: Plan | None, strike: Strike = kill) -> int | None:
-        """Let it live until it is to be struck; its exit code, None where it was struck. Nothing is left of it then."""
+        """Let it live until it is to be struck; its exit code, None
+        where it was struck. Nothing is left of it then."""
         process, moment, groups = start(self.run), None, []
         try:
             while process.poll() is None and (moment is None or time.monotonic() < moment):
                 self.look()
                 if not groups and self._log_size() > self.log_offset:
-                    groups = groups_of(self.run)  # looked up before it is urgent; by now every process is there
+                    groups = groups_of(
+                        self.run
+                    )  # looked up before it is urgent; by now every process is there
                 if moment is None and plan is not None and self._has_come(plan):
                     moment = time.monotonic() + plan.fraction * self.pace.usually(plan.moment)
                 assert time.monotonic() < self.started + PATIENCE_S, f"nothing happens; see {self.run.output}"
@@ -186,7 +192,8 @@ class Life:
         return {int(step) for step in re.findall(r"saved \S+/step_(\d+)\n", self.said())} | self.done.keys()
 
     def went_on_from(self) -> int | None:
-        """The step it has said that it goes on from, 0 for a fresh start; None where it did not come to training."""
+        """The step it has said that it goes on from, 0 for a fresh
+        start; None where it did not come to training."""
         if not self._came_to_training():
             return None
         from_step = re.search(r"resuming from \S+/step_(\d+),", self.said())

@@ -1,9 +1,10 @@
 """Processes forked from one that has imported all they need, in place of those that a launcher starts.
 
-A launcher's start takes some ten seconds of CPU time for each process, nearly all of it imports. So `train` and
-`forked` fork the processes of a run, in the environment that the real launcher gives, with train.py (or another script)
-as `__main__`. Before the fork nothing is done but imports: no thread, process group, generator or model is inherited.
-After it each process has a session and group of its own. Tests of the launchers themselves use `launching.py`.
+A launcher's start takes some ten seconds of CPU time for each process, nearly all of it imports. So `train`
+and `forked` fork the processes of a run, in the environment that the real launcher gives, with train.py (or
+another script) as `__main__`. Before the fork nothing is done but imports: no thread, process group,
+generator or model is inherited. After it each process has a session and group of its own. Tests of the
+launchers themselves use `launching.py`.
 
 As a script this file is what a launcher launches to learn that environment: `preloaded.py FOLDER`.
 """
@@ -31,13 +32,18 @@ import launching
 from launching import PATIENCE_S, ROOT, environment, launch
 from torch.distributed import TCPStore
 
-MODULES = ("train", "transformers.models.gemma2.modeling_gemma2", "deepspeed.runtime.zero.muon.muon_optimizer")
+MODULES = (
+    "train",
+    "transformers.models.gemma2.modeling_gemma2",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 FORKS = multiprocessing.get_context("forkserver")
 LOCK = threading.Lock()  # multiprocessing looks at all its children at each start
 
 
 def preload() -> None:
-    """Start the parent of all processes, unless it runs. Its environment is a run's: libraries read it on import."""
+    """Start the parent of all processes, unless it runs. Its
+    environment is a run's: libraries read it on import."""
     FORKS.set_forkserver_preload([*MODULES])
     kept = dict(os.environ)
     os.environ.update(environment(PYTHONPATH=os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])))
@@ -56,7 +62,8 @@ def environments(launcher: Sequence[str]) -> list[dict[str, str]]:
 
 
 def environments_once(launcher: Sequence[str]) -> list[dict[str, str]]:
-    """`environments`, asked of each launcher once in a test run, by whichever of its processes comes first."""
+    """`environments`, asked of each launcher once in a test
+    run, by whichever of its processes comes first."""
     file = Path(os.environ["CHORUS_TEST_LAUNCHERS"], "-".join(launcher[:-1]).replace("/", "_"))
     if not file.exists():
         new = file.with_name(f"{file.name}.{os.getpid()}")
@@ -65,8 +72,11 @@ def environments_once(launcher: Sequence[str]) -> list[dict[str, str]]:
     return json.loads(file.read_text())
 
 
-def forked(command: Sequence[str], *settings: str, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
-    """As `launching.launch`, forked: the script that ends `command`. Its exit code is the first one that is not 0."""
+def forked(
+    command: Sequence[str], *settings: str, timeout: float = PATIENCE_S
+) -> subprocess.CompletedProcess[str]:
+    """As `launching.launch`, forked: the script that ends
+    `command`. Its exit code is the first one that is not 0."""
     preload()
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "stdout"), Path(place, "stderr")
@@ -77,7 +87,9 @@ def forked(command: Sequence[str], *settings: str, timeout: float = PATIENCE_S) 
                 workers.kill()
                 raise subprocess.TimeoutExpired(list(command), timeout, out.read_text(), err.read_text())
             time.sleep(0.02)
-        return subprocess.CompletedProcess([*command, *settings], workers.poll() or 0, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(
+            [*command, *settings], workers.poll() or 0, out.read_text(), err.read_text()
+        )
 
 
 def train(command: Sequence[str], output_dir: Path, *settings: str) -> list[dict[str, Any]]:
@@ -103,7 +115,8 @@ class Workers:
         with LOCK:
             logs = (log, error_log or log)
             self._processes = [
-                FORKS.Process(target=work, args=({**own, **meeting}, script, settings, logs)) for own in of_ranks
+                FORKS.Process(target=work, args=({**own, **meeting}, script, settings, logs))
+                for own in of_ranks
             ]
             for process in self._processes:
                 process.start()
@@ -134,7 +147,9 @@ def work(own: Mapping[str, str], script: str, settings: Sequence[str], logs: tup
             os.dup2(file.fileno(), number)
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "a thread before the fork"
     assert sys.modules.keys() >= set(MODULES), "not preloaded"
-    multiprocessing.set_start_method(None, force=True)  # for DataLoader workers: so far it is this process's own
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # for DataLoader workers: so far it is this process's own
     os.environ.clear()
     os.environ.update(own)
     os.chdir(ROOT)

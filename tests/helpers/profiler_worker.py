@@ -1,4 +1,5 @@
-"""train.py, where the profiler's clock goes in the optimizer's steps alone, of which ZeRO takes one for each agent.
+"""train.py, where the profiler's clock goes in the optimizer's steps alone, of which ZeRO takes one for each
+agent.
 
 Half a second for each on the first process, one on the second. Run by test_profiler.py.
 """

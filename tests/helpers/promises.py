@@ -30,7 +30,11 @@ EXACT = 2e-5
 
 
 def lone_run(
-    agents: Agents, agent: int, batch: Batch, base: Callable = tiny_gemma, targets: Sequence[str] | str = TARGETS
+    agents: Agents,
+    agent: int,
+    batch: Batch,
+    base: Callable = tiny_gemma,
+    targets: Sequence[str] | str = TARGETS,
 ) -> dict[str, Tensor]:
     """Gradients of one agent by stock PEFT and stock loss, in a model of its own: no Chorus code."""
     targets = targets if isinstance(targets, str) else list(targets)

@@ -1,4 +1,5 @@
-"""Runs that are saved and taken up again in every way to carry them out, many in one process, without a launcher each.
+"""Runs that are saved and taken up again in every way to carry them out, many in one process, without a
+launcher each.
 
 test_resume_matrix.py runs them alone; as one of two processes: `resume_matrix.py FOLDER ENGINE FROM,FROM`;
 what ENGINE itself saves is taken up the first time only.
@@ -67,7 +68,7 @@ class StatesKept:
         self.states: dict[int, TrainingState] = {}
         self.forwards: dict[int, Tensor] = {}
 
-    def save(self, engine: Engine, step: int, epoch: int, skips_in_a_row: int) -> None:
+    def save(self, engine: Engine, step: int, epoch: int, skips_in_a_row: int, scores: Any = None) -> None:
         self.states[step] = clone(read_state(engine))
         self.forwards[step] = forward(engine, self.fixed)
 
@@ -77,7 +78,9 @@ def forward(engine: Engine, batch: Any) -> Tensor:
         return engine.agents(batch).nll_KBT.clone()
 
 
-def run(mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved | None = None, start: int = 0) -> Saved:
+def run(
+    mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved | None = None, start: int = 0
+) -> Saved:
     """The run, or what is left of it after `start` steps of a saved one."""
     AcceleratorState._reset_state()
     config = Config(
@@ -92,10 +95,15 @@ def run(mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved |
     )
     accelerator = make_accelerator(config)
     config = config.model_copy(
-        update={"batch_size": ROWS_OF_A_STEP // (accumulation * accelerator.num_processes), "mixed_precision": "no"}
+        update={
+            "batch_size": ROWS_OF_A_STEP // (accumulation * accelerator.num_processes),
+            "mixed_precision": "no",
+        }
     )
     model = load_model(config.model_name, torch.float32, accelerator.device)
-    agents = build_agents(mode, model, 2, lora_shape(config), Regularisation(config.dropconnect_p, 0.0, config.seed))
+    agents = build_agents(
+        mode, model, 2, lora_shape(config), Regularisation(config.dropconnect_p, 0.0, config.seed)
+    )
     engine = start_engine(accelerator, agents, config)
     checkpointer, recorder = StatesKept(collate(samples[:4], pad_id=0)), Recorder()
     if saved is not None:
@@ -125,7 +133,9 @@ def run(mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved |
 
 
 def rows_of(batch: Any, place: dict[tuple, int]) -> list[int]:
-    rows = [tuple(row[: len(row) - int((row.flip(0) != 0).int().argmax())].tolist()) for row in batch.input_BT]
+    rows = [
+        tuple(row[: len(row) - int((row.flip(0) != 0).int().argmax())].tolist()) for row in batch.input_BT
+    ]
     return [place[row] for row in rows if any(row)]  # a process without rows has one of padding
 
 
@@ -135,7 +145,8 @@ def in_order(of_processes: list[list[list[int]]]) -> list[int]:
 
 
 def assert_goes_on(saved: Saved, start: int, resumed: Saved, is_bitwise: bool) -> None:
-    """Bitwise the same state, the same rows in the same order, the same first forward; then losses within rounding."""
+    """Bitwise the same state, the same rows in the same order, the
+    same first forward; then losses within rounding."""
     assert difference(saved.states[start], resumed.states[start]) == 0
     assert saved.states[start].optimizer_step == resumed.states[start].optimizer_step == start
     assert resumed.ids == {step: rows for step, rows in saved.ids.items() if step >= start}
@@ -146,7 +157,9 @@ def assert_goes_on(saved: Saved, start: int, resumed: Saved, is_bitwise: bool) -
     for step, metrics in resumed.metrics.items():
         assert metrics["lr"] == saved.metrics[step]["lr"]
         expected = saved.metrics[step]["task_loss_per_agent"]
-        assert metrics["task_loss_per_agent"] == (expected if is_bitwise else pytest.approx(expected, rel=2e-5))
+        assert metrics["task_loss_per_agent"] == (
+            expected if is_bitwise else pytest.approx(expected, rel=2e-5)
+        )
     last = difference(saved.states[NUM_STEPS], resumed.states[NUM_STEPS])
     assert last == 0 if is_bitwise else last < 2e-4
 
@@ -179,7 +192,9 @@ def main(folder: Path, engine: str, others: str) -> None:
         runs[other] = torch.load(folder / f"{other}.pt", weights_only=False)
     for origin, saved_way, way, position in product(runs, WAYS, WAYS, POSITIONS.values()):
         saved = runs[origin][saved_way]
-        assert_goes_on(saved, position, run(*way, samples, saved, position), (origin, saved_way) == (engine, way))
+        assert_goes_on(
+            saved, position, run(*way, samples, saved, position), (origin, saved_way) == (engine, way)
+        )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -19,8 +19,14 @@ TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "assets" /
 
 def data_config(source: object, **keys: object) -> Config:
     """A configuration of these rows, of which none is cut or held out unless it is asked for."""
-    defaults = {"prompt_template": "Q: {question}\nA:", "completion_template": " {answer}", "validation_split": 0.0}
-    return Config.model_validate({"dataset_name": str(source), "max_seq_length": 1_000_000, **defaults, **keys})
+    defaults = {
+        "prompt_template": "Q: {question}\nA:",
+        "completion_template": " {answer}",
+        "validation_split": 0.0,
+    }
+    return Config.model_validate(
+        {"dataset_name": str(source), "max_seq_length": 1_000_000, **defaults, **keys}
+    )
 
 
 def read_rows(config: Config, tokenizer: PreTrainedTokenizerBase = TOKENIZER) -> Rows:

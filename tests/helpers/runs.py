@@ -18,7 +18,9 @@ from chorus.data.templates import Problem
 ROWS = [Problem("1 + 1 =", " 2"), Problem("2 + 2 =", " 4")]
 
 
-def run_of(config: Config, accelerator: Accelerator, rows: list[Problem] = ROWS, **more: Any) -> dict[str, Any]:
+def run_of(
+    config: Config, accelerator: Accelerator, rows: list[Problem] = ROWS, **more: Any
+) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny-gemma-2")
     run = describe_run(config, data_fingerprint(rows), tokenizer, "no", accelerator)
     num_steps = 4 if config.max_train_steps is None else config.max_train_steps

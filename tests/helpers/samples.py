@@ -28,7 +28,18 @@ def config(**keys: object) -> Config:
 
 
 def training_steps(
-    samples: list[Sample], *, num_steps: int, start_step: int = 0, process: int = 0, processes: int = 1, **keys: object
+    samples: list[Sample],
+    *,
+    num_steps: int,
+    start_step: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    **keys: object,
 ) -> Iterator[StepBatch]:
-    place = {"process_index": process, "num_processes": processes, "num_steps": num_steps, "start_step": start_step}
+    place = {
+        "process_index": process,
+        "num_processes": processes,
+        "num_steps": num_steps,
+        "start_step": start_step,
+    }
     return real_training_steps(samples, config(**keys), pad_id=PAD, **place)

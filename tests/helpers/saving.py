@@ -12,7 +12,9 @@ from chorus.model.adapters import TensorId
 from chorus.training.state import MOMENTS, TrainingState
 
 CONFIG = Config(model_name="some/base", num_agents=2, save_total_limit=2)
-IDENTITIES = [TensorId(k, f"base_model.model.{name}", m) for k in range(2) for name in "xy" for m in ("A", "B")]
+IDENTITIES = [
+    TensorId(k, f"base_model.model.{name}", m) for k in range(2) for name in "xy" for m in ("A", "B")
+]
 
 
 def state_of(value: float) -> TrainingState:

@@ -1,4 +1,5 @@
-"""One of two ZeRO-3 processes, run by test_sharding.py: gradients in every mode, a state that is put in and read back.
+"""One of two ZeRO-3 processes, run by test_sharding.py: gradients in every mode, a state that is put in and
+read back.
 
 It writes gradients and the state after a step into the folder named.
 """
@@ -42,13 +43,19 @@ def main(folder: Path) -> None:
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4)
         adapters = list(agents.adapters().values())
         settings = deepspeed_json(config, "no", num_processes=2)
-        settings["zero_optimization"][PERSISTENCE] = 10 * agents.config.hidden_size  # as Accelerate reads "auto"
-        engine, *_ = deepspeed.initialize(model=agents, optimizer=torch.optim.AdamW(adapters), config=settings)
+        settings["zero_optimization"][PERSISTENCE] = (
+            10 * agents.config.hidden_size
+        )  # as Accelerate reads "auto"
+        engine, *_ = deepspeed.initialize(
+            model=agents, optimizer=torch.optim.AdamW(adapters), config=settings
+        )
         stage3.register_reads(agents)
         stage3.keep_gathered(engine.optimizer, adapters)
         with stage3.unsharded(engine, adapters):
             assert share_held(agents) == 1
-        for _ in range(2):  # DeepSpeed learns the order of the layers in the first pass and fetches ahead in the next
+        for _ in range(
+            2
+        ):  # DeepSpeed learns the order of the layers in the first pass and fetches ahead in the next
             engine.backward(engine(toy_batch(), step=3, slot=1).nll_KBT.sum())
         assert share_held(agents) < 0.05, "more than its norms"
         flat = {agent: safe_get_full_grad(adapter_F) for agent, adapter_F in agents.adapters().items()}
@@ -62,7 +69,10 @@ def main(folder: Path) -> None:
     restore_state(engine, put_in)
     state = read_state(engine)
     assert state.optimizer_step == 5
-    for before, after in ((put_in.weights, state.weights), *((put_in.moments[m], state.moments[m]) for m in MOMENTS)):
+    for before, after in (
+        (put_in.weights, state.weights),
+        *((put_in.moments[m], state.moments[m]) for m in MOMENTS),
+    ):
         assert all(torch.equal(tensor, after[identity]) for identity, tensor in before.items())
     with engine.micro_batch(is_last=True):
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.mean() / 2)

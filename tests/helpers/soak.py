@@ -1,13 +1,15 @@
-"""Kill runs at random moments, most of them inside a save, until it is clear what their checkpoints are worth.
+"""Kill runs at random moments, most of them inside a save, until it is clear what their checkpoints are
+worth.
 
     python tests/helpers/soak.py --kills 300       # so many in each engine, of processes that are forked, imports done
     python tests/helpers/soak.py --kills 20 --launchers  # every life through the real launchers
 
 A run saves after every step, and every life of it ends by SIGKILL to all its process groups. After each kill:
 every checkpoint that was announced (in train.log, or by its name) is whole and holds, bit by bit, what the
-uninterrupted run held at that step, or it was the oldest beyond `save_total_limit`. The same command then goes on, from
-the newest. A run that has reached its end is compared with the uninterrupted one, which the real launcher has started:
-adapters, moments, step, position in the data, and the losses and learning rate of every step.
+uninterrupted run held at that step, or it was the oldest beyond `save_total_limit`. The same command then
+goes on, from the newest. A run that has reached its end is compared with the uninterrupted one, which the
+real launcher has started: adapters, moments, step, position in the data, and the losses and learning rate of
+every step.
 """
 
 import argparse
@@ -49,7 +51,13 @@ ENGINES = {
     ),
 }
 SETTINGS = (
-    *("num_agents=2", "lora_rank=2", "lora_target_modules=[q_proj, down_proj]", "dropconnect_p=0.1", "lambda_sw=0.2"),
+    *(
+        "num_agents=2",
+        "lora_rank=2",
+        "lora_target_modules=[q_proj, down_proj]",
+        "dropconnect_p=0.1",
+        "lambda_sw=0.2",
+    ),
     *("eval_samples=0", "logging_steps=1", "save_steps=1", "num_warmup_steps_ratio=0.3"),
 )
 
@@ -88,12 +96,15 @@ def run_in(place: Path, name: str, engine: str, steps: int, *more: str) -> Run:
 
 
 def digest_of(checkpoint: Path) -> str:
-    """Of adapters, moments, step, position in the data and all else, but for what may differ between two folders.
+    """Of adapters, moments, step, position in the data and all else but what may differ in a resumed run.
 
     Base, rows and tokenizer are in it by their fingerprints.
     """
     facts = json.loads((checkpoint / "state.json").read_text())
-    facts["config"] = {key: facts["config"][key] for key in facts["config"] if on_resume(key) is OnResume.MUST_EQUAL}
+    facts.pop("initial_scores", None)  # they follow the evaluation's keys, which a resumed run may change
+    facts["config"] = {
+        key: facts["config"][key] for key in facts["config"] if on_resume(key) is OnResume.MUST_EQUAL
+    }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file() and file.name not in ("state.json", "MANIFEST.json"):
@@ -194,8 +205,10 @@ def soak(
 def line_of(engine: str, tally: Tally) -> str:
     phases = ", ".join(f"{count} {phase}" for phase, count in sorted(tally.kills.items()))
     return (
-        f"{time.strftime('%H:%M:%S')}  {engine}: {sum(tally.kills.values())} kills ({phases}); {tally.announced} "
-        f"checkpoints announced, {tally.lost} lost; {tally.finished} runs ended, all equal: {not tally.faults}"
+        f"{time.strftime('%H:%M:%S')}  {engine}: {sum(tally.kills.values())} kills ({phases}); "
+        f"{tally.announced} "
+        f"checkpoints announced, {tally.lost} lost; {tally.finished} runs ended, all equal: "
+        f"{not tally.faults}"
     )
 
 
@@ -210,11 +223,17 @@ def main() -> int:
     place = Path(tempfile.mkdtemp(prefix="chorus-soak-"))
     print(f"{options.kills} kills in each of {', '.join(options.engines)}, in {place}", flush=True)
     preload()
-    forked = {engine: () if options.launchers else environments(ENGINES[engine][0]) for engine in options.engines}
+    forked = {
+        engine: () if options.launchers else environments(ENGINES[engine][0]) for engine in options.engines
+    }
     began, tallies = time.monotonic(), {engine: Tally() for engine in options.engines}
     with ThreadPoolExecutor(options.workers) as pool:
         truths = dict(
-            zip(options.engines, pool.map(lambda engine: uninterrupted(place, engine, STEPS), tallies), strict=True)
+            zip(
+                options.engines,
+                pool.map(lambda engine: uninterrupted(place, engine, STEPS), tallies),
+                strict=True,
+            )
         )
         tasks = []
         for first in range(0, options.kills, KILLS_OF_A_TASK):
@@ -223,7 +242,9 @@ def main() -> int:
                 plans = [draw(rng) for _ in range(min(KILLS_OF_A_TASK, options.kills - first))]
                 own = place / f"{engine}-{first}"
                 own.mkdir()
-                tasks.append(pool.submit(soak, engine, forked[engine], own, plans, truths[engine], tallies[engine]))
+                tasks.append(
+                    pool.submit(soak, engine, forked[engine], own, plans, truths[engine], tallies[engine])
+                )
         broken = [task.exception() for task in tasks]
     print(f"\nafter {(time.monotonic() - began) / 60:.0f} minutes, {options.workers} runs at a time:")
     for engine, tally in tallies.items():

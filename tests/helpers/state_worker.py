@@ -1,4 +1,5 @@
-"""One of two ZeRO-2 processes: takes up a plain checkpoint, reads the state back, steps, and writes it as its own."""
+"""One of two ZeRO-2 processes: takes up a plain checkpoint,
+reads the state back, steps, and writes it as its own."""
 
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ def main(folder: Path) -> None:
     plain = folder / "checkpoints" / "step_000001"
     restore_state(engine, read_tensors(plain, verify(plain).optimizer_step))
     state = read_state(engine)
-    for identity, live in engine.agents.adapter_tensors().items():  # beside the masters: what the next pass sees
+    for (
+        identity,
+        live,
+    ) in engine.agents.adapter_tensors().items():  # beside the masters: what the next pass sees
         assert torch.equal(live, state.weights[identity]), identity
     facts = {"format": 1, "step": 2, "optimizer_step": state.optimizer_step}
     on_first_process(accelerator, lambda: write_checkpoint(folder, state, facts, config))

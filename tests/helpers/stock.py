@@ -22,14 +22,18 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_lively(base: Mapping[str, Tensor]) -> None:
-    """Let the layers outweigh the embedding: with a random tied head a text would be one token over and over."""
+    """Let the layers outweigh the embedding: with a random tied
+    head a text would be one token over and over."""
     for name, tensor in base.items():
         if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
             tensor.fill_(4.0)
 
 
-def stock_model(agents: Agents, member: int | None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
-    """The toy base, or stock PEFT over it with one agent's weights copied in: no layer, cache or loop of Chorus."""
+def stock_model(
+    agents: Agents, member: int | None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Any:
+    """The toy base, or stock PEFT over it with one agent's
+    weights copied in: no layer, cache or loop of Chorus."""
     base = tiny_gemma(dtype=dtype).eval()
     make_lively(dict(base.named_parameters()))
     if member is None:
@@ -58,7 +62,9 @@ def stock_greedy(model: Any, prompt: Sequence[int], max_new_tokens: int, end_id:
 
 
 @torch.no_grad()
-def next_log_probs(models: Sequence[Any], weights: Sequence[float], ids: Sequence[int], temperature: float) -> Tensor:
+def next_log_probs(
+    models: Sequence[Any], weights: Sequence[float], ids: Sequence[int], temperature: float
+) -> Tensor:
     """log q_V of the models' mixture after a text, from plain probabilities in float64."""
     logits_KV = torch.stack([model(input_ids=torch.tensor([list(ids)])).logits[0, -1] for model in models])
     assert logits_KV.dtype == torch.float64

@@ -8,7 +8,8 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
 def make_tokenizer(adds: str = "<bos> $A", eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
-    """Gemma's kind: BPE over whole texts with a visible space and bytes for unknown characters; joins b with c."""
+    """Gemma's kind: BPE over whole texts with a visible space and
+    bytes for unknown characters; joins b with c."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefgh:0123456789", "bc", "▁a"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -16,17 +17,22 @@ def make_tokenizer(adds: str = "<bos> $A", eos: str | None = "<eos>") -> PreTrai
     bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.normalizer = normalizers.Replace(" ", "▁")
     bpe.add_special_tokens(special)
-    bpe.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<bos>", BOS), ("<eos>", EOS)])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=adds, special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, bos_token="<bos>", pad_token="<pad>")
 
 
 def byte_level_tokenizer(trims: bool) -> PreTrainedTokenizerFast:
-    """GPT-2's kind: a space begins the word that follows, no beginning token; `trims` white space from offsets."""
+    """GPT-2's kind: a space begins the word that follows, no
+    beginning token; `trims` white space from offsets."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merged = ["\u0120a", "\u0120b", ":\u010a", "\u010a\u010a"]  # " a", " b", ":\n", "\n\n"
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet, *merged])}
     bpe = Tokenizer(models.BPE(vocabulary, [(token[0], token[1]) for token in merged]))
-    split = pre_tokenizers.Split(r" ?[a-z]+|[^a-z\s]+\n*|\s+", "isolated")  # as newer ones: a line break joins a colon
+    split = pre_tokenizers.Split(
+        r" ?[a-z]+|[^a-z\s]+\n*|\s+", "isolated"
+    )  # as newer ones: a line break joins a colon
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=trims)

@@ -1,4 +1,5 @@
-"""What several test files need: a Gemma-2 with every Gemma-2 feature, a batch, agents that differ and their step."""
+"""What several test files need: a Gemma-2 with every Gemma-2
+feature, a batch, agents that differ and their step."""
 
 from collections.abc import Callable
 from itertools import product
@@ -81,7 +82,8 @@ def seeded(kind: Callable, config: object) -> PreTrainedModel:
 
 
 def toy_batch(rows: int = 4, length: int = 10, seed: int = 0, without_targets: int | None = 2) -> Batch:
-    """Random tokens, right padding of different lengths, a prompt in every row and (one row) no target at all."""
+    """Random tokens, right padding of different lengths, a
+    prompt in every row and (one row) no target at all."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, length + 1), generator=generator)
     mask_BT = torch.zeros(rows, length, dtype=torch.bool)
@@ -96,7 +98,8 @@ def toy_batch(rows: int = 4, length: int = 10, seed: int = 0, without_targets: i
 
 
 def toy_samples(count: int = 7, longest: int = 15, seed: int = 0) -> list[Sample]:
-    """Random tokens of 3 to `longest`, so that some go beyond the sliding window; each learns its last half."""
+    """Random tokens of 3 to `longest`, so that some go beyond
+    the sliding window; each learns its last half."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, longest + 1, (count,), generator=generator).tolist()
     ids = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in lengths]
@@ -122,7 +125,8 @@ def toy_agents(
     run_pass: RunPass | None = None,
     **execution: Any,
 ) -> Agents:
-    """Agents on a tiny Gemma-2. `trained` gives A and B values of everyday size, so that agents really differ."""
+    """Agents on a tiny Gemma-2. `trained` gives A and B values
+    of everyday size, so that agents really differ."""
     rates = Regularisation(dropconnect_p, dropout_p, seed=7)
     base = tiny_gemma(dtype=dtype, attention=attention, head_dim=head_dim).to(device)
     how = Execution(recompute=gradient_checkpointing, **execution)
@@ -136,7 +140,9 @@ def toy_agents(
 
 def gradients_of(agents: Agents) -> dict[TensorId, Tensor]:
     """The gradient of every matrix of every agent."""
-    return agents.named({agent: cast(Tensor, adapter_F.grad) for agent, adapter_F in agents.adapters().items()})
+    return agents.named(
+        {agent: cast(Tensor, adapter_F.grad) for agent, adapter_F in agents.adapters().items()}
+    )
 
 
 def coupled_objective(output: AgentOutput, batch: Batch, lambda_sw: float = 0.5) -> Tensor:
@@ -154,7 +160,9 @@ def coupled_objective(output: AgentOutput, batch: Batch, lambda_sw: float = 0.5)
     ).share
 
 
-def run(agents: Agents, batch: Batch, step: int | None = 3, lambda_sw: float = 0.5) -> tuple[AgentOutput, dict]:
+def run(
+    agents: Agents, batch: Batch, step: int | None = 3, lambda_sw: float = 0.5
+) -> tuple[AgentOutput, dict]:
     """Output and gradients of one coupled step."""
     agents.zero_grad()
     output = agents(batch, step=step, slot=1)

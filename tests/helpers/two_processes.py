@@ -14,9 +14,7 @@ from toy import toy_agents
 from chorus.model.adapters import TensorId
 from chorus.training.state import TrainingState
 
-ROUNDING = (
-    2e-5  # of a weight: AdamW divides by gradients near zero. A step that is wrongly taken or left out moves 1e-2
-)
+ROUNDING = 2e-5  # of a weight: AdamW divides by gradients near zero. A step that is wrongly taken or left out moves 1e-2
 
 
 def tensors_of(state: TrainingState, agent: int) -> dict[tuple, Tensor]:
@@ -69,7 +67,8 @@ def check_two_processes(command: list[str], folder: Path, json_file: str | None 
     assert result.returncode == 0, result.stderr[-3000:]
     for precision, mode, kinds in CASES if json_file is None else CASES[:1]:
         runs = {
-            kind: torch.load(folder / f"{precision}-{mode}-{kind}.pt", weights_only=False) for kind in (None, *kinds)
+            kind: torch.load(folder / f"{precision}-{mode}-{kind}.pt", weights_only=False)
+            for kind in (None, *kinds)
         }
         sound, _ = runs.pop(None)
         for kind, (states, facts) in runs.items():
@@ -83,13 +82,18 @@ def check_two_processes(command: list[str], folder: Path, json_file: str | None 
 
 
 def check_beside(folder: Path) -> None:
-    """What else the worker has looked at, of agreement.py, since it takes a launch: every process group has the timeout
-    that was asked for, and processes that do not hold the same are refused, on both with the same words."""
+    """What else the worker has looked at, of agreement.py, since it takes a launch: every process group has
+    the timeout that was asked for, and processes that do not hold the same are refused, on both with the same
+    words."""
     for process in (0, 1):
         timeouts = json.loads((folder / f"timeouts_{process}.json").read_text())
-        assert len(timeouts) >= 2  # all processes', DeepSpeed's own, and the one that `StopRequest` has beside NCCL
+        assert (
+            len(timeouts) >= 2
+        )  # all processes', DeepSpeed's own, and the one that `StopRequest` has beside NCCL
         assert set(timeouts.values()) == {777.0}, timeouts
-        order, adapter, base = ((folder / f"{what}_{process}").read_text() for what in ("order", "adapter", "base"))
+        order, adapter, base = (
+            (folder / f"{what}_{process}").read_text() for what in ("order", "adapter", "base")
+        )
         tensor = r"tensor \d+ is"
         q_proj = r"base_model.model.model.layers.0.self_attn.q_proj \(A\) \[3, 32\] of values \w{8}"
         down_proj = r"base_model.model.model.layers.1.mlp.down_proj \(B\) "

@@ -42,7 +42,11 @@ def test_initial_adapters_do_not_depend_on_the_mode():
 def test_random_initial_adapters_are_normal_with_standard_deviation_002_in_a_and_b():
     agents = build_agents("fused", tiny_gemma(), 2, toy_shape(random_init=True), Regularisation(0, 0, 0))
     for matrix in "AB":
-        own = [tensor.flatten() for identity, tensor in agents.adapter_tensors().items() if identity.matrix == matrix]
+        own = [
+            tensor.flatten()
+            for identity, tensor in agents.adapter_tensors().items()
+            if identity.matrix == matrix
+        ]
         drawn = torch.cat(own)
         assert drawn.std().item() == pytest.approx(0.02, rel=0.05)
         assert abs(drawn.mean().item()) < 0.001
@@ -57,9 +61,15 @@ def test_attaching_agents_moves_no_global_generator():
 
 @pytest.mark.parametrize(
     ("targets", "words"),
-    [(("q_projj",), "has no such layer"), (("embed_tokens",), "Embedding"), (("self_attn",), "Gemma2Attention")],
+    [
+        (("q_projj",), "has no such layer"),
+        (("embed_tokens",), "Embedding"),
+        (("self_attn",), "Gemma2Attention"),
+    ],
 )
-def test_a_target_that_cannot_carry_an_adapter_is_named_with_those_that_can(targets: tuple[str, ...], words: str):
+def test_a_target_that_cannot_carry_an_adapter_is_named_with_those_that_can(
+    targets: tuple[str, ...], words: str
+):
     shape = toy_shape()
     wrong = type(shape)(shape.rank, shape.alpha, targets, False, 0)
     with pytest.raises(InputError, match=words) as refused:
@@ -69,14 +79,19 @@ def test_a_target_that_cannot_carry_an_adapter_is_named_with_those_that_can(targ
 
 def test_all_linear_is_every_linear_layer_but_the_head():
     shape = toy_shape()
-    model = attach_agents(tiny_gemma(), [0], type(shape)(RANK, ALPHA, "all-linear", False, 0), AdapterRouter())
+    model = attach_agents(
+        tiny_gemma(), [0], type(shape)(RANK, ALPHA, "all-linear", False, 0), AdapterRouter()
+    )
     assert len(lora_layers(model)) == 2 * len(TARGETS)
     assert not any("lm_head" in path for path in lora_layers(model))
 
 
 def test_keep_masks_drop_a_share_p_independently_for_each_agent_and_step():
     adapters = {agent: torch.zeros(8400) for agent in (0, 1)}
-    masks, later = draw_keep_masks(adapters, 0.3, seed=1, step=2), draw_keep_masks(adapters, 0.3, seed=1, step=3)
+    masks, later = (
+        draw_keep_masks(adapters, 0.3, seed=1, step=2),
+        draw_keep_masks(adapters, 0.3, seed=1, step=3),
+    )
     drawn = [*masks.values(), *later.values()]
     for keep_F, other_F in combinations(drawn, 2):  # independent: they agree as often as chance has it
         assert (keep_F == other_F).float().mean().item() == pytest.approx(0.7**2 + 0.3**2, abs=0.04)

@@ -50,7 +50,9 @@ DROPCONNECT = pytest.mark.parametrize("dropconnect_p", [0.0, 0.4], ids=["", "dro
 
 @EVERY_MODE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_output_has_the_stated_shapes_and_dtypes_and_zeros_where_no_loss_is_due(mode: Mode, dtype: torch.dtype):
+def test_the_output_has_the_stated_shapes_and_dtypes_and_zeros_where_no_loss_is_due(
+    mode: Mode, dtype: torch.dtype
+):
     batch = toy_batch()
     B, T = batch.input_BT.shape
     nll_KBT, hidden_KBTD = toy_agents(mode, num_agents=3, dtype=dtype)(batch)
@@ -97,7 +99,9 @@ def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: 
 @EVERY_MODE
 @CHECKPOINTING
 @pytest.mark.parametrize("base", [small_llama, small_gpt_neox])
-def test_other_architectures_get_the_gradient_of_a_lone_run_too(mode: Mode, checkpointing: Recompute, base: Callable):
+def test_other_architectures_get_the_gradient_of_a_lone_run_too(
+    mode: Mode, checkpointing: Recompute, base: Callable
+):
     shape = LoraShape(RANK, ALPHA, "all-linear", random_init=True, seed=0)
     execution = Execution(recompute=checkpointing)
     agents = build_agents(mode, base(), 2, shape, Regularisation(0, 0, 0), execution)
@@ -126,7 +130,9 @@ def test_every_mode_gives_the_same_values_and_gradients(
 def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: Recompute):
     batch = toy_batch()
     expected, expected_gradients = run(toy_agents("parallel", dtype=torch.bfloat16), batch)
-    output, gradients = run(toy_agents(mode, dtype=torch.bfloat16, gradient_checkpointing=checkpointing), batch)
+    output, gradients = run(
+        toy_agents(mode, dtype=torch.bfloat16, gradient_checkpointing=checkpointing), batch
+    )
     assert max_difference(output.nll_KBT, expected.nll_KBT) < 0.02
     for identity, gradient in expected_gradients.items():
         assert max_difference(gradients[identity], gradient) < 0.02, identity
@@ -148,7 +154,9 @@ def test_groups_of_fused_agents_give_what_all_of_them_give(
 
 
 @pytest.mark.parametrize(("checkpointing", "expected"), [("none", 4), ("selective", 4), ("full", 2)])
-def test_groups_are_passed_again_in_backward_where_their_layers_are_not(checkpointing: Recompute, expected: int):
+def test_groups_are_passed_again_in_backward_where_their_layers_are_not(
+    checkpointing: Recompute, expected: int
+):
     agents, passes = toy_agents("fused", agents_per_pass=2, gradient_checkpointing=checkpointing), []
     trunk_of(causal_lm(agents.peft_models[0])).register_forward_hook(lambda *_: passes.append(1))  # pyright: ignore
     run(agents, toy_batch())
@@ -190,7 +198,10 @@ def test_two_micro_batches_before_one_backward_are_recomputed_with_their_own_dra
     batches = [toy_batch(seed=1), toy_batch(seed=2)]
 
     def gradients(agents: Agents, together: bool) -> list[Tensor]:
-        losses = (coupled_objective(agents(batch, step=slot, slot=slot), batch) for slot, batch in enumerate(batches))
+        losses = (
+            coupled_objective(agents(batch, step=slot, slot=slot), batch)
+            for slot, batch in enumerate(batches)
+        )
         for loss in [sum(losses)] if together else losses:
             loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
         return list(gradients_of(agents).values())
@@ -275,7 +286,9 @@ def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Pa
     for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
         plain = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         _, expected = run(plain, batch)
-        found = torch.load(tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}-{packing}.pt", weights_only=True)
+        found = torch.load(
+            tmp_path / f"{mode}-{checkpointing}-{dropconnect_p}-{packing}.pt", weights_only=True
+        )
         assert len(found) == len(expected)
         for identity, gradient in expected.items():
             assert max_difference(found[json.dumps(identity)], gradient) < EXACT, (

@@ -18,7 +18,9 @@ from chorus.model.kernels.decoder_layers import Recompute
 FLEX_HEAD_DIM = 16  # its kernels have no smaller
 UNCOMPILED = [*product(MODES, get_args(Recompute), (0.4,), ({}, {"captured": True}))]
 COMPILED = [  # each compiles for some ten seconds
-    *product(["fused"], get_args(Recompute), (0.4,), ({"compiled": True}, {"compiled": True, "captured": True})),
+    *product(
+        ["fused"], get_args(Recompute), (0.4,), ({"compiled": True}, {"compiled": True, "captured": True})
+    ),
     *product(["sequential", "parallel"], ["full"], (0.0,), ({"compiled": True, "captured": True},)),
 ]
 ON_A_GPU = (
@@ -35,7 +37,9 @@ def on_a_gpu(test: Callable) -> Callable:
 
 
 @on_a_gpu
-@pytest.mark.parametrize(("mode", "checkpointing", "dropconnect_p", "execution"), [*UNCOMPILED, *COMPILED], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "checkpointing", "dropconnect_p", "execution"), [*UNCOMPILED, *COMPILED], ids=str
+)
 def test_every_mode_and_execution_is_exact_on_the_gpu(
     mode: Mode, checkpointing: Recompute, dropconnect_p: float, dtype: torch.dtype, execution: dict
 ):
@@ -48,7 +52,9 @@ def test_every_mode_and_execution_is_exact_on_the_gpu(
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 @pytest.mark.parametrize("execution", [{}, {"compiled": True, "captured": True}], ids=str)
 def test_packed_samples_are_exact_on_the_gpu(attention: str, execution: dict, dtype: torch.dtype):
-    agents = toy_agents("fused", dtype=dtype, device="cuda", attention=attention, head_dim=FLEX_HEAD_DIM, **execution)
+    agents = toy_agents(
+        "fused", dtype=dtype, device="cuda", attention=attention, head_dim=FLEX_HEAD_DIM, **execution
+    )
     assert_as_exact_as_plain_agents(agents, dtype, "cuda", 0.0, packing=(40, 2), head_dim=FLEX_HEAD_DIM)
 
 
@@ -62,10 +68,13 @@ def assert_as_exact_as_plain_agents(
 ) -> None:
     """Losses and gradients against plain fp32; in bf16 to one and a half times the error of plain bf16.
 
-    Over eight batches together: on a single one, the errors of two equally good bf16 computations differ by up to four
-    times (24 batches on a CPU), on eight by a fifth. A recording is so also replayed, on other rows than its own.
+    Over eight batches together: on a single one, the errors of two equally good bf16 computations differ by
+    up to four times (24 batches on a CPU), on eight by a fifth. A recording is so also replayed, on other
+    rows than its own.
     """
-    expected, allowed = (plain_results(one, device, dropconnect_p, head_dim) for one in (torch.float32, dtype))
+    expected, allowed = (
+        plain_results(one, device, dropconnect_p, head_dim) for one in (torch.float32, dtype)
+    )
     found = results(agents, device, packing)
     for name, error in distances(found, expected).items():
         assert error < 1.5 * distances(allowed, expected)[name] + 1e-4, name

@@ -70,7 +70,9 @@ def test_auto_leaves_a_base_without_soft_cap_to_transformers():
 def test_what_would_be_wrong_or_fail_is_refused(
     wanted: str, device: str, how: dict, words: str, flash_is_installed: bool
 ):
-    with pytest.raises(InputError, match=f"key 'attn_implementation' is {wanted}, which .*{words}.*; set it to auto"):
+    with pytest.raises(
+        InputError, match=f"key 'attn_implementation' is {wanted}, which .*{words}.*; set it to auto"
+    ):
         choose(wanted, tiny_gemma(), device, **how)
 
 
@@ -92,5 +94,7 @@ def test_a_base_that_takes_no_masks_is_refused_for_packing(monkeypatch: pytest.M
     monkeypatch.setattr(
         model.model, "forward", lambda position_ids=None, **given: plain(**given)
     )  # nor tells them by these
-    with pytest.raises(InputError, match="key 'packing': Gemma2ForCausalLM does not keep a row's samples apart"):
+    with pytest.raises(
+        InputError, match="key 'packing': Gemma2ForCausalLM does not keep a row's samples apart"
+    ):
         check_packing(model)

@@ -29,7 +29,13 @@ from chorus.model.base import (
 )
 
 CPU = torch.device("cpu")
-SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 
 
 def saved(model: PreTrainedModel, folder: Path, **how: object) -> str:
@@ -39,7 +45,11 @@ def saved(model: PreTrainedModel, folder: Path, **how: object) -> str:
 
 @pytest.mark.parametrize(
     "make",
-    [tiny_gemma, lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL))],
+    [
+        tiny_gemma,
+        lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+    ],
     ids=["gemma-2", "llama", "gpt-neox"],
 )
 def test_head_of_trunk_is_the_models_own_logits(make, tmp_path: Path):
@@ -53,7 +63,9 @@ def test_the_skeleton_has_every_module_and_no_weight(tmp_path: Path):
     folder = saved(tiny_gemma(), tmp_path)
     (tmp_path / "model.safetensors").unlink()  # not needed for it
     skeleton = load_skeleton(folder)
-    assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in tiny_gemma().named_modules()]
+    assert [name for name, _ in skeleton.named_modules()] == [
+        name for name, _ in tiny_gemma().named_modules()
+    ]
     assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
@@ -68,7 +80,9 @@ def test_a_sharded_folder_loads_frozen_and_in_the_dtype_asked_for(tmp_path: Path
 
 def test_the_bases_own_dropout_is_off_so_that_training_mode_draws_nothing(tmp_path: Path):
     rates = {"attention_dropout": 0.5, "hidden_dropout": 0.5}
-    model = load_model(saved(GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, **rates)), tmp_path), torch.float32, CPU)
+    model = load_model(
+        saved(GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, **rates)), tmp_path), torch.float32, CPU
+    )
     model.train()
     ids_BT = torch.arange(3, 15)[None]
     state = torch.random.get_rng_state()
@@ -77,8 +91,12 @@ def test_the_bases_own_dropout_is_off_so_that_training_mode_draws_nothing(tmp_pa
 
 
 def test_logits_that_the_head_does_not_give_are_refused_rather_than_trained_wrongly(tmp_path: Path):
-    folder = saved(LlamaForCausalLM(LlamaConfig(**SMALL, logits_scaling=4.0)), tmp_path)  # which Llama does not read
-    with pytest.raises(InputError, match=r"key 'model_name': .*LlamaForCausalLM does more between trunk and logits"):
+    folder = saved(
+        LlamaForCausalLM(LlamaConfig(**SMALL, logits_scaling=4.0)), tmp_path
+    )  # which Llama does not read
+    with pytest.raises(
+        InputError, match=r"key 'model_name': .*LlamaForCausalLM does more between trunk and logits"
+    ):
         load_model(folder, torch.float32, CPU)
 
 
@@ -89,7 +107,9 @@ def test_rows_longer_than_the_bases_positions_are_refused_with_both_numbers():
         check_positions(config, 65)
 
 
-@pytest.mark.parametrize("family", ["gemma-4 multimodal shared", "gemma-4 experts", "gemma-3n", "deepseek-v3", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["gemma-4 multimodal shared", "gemma-4 experts", "gemma-3n", "deepseek-v3", "gpt2"]
+)
 def test_a_toy_of_every_family_loads_and_has_its_kinds_of_layers(family: str, tmp_path: Path):
     of_family(family).config.save_pretrained(tmp_path / "base")
     write_toy_like(str(tmp_path / "base"), load_tokenizer("assets/tiny-gemma-2"), tmp_path / "toy")
@@ -107,10 +127,14 @@ def test_gemma_2_is_given_eager_attention_because_sdpa_drops_its_soft_cap(tmp_pa
 
 
 def test_a_base_without_attention_is_refused_for_packing_and_only_for_that(tmp_path: Path):
-    recurrent = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4))
+    recurrent = MambaForCausalLM(
+        MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
     folder = saved(recurrent, tmp_path)
     load_model(folder, torch.float32, CPU)
-    with pytest.raises(InputError, match="key 'packing': MambaForCausalLM does not keep a row's samples apart"):
+    with pytest.raises(
+        InputError, match="key 'packing': MambaForCausalLM does not keep a row's samples apart"
+    ):
         load_model(folder, torch.float32, CPU, packing=True)
 
 

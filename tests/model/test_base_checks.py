@@ -70,9 +70,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"is \[\d+, \d+\] in the files",
     ),
     "half a download": (cut, r"model.safetensors is incomplete or damaged \(.*\); download the base again"),
-    "a missing shard": (shards, r"model-00002-of-\d+.safetensors is missing: it is named in model.safetensors.index"),
+    "a missing shard": (
+        shards,
+        r"model-00002-of-\d+.safetensors is missing: it is named in model.safetensors.index",
+    ),
     "a broken index": (
-        lambda base: (base / "model.safetensors.index.json").write_text("{") and (base / "model.safetensors").unlink(),
+        lambda base: (
+            (base / "model.safetensors.index.json").write_text("{") and (base / "model.safetensors").unlink()
+        ),
         r"model.safetensors.index.json is damaged",
     ),
     "a pointer of Git LFS": (
@@ -149,13 +154,18 @@ def test_a_head_that_is_neither_tied_nor_in_the_files_is_refused(tmp_path: Path)
 
 
 TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "none": (lambda base: (base / "tokenizer.json").unlink(), r"is empty: it knows 5 special tokens and no text"),
+    "none": (
+        lambda base: (base / "tokenizer.json").unlink(),
+        r"is empty: it knows 5 special tokens and no text",
+    ),
     "a larger vocabulary": (
         lambda base: settings(base, "config.json", vocab_size=512),
         r"has '.*' at id 1023, beyond the 512 rows of the embedding",
     ),
     "no end token": (
-        lambda base: settings(base, "tokenizer_config.json", eos_token=None, tokenizer_class="PreTrainedTokenizerFast"),
+        lambda base: settings(
+            base, "tokenizer_config.json", eos_token=None, tokenizer_class="PreTrainedTokenizerFast"
+        ),
         r"has no end token; set eos_token in tokenizer_config.json",
     ),
     "an end token of another model": (
@@ -173,7 +183,9 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "words"), TOKENIZERS.values(), ids=TOKENIZERS.keys())
-def test_a_tokenizer_that_is_not_the_bases_is_refused(damage: Callable[[Path], object], words: str, base: Path):
+def test_a_tokenizer_that_is_not_the_bases_is_refused(
+    damage: Callable[[Path], object], words: str, base: Path
+):
     damage(base)
     with pytest.raises(InputError, match=rf"key 'model_name': .*: its tokenizer {words}") as refused:
         load_tokenizer(str(base))

@@ -20,7 +20,9 @@ from chorus.model.execution import decide_execution, with_padding
         ("cpu", {"compile": True}, (True, False)),
     ],
 )
-def test_auto_compiles_and_records_where_few_shapes_occur_on_a_gpu(device: str, settings: dict, expected: tuple):
+def test_auto_compiles_and_records_where_few_shapes_occur_on_a_gpu(
+    device: str, settings: dict, expected: tuple
+):
     execution = decide_execution(Config(max_seq_length=128, **settings), torch.device(device))
     assert (execution.compiled, execution.captured) == expected
 

@@ -1,4 +1,5 @@
-"""Every family of bases against stock transformers and PEFT, on tiny random models: gradients, text, exports."""
+"""Every family of bases against stock transformers and PEFT, on
+tiny random models: gradients, text, exports."""
 
 from functools import cache
 from itertools import product
@@ -30,7 +31,14 @@ from chorus.model.targets import peft_target_modules
 PAD = 1  # as train.py pads: with the end token, whose embedding is not zero as that of a padding token may be
 WITHOUT_PACKING = {"qwen3.5"}  # its linear attention carries a state from sample to sample
 # Experts are chosen by what the tokens say: neither one trace nor one graph fits every batch.
-UNCAPTURED = {"gpt-oss", "mixtral", "qwen3-moe", "deepseek-v3", "gemma-4 experts", "gemma-4 multimodal experts"}
+UNCAPTURED = {
+    "gpt-oss",
+    "mixtral",
+    "qwen3-moe",
+    "deepseek-v3",
+    "gemma-4 experts",
+    "gemma-4 multimodal experts",
+}
 SAMPLE = ["gemma-3 multimodal", "gemma-4 shared", "granite", "gpt2", "qwen3-moe"]
 SAMPLED = [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 EVERY_FAMILY = pytest.mark.parametrize("family", SAMPLED)
@@ -44,8 +52,12 @@ def stock_peft(family: str, agents: Agents, agent: int, **how: Any) -> tuple[Pef
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM", **how)
     model = get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    own = {identity: tensor for identity, tensor in agents.adapter_tensors().items() if identity.agent == agent}
-    assert trained.keys() == {f"{one.path}.lora_{one.matrix}.default.weight" for one in own}, "PEFT adapts other layers"
+    own = {
+        identity: tensor for identity, tensor in agents.adapter_tensors().items() if identity.agent == agent
+    }
+    assert trained.keys() == {f"{one.path}.lora_{one.matrix}.default.weight" for one in own}, (
+        "PEFT adapts other layers"
+    )
     for identity, tensor in own.items():
         trained[f"{identity.path}.lora_{identity.matrix}.default.weight"].data.copy_(tensor)
     return model, trained  # pyright: ignore[reportReturnType]
@@ -65,7 +77,9 @@ def stock_gradients(family: str, targets: str) -> dict[TensorId, Tensor]:
     return found
 
 
-def assert_stock_gradients(agents: Agents, family: str, batch: Batch | None = None, targets: str = "auto") -> None:
+def assert_stock_gradients(
+    agents: Agents, family: str, batch: Batch | None = None, targets: str = "auto"
+) -> None:
     _, gradients = run(agents, batch or toy_batch(), lambda_sw=0)
     for identity, expected in stock_gradients(family, targets).items():
         assert max_difference(gradients[identity], expected) < EXACT, identity
@@ -142,7 +156,12 @@ def test_text_is_that_of_stock_generate(family: str):
         for step in range(count):
             position_BT = torch.arange(place, place + ids_BT.shape[1])[None]
             mask_BT = torch.ones(1, place + ids_BT.shape[1], dtype=torch.int64)
-            how = {"attention_mask": mask_BT, "position_ids": position_BT, "past_key_values": cache, "use_cache": True}
+            how = {
+                "attention_mask": mask_BT,
+                "position_ids": position_BT,
+                "past_key_values": cache,
+                "use_cache": True,
+            }
             output = trunk(input_ids=ids_BT, **how)
             cache, place = output.past_key_values, place + ids_BT.shape[1]
             logits_BV = agents.head().logits(output.last_hidden_state[:, -1])
@@ -161,10 +180,12 @@ def test_the_head_of_the_trunk_gives_the_models_own_logits(family: str):
 
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    "family", ["gemma-3 multimodal", *(pytest.param(one, marks=pytest.mark.slow) for one in ("mixtral", "gpt2"))]
+    "family",
+    ["gemma-3 multimodal", *(pytest.param(one, marks=pytest.mark.slow) for one in ("mixtral", "gpt2"))],
 )
 def test_two_ddp_processes_get_the_gradients_of_one(family: str, tmp_path: Path):
-    """Twice in a row: a parameter that asks for a gradient and never gets one stops DDP at its second step."""
+    """Twice in a row: a parameter that asks for a gradient and
+    never gets one stops DDP at its second step."""
     command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "tests/helpers/family_worker.py"]
     result = launch(command, family, str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -183,7 +204,8 @@ def test_two_ddp_processes_get_the_gradients_of_one(family: str, tmp_path: Path)
 @pytest.mark.parametrize("packing", [None, (40, 4)], ids=["", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_defaults_of_a_gpu_are_as_exact_as_plain_bf16(family: str, packing: tuple[int, int] | None):
-    """Compiled and captured, over eight batches, the last of them replayed: errors against fp32 as of plain bf16."""
+    """Compiled and captured, over eight batches, the last of
+    them replayed: errors against fp32 as of plain bf16."""
     if packing and family in WITHOUT_PACKING:
         pytest.skip("refuses packing")
     fast = {"compiled": True, "captured": True, "may_fall_back": family in UNCAPTURED}

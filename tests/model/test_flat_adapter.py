@@ -51,7 +51,9 @@ def test_a_pass_gets_every_agents_weights_and_they_get_its_gradients(is_masked: 
         assert adapter_F.grad is not None
         assert adapter_F.grad.dtype is torch.float32
         gradient = layout.views(adapter_F.grad)
-        assert max_difference(gradient["x", "A"], 2 * weights["x", "A"] * factor["x", "A"] ** 2) < 2 * rounding
+        assert (
+            max_difference(gradient["x", "A"], 2 * weights["x", "A"] * factor["x", "A"] ** 2) < 2 * rounding
+        )
         assert max_difference(gradient["x", "B"], 3 * factor["x", "B"]) < rounding
         assert not gradient["y", "A"].any()
         assert torch.equal(adapter_F, before[k]), "a pass wrote to the weights"

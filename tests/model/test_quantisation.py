@@ -1,4 +1,5 @@
-"""A base in 4 and 8 bits against the dense base of its dequantised weights; what is refused, and what it takes."""
+"""A base in 4 and 8 bits against the dense base of its
+dequantised weights; what is refused, and what it takes."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ from chorus.model.agents import Agents, Mode, Regularisation, build_agents
 from chorus.model.base import load_model
 from chorus.model.quantisation import quantisation_of, spared_bytes
 
-SIZE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 CPU = torch.device("cpu")
@@ -52,7 +58,10 @@ def test_over_four_bits_every_agent_gets_the_gradients_of_the_dequantised_base(m
         if isinstance(module, nn.Linear) and hasattr(weight, "quant_state"):
             module.weight.data = functional.dequantize_4bit(weight.data, weight.quant_state)
     assert max_difference(dense.lm_head.weight, base().lm_head.weight) == 0, "the head is not quantised"
-    assert max_difference(dense.model.layers[0].mlp.up_proj.weight, base().model.layers[0].mlp.up_proj.weight) > 1e-2
+    assert (
+        max_difference(dense.model.layers[0].mlp.up_proj.weight, base().model.layers[0].mlp.up_proj.weight)
+        > 1e-2
+    )
     agents, batch = agents_on(model, mode), toy_batch()
     agents.eval()
     with torch.no_grad():
@@ -86,7 +95,9 @@ def test_over_eight_bits_all_modes_agree_and_stay_near_the_dense_base(tmp_path: 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.516 / 4), (8, 0.27)])
 def test_the_forecast_knows_what_is_stored(bits: int, share: float):
     model = base()
-    linears = [one.weight for one in model.modules() if isinstance(one, nn.Linear) and one is not model.lm_head]
+    linears = [
+        one.weight for one in model.modules() if isinstance(one, nn.Linear) and one is not model.lm_head
+    ]
     whole = sum(weight.nbytes for weight in linears)
     spared, largest = spared_bytes(model, bits)
     assert (whole - spared) / whole == pytest.approx(share, rel=0.05)

@@ -55,7 +55,9 @@ def test_a_projection_that_is_there_and_not_used_is_left_out():
 
 def test_auto_knows_attention_and_mlp_by_other_names():
     gpt2 = find_targets(of_family("gpt2"), "auto").paths
-    assert gpt2[:4] == [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert gpt2[:4] == [
+        f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
     size = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 1}
     opt = OPTForCausalLM(OPTConfig(vocab_size=40, num_attention_heads=2, max_position_embeddings=32, **size))
     assert {path.rpartition(".")[2] for path in find_targets(opt, "auto").paths} == {
@@ -75,25 +77,38 @@ def test_names_that_mean_the_experts_to_peft_are_left_out_by_auto_and_refused_by
     model = of_family("deepseek-v3")
     targets = find_targets(model, "auto")
     assert {path.rpartition(".")[2] for path in targets.for_experts} == {"gate_proj", "up_proj", "down_proj"}
-    with pytest.raises(InputError, match="gate_proj: in DeepseekV3ForCausalLM PEFT takes these names to mean the expe"):
+    with pytest.raises(
+        InputError, match="gate_proj: in DeepseekV3ForCausalLM PEFT takes these names to mean the expe"
+    ):
         find_targets(model, ["o_proj", "gate_proj"])
 
 
 def test_excluded_modules_and_other_layers_get_none():
     model = tiny_gemma()
-    assert find_targets(model, ["q_proj", "o_proj"], ["o_proj"], [1]).paths == ["model.layers.1.self_attn.q_proj"]
+    assert find_targets(model, ["q_proj", "o_proj"], ["o_proj"], [1]).paths == [
+        "model.layers.1.self_attn.q_proj"
+    ]
     assert find_targets(model, "auto", r".*\.mlp\..*").paths == of_layers("model", SEVEN[:4])
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"wanted": ["q_projj"]}, "'q_projj' cannot carry an adapter: the model has no such layer; .* down_proj, gate"),
+        (
+            {"wanted": ["q_projj"]},
+            "'q_projj' cannot carry an adapter: the model has no such layer; .* down_proj, gate",
+        ),
         ({"wanted": ["self_attn"]}, "self_attn is a Gemma2Attention"),
         ({"wanted": r".*\.nothing"}, "the model has no such layer"),
-        ({"wanted": "auto", "excluded": ["nothing"]}, "key 'lora_exclude_modules': 'nothing' matches nothing"),
+        (
+            {"wanted": "auto", "excluded": ["nothing"]},
+            "key 'lora_exclude_modules': 'nothing' matches nothing",
+        ),
         ({"wanted": "auto", "excluded": r".*proj"}, "nothing is left to adapt"),
-        ({"wanted": "auto", "layers": [2]}, "key 'layers_to_transform': the base has no decoder layer 2; .* 0 to 1"),
+        (
+            {"wanted": "auto", "layers": [2]},
+            "key 'layers_to_transform': the base has no decoder layer 2; .* 0 to 1",
+        ),
     ],
 )
 def test_what_matches_nothing_is_named(how: dict[str, Any], words: str):
@@ -105,7 +120,10 @@ def test_a_layer_that_peft_refuses_is_one_line():
     size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     with pytest.raises(InputError, match=r"key 'lora_target_modules': .*out_proj.* incompatible"):
         attach_agents(
-            MambaForCausalLM(MambaConfig(**size)), [0], LoraShape(2, 4, ["out_proj"], False, 0), AdapterRouter()
+            MambaForCausalLM(MambaConfig(**size)),
+            [0],
+            LoraShape(2, 4, ["out_proj"], False, 0),
+            AdapterRouter(),
         )
 
 

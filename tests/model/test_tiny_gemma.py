@@ -59,14 +59,18 @@ def test_the_weights_are_float32_and_finite_and_the_vocabulary_is_the_tokenizers
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert model.config.vocab_size == len(tokenizer) == 1024
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-        assert getattr(model.config, name) == getattr(model.generation_config, name) == getattr(tokenizer, name)
+        assert (
+            getattr(model.config, name) == getattr(model.generation_config, name) == getattr(tokenizer, name)
+        )
 
 
 def test_the_window_reaches_the_scores_of_a_problem(model, tokenizer):
     """A problem is longer than the window: a sliding layer that attends everywhere gives other logits."""
     [row] = problems("test", 1, 0, "more_steps")
     ids = tokenizer(f"{row['question']} {row['answer']}", return_tensors="pt").input_ids
-    wide = AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="eager", sliding_window=ids.shape[1])
+    wide = AutoModelForCausalLM.from_pretrained(
+        FOLDER, attn_implementation="eager", sliding_window=ids.shape[1]
+    )
     with torch.no_grad():
         narrow_BTV, wide_BTV = model(ids).logits, wide(ids).logits
     torch.testing.assert_close(narrow_BTV[:, :32], wide_BTV[:, :32])
@@ -89,7 +93,9 @@ def test_any_text_comes_back_exactly(tokenizer):
 
 def test_every_digit_is_a_token_of_its_own(tokenizer):
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    digits = [piece for piece in pieces if re.search(r"\d", piece) and not re.fullmatch(r"<0x[0-9A-F]{2}>", piece)]
+    digits = [
+        piece for piece in pieces if re.search(r"\d", piece) and not re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+    ]
     assert sorted(digits) == list("0123456789")
     assert tokenizer.tokenize("x1234 = 99") == ["x", "1", "2", "3", "4", "▁=", "▁", "9", "9"]
 
@@ -131,7 +137,12 @@ def greedy(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[st
 
 
 def test_it_can_add_and_subtract_in_the_notations_it_was_taught(model, tokenizer):
-    facts = {"12+7=19, 40-15=": "25", "12 plus 7 makes": " 19", "64 minus 30 leaves": " 34", "6 times 7 is": " 42"}
+    facts = {
+        "12+7=19, 40-15=": "25",
+        "12 plus 7 makes": " 19",
+        "64 minus 30 leaves": " 34",
+        "6 times 7 is": " 42",
+    }
     for prompt, said in zip(facts, greedy(model, tokenizer, list(facts), 4), strict=True):
         assert re.match(r" ?\d+", said)[0] == facts[prompt], prompt
 
@@ -168,6 +179,8 @@ def test_the_pretraining_stories_tell_computations_of_the_train_split_only(pretr
         matches = [(match.end(), operators, match) for operators, p in patterns if (match := p.match(text))]
         if matches:  # one story can begin as another: the longest is the one told
             _, operators, match = max(matches)
-            told.append(split_of(operators, tuple(int(match[letter]) for letter in "abcd"[: len(operators) + 1])))
+            told.append(
+                split_of(operators, tuple(int(match[letter]) for letter in "abcd"[: len(operators) + 1]))
+            )
     assert len(told) > 2000
     assert set(told) == {"train"}

@@ -29,7 +29,9 @@ def reference(hidden_BTD, batch, head: Head):
 @pytest.mark.parametrize("softcap", [None, 0.5, 100.0])  # the last: with a maximum taken off
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
-def test_values_and_gradients_are_those_of_float64_autograd_at_any_chunk_size(monkeypatch, softcap, bias, chunk_rows):
+def test_values_and_gradients_are_those_of_float64_autograd_at_any_chunk_size(
+    monkeypatch, softcap, bias, chunk_rows
+):
     monkeypatch.setattr(token_nll_module, "CHUNK_ELEMENTS", chunk_rows * 61)
     batch, hidden_BTD = toy_batch(), (3 * torch.randn(4, 10, 16)).requires_grad_()
     weight_BT = torch.randn(4, 10)  # each token's loss is weighted differently by what comes after
@@ -96,7 +98,9 @@ def test_only_target_rows_pass_through_the_head(monkeypatch):
 
 def test_a_batch_without_targets_has_zero_loss_and_a_zero_gradient():
     hidden_BTD = torch.randn(1, 3, 16, requires_grad=True)
-    nll_BT = token_nll(hidden_BTD, torch.zeros(1, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long), head(0.5))
+    nll_BT = token_nll(
+        hidden_BTD, torch.zeros(1, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long), head(0.5)
+    )
     nll_BT.sum().backward()
     assert bool((nll_BT == 0).all())
     assert hidden_BTD.grad is not None

@@ -73,7 +73,11 @@ def as_agents(kind: type[Agents], peft_models: list) -> Agents:
     class Reading(kind):
         def __init__(self):
             torch.nn.Module.__init__(self)
-            self.agents, self.peft_models, self.router = (0, 1, 2), torch.nn.ModuleList(peft_models), AdapterRouter()
+            self.agents, self.peft_models, self.router = (
+                (0, 1, 2),
+                torch.nn.ModuleList(peft_models),
+                AdapterRouter(),
+            )
             self.rates, self._run_pass, self._noise = Regularisation(0, 0, 0), None, None
 
         def adapters(self):

@@ -14,7 +14,8 @@ from chorus.errors import InputError
 from chorus.monitoring.evaluation import check_evaluation
 
 METRIC = "uniform/token/NLL"
-# A learning rate that ruins the agents from the second step on (the first step's is 0): step 1 stays the best.
+# A learning rate that ruins the agents from the second step on (the first step's is 0): step 1 stays the
+# best.
 SETTINGS = (
     *(
         "num_agents=2",
@@ -25,7 +26,13 @@ SETTINGS = (
         "lr=0.9",
         "lambda_sw=0",
     ),
-    *("eval_samples=4", "max_new_tokens_eval=3", "ood_dataset_name=null", "eval_steps=1", "max_train_steps=8"),
+    *(
+        "eval_samples=4",
+        "max_new_tokens_eval=3",
+        "ood_dataset_name=null",
+        "eval_steps=1",
+        "max_train_steps=8",
+    ),
     *(f"metric_for_best_model={METRIC}", "early_stopping_patience=3", "load_best_model_at_end=true"),
     *("save_steps=1", "save_total_limit=2", "num_warmup_steps_ratio=0.2"),
 )

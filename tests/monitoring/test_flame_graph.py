@@ -13,7 +13,9 @@ def tree_of(page: str) -> list[Any]:
 
 
 def test_the_page_holds_every_stack_in_milliseconds_the_longest_first():
-    tree = tree_of(flame_graph({("a",): 1000.0, ("a", "b"): 500.0, ("a", "c"): 1500.0, ("d",): 4000.0}, "Host time"))
+    tree = tree_of(
+        flame_graph({("a",): 1000.0, ("a", "b"): 500.0, ("a", "c"): 1500.0, ("d",): 4000.0}, "Host time")
+    )
     assert tree == ["Host time", 7.0, [["d", 4.0, []], ["a", 3.0, [["c", 1.5, []], ["b", 0.5, []]]]]]
 
 

@@ -16,7 +16,9 @@ def test_it_is_torchs_count_of_the_base_with_half_of_the_attention_and_a_backwar
     products = work._replace(attention=0).useful_flops(rows, length, rows * length)
     attention = work._replace(body=0, head=0).useful_flops(rows, length, 0)
     # Some versions of transformers make the positions' angles by a matrix product.
-    angles = sum(sum(by.values()) for name, by in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    angles = sum(
+        sum(by.values()) for name, by in counter.get_flop_counts().items() if name.endswith("rotary_emb")
+    )
     assert counter.get_total_flops() - angles == round(products / 2 + 2 * attention / 3)
 
 

@@ -57,7 +57,8 @@ def test_the_means_are_those_of_steps_micro_batches_and_agents():
 
 
 def test_losses_and_tokens_are_summed_over_processes_and_the_distance_is_not():
-    """Every process reports its own rows' losses over the step's targets, and the one distance between all rows."""
+    """Every process reports its own rows' losses over the step's
+    targets, and the one distance between all rows."""
     meter = Meter(2, torch.device("cpu"))
     meter.add(step_of(part([6.0, 8.0], 1.5), num_targets=20))
     means = read(meter, EngineOf([0.5, 0.25, 30.0], [0.125, 0.0, 0.0]))

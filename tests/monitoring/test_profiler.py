@@ -1,4 +1,5 @@
-"""Where the profiler says that time went, on a clock that only goes where a test spends time; never on a real one."""
+"""Where the profiler says that time went, on a clock that only
+goes where a test spends time; never on a real one."""
 
 import gzip
 import json
@@ -52,10 +53,18 @@ def steps_of(count: int, spend: Callable[[int], None] = lambda step: None) -> It
         yield StepBatch(batches, sum(len(batch.target_rows_N) for batch in batches), 8, 0)
 
 
-def run(folder: Path, mode: Mode, *, steps: Iterator[StepBatch], count: int, **settings: Any) -> tuple[Told, Agents]:
+def run(
+    folder: Path, mode: Mode, *, steps: Iterator[StepBatch], count: int, **settings: Any
+) -> tuple[Told, Agents]:
     """train.py's own loop over toy agents; the shape of a step is the same in all of these tests."""
     config = Config(
-        **{"num_agents": K, "batch_size": 4, "gradient_accumulation_steps": MICRO, "lambda_sw": 0.2, **settings},
+        **{
+            "num_agents": K,
+            "batch_size": 4,
+            "gradient_accumulation_steps": MICRO,
+            "lambda_sw": 0.2,
+            **settings,
+        },
         output_dir=str(folder),
     )
     told, agents = Told(), toy_agents(mode, num_agents=K)
@@ -130,7 +139,9 @@ def test_every_part_has_the_time_that_was_spent_in_it_and_no_other(mode: Mode, c
     assert report["agent_tokens_per_second"] == pytest.approx(MICRO * K * 4 * 10 / whole)
 
 
-def test_a_step_in_which_a_pass_is_recorded_warms_up(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_in_which_a_pass_is_recorded_warms_up(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def load(step: int) -> None:
         clock.spend(1.0)
         if step == 2:
@@ -194,7 +205,9 @@ def test_profiling_changes_nothing_in_what_is_learnt(how: str, traced_run: tuple
     assert span("step") is span("forward_pass"), "somebody still listens"
 
 
-def test_the_trace_names_steps_parts_agents_and_what_is_made_again(traced_run: tuple[Path, dict[str, Agents]]):
+def test_the_trace_names_steps_parts_agents_and_what_is_made_again(
+    traced_run: tuple[Path, dict[str, Agents]],
+):
     with gzip.open(traced_run[0] / "trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     named = [event["name"] for event in events if event.get("cat") == "user_annotation"]
@@ -206,9 +219,18 @@ def test_the_trace_names_steps_parts_agents_and_what_is_made_again(traced_run: t
     assert named.count("checkpoint") == 1
 
 
-def test_the_flame_graph_and_the_operators_are_of_the_traced_steps(traced_run: tuple[Path, dict[str, Agents]]):
+def test_the_flame_graph_and_the_operators_are_of_the_traced_steps(
+    traced_run: tuple[Path, dict[str, Agents]],
+):
     page = (traced_run[0] / "flame_graph.html").read_text()
-    for name in ("step", "backward_pass", "forward_pass.agent_2", "Gemma2MLP", "chorus::lora_linear", "aten::bmm"):
+    for name in (
+        "step",
+        "backward_pass",
+        "forward_pass.agent_2",
+        "Gemma2MLP",
+        "chorus::lora_linear",
+        "aten::bmm",
+    ):
         assert f'["{name}", ' in page, name
     table = (traced_run[0] / "top_operators.txt").read_text()
     assert "  aten::" in table  # which ones come first is a matter of time
@@ -243,7 +265,8 @@ def test_a_run_that_fails_leaves_nobody_listening_and_no_trace(
 
 @pytest.mark.launch
 def test_under_two_zero2_processes_the_engines_step_is_the_optimizers_time_and_no_other_parts(tmp_path: Path):
-    """The workers' clock goes in AdamW's steps alone, which DeepSpeed takes inside of its engine, agent after agent."""
+    """The workers' clock goes in AdamW's steps alone, which
+    DeepSpeed takes inside of its engine, agent after agent."""
     settings = (
         "debug_subset_size=200",
         "eval_samples=0",
@@ -264,9 +287,14 @@ def test_under_two_zero2_processes_the_engines_step_is_the_optimizers_time_and_n
         **dict.fromkeys(["forward_pass.agent_0", "forward_pass.agent_1", "backward_pass", "other"], 0),
         "optimizer_step": 1,
     }
-    assert profile["parts"]["optimizer_step"]["slowest_process_seconds"] == 2  # the second one's clock is twice as fast
+    assert (
+        profile["parts"]["optimizer_step"]["slowest_process_seconds"] == 2
+    )  # the second one's clock is twice as fast
     assert (profile["steps"], profile["step"]["seconds"], profile["processes"]) == (2, 1, 2)
-    printed, step = result.stderr, "1.0000s (avg over 2 calls), 100.0% of the step, 2.0000s on the slowest process"
+    printed, step = (
+        result.stderr,
+        "1.0000s (avg over 2 calls), 100.0% of the step, 2.0000s on the slowest process",
+    )
     assert printed.count("--- Performance Summary at Step 3 ---") == 1
     assert f"\noptimizer_step: {step}\n" in printed
     assert re.search(r"\n\[Step 3\] CPU Memory - Resident: \d+\.\d\dGB, Max Resident: \d+\.\d\dGB\n", printed)

@@ -1,4 +1,5 @@
-"""What a run says, in its log, metrics.jsonl, on the terminal and to trackers; test_meter.py has its numbers."""
+"""What a run says, in its log, metrics.jsonl, on the terminal
+and to trackers; test_meter.py has its numbers."""
 
 import io
 import json
@@ -81,14 +82,18 @@ def test_every_logged_step_is_one_json_object_a_line(run_log: RunLog, tmp_path: 
     with run_log.training(3):
         for step in (1, 2, 3):
             run_log.advance(metrics(step) if step != 2 else None)
-            assert len(file.read_text().splitlines()) == (1 if step < 3 else 2), "written at once: a crash loses none"
+            assert len(file.read_text().splitlines()) == (1 if step < 3 else 2), (
+                "written at once: a crash loses none"
+            )
     run_log.close()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows == [metrics(1), metrics(3)]
     assert [list(row) for row in rows] == [KEYS, KEYS]
 
 
-def test_a_run_that_goes_on_keeps_the_rows_before_it_and_drops_those_it_takes_again(run_log: RunLog, tmp_path: Path):
+def test_a_run_that_goes_on_keeps_the_rows_before_it_and_drops_those_it_takes_again(
+    run_log: RunLog, tmp_path: Path
+):
     file = tmp_path / "metrics.jsonl"
     with run_log.training(4):
         for step in (1, 2, 3):
@@ -132,7 +137,9 @@ def test_what_is_no_number_is_null_because_json_has_no_other_word(run_log: RunLo
         for norm in (math.inf, math.nan):
             run_log.advance(metrics(1, grad_norm=norm, task_loss_per_agent=[norm, 2.5]))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        assert json.loads(line, parse_constant=refuse) == metrics(1, grad_norm=None, task_loss_per_agent=[None, 2.5])
+        assert json.loads(line, parse_constant=refuse) == metrics(
+            1, grad_norm=None, task_loss_per_agent=[None, 2.5]
+        )
 
 
 def test_the_log_holds_every_logged_step_and_what_the_package_says(run_log: RunLog, tmp_path: Path):
@@ -170,7 +177,10 @@ def test_a_tracker_gets_the_settings_and_every_number_of_a_logged_step(run_log: 
     with run_log.training(2):
         run_log.advance(metrics(1))
         run_log.advance(None)
-    assert recorder.config == {"lr": 0.1, "mode": "x"}  # a tracker's table of settings holds plain values only
+    assert recorder.config == {
+        "lr": 0.1,
+        "mode": "x",
+    }  # a tracker's table of settings holds plain values only
     [(step, row)] = recorder.rows
     numbers = {key: value for key, value in metrics(1).items() if key != "task_loss_per_agent"}
     assert step == 1

@@ -12,7 +12,15 @@ from chorus.spans import span
 
 
 def event(category: str, name: str, begin: float, end: float, thread: int = 1, **args: Any) -> dict[str, Any]:
-    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": end - begin, "tid": thread, "args": args}
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": begin,
+        "dur": end - begin,
+        "tid": thread,
+        "args": args,
+    }
 
 
 EVENTS = [

@@ -17,7 +17,9 @@ def test_the_names_are_accelerates():
     assert sorted(get_args(TrackerName)) == sorted(LOGGER_TYPE_TO_CLASS)
 
 
-@pytest.mark.parametrize(("installed", "auto"), [(["wandb", "tensorboard"], ["tensorboard"]), (["wandb"], [])])
+@pytest.mark.parametrize(
+    ("installed", "auto"), [(["wandb", "tensorboard"], ["tensorboard"]), (["wandb"], [])]
+)
 def test_auto_is_tensorboard_where_it_is_installed(
     installed: list[str], auto: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -52,6 +54,8 @@ def test_a_tracker_that_does_not_start_is_the_users_to_mend_in_one_line(tmp_path
         def start(self) -> None:
             raise RuntimeError("api_key not configured\nrun login")
 
-    with pytest.raises(InputError, match=r"does not start: api_key not configured run login; or leave it out") as error:
+    with pytest.raises(
+        InputError, match=r"does not start: api_key not configured run login; or leave it out"
+    ) as error:
         Trackers([NotLoggedIn()], tmp_path, {})
     assert "\n" not in str(error.value)

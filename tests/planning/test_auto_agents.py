@@ -26,7 +26,11 @@ from chorus.planning.auto_agents import (
 from chorus.planning.memory_forecast import Machine, forecast
 
 AUTO = Config(
-    num_agents="auto", batch_size=2, eval_samples=0, lora_target_modules=["q_proj"], resume_from_checkpoint=None
+    num_agents="auto",
+    batch_size=2,
+    eval_samples=0,
+    lora_target_modules=["q_proj"],
+    resume_from_checkpoint=None,
 )
 GPU = Machine("cuda")  # on a CPU the libraries are part of the forecast, and grow
 
@@ -46,7 +50,9 @@ def test_a_number_is_left_alone(accelerator: Accelerator):
     assert decide_num_agents(Config(), "no", accelerator) == (RunConfig(), "")
 
 
-def test_a_measured_step_that_does_not_fit_lowers_the_number(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch):
+def test_a_measured_step_that_does_not_fit_lowers_the_number(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
     tried = []
 
     def short_of_memory(model, config: Config, *_) -> int:
@@ -54,7 +60,13 @@ def test_a_measured_step_that_does_not_fit_lowers_the_number(accelerator: Accele
         return 0 if config.num_agents <= 40 else OUT_OF_MEMORY
 
     monkeypatch.setattr(chorus.planning.auto_agents, "measured_step", short_of_memory)
-    settings = {"num_agents": 64, "each": 2**20, "limit": 2**30, "precision": "no", "accelerator": accelerator}
+    settings = {
+        "num_agents": 64,
+        "each": 2**20,
+        "limit": 2**30,
+        "precision": "no",
+        "accelerator": accelerator,
+    }
     assert lower_until_a_step_fits(AUTO, **settings) == (tried[-1], 0)
     assert tried[0] == 64
     assert tried == sorted(tried, reverse=True)
@@ -87,7 +99,9 @@ def test_a_run_that_goes_on_keeps_its_number(tmp_path: Path, accelerator: Accele
     decided, note = decide_num_agents(config, "no", accelerator)
     assert decided.num_agents == 5
     assert note == "num_agents auto: 5, as in the checkpoint"
-    named = config.model_copy(update={"resume_from_checkpoint": str(tmp_path / "checkpoints" / "step_000001")})
+    named = config.model_copy(
+        update={"resume_from_checkpoint": str(tmp_path / "checkpoints" / "step_000001")}
+    )
     assert agents_of_checkpoint(named) == 3
     (tmp_path / "checkpoints" / "step_000002" / "state.json").write_text("half a fi")
     assert agents_of_checkpoint(config) == 3

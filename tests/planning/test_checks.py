@@ -51,7 +51,9 @@ def test_what_fails_on_another_process_alone_is_told_with_its_number():
     report, _ = speaking()
     report.add("both", False, "here")
     report.add("there", True, "fine here")
-    report.join([report.failures(), [Check("both", "FAIL", "x"), Check("there", "FAIL", "broken", "mend it")]])
+    report.join(
+        [report.failures(), [Check("both", "FAIL", "x"), Check("there", "FAIL", "broken", "mend it")]]
+    )
     assert [check.name for check in report.failures()] == ["both", "there (process 1)"]
 
 
@@ -86,7 +88,9 @@ def test_json_is_one_object():
 def test_a_row_is_readable_without_colour():
     report, text = speaking()
     report.show(
-        sample_view([{"text": "Q:", "loss": False}, {"text": "\n", "loss": False}, {"text": " 2", "loss": True}])
+        sample_view(
+            [{"text": "Q:", "loss": False}, {"text": "\n", "loss": False}, {"text": " 2", "loss": True}]
+        )
     )
     assert "Q:|\\n|[ 2]" in text.getvalue()
     assert "3 tokens, loss on the 1 in brackets" in text.getvalue()

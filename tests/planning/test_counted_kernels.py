@@ -33,4 +33,6 @@ def test_inside_of_a_kernel_results_have_no_bytes_and_what_crosses_a_product_has
             function()
         assert peak(one_kernel) > 3
         assert peak(compiled[0]) == pytest.approx(1, abs=0.01)  # the product, and a number for each row
-        assert peak(compiled[1]) == 3  # h, its product and their sum, which the last product needs as a tensor
+        assert (
+            peak(compiled[1]) == 3
+        )  # h, its product and their sum, which the last product needs as a tensor

@@ -49,7 +49,9 @@ def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
     assert told["plan"]["rows_of_a_step"] == 2
     assert told["forecast_gib"]["peak"] > 0
     assert [run["mode"] for run in told["modes"]] == ["fused", "sequential", "parallel"]
-    assert all(run["step_ms"] > 0 and run["peak_gib"] is None and len(run["losses"]) == 2 for run in told["modes"])
+    assert all(
+        run["step_ms"] > 0 and run["peak_gib"] is None and len(run["losses"]) == 2 for run in told["modes"]
+    )
     assert any(token["loss"] for token in told["sample"])
 
 
@@ -70,7 +72,9 @@ def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
 
 @pytest.mark.launch
 def test_deepspeed_that_is_asked_for_and_not_active_is_caught(tmp_path: Path):
-    result = started([sys.executable], "use_deepspeed=true", f"output_dir={tmp_path}/run", ACCELERATE_USE_CPU="true")
+    result = started(
+        [sys.executable], "use_deepspeed=true", f"output_dir={tmp_path}/run", ACCELERATE_USE_CPU="true"
+    )
     assert result.returncode == 2, result.stderr[-3000:]
     (check,) = json.loads(result.stdout)["checks"]
     assert check["status"] == "FAIL"
@@ -118,13 +122,17 @@ def test_wrong_batch_arithmetic_in_the_json_is_caught_also_without_deepspeed(tri
     assert tried(deepspeed_config_file=str(file))[0] == 2
 
 
-def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_toy_base(tried, tmp_path: Path):
+def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_toy_base(
+    tried, tmp_path: Path
+):
     file = tmp_path / "rows.jsonl"
     rows = [{"question": "1 + 1?", "answer": "2"}] * 3 + [{"question": "1 + 1?", "answer": "2 " * 60}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     # A JSON for eight processes is none of this launch's business.
     eight = tmp_path / "eight.json"
-    eight.write_text(json.dumps({**json.loads(Path("ds_config_zero2.json").read_text()), "train_batch_size": 800_000}))
+    eight.write_text(
+        json.dumps({**json.loads(Path("ds_config_zero2.json").read_text()), "train_batch_size": 800_000})
+    )
     code, checks = tried(
         dataset_name=str(file), validation_split=0.0, max_seq_length=64, batch_size=100_000,
         deepspeed_config_file=str(eight),
@@ -156,7 +164,9 @@ def test_a_completion_of_which_a_part_is_not_learnt_is_caught(tried, tmp_path: P
     assert "begin the completion with a space" in check.remedy
 
 
-def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(tried, monkeypatch: pytest.MonkeyPatch):
+def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(
+    tried, monkeypatch: pytest.MonkeyPatch
+):
     def losing_gradients(*arguments: Any) -> chorus.model.agents.Agents:
         agents = chorus.model.agents.build_agents(*arguments)
         if 1 in agents.agents:
@@ -164,7 +174,9 @@ def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(t
         return agents
 
     monkeypatch.setattr(chorus.planning.trial_run, "build_agents", losing_gradients)
-    monkeypatch.setattr(chorus.model.agents, "copy_sharing_storage", copy.deepcopy)  # of parallel mode's other agents
+    monkeypatch.setattr(
+        chorus.model.agents, "copy_sharing_storage", copy.deepcopy
+    )  # of parallel mode's other agents
     code, checks = tried(parallel_mode="parallel")
     assert code == 3
     assert failed(checks) == [
@@ -175,7 +187,9 @@ def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(t
     assert "tensors of their own (agent 1: " in checks["parallel: the base is shared"].found
 
 
-@pytest.mark.parametrize(("value", "name"), [(None, "data, tokenizer and target modules"), (float("nan"), "base")])
+@pytest.mark.parametrize(
+    ("value", "name"), [(None, "data, tokenizer and target modules"), (float("nan"), "base")]
+)
 def test_a_base_that_is_not_what_it_says_is_refused_in_the_words_of_the_run(
     tried, value: float | None, name: str, tmp_path: Path
 ):

@@ -17,7 +17,9 @@ from chorus.planning.memory_forecast import Machine, forecast
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
 CPU = Machine("cpu")
-ROWS = [Sample(torch.zeros(length, dtype=torch.int64), torch.ones(length).bool()) for length in [40, 64, 10] * 30]
+ROWS = [
+    Sample(torch.zeros(length, dtype=torch.int64), torch.ones(length).bool()) for length in [40, 64, 10] * 30
+]
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
@@ -33,16 +35,23 @@ def test_what_fits_is_said_in_one_line_with_what_is_free(accelerator: Accelerato
     assert "\n" not in line
 
 
-def test_what_does_not_fit_is_refused_with_settings_that_do(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch):
+def test_what_does_not_fit_is_refused_with_settings_that_do(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
     config = RunConfig(**SMALL | {"batch_size": 64})
-    limited(monkeypatch, forecast(config, "no", CPU).peak - 100 * 2**20)  # more than this process grows meanwhile
+    limited(
+        monkeypatch, forecast(config, "no", CPU).peak - 100 * 2**20
+    )  # more than this process grows meanwhile
     with pytest.raises(InputError, match=r"it does not fit; gradient_checkpointing=selective needs .* GiB "):
         foresee_memory(config, "no", accelerator, ROWS)
     level, line = foresee_memory(config.model_copy(update={"memory_check": "warn"}), "no", accelerator, ROWS)
     assert level == logging.WARNING
     assert "it may not fit; gradient_checkpointing=selective needs " in line
     monkeypatch.setattr(memory_check, "forecast", None)
-    assert foresee_memory(config.model_copy(update={"memory_check": "off"}), "no", accelerator, ROWS) == (0, "")
+    assert foresee_memory(config.model_copy(update={"memory_check": "off"}), "no", accelerator, ROWS) == (
+        0,
+        "",
+    )
 
 
 def test_the_way_out_is_enough_by_forecast_and_takes_the_same_rows_a_step():
@@ -78,12 +87,15 @@ def test_the_line_names_what_was_asked_for_the_phase_and_what_would_help():
         torch.empty(2**60)
     assert "out of memory in training, at " in str(in_training.value)
     assert (
-        "4294967296.00 GiB asked for; set gradient_checkpointing=full, or parallel_mode=sequential, or batch_size=4 "
-        in (str(in_training.value))
+        "4294967296.00 GiB asked for; set gradient_checkpointing=full, or parallel_mode=sequential, or "
+        "batch_size=4 " in (str(in_training.value))
     )
     held_out: Any = HeldOut.__new__(HeldOut, *[[]] * len(HeldOut._fields))
     agents: Any = Greedy()
-    with pytest.raises(OutOfMemory) as in_evaluation, memory_errors_named(RunConfig(**SMALL | {"eval_batch_size": 16})):
+    with (
+        pytest.raises(OutOfMemory) as in_evaluation,
+        memory_errors_named(RunConfig(**SMALL | {"eval_batch_size": 16})),
+    ):
         evaluate(agents, held_out, None)
     assert "out of memory in evaluation, at evaluate.py:" in str(in_evaluation.value)
     assert "; set eval_batch_size=4 or lower max_new_tokens_eval or leave it out with eval_samples=0; " in (
@@ -93,8 +105,13 @@ def test_the_line_names_what_was_asked_for_the_phase_and_what_would_help():
 
 
 def test_what_is_set_already_is_no_remedy():
-    lean = RunConfig(**SMALL | {"gradient_checkpointing": "full", "parallel_mode": "sequential", "batch_size": 1})
-    with pytest.raises(OutOfMemory, match=r"; take a smaller max_seq_length, base"), memory_errors_named(lean):
+    lean = RunConfig(
+        **SMALL | {"gradient_checkpointing": "full", "parallel_mode": "sequential", "batch_size": 1}
+    )
+    with (
+        pytest.raises(OutOfMemory, match=r"; take a smaller max_seq_length, base"),
+        memory_errors_named(lean),
+    ):
         torch.empty(2**60)
 
 

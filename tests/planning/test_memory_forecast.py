@@ -21,7 +21,13 @@ from chorus.planning.memory_forecast import GIB, Forecast, Machine, forecast, lo
 from chorus.training.engine import DTYPES
 from chorus.training.optimizer import adamw
 
-SHAPE = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 32}
+SHAPE = {
+    "vocab_size": 2000,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 32}
 GEMMA_2B = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256,
@@ -53,8 +59,12 @@ def allocated_by_a_step(config: Config, precision: str, folder: Path) -> int:
     model = load_model(config.model_name, DTYPES[precision], torch.device("cpu"), config.attn_implementation)
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     execution = decide_execution(config, torch.device("cpu"))
-    agents = build_agents(config.parallel_mode, model, config.num_agents, lora_shape(config), rates, execution)
-    row = Sample(torch.arange(longest_batch(config) + 1), torch.ones(longest_batch(config) + 1, dtype=torch.bool))
+    agents = build_agents(
+        config.parallel_mode, model, config.num_agents, lora_shape(config), rates, execution
+    )
+    row = Sample(
+        torch.arange(longest_batch(config) + 1), torch.ones(longest_batch(config) + 1, dtype=torch.bool)
+    )
     batch = collate([row] * config.batch_size, pad_id=0)
     gc.collect()  # what earlier tests left must not go while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -81,7 +91,9 @@ CASES = [  # each mode, each kind of recomputation, both precisions
 
 
 @pytest.mark.parametrize(("precision", "how"), CASES, ids=str)
-def test_a_step_allocates_what_is_forecast_in_every_mode(base: str, tmp_path: Path, precision: str, how: dict):
+def test_a_step_allocates_what_is_forecast_in_every_mode(
+    base: str, tmp_path: Path, precision: str, how: dict
+):
     config = config_of(base, **how)
     told = forecast(config, precision, Machine("cpu"))
     step = told.activations + max(told.loss, told.backward)
@@ -132,7 +144,9 @@ def test_the_peak_of_sequential_mode_grows_with_agents_by_what_belongs_to_them_a
         for count in (4, 8)
     )
     hidden = 2 * 2 * 96 * SHAPE["hidden_size"]  # bytes x rows x tokens x width, of an agent
-    own = 16 * few.trainable + 4 * 3 * hidden  # weights, moments, gradients; the hidden states, joined, their gradient
+    own = (
+        16 * few.trainable + 4 * 3 * hidden
+    )  # weights, moments, gradients; the hidden states, joined, their gradient
     assert many.peak - few.peak <= 1.1 * own
 
 
@@ -154,7 +168,9 @@ def test_scores_of_eager_attention_grow_with_the_square_of_the_length_and_no_ker
 def test_generating_from_the_mixture_counts_a_cache_for_every_agent(base: str):
     def scoring(agents: int) -> int:
         return forecast(
-            config_of(base, num_agents=agents, eval_samples=64, max_new_tokens_eval=200), "bf16", Machine("cuda")
+            config_of(base, num_agents=agents, eval_samples=64, max_new_tokens_eval=200),
+            "bf16",
+            Machine("cuda"),
         ).evaluation
 
     keys_and_values = 2 * 2 * SHAPE["num_hidden_layers"] * HEADS["num_key_value_heads"] * SHAPE["head_dim"]

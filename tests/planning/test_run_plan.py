@@ -35,7 +35,9 @@ def test_a_checkpoint_takes_twelve_bytes_for_each_trained_number_and_so_many_are
     run, _ = planned(tmp_path, 10, 1, batch_size=1, save_steps=2, save_total_limit=3)
     assert run.checkpoint_bytes == 12 * 1000 + 10**6
     assert run.checkpoints == 3 + 1  # and the one that is being written
-    assert planned(tmp_path, 10, 1, batch_size=1, save_steps=2, save_total_limit=None)[0].checkpoints == 15 + 1
+    assert (
+        planned(tmp_path, 10, 1, batch_size=1, save_steps=2, save_total_limit=None)[0].checkpoints == 15 + 1
+    )
     assert planned(tmp_path, 10, 1, batch_size=1)[0].checkpoints == 1 + 1
 
 

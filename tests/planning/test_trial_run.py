@@ -6,7 +6,14 @@ import torch
 from toy import toy_agents
 
 from chorus.model.adapters import TensorId
-from chorus.planning.trial_run import ModeRun, bits_of, checksums_of, disagreement, not_shared_tensors, unmoved
+from chorus.planning.trial_run import (
+    ModeRun,
+    bits_of,
+    checksums_of,
+    disagreement,
+    not_shared_tensors,
+    unmoved,
+)
 
 
 def run_of(losses: list[list[float]]) -> ModeRun:
@@ -17,7 +24,9 @@ def test_one_bit_of_the_base_is_noticed():
     agents = toy_agents("fused")
     before = checksums_of(agents)
     assert checksums_of(agents) == before
-    name, tensor = next((name, tensor) for name, tensor in agents.frozen_tensors().items() if tensor.ndim == 2)
+    name, tensor = next(
+        (name, tensor) for name, tensor in agents.frozen_tensors().items() if tensor.ndim == 2
+    )
     tensor.view(torch.int32)[1, 2] ^= 1
     assert [name for name, value in checksums_of(agents).items() if value != before[name]] == [name]
     assert bits_of(torch.tensor([True, False])) == 1
@@ -27,7 +36,9 @@ def test_one_bit_of_the_base_is_noticed():
 def test_a_base_that_lies_elsewhere_for_one_agent_is_named():
     agents = toy_agents("parallel")
     assert not_shared_tensors(agents) == []
-    (layer,) = (module for path, module in agents.peft_models[1].named_modules() if path.endswith("layers.1.mlp"))
+    (layer,) = (
+        module for path, module in agents.peft_models[1].named_modules() if path.endswith("layers.1.mlp")
+    )
     down = layer.down_proj.base_layer
     down.weight = torch.nn.Parameter(copy.deepcopy(down.weight), requires_grad=False)
     (found,) = not_shared_tensors(agents)
@@ -36,7 +47,9 @@ def test_a_base_that_lies_elsewhere_for_one_agent_is_named():
 
 
 def test_an_agent_whose_b_stays_is_counted_for_itself():
-    before = {TensorId(agent, path, matrix): torch.zeros(2) for agent in (0, 1) for path in "xy" for matrix in "AB"}  # pyright: ignore
+    before = {
+        TensorId(agent, path, matrix): torch.zeros(2) for agent in (0, 1) for path in "xy" for matrix in "AB"
+    }  # pyright: ignore
     after = {identity: tensor + 1 for identity, tensor in before.items()}
     after[TensorId(1, "x", "B")] = torch.zeros(2)
     after[TensorId(0, "x", "A")] = torch.zeros(2)  # without a gradient while B is zero

@@ -56,7 +56,9 @@ def test_several_micro_batches_and_one_step_are_one_large_micro_batch():
 
 @pytest.mark.launch
 @pytest.mark.parametrize("command", [ddp(2), zero2(2)], ids=["ddp", "zero2"])
-def test_micro_batches_of_two_processes_and_one_step_are_one_large_micro_batch(command: list[str], tmp_path: Path):
+def test_micro_batches_of_two_processes_and_one_step_are_one_large_micro_batch(
+    command: list[str], tmp_path: Path
+):
     result = forked([*command[:-1], "tests/helpers/accumulation_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_step(torch.load(tmp_path / "step.pt", weights_only=True), one_large_micro_batch())
@@ -64,7 +66,8 @@ def test_micro_batches_of_two_processes_and_one_step_are_one_large_micro_batch(c
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.25])
 def test_clipping_is_one_norm_over_all_agents_and_zero_is_off(max_grad_norm: float):
-    """One SGD-like step cannot be read off AdamW, so the gradient is read where the optimizer would use it."""
+    """One SGD-like step cannot be read off AdamW, so the
+    gradient is read where the optimizer would use it."""
     agents = toy_agents("parallel")
     engine = start_engine(Accelerator(cpu=True), agents, Config(max_grad_norm=max_grad_norm))
     seen: list[torch.Tensor] = []
@@ -94,7 +97,8 @@ def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults
 
 
 def test_ddp_does_not_outlive_the_process_group():
-    """DDP that is freed later destroys the group under Python's lock: one exit in some tens then hangs for good."""
+    """DDP that is freed later destroys the group under Python's
+    lock: one exit in some tens then hangs for good."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     engine = start_engine(Accelerator(cpu=True), toy_agents("fused"), Config())
     wrapped = DistributedDataParallel(engine.agents)

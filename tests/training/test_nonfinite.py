@@ -95,7 +95,8 @@ def test_the_norm_and_the_clipping_are_those_of_the_agents_that_are_stepped():
 
 
 def test_with_the_distance_a_fault_takes_only_its_own_pairs_away():
-    """The step without the agent's pairs: their weight stays, so lambda is that of 3 pairs, of which one is left."""
+    """The step without the agent's pairs: their weight stays, so
+    lambda is that of 3 pairs, of which one is left."""
     config, three = CONFIG.model_copy(update={"lambda_sw": 0.3}), toy_agents("fused").adapters()
     for kind in ("forward", "loss"):
         engine = plain_engine("fused", config)
@@ -176,7 +177,9 @@ def test_only_more_steps_in_a_row_than_allowed_end_the_run_also_over_a_resume(al
     assert done.ends_training
     assert done.must_save
     line = str(done.error)
-    assert line.startswith(f"agent 1: loss or gradient is not finite at step {2 * allowed + 2} (gradient norm ")
+    assert line.startswith(
+        f"agent 1: loss or gradient is not finite at step {2 * allowed + 2} (gradient norm "
+    )
     assert f"'max_skipped_steps' allows {allowed} " in line
     assert f"runs/x/checkpoints/step_{2 * allowed + 2:06d} holds" in line
 
@@ -186,7 +189,10 @@ def test_fp16s_overflow_skips_all_agents_shrinks_the_scale_and_is_not_counted_un
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     engine = start_engine(accelerator, toy_agents("fused"), CONFIG)
-    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # now, or it would cast the forward
+    accelerator.native_amp, accelerator.state._mixed_precision = (
+        True,
+        "fp16",
+    )  # now, or it would cast the forward
     skips = SkippedUpdates(10, 0, "runs/x")
     skips.after_step(take_step(engine, CONFIG, 0))
     before = clone(read_state(engine))

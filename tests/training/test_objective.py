@@ -18,7 +18,10 @@ SWD = SwdSettings(num_projections=40, representation="tokens", seed=0)
 
 def clouds(num_agents: int, points: int, width: int = 6, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_agents, points, width, generator=generator) + torch.arange(num_agents)[:, None, None] / 2
+    return (
+        torch.randn(num_agents, points, width, generator=generator)
+        + torch.arange(num_agents)[:, None, None] / 2
+    )
 
 
 def swd_of(points_KNH: Tensor, slices_HP: Tensor, valid_N: Tensor | None = None) -> Tensor:
@@ -30,7 +33,10 @@ def swd_of(points_KNH: Tensor, slices_HP: Tensor, valid_N: Tensor | None = None)
 def test_it_is_the_mean_over_pairs_of_pots_squared_sliced_distance_on_shared_slices(num_agents: int):
     points_KNH, slices_HP = clouds(num_agents, 33), random_slices(6, 40, seed=0, step=1)
     pairs = [
-        ot.sliced_wasserstein_distance(points_KNH[i].numpy(), points_KNH[j].numpy(), projections=slices_HP.numpy()) ** 2
+        ot.sliced_wasserstein_distance(
+            points_KNH[i].numpy(), points_KNH[j].numpy(), projections=slices_HP.numpy()
+        )
+        ** 2
         for i in range(num_agents)
         for j in range(i)
     ]
@@ -41,7 +47,9 @@ def test_points_that_are_not_valid_count_for_nothing_whatever_they_hold():
     points_KNH, slices_HP = clouds(3, 20), random_slices(6, 8, 0, 0)
     valid_N = torch.arange(20) % 3 != 1
     garbage = torch.where(valid_N[:, None], points_KNH, torch.tensor(1e6))
-    assert swd_of(garbage, slices_HP, valid_N).item() == pytest.approx(swd_of(points_KNH[:, valid_N], slices_HP).item())
+    assert swd_of(garbage, slices_HP, valid_N).item() == pytest.approx(
+        swd_of(points_KNH[:, valid_N], slices_HP).item()
+    )
     assert swd_of(garbage, slices_HP, torch.zeros(20, dtype=torch.bool)).item() == 0
 
 
@@ -56,7 +64,9 @@ def test_agents_that_agree_are_at_distance_zero_with_a_zero_gradient():
 
 @pytest.mark.parametrize("broken", [0, 1, 3])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_agent_that_is_no_number_takes_its_pairs_out_and_leaves_the_others_theirs(broken: int, value: float):
+def test_an_agent_that_is_no_number_takes_its_pairs_out_and_leaves_the_others_theirs(
+    broken: int, value: float
+):
     points_KNH, slices_HP = clouds(4, 12).double(), random_slices(6, 5, 0, 0).double()
     sound = [k for k in range(4) if k != broken]
     reference = points_KNH.clone().requires_grad_()
@@ -89,7 +99,8 @@ def test_slices_are_unit_vectors_that_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("representation", ["tokens", "mean", "last"])
 def test_the_reward_is_bounded_by_construction(representation):
-    """Points lie on a sphere of radius sqrt(D): opposite clouds, of any scale, are at 4 on average over directions."""
+    """Points lie on a sphere of radius sqrt(D): opposite clouds, of
+    any scale, are at 4 on average over directions."""
     batch = toy_batch(rows=8)
     hidden_BTD = 1e4 * torch.nn.functional.normalize(torch.randn(1, 1, 64), dim=-1).expand(8, 10, 64)
     points_KNH, valid_N = cloud(torch.stack([hidden_BTD, -hidden_BTD]), batch, representation, 8)
@@ -104,7 +115,10 @@ def test_mean_and_last_are_the_mean_and_the_last_of_a_rows_targets():
     last_KNH, _ = cloud(hidden_KBTD, batch, "last", 3)
     for row in range(3):
         targets_KND = hidden_KBTD[:, row, batch.mask_BT[row]]
-        for found, expected in ((mean_KNH[:, row], targets_KND.mean(1)), (last_KNH[:, row], targets_KND[:, -1])):
+        for found, expected in (
+            (mean_KNH[:, row], targets_KND.mean(1)),
+            (last_KNH[:, row], targets_KND[:, -1]),
+        ):
             rms = expected.square().mean(-1, keepdim=True).sqrt()
             assert max_difference(found, expected / rms) < 1e-4
 
@@ -150,7 +164,9 @@ def test_a_configuration_says_how_agents_are_compared_and_how_much_a_micro_batch
     batch = toy_batch(rows=4, length=9)
     nll_KBT, hidden_KBTD = torch.rand(3, *batch.input_BT.shape), torch.randn(3, *batch.input_BT.shape, 6)
     gathered: list[Tensor] = []
-    part = objective_of(config, config, collect(gathered))(nll_KBT, hidden_KBTD, batch, num_targets=20, step=2)
+    part = objective_of(config, config, collect(gathered))(
+        nll_KBT, hidden_KBTD, batch, num_targets=20, step=2
+    )
     points_KNH, valid_N = cloud(hidden_KBTD, batch, "last", 6)
     distance = swd_of(points_KNH, random_slices(6, 7, seed=5, step=2), valid_N)
     assert part.swd is not None
@@ -159,7 +175,9 @@ def test_a_configuration_says_how_agents_are_compared_and_how_much_a_micro_batch
     assert [len(own) for own in gathered] == [6, 6]  # rows of a process, one point each
 
 
-def loss_fn(nll_KBT: Tensor, hidden_KBTD: Tensor, batch, lambda_sw: float, gather=lambda own: own, rows: int = 4):
+def loss_fn(
+    nll_KBT: Tensor, hidden_KBTD: Tensor, batch, lambda_sw: float, gather=lambda own: own, rows: int = 4
+):
     return objective(
         nll_KBT,
         hidden_KBTD,
@@ -175,8 +193,11 @@ def loss_fn(nll_KBT: Tensor, hidden_KBTD: Tensor, batch, lambda_sw: float, gathe
 
 
 def test_shares_of_two_processes_of_unequal_rows_sum_to_the_whole_and_so_do_their_gradients():
-    """Two processes played one after the other: each holds its own rows and is given the other's projections."""
-    rows = [Sample(torch.arange(3, 3 + n), torch.tensor([False] * 2 + [True] * (n - 2))) for n in (9, 6, 8, 7, 5)]
+    """Two processes played one after the other: each holds its
+    own rows and is given the other's projections."""
+    rows = [
+        Sample(torch.arange(3, 3 + n), torch.tensor([False] * 2 + [True] * (n - 2))) for n in (9, 6, 8, 7, 5)
+    ]
     whole, hidden = collate(rows, 0, points_per_row=3), torch.randn(3, 5, 8, 6, requires_grad=True)
     nll = torch.rand(3, 5, 8)
     expected = loss_fn(nll, hidden, whole, lambda_sw=0.7, rows=6)
@@ -194,7 +215,9 @@ def test_shares_of_two_processes_of_unequal_rows_sum_to_the_whole_and_so_do_thei
     for rank, (batch, place) in enumerate(parts):
         T = batch.input_BT.shape[1]
         joined = join(kept, rank)
-        part = loss_fn(nll[:, place, :T] * batch.mask_BT, hidden[:, place, :T], batch, 0.7, rows=3, gather=joined)
+        part = loss_fn(
+            nll[:, place, :T] * batch.mask_BT, hidden[:, place, :T], batch, 0.7, rows=3, gather=joined
+        )
         assert part.swd is not None
         assert expected.swd is not None
         assert part.swd.item() == pytest.approx(expected.swd.item(), rel=1e-5)

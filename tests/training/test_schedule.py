@@ -15,7 +15,8 @@ LR = 3e-4
 
 
 def stepped(name: str, num_steps: int, warmup_steps: int) -> list[float]:
-    """The rate of every step as an ordinary loop sees it: transformers' scheduler, stepped after the optimizer."""
+    """The rate of every step as an ordinary loop sees it:
+    transformers' scheduler, stepped after the optimizer."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=LR)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
     rates = []

@@ -38,7 +38,10 @@ def step(engine: Engine, seed: int) -> None:
 
 def assert_equal(one: TrainingState, other: TrainingState) -> None:
     assert one.optimizer_step == other.optimizer_step
-    for ours, theirs in [(one.weights, other.weights), *((one.moments[m], other.moments[m]) for m in MOMENTS)]:
+    for ours, theirs in [
+        (one.weights, other.weights),
+        *((one.moments[m], other.moments[m]) for m in MOMENTS),
+    ]:
         assert ours.keys() == theirs.keys()
         for identity, tensor in ours.items():
             assert tensor.dtype == torch.float32

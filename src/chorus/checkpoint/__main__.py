@@ -1,4 +1,5 @@
-"""`python -m chorus.checkpoint import OLD NEW`: adapters of the layout that came before, as ordinary PEFT folders."""
+"""`python -m chorus.checkpoint import OLD NEW`: adapters of the
+layout that came before, as ordinary PEFT folders."""
 
 import sys
 

@@ -16,7 +16,8 @@ from chorus.errors import RunError, out_of_memory
 
 @contextmanager
 def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
-    """Turn what the disk refuses into a RunError that names the bytes `place` needs and the bytes that are free.
+    """Turn what the disk refuses into a RunError that names the bytes `place` needs and the bytes that are
+    free.
 
     A full disk is an OSError to some writers and a RuntimeError or SafetensorError to others.
     """

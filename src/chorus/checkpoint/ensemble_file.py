@@ -28,7 +28,8 @@ class Scores(UntrustedModel):
 
 
 class EnsembleFile(UntrustedModel):
-    """The entries that are read back. `evaluation` is there once the run's last act, the evaluation, is done."""
+    """The entries that are read back. `evaluation` is there
+    once the run's last act, the evaluation, is done."""
 
     agents: Annotated[list[str], Field(min_length=1)]
     weights: list[Weight]
@@ -39,7 +40,9 @@ class EnsembleFile(UntrustedModel):
     @model_validator(mode="after")
     def _names_its_own_agents(self) -> "EnsembleFile":
         if self.agents != [f"agents/{adapter_name(agent)}" for agent in range(len(self.agents))]:
-            raise ValueError(f"agents are {self.agents[:3]}, where agents/{adapter_name(0)}, ... were expected")
+            raise ValueError(
+                f"agents are {self.agents[:3]}, where agents/{adapter_name(0)}, ... were expected"
+            )
         if len(self.weights) != len(self.agents) or not math.isclose(sum(self.weights), 1, abs_tol=1e-3):
             raise ValueError(
                 f"{len(self.weights)} weights of sum {sum(self.weights):.4g} for {len(self.agents)} agents"
@@ -69,14 +72,17 @@ def refuse_unfinished(output_dir: Path, entries: Mapping[str, Entry]) -> None:
     """Raise Damaged unless the run's agents and scores are in `output_dir`, whole.
 
     Args:
-        entries: the manifest of the run's last checkpoint. The agents there are the agents that the run exports.
+        entries: the manifest of the run's last checkpoint. The agents there are the agents that the run
+        exports.
     """
     ensemble = read_ensemble_file(output_dir)
     file = output_dir / ENSEMBLE_FILE
     if ensemble.evaluation is None:
         raise Damaged(f"{file}: has no entry 'evaluation'")
     if len(ensemble.agents) != num_agents_of(entries):
-        raise Damaged(f"{file}: names {len(ensemble.agents)} agents, and the checkpoint has {num_agents_of(entries)}")
+        raise Damaged(
+            f"{file}: names {len(ensemble.agents)} agents, and the checkpoint has {num_agents_of(entries)}"
+        )
     for agent in ensemble.agents:
         config, weights = f"{agent}/{ADAPTER_CONFIG}", f"{agent}/{ADAPTER_FILE}"
         parse(output_dir / config, read_bytes(output_dir, config), AdapterConfig)

@@ -1,4 +1,5 @@
-"""What a run leaves behind: ordinary PEFT adapter folders and one file that says how they make an ensemble."""
+"""What a run leaves behind: ordinary PEFT adapter folders and
+one file that says how they make an ensemble."""
 
 import math
 import shutil
@@ -29,7 +30,8 @@ def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
     for identity, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise RunError(
-                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite (NaN or Inf) and was not "
+                f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite (NaN or Inf) "
+                "and was not "
                 "saved; lower lr and start over with resume_from_checkpoint=null"
             )
 
@@ -44,8 +46,9 @@ def save_ensemble(
 ) -> None:
     """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
 
-    Everything is written beside its place first and then renamed into it, so a crash leaves no half-written file.
-    Between the two renames the older adapters are in `agents.old`, the newer in `agents.new`. One process calls it.
+    Everything is written beside its place first and then renamed into it, so a crash leaves no half-written
+    file. Between the two renames the older adapters are in `agents.old`, the newer in `agents.new`. One
+    process calls it.
 
     Args:
         tensors: every adapter tensor under its identity, fp32, on the CPU.
@@ -65,7 +68,8 @@ def save_ensemble(
 
 
 def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Config) -> None:
-    """Write an ordinary PEFT folder `agent_k/` for every agent into the new folder `place`, flushed to the disk."""
+    """Write an ordinary PEFT folder `agent_k/` for every agent
+    into the new folder `place`, flushed to the disk."""
     paths = dict.fromkeys(identity.path.removeprefix("base_model.model.") for identity in tensors)
     target_modules = peft_target_modules(paths, _modules_of(config.model_name), config.lora_target_modules)
     lora_config = lora_shape(config).peft_config(config.model_name, target_modules)
@@ -94,8 +98,11 @@ def _modules_of(model_name: str) -> tuple[str, ...]:
         return ()
 
 
-def write_ensemble(output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]) -> None:
-    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved `config.yaml`.
+def write_ensemble(
+    output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]
+) -> None:
+    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved
+    `config.yaml`.
 
     Raises:
         RunError: the disk did not take it, or a weight of the mixture is not finite.
@@ -118,7 +125,8 @@ def _refuse_non_finite_weights(weights: Sequence[float]) -> None:
     for agent, weight in enumerate(weights):
         if not math.isfinite(weight):
             raise RunError(
-                f"agent {agent}: its weight in the mixture is {weight}, so its answers are not finite; lower lr, and "
+                f"agent {agent}: its weight in the mixture is {weight}, so its answers are not finite; "
+                "lower lr, and "
                 "start over with resume_from_checkpoint=null"
             )
 
@@ -129,7 +137,8 @@ def peft_key(identity: TensorId) -> str:
 
 
 def _swap(new: Path, place: Path) -> None:
-    """Put folder `new` in `place`. A folder cannot be renamed over a full one, so the old one is renamed first."""
+    """Put folder `new` in `place`. A folder cannot be renamed
+    over a full one, so the old one is renamed first."""
     old = place.with_name(place.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():

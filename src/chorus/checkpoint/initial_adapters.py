@@ -1,4 +1,5 @@
-"""Agents that start from adapters that exist (`init_adapters_from`): their weights, a new optimizer and schedule."""
+"""Agents that start from adapters that exist (`init_adapters_from`):
+their weights, a new optimizer and schedule."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ def initial_folders(config: RunConfig) -> list[Path]:
     """The folder that each agent starts from, in the agents' order; empty without `init_adapters_from`.
 
     Raises:
-        InputError: no such folders, another number of them than agents, or adapters of another shape than the run's.
+        InputError: no such folders, another number of them than agents, or adapters of another shape than the
+        run's.
     """
     wanted = config.init_adapters_from
     if wanted is None:
@@ -38,7 +40,10 @@ def initial_folders(config: RunConfig) -> list[Path]:
             _refuse(f"{folder} lies in output_dir, which a fresh start sets aside; name another output_dir")
         _check_config(folder, config)
     if len(folders) != config.num_agents:
-        _refuse(f"names {len(folders)} adapters, and num_agents is {config.num_agents}; set num_agents={len(folders)}")
+        _refuse(
+            f"names {len(folders)} adapters, and num_agents is {config.num_agents}; set "
+            f"num_agents={len(folders)}"
+        )
     return folders
 
 
@@ -50,7 +55,9 @@ def start_from(agents: Agents, folders: Sequence[Path]) -> None:
     """
     tensors = agents.adapter_tensors()
     for agent, folder in enumerate(folders):
-        wanted = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}
+        wanted = {
+            peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent
+        }
         _fill(wanted, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
 
 
@@ -59,7 +66,9 @@ def _check_config(folder: Path, config: RunConfig) -> None:
     try:
         peft: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        _refuse(f"{file} cannot be read ({error}); name a run's output_dir, or a list of PEFT LoRA folders", error)
+        _refuse(
+            f"{file} cannot be read ({error}); name a run's output_dir, or a list of PEFT LoRA folders", error
+        )
     if peft.get("peft_type") != "LORA":
         _refuse(f"{folder} is {peft.get('peft_type')}, and no LoRA adapter")
     for key in MORE:
@@ -86,7 +95,9 @@ def _fill(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path)
         _refuse(f"{file} {has} {key}; set lora_target_modules as its run had it")
     for key, tensor in wanted.items():
         if found[key].shape != tensor.shape:
-            _refuse(f"{file}: {key} has shape {list(found[key].shape)}, and this base wants {list(tensor.shape)}")
+            _refuse(
+                f"{file}: {key} has shape {list(found[key].shape)}, and this base wants {list(tensor.shape)}"
+            )
         if not bool(torch.isfinite(found[key]).all()):
             _refuse(f"{file}: {key} holds a NaN or an infinity; take an earlier save")
         tensor.copy_(found[key])

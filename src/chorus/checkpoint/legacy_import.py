@@ -1,11 +1,12 @@
-"""Take over the adapters of the layout that came before: `agent0_weights.pth`, ... and `ci_llm_meta_config.json`.
+"""Take over the adapters of the layout that came before: `agent0_weights.pth`, ... and
+`ci_llm_meta_config.json`.
 
     python -m chorus.checkpoint import OLD NEW [model_name=BASE]
 
-OLD holds what `torch.save` made of each agent's adapter, in PEFT's names, and the numbers they share. NEW becomes a
-folder as a run leaves it: `agents/agent_k/` for any PEFT tool, `ensemble.json` and `config.yaml`. Nothing is believed:
-a file is read without running code from it, and every tensor must be one that PEFT makes for this base, rank and
-targets.
+OLD holds what `torch.save` made of each agent's adapter, in PEFT's names, and the numbers they share. NEW
+becomes a folder as a run leaves it: `agents/agent_k/` for any PEFT tool, `ensemble.json` and `config.yaml`.
+Nothing is believed: a file is read without running code from it, and every tensor must be one that PEFT makes
+for this base, rank and targets.
 """
 
 import json
@@ -33,16 +34,23 @@ KEYS = {  # of its own, and ours
     **{"target_modules": "lora_target_modules", "K_agents": "num_agents"},
     **{"parallel_mode": "parallel_mode", "model_name": "model_name"},
 }
-ALWAYS = {"bias": "none", "task_type": "CAUSAL_LM"}  # what else it may say, and the only value that it may have
+ALWAYS = {
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+}  # what else it may say, and the only value that it may have
 NOT_CARRIED_OVER = ["optimizer moments", "step and position in the data", "how the run was trained"]
-TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<adapter>\w+))?\.weight")
+TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<adapter>\w+))?\.weight"
+)
 
 
 def import_older(old: Path, new: Path, model_name: str | None = None) -> list[str]:
-    """Write the adapters of folder `old` to `new`, which must not be there yet, or be empty; remarks on what was found.
+    """Write the adapters of folder `old` to `new`, which must not be there yet, or be empty; remarks on what
+    was found.
 
     Args:
-        model_name: the base, of which the configuration is read. None where `ci_llm_meta_config.json` names it.
+        model_name: the base, of which the configuration is read. None where `ci_llm_meta_config.json` names
+        it.
 
     Raises:
         InputError: something is missing, is not what it should be, or would run code.
@@ -56,7 +64,9 @@ def import_older(old: Path, new: Path, model_name: str | None = None) -> list[st
         f"agent{agent}_weights.pth" for agent in range(config.num_agents)
     }
     if unknown:
-        raise InputError(f"{old / min(unknown)}: {META} speaks of {config.num_agents} agents (K_agents); correct it")
+        raise InputError(
+            f"{old / min(unknown)}: {META} speaks of {config.num_agents} agents (K_agents); correct it"
+        )
     tensors: dict[TensorId, Tensor] = {}
     for agent in range(config.num_agents):
         tensors |= _read_agent(old / f"agent{agent}_weights.pth", agent, shapes)
@@ -81,14 +91,18 @@ def _read_meta(old: Path, model_name: str | None) -> RunConfig:
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); name the folder that holds it") from error
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); name the folder that holds it"
+        ) from error
     except ValueError as error:
         raise InputError(f"{file}: is no JSON: {error}") from error
     if not isinstance(meta, dict):
         raise InputError(f"{file}: is no JSON object, but {json.dumps(meta)[:80]}")
     for key, value in meta.items():
         if key not in KEYS.keys() | ALWAYS.keys():
-            raise InputError(f"{file}: key {key!r} is not known; the layout has {', '.join((*KEYS, *ALWAYS))}")
+            raise InputError(
+                f"{file}: key {key!r} is not known; the layout has {', '.join((*KEYS, *ALWAYS))}"
+            )
         if key in ALWAYS and value != ALWAYS[key]:
             raise InputError(f"{file}: key {key!r} is {value!r}, and Chorus knows {ALWAYS[key]!r} only")
     for key in ("r", "lora_alpha", "target_modules", "K_agents"):
@@ -120,7 +134,9 @@ def _path(match: re.Match[str]) -> str:
     return f"base_model.model.{match['path']}"
 
 
-def _read_agent(file: Path, agent: int, shapes: Mapping[tuple[str, str], tuple[int, ...]]) -> dict[TensorId, Tensor]:
+def _read_agent(
+    file: Path, agent: int, shapes: Mapping[tuple[str, str], tuple[int, ...]]
+) -> dict[TensorId, Tensor]:
     """One agent's tensors in fp32, after every check."""
     tensors: dict[TensorId, Tensor] = {}
     for name, tensor in _unpickle(file).items():
@@ -130,13 +146,16 @@ def _read_agent(file: Path, agent: int, shapes: Mapping[tuple[str, str], tuple[i
         identity = TensorId(agent, _path(match), "A" if match["matrix"] == "A" else "B")
         wanted = shapes.get(identity[1:])
         if wanted is None:
-            raise InputError(f"{file}: {name}: the base has no such target; correct model_name or target_modules")
+            raise InputError(
+                f"{file}: {name}: the base has no such target; correct model_name or target_modules"
+            )
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise InputError(f"{file}: {name}: is {what}, and no tensor of floating-point numbers")
         if tuple(tensor.shape) != wanted:
             raise InputError(
-                f"{file}: {name}: has shape {tuple(tensor.shape)}, and this base and rank want {wanted}; correct "
+                f"{file}: {name}: has shape {tuple(tensor.shape)}, and this base and rank want {wanted}; "
+                "correct "
                 f"model_name, or r in {META}"
             )
         if identity in tensors:
@@ -146,19 +165,26 @@ def _read_agent(file: Path, agent: int, shapes: Mapping[tuple[str, str], tuple[i
             raise InputError(f"{file}: {name}: holds a NaN or an infinity; take an earlier save")
     for path, matrix in shapes:
         if TensorId(agent, path, "A" if matrix == "A" else "B") not in tensors:
-            raise InputError(f"{file}: {path}.lora_{matrix}.weight is missing; correct target_modules in {META}")
+            raise InputError(
+                f"{file}: {path}.lora_{matrix}.weight is missing; correct target_modules in {META}"
+            )
     return tensors
 
 
 def _unpickle(file: Path) -> dict[Any, Any]:
-    """What `torch.save` wrote, unless it is more than tensors and plain containers: then nothing of it is run."""
+    """What `torch.save` wrote, unless it is more than tensors and
+    plain containers: then nothing of it is run."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); {META} speaks of it (K_agents)") from error
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); {META} speaks of it (K_agents)"
+        ) from error
     except Exception as error:  # whatever a foreign file does to its reader
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-        raise InputError(f"{file}: holds more or less than saved tensors, and was not loaded ({reason})") from error
+        raise InputError(
+            f"{file}: holds more or less than saved tensors, and was not loaded ({reason})"
+        ) from error
     if not isinstance(state, dict):
         raise InputError(f"{file}: holds a {type(state).__name__} where a state dict was expected")
     return state
@@ -172,7 +198,9 @@ def main(arguments: Sequence[str]) -> None:
     if arguments in (["-h"], ["--help"]):
         print(f"{USAGE}\n\n{(__doc__ or '').strip()}")
         return
-    base = [argument.removeprefix("model_name=") for argument in arguments if argument.startswith("model_name=")]
+    base = [
+        argument.removeprefix("model_name=") for argument in arguments if argument.startswith("model_name=")
+    ]
     places = [argument for argument in arguments if not argument.startswith("model_name=")]
     if len(places) != 3 or places[0] != "import" or len(base) > 1:
         raise InputError(f"command line: {' '.join(arguments) or 'nothing'} is not understood; {USAGE}")

@@ -10,7 +10,14 @@ from pydantic import Field
 from pydantic.types import NonNegativeInt
 
 from chorus.checkpoint.state_file import STATE_FILE
-from chorus.checkpoint.untrusted_files import Damaged, UntrustedModel, is_incidental, open_regular, parse, read_bytes
+from chorus.checkpoint.untrusted_files import (
+    Damaged,
+    UntrustedModel,
+    is_incidental,
+    open_regular,
+    parse,
+    read_bytes,
+)
 from chorus.model.adapters import adapter_name
 
 MANIFEST = "MANIFEST.json"
@@ -36,7 +43,9 @@ class Manifest(UntrustedModel, extra="forbid"):
 def expected_files(num_agents: int) -> list[str]:
     """The files that the manifest of a checkpoint of so many agents must list, sorted by path."""
     of_agents = (
-        f"agents/{adapter_name(agent)}/{name}" for agent in range(num_agents) for name in (ADAPTER_CONFIG, ADAPTER_FILE)
+        f"agents/{adapter_name(agent)}/{name}"
+        for agent in range(num_agents)
+        for name in (ADAPTER_CONFIG, ADAPTER_FILE)
     )
     return sorted([*of_agents, MOMENTS_FILE, STATE_FILE])
 
@@ -74,7 +83,8 @@ def verify_files(folder: Path) -> dict[str, Entry]:
     """Compare every file with the manifest, which is returned. Files that it does not list are not read.
 
     Raises:
-        Damaged: as `read_manifest`, or a file is missing, was changed, or is not a regular file of this folder.
+        Damaged: as `read_manifest`, or a file is missing, was changed, or is not a regular file of this
+        folder.
     """
     entries = read_manifest(folder)
     for name, entry in entries.items():

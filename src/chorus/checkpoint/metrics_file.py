@@ -22,8 +22,8 @@ class MetricsRow(UntrustedModel):
 def rows_up_to(file: Path, step: int) -> str:
     """The lines of `file` whose step is at most `step`.
 
-    A kill may have cut the last line short; it is dropped. Any other line that is not a row was written by someone
-    else: it is dropped with a warning, and the file as it was is kept as `metrics.jsonl.damaged`.
+    A kill may have cut the last line short; it is dropped. Any other line that is not a row was written by
+    someone else: it is dropped with a warning, and the file as it was is kept as `metrics.jsonl.damaged`.
 
     Raises:
         Damaged: it is not a regular file, or cannot be read.
@@ -42,5 +42,7 @@ def rows_up_to(file: Path, step: int) -> str:
     if bad:
         damaged = file.with_name(f"{file.name}.damaged")
         write_text(damaged, content)
-        logger.warning("%s: line %d is not a row of a run and is left out; %s has all of it", file, bad[0], damaged)
+        logger.warning(
+            "%s: line %d is not a row of a run and is left out; %s has all of it", file, bad[0], damaged
+        )
     return "".join(kept)

@@ -1,8 +1,9 @@
 """The folder of a run: made, checked, and taken by one run alone.
 
-A run takes its folder by locking `run.lock` in it, and keeps the lock until its process ends, however it ends. The lock
-is tried without waiting, and nothing in the folder is moved or written before it is held. The folder itself stays where
-it is: what an earlier run left in it is moved out, so a link or a mount point keeps its place.
+A run takes its folder by locking `run.lock` in it, and keeps the lock until its process ends, however it
+ends. The lock is tried without waiting, and nothing in the folder is moved or written before it is held. The
+folder itself stays where it is: what an earlier run left in it is moved out, so a link or a mount point keeps
+its place.
 """
 
 import fcntl
@@ -29,24 +30,26 @@ from chorus.errors import InputError
 LOCK_FILE = "run.lock"
 MARKS = ("metrics.jsonl", LOCK_FILE)  # a folder with one of these is a run's
 EARLIER = "earlier."  # begins the name of a folder of earlier runs, where they cannot stand beside
-SHARED_WITHIN_S = 60.0  # a client of a network file system may believe for so long that a new file does not exist
+SHARED_WITHIN_S = (
+    60.0  # a client of a network file system may believe for so long that a new file does not exist
+)
 
 
 @contextmanager
 def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None = None) -> Iterator[Path]:
     """Take `output_dir` for this run. Within the context no other run can take it.
 
-    A run that resumes from a checkpoint of this folder finds it as it was. Any other run finds it empty: what earlier
-    runs left is moved to `NAME.1`, `NAME.2`, ... beside it, or to `earlier.1`, ... in it where it is a mount point or
-    nothing can be made beside it. A collective call.
+    A run that resumes from a checkpoint of this folder finds it as it was. Any other run finds it empty: what
+    earlier runs left is moved to `NAME.1`, `NAME.2`, ... beside it, or to `earlier.1`, ... in it where it is
+    a mount point or nothing can be made beside it. A collective call.
 
     Args:
         begin: where the run begins, as found before the folder was locked.
 
     Raises:
-        InputError: on every process alike: it is a file, cannot be made or written, holds files that are not a run's,
-            belongs to a run that is at work, has changed since `begin` was found, or is not the same folder for every
-            process.
+        InputError: on every process alike: it is a file, cannot be made or written, holds files that are not
+            a run's, belongs to a run that is at work, has changed since `begin` was found, or is not the same
+            folder for every process.
     """
     begin = begin or Start()
     folder = Path(name)
@@ -82,12 +85,14 @@ def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None 
 
 
 def refuse_unshared(token: Path) -> None:
-    """Raise InputError on a host that has a folder of its own under that name: the first process alone writes."""
+    """Raise InputError on a host that has a folder of its own
+    under that name: the first process alone writes."""
     end = time.monotonic() + SHARED_WITHIN_S
     while not token.exists():
         if time.monotonic() > end:
             raise InputError(
-                f"key 'output_dir': {token.parent}: what the first process writes there is not seen; name a folder "
+                f"key 'output_dir': {token.parent}: what the first process writes there is not seen; name "
+                "a folder "
                 "that all hosts share"
             )
         time.sleep(0.2)
@@ -99,7 +104,9 @@ def _as_input_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"key 'output_dir': {folder}: {error.strerror}; name a folder that can be made") from error
+        raise InputError(
+            f"key 'output_dir': {folder}: {error.strerror}; name a folder that can be made"
+        ) from error
 
 
 def refuse_unusable(folder: Path, resumed: bool) -> None:
@@ -109,14 +116,17 @@ def refuse_unusable(folder: Path, resumed: bool) -> None:
     """
     with _as_input_errors(folder):
         if Path.cwd().is_relative_to(os.path.realpath(folder)):
-            raise InputError(f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone")
+            raise InputError(
+                f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone"
+            )
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             what = "cannot be written" if nearest.is_dir() else "is a file"
             raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
         if nearest == folder and not resumed and _foreign(folder):
             raise InputError(
-                f"key 'output_dir': {folder}: it holds {_foreign(folder)[0]!r}, and is not the folder of a run; name a "
+                f"key 'output_dir': {folder}: it holds {_foreign(folder)[0]!r}, and is not the folder of a "
+                "run; name a "
                 "folder for this run alone"
             )
 
@@ -136,8 +146,9 @@ def refuse_taken(folder: Path) -> None:
 def _lock(folder: Path) -> TextIO:
     """Lock the folder, without waiting, until the file that is returned is closed or the process ends.
 
-    The lock is POSIX's: a network file system passes it to its server, and a process that the run has forked does not
-    hold it. The system drops it with the first file of that name that the process closes, so nothing else may open it.
+    The lock is POSIX's: a network file system passes it to its server, and a process that the run has forked
+    does not hold it. The system drops it with the first file of that name that the process closes, so nothing
+    else may open it.
 
     Raises:
         InputError: another process has locked it, or the file system has no locks.
@@ -154,11 +165,13 @@ def _lock(folder: Path) -> TextIO:
         file.close()
         if not isinstance(error, (BlockingIOError, PermissionError)):  # either, by POSIX, where it is locked
             raise InputError(
-                f"key 'output_dir': {folder}: it cannot be locked ({error.strerror}); name a folder on a file system "
+                f"key 'output_dir': {folder}: it cannot be locked ({error.strerror}); name a folder on a "
+                "file system "
                 "that has locks"
             ) from error
         raise InputError(
-            f"key 'output_dir': {folder}: another run is at work in it ({holder or 'unnamed'}); wait for its end, or "
+            f"key 'output_dir': {folder}: another run is at work in it ({holder or 'unnamed'}); wait for "
+            "its end, or "
             "name another folder"
         ) from error
     return file
@@ -168,7 +181,8 @@ def _refuse_changed(folder: Path, begin: Start) -> None:
     """Raise InputError where another run has worked here between the search for a checkpoint and the lock."""
     if begin.seen is not None and tuple(begin.seen) != tuple(path.name for path in checkpoints(folder)):
         raise InputError(
-            f"key 'output_dir': {folder}: another run has changed its checkpoints a moment ago; start this run again"
+            f"key 'output_dir': {folder}: another run has changed its checkpoints a moment ago; start this "
+            "run again"
         )
 
 
@@ -180,7 +194,8 @@ def _refuse_special_files(folder: Path) -> None:
 
 
 def _move_out(folder: Path) -> None:
-    """Move what earlier runs left in `folder`, on the same disk. Checkpoints first: they decide where a run begins."""
+    """Move what earlier runs left in `folder`, on the same disk.
+    Checkpoints first: they decide where a run begins."""
     names = sorted(path.name for path in folder.iterdir() if not is_incidental(path.name))
     names = [name for name in names if name != LOCK_FILE and not name.startswith(EARLIER)]
     if not names:

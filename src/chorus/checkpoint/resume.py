@@ -1,7 +1,7 @@
 """Where a run begins: at step 0, or at a checkpoint that is whole and belongs to the same run.
 
-Everything is verified before anything is changed. What the run is (its objective, rows, base, schedule) must be equal;
-how it is carried out (mode, engine, processes, logging) may change.
+Everything is verified before anything is changed. What the run is (its objective, rows, base, schedule) must
+be equal; how it is carried out (mode, engine, processes, logging) may change.
 """
 
 import hashlib
@@ -31,7 +31,13 @@ from chorus.training.state import TrainingState, restore_state
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed")  # whose versions every host must have
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+)  # whose versions every host must have
 
 
 class Start(NamedTuple):
@@ -67,14 +73,17 @@ class Start(NamedTuple):
         for note in self.notes:
             logger.warning(note)
         if self.saved is not None:
-            logger.info("resuming from %s, after %d of %d steps", self.folder, self.step, self.saved.num_steps)
+            logger.info(
+                "resuming from %s, after %d of %d steps", self.folder, self.step, self.saved.num_steps
+            )
 
     def finished_message(self, output_dir: str) -> str:
         """What to tell a user who starts a run that is done."""
         return (
             f"{output_dir} holds this run, finished after {self.step} steps: nothing is left to do.\n"
             f"  its agents:     {output_dir}/agents, scores in {output_dir}/ensemble.json\n"
-            f"  to start over:  resume_from_checkpoint=null (the finished run then steps aside, nothing is lost)\n"
+            "  to start over:  resume_from_checkpoint=null (the finished run then steps aside, nothing "
+            "is lost)\n"
             f"  to train on:    output_dir=runs/another init_adapters_from={output_dir}\n"
             f"  another run:    output_dir=runs/another"
         )
@@ -87,7 +96,8 @@ def describe_run(
     precision: str,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """The entries of `state.json` that hold for the whole run, but for `num_steps` and the base's fingerprint.
+    """The entries of `state.json` that hold for the whole run, but for `num_steps` and the base's
+    fingerprint.
 
     Raises:
         InputError: on every process alike: another host has other values.
@@ -118,8 +128,8 @@ def find_start(config: Config, run: Mapping[str, Any], accelerator: Accelerator)
     """Where `resume_from_checkpoint` says that this run begins. A collective call; it changes nothing.
 
     Raises:
-        InputError: what `resume_from_checkpoint` names is not a checkpoint or is damaged, or the checkpoint belongs to
-            another run.
+        InputError: what `resume_from_checkpoint` names is not a checkpoint or is damaged, or the checkpoint
+            belongs to another run.
     """
     begin = on_first_process(accelerator, lambda: _find(config, run))
     if begin.folder is not None:
@@ -130,7 +140,9 @@ def find_start(config: Config, run: Mapping[str, Any], accelerator: Accelerator)
 def _refuse_unseen(folder: Path) -> None:
     """Every process reads the tensors for itself."""
     if not (folder / MANIFEST).is_file():
-        raise InputError(f"key 'resume_from_checkpoint': {folder} is not seen; name a folder that all hosts share")
+        raise InputError(
+            f"key 'resume_from_checkpoint': {folder} is not seen; name a folder that all hosts share"
+        )
 
 
 def _find(config: Config, run: Mapping[str, Any]) -> Start:
@@ -149,7 +161,9 @@ def _find(config: Config, run: Mapping[str, Any]) -> Start:
     entries = read_manifest(folder)
     extra = unexpected_files(folder, num_agents_of(entries))
     if extra:
-        notes.append(f"{folder / extra[0]}: is not part of the checkpoint and is not read ({len(extra)} such files)")
+        notes.append(
+            f"{folder / extra[0]}: is not part of the checkpoint and is not read ({len(extra)} such files)"
+        )
     place = output_dir.resolve() / "checkpoints"
     in_place = folder.resolve().parent in (place, place / "set_aside")
     is_finished = False
@@ -186,14 +200,16 @@ def _named(folder: Path, output_dir: Path) -> StateFile:
     if not any(os.path.lexists(folder / name) for name in (MANIFEST, STATE_FILE)):
         example = next(iter(checkpoints(output_dir)), Path(output_dir, "checkpoints", "step_000100"))
         raise InputError(
-            f"key 'resume_from_checkpoint': {folder} is not a checkpoint; name a folder such as {example}, or auto, or "
+            f"key 'resume_from_checkpoint': {folder} is not a checkpoint; name a folder such as {example}, "
+            "or auto, or "
             "null for a fresh start"
         )
     try:
         return _verified(folder)
     except Damaged as error:
         raise InputError(
-            f"{error}; name another checkpoint, or set resume_from_checkpoint=auto for the newest whole one of "
+            f"{error}; name another checkpoint, or set resume_from_checkpoint=auto for the newest "
+            "whole one of "
             f"{output_dir}"
         ) from error
 
@@ -203,7 +219,9 @@ def _verified(folder: Path) -> StateFile:
     saved = read_state_file(folder)
     num_agents = num_agents_of(read_manifest(folder))
     if num_agents != saved.config.num_agents:
-        raise Damaged(f"{folder / STATE_FILE}: num_agents is {saved.config.num_agents}, and {num_agents} are saved")
+        raise Damaged(
+            f"{folder / STATE_FILE}: num_agents is {saved.config.num_agents}, and {num_agents} are saved"
+        )
     return saved
 
 
@@ -220,7 +238,8 @@ def _shown(value: object) -> str:
 
 
 def refuse_another_run(saved: StateFile, config: Config, run: Mapping[str, Any], folder: Path) -> None:
-    """Raise InputError where the checkpoint is not of this run: it names the key, both values and the remedy."""
+    """Raise InputError where the checkpoint is not of this run:
+    it names the key, both values and the remedy."""
 
     def refuse(what: str, ours: object, theirs: object) -> None:
         way_out = f"set it back, or {_ways_out(config)}"
@@ -254,7 +273,11 @@ def refuse_another_base(start: Start, run: Mapping[str, Any], config: Config) ->
 
 
 def _refuse_other_fingerprint(
-    name: Literal["tokenizer", "data", "base"], saved: StateFile, config: Config, run: Mapping[str, Any], folder: Path
+    name: Literal["tokenizer", "data", "base"],
+    saved: StateFile,
+    config: Config,
+    run: Mapping[str, Any],
+    folder: Path,
 ) -> None:
     if getattr(saved.fingerprints, name) == run["fingerprints"][name]:
         return
@@ -286,7 +309,8 @@ def restore_run(engine: Engine, start: Start, output_dir: Path) -> None:
 
 
 def load_best(engine: Engine, output_dir: Path, best: BestStep | None) -> None:
-    """Give the agents the weights of the best step's checkpoint, for scoring and export; training ends with it.
+    """Give the agents the weights of the best step's checkpoint, for scoring and export; training ends with
+    it.
 
     Raises:
         InputError: that checkpoint is damaged.
@@ -308,8 +332,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def base_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over every parameter's name, shape and 16 evenly spaced values, and the model's configuration.
 
-    Hashing all weights would read gigabytes; this is cheap. It notices another model, and a base that was trained
-    further, but not a change of a few weights.
+    Hashing all weights would read gigabytes; this is cheap. It notices another model, and a base that was
+    trained further, but not a change of a few weights.
     """
     # The path, the library version and the attention kernel say nothing about the model.
     beside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}

@@ -11,7 +11,8 @@ from chorus.training.step import StepDone
 
 
 class PeriodicCheckpoints:
-    """Saves every `save_steps` steps (0: never), and wherever a hook before this one asks for a checkpoint."""
+    """Saves every `save_steps` steps (0: never), and wherever a
+    hook before this one asks for a checkpoint."""
 
     def __init__(
         self,
@@ -33,4 +34,6 @@ class PeriodicCheckpoints:
         if step.must_save or step.is_due(self.save_steps):
             self.skips.settle(step)
             with span("checkpoint"):
-                self.checkpointer.save(self.engine, step.number, step.batch.epoch, self.skips.in_a_row, self.scores())
+                self.checkpointer.save(
+                    self.engine, step.number, step.batch.epoch, self.skips.in_a_row, self.scores()
+                )

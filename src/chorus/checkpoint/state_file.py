@@ -21,10 +21,9 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class SavedStep(UntrustedModel):
     """How far the run was: all that is needed to read the tensors beside it.
 
-    step: optimiser steps that are done.
-    epoch: the epoch of the last one.
-    optimizer_step: steps that AdamW has taken, one number or one for each agent; fewer where updates were skipped.
-    skips_in_a_row: the last so many steps each skipped the update of some agent.
+    step: optimiser steps that are done. epoch: the epoch of the last one. optimizer_step: steps that AdamW
+    has taken, one number or one for each agent; fewer where updates were skipped. skips_in_a_row: the last so
+    many steps each skipped the update of some agent.
     """
 
     format: int
@@ -52,7 +51,8 @@ class Fingerprints(UntrustedModel):
 
 
 class SavedConfig(UntrustedModel):
-    """The run's configuration. Typed are the keys that are computed with; the others are compared as they are."""
+    """The run's configuration. Typed are the keys that are
+    computed with; the others are compared as they are."""
 
     num_agents: PositiveInt
     model_name: str
@@ -107,10 +107,13 @@ class StateFile(SavedStep):
         if self.step > self.num_steps:
             raise ValueError(f"step is {self.step}, beyond num_steps {self.num_steps}")
         if self.config.max_train_steps not in (None, self.num_steps):
-            raise ValueError(f"num_steps is {self.num_steps}, and max_train_steps {self.config.max_train_steps}")
+            raise ValueError(
+                f"num_steps is {self.num_steps}, and max_train_steps {self.config.max_train_steps}"
+            )
         if isinstance(self.optimizer_step, list) and len(self.optimizer_step) != self.config.num_agents:
             raise ValueError(
-                f"optimizer_step has {len(self.optimizer_step)} numbers, and num_agents is {self.config.num_agents}"
+                f"optimizer_step has {len(self.optimizer_step)} numbers, and num_agents is "
+                f"{self.config.num_agents}"
             )
         return self
 
@@ -142,7 +145,8 @@ def _read(folder: Path, model: type[S]) -> S:
     found = parse(file, content, _Format).format  # first: another format may have other entries
     if found != FORMAT:
         raise InputError(
-            f"{folder}: has checkpoint format {found}, and this version of Chorus reads format {FORMAT}; resume it "
+            f"{folder}: has checkpoint format {found}, and this version of Chorus reads format {FORMAT}; "
+            "resume it "
             "with the version that wrote it"
         )
     return parse(file, content, model)

@@ -1,4 +1,5 @@
-"""A checkpoint: all that a run needs to resume, in a folder that is whole or absent, and readable without pickle.
+"""A checkpoint: all that a run needs to resume, in a folder that is whole or absent, and readable without
+pickle.
 
     output_dir/checkpoints/step_000200/
       agents/agent_0/ ...     ordinary PEFT adapter folders in fp32: the master weights
@@ -6,8 +7,8 @@
       state.json              step, epoch, AdamW's step count, how it was trained, fingerprints
       MANIFEST.json           size and SHA-256 of every other file; written last
 
-It is written under a name that no reader looks for, flushed to the disk, then renamed. The next save removes what a
-kill has left under such a name.
+It is written under a name that no reader looks for, flushed to the disk, then renamed. The next save removes
+what a kill has left under such a name.
 """
 
 import logging
@@ -61,7 +62,12 @@ class Checkpointer:
     facts: dict[str, Any]
 
     def save(
-        self, engine: Engine, step: int, epoch: int, skips_in_a_row: int, scores: Mapping[str, Any] | None = None
+        self,
+        engine: Engine,
+        step: int,
+        epoch: int,
+        skips_in_a_row: int,
+        scores: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the checkpoint after `step` optimiser steps. A collective call; the first process writes.
 
@@ -83,7 +89,9 @@ class Checkpointer:
         logger.info("saved %s", folder)
 
 
-def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str, Any], config: Config) -> Path:
+def write_checkpoint(
+    output_dir: Path, state: TrainingState, facts: Mapping[str, Any], config: Config
+) -> Path:
     """Write a checkpoint, then remove the oldest ones beyond `save_total_limit`, but not the best one.
 
     One process calls it.
@@ -103,7 +111,9 @@ def write_checkpoint(output_dir: Path, state: TrainingState, facts: Mapping[str,
         half_done.mkdir()
         write_adapters(half_done / "agents", state.weights, config)
         moments = {
-            moment_key(name, identity): tensor for name in MOMENTS for identity, tensor in state.moments[name].items()
+            moment_key(name, identity): tensor
+            for name in MOMENTS
+            for identity, tensor in state.moments[name].items()
         }
         save_file(moments, half_done / MOMENTS_FILE)
         (half_done / STATE_FILE).write_text(json_text(facts), encoding="utf-8")
@@ -123,9 +133,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
     if not os.path.isdir(place):  # False also for a name that is too long
         return []
     try:
-        return sorted((path for path in place.iterdir() if NAME.fullmatch(path.name)), key=step_of, reverse=True)
+        return sorted(
+            (path for path in place.iterdir() if NAME.fullmatch(path.name)), key=step_of, reverse=True
+        )
     except OSError as error:
-        raise InputError(f"{place}: cannot be read ({error.strerror}); let the user of this run read it") from error
+        raise InputError(
+            f"{place}: cannot be read ({error.strerror}); let the user of this run read it"
+        ) from error
 
 
 def step_of(folder: Path) -> int:
@@ -144,10 +158,13 @@ def verify(folder: Path) -> SavedStep:
     saved = read_saved_step(folder)
     if isinstance(saved.optimizer_step, list) and len(saved.optimizer_step) != num_agents:
         raise Damaged(
-            f"{folder / STATE_FILE}: optimizer_step has {len(saved.optimizer_step)} numbers for {num_agents} agents"
+            f"{folder / STATE_FILE}: optimizer_step has {len(saved.optimizer_step)} numbers for "
+            f"{num_agents} agents"
         )
     if NAME.fullmatch(folder.name) and step_of(folder) != saved.step:
-        raise Damaged(f"{folder / STATE_FILE}: step is {saved.step}, and the folder's name says {step_of(folder)}")
+        raise Damaged(
+            f"{folder / STATE_FILE}: step is {saved.step}, and the folder's name says {step_of(folder)}"
+        )
     return saved
 
 
@@ -167,12 +184,15 @@ def read_tensors(folder: Path, optimizer_step: int | list[int]) -> TrainingState
     values = _load(file)
     wanted = {moment_key(name, identity): (name, identity) for name in MOMENTS for identity in weights}
     for key in sorted(wanted.keys() ^ values.keys()):
-        raise Damaged(f"{file}: {key[:200]!r} is {'missing' if key in wanted else 'not a moment of an adapter'}")
+        raise Damaged(
+            f"{file}: {key[:200]!r} is {'missing' if key in wanted else 'not a moment of an adapter'}"
+        )
     moments: dict[str, dict[TensorId, Tensor]] = {name: {} for name in MOMENTS}
     for key, (name, identity) in wanted.items():
         if values[key].shape != weights[identity].shape:
             raise Damaged(
-                f"{file}: {key[:200]!r} has shape {[*values[key].shape]}, its weight {[*weights[identity].shape]}"
+                f"{file}: {key[:200]!r} has shape {[*values[key].shape]}, its weight "
+                f"{[*weights[identity].shape]}"
             )
         moments[name][identity] = values[key]
     return TrainingState(weights, moments, optimizer_step)

@@ -1,8 +1,8 @@
 """Reading files of a run folder without trusting them.
 
-Anyone may have edited, copied or damaged what lies in the folder. A file is read only if it is a regular file inside
-that folder: a link could lead anywhere, and a FIFO or a device could block forever. JSON is checked against a typed
-model, so that what the code reads has the type and the range it expects.
+Anyone may have edited, copied or damaged what lies in the folder. A file is read only if it is a regular file
+inside that folder: a link could lead anywhere, and a FIFO or a device could block forever. JSON is checked
+against a typed model, so that what the code reads has the type and the range it expects.
 """
 
 import os
@@ -30,7 +30,8 @@ class Damaged(InputError):
 
 
 class UntrustedModel(BaseModel):
-    """What a JSON file must hold: exact types and finite numbers. Unknown entries are kept: later versions add some."""
+    """What a JSON file must hold: exact types and finite numbers.
+    Unknown entries are kept: later versions add some."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False)
 
@@ -41,15 +42,19 @@ def is_incidental(name: str) -> bool:
 
 
 def open_regular(folder: Path, name: str) -> BinaryIO:
-    """Open the regular file `folder/name` for reading. `folder` itself may be a link; nothing below it may be one.
+    """Open the regular file `folder/name` for reading. `folder` itself may be a link; nothing below it may be
+    one.
 
     Raises:
-        Damaged: it is missing, is not a regular file, cannot be read, or leads out of the folder through a link.
+        Damaged: it is missing, is not a regular file, cannot be read, or leads out of the folder through a
+        link.
     """
     file = folder / name
     try:
         if os.path.realpath(file) != os.path.join(os.path.realpath(folder), name):
-            raise Damaged(f"{file}: is reached through a link or leads out of its folder; put the file itself there")
+            raise Damaged(
+                f"{file}: is reached through a link or leads out of its folder; put the file itself there"
+            )
         # Without O_NONBLOCK, opening a FIFO would wait for a writer.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
@@ -72,7 +77,9 @@ def read_bytes(folder: Path, name: str) -> bytes:
         except OSError as error:
             raise Damaged(f"{folder / name}: cannot be read ({error.strerror})") from error
     if len(content) > MOST_JSON_BYTES:
-        raise Damaged(f"{folder / name}: is larger than {MOST_JSON_BYTES:,} bytes, and no run writes so much there")
+        raise Damaged(
+            f"{folder / name}: is larger than {MOST_JSON_BYTES:,} bytes, and no run writes so much there"
+        )
     return content
 
 
@@ -80,7 +87,8 @@ def parse(file: Path, content: bytes | str, model: type[M]) -> M:
     """The JSON `content` of `file` as `model`.
 
     Raises:
-        Damaged: it is not JSON, or an entry is missing, has another type or is out of range. The entry is named.
+        Damaged: it is not JSON, or an entry is missing, has another type or is out of range. The entry is
+        named.
     """
     try:
         return model.model_validate_json(content)

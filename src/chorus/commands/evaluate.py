@@ -36,7 +36,9 @@ def main(arguments: Sequence[str]) -> None:
         raise InputError("command line: no RUN; name an output folder, a checkpoint or PEFT LoRA folders")
     for path in runs:
         if not Path(path).is_dir():
-            raise InputError(f"{path}: no such folder; name an output folder, a checkpoint or PEFT LoRA folders")
+            raise InputError(
+                f"{path}: no such folder; name an output folder, a checkpoint or PEFT LoRA folders"
+            )
     known = _configuration_of(Path(runs[0])) if len(runs) == 1 else None
     if known is None and options.data is None:
         raise InputError(f"command line: {runs[0]} brings no data set of its own; name one with --data FILE")
@@ -94,7 +96,9 @@ def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.
                 _write_problems(Path(options.problems), found.problems)
             if options.json:
                 agents = {f"agent_{index}": name for index, name in enumerate(ensemble.names)}
-                print(json.dumps({"runs": runs, "base": ensemble.base_name, "agents": agents, **found.report()}))
+                print(
+                    json.dumps({"runs": runs, "base": ensemble.base_name, "agents": agents, **found.report()})
+                )
             else:
                 Console().print(evaluation_table(found))
         accelerator.wait_for_everyone()
@@ -122,7 +126,9 @@ def _write_problems(file: Path, problems: Sequence[Mapping[str, Any]]) -> None:
     try:
         file.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--problems {file}: cannot be written ({error.strerror}); name another file") from error
+        raise InputError(
+            f"--problems {file}: cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def _plain(value: Any) -> Any:
@@ -164,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     about = "an output folder, a checkpoint, or several PEFT LoRA folders; and keys to set"
     parser.add_argument("run", metavar="RUN|key=value", nargs="*", help=about)
-    parser.add_argument("--data", metavar="FILE", help="problems to score; default: the held-out rows of the run")
+    parser.add_argument(
+        "--data", metavar="FILE", help="problems to score; default: the held-out rows of the run"
+    )
     parser.add_argument("--split", metavar="SPLIT", help="of the data; default: the held-out one")
     parser.add_argument("--ood", metavar="FILE", help="problems of another kind, to be told by uncertainty")
     parser.add_argument("--json", action="store_true", help="print all scores as one JSON object")

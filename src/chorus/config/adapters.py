@@ -18,8 +18,8 @@ class AdapterSettings(Section):
     TITLE: ClassVar[str] = "Adapters and agents"
 
     num_agents: Annotated[int, Field(ge=1, le=MOST_AGENTS)] | Literal["auto"] = 4
-    """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a forecast
-    and, on a GPU, by a measured step; a resumed run keeps the number of its checkpoint."""
+    """K, the number of LoRA agents trained together over the one base. auto: as many as fit, up to 64, by a
+    forecast and, on a GPU, by a measured step; a resumed run keeps the number of its checkpoint."""
     memory_fraction: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
     """What num_agents auto may fill of the smallest GPU, or of the free RAM where there is none, and beyond
     which the dry run fails; above 0, up to 1."""
@@ -28,27 +28,31 @@ class AdapterSettings(Section):
     lora_alpha: PositiveFloat = 16.0
     """An adapter's output is scaled by lora_alpha / lora_rank."""
     use_rslora: bool = False
-    """true: scaled by lora_alpha / sqrt(lora_rank) instead, so that a high rank does not shrink it (rsLoRA)."""
+    """true: scaled by lora_alpha / sqrt(lora_rank) instead, so
+    that a high rank does not shrink it (rsLoRA)."""
     lora_dropout: Probability = 0.0
-    """Dropout on the input of every adapter in training, seeded for each agent and step; from 0 (off) to below 1."""
+    """Dropout on the input of every adapter in training, seeded
+    for each agent and step; from 0 (off) to below 1."""
     lora_target_modules: Modules = "auto"
-    """The linear layers of the text model that get an adapter. auto: those of attention and MLP, whatever their names.
-    all-linear: all but the head. A list: module names, or ends of paths such as self_attn.q_proj. Other text: a
-    regular expression over whole paths, as PEFT reads it. Experts held as parameters get none; the log says so."""
+    """The linear layers of the text model that get an adapter. auto: those of attention and MLP, whatever
+    their names. all-linear: all but the head. A list: module names, or ends of paths such as
+    self_attn.q_proj. Other text: a regular expression over whole paths, as PEFT reads it. Experts held as
+    parameters get none; the log says so."""
     lora_exclude_modules: list[Text] | Text = Field(default=[])
-    """Layers that get no adapter though lora_target_modules names them: a list of names or ends of paths, or a regular
-    expression over whole paths."""
+    """Layers that get no adapter though lora_target_modules names them: a list of names or ends of paths, or
+    a regular expression over whole paths."""
     layers_to_transform: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     """Only in these decoder layers, counted from 0; null for all."""
     initialize_adapters_rand: bool = False
-    """false: PEFT's own start, A Kaiming-uniform and B zero, with a different seed for each agent. true: A and B both
-    normal with standard deviation 0.02, so that the agents differ from the first step."""
+    """false: PEFT's own start, A Kaiming-uniform and B zero, with a different seed for each agent. true: A
+    and B both normal with standard deviation 0.02, so that the agents differ from the first step."""
     init_adapters_from: Annotated[list[Text], Field(min_length=1)] | Text | None = None
-    """Start from adapters that exist: a run's output_dir, or a list of PEFT LoRA folders, one for each agent. Their
-    weights alone: optimizer, schedule and steps begin anew, over any rows. null: fresh adapters."""
+    """Start from adapters that exist: a run's output_dir, or a list of PEFT LoRA folders, one for each agent.
+    Their weights alone: optimizer, schedule and steps begin anew, over any rows. null: fresh adapters."""
     dropconnect_p: Probability = 0.0
-    """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by 1/(1-p); from 0
-    (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never in a saved file."""
+    """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by
+    1/(1-p); from 0 (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never
+    in a saved file."""
 
     @field_validator("lora_target_modules", "lora_exclude_modules")
     @classmethod
@@ -66,5 +70,7 @@ class AdapterSettings(Section):
         try:
             re.compile(modules)
         except re.error as error:
-            raise ValueError(f"it is no regular expression ({error}); write [one, another] for names") from error
+            raise ValueError(
+                f"it is no regular expression ({error}); write [one, another] for names"
+            ) from error
         return modules

@@ -15,8 +15,9 @@ class DataSettings(Section):
     TITLE: ClassVar[str] = "Data"
 
     dataset_name: ComparedByEffect[Place] = "arithmetic_hard"
-    """arithmetic, arithmetic_chat, arithmetic_hard or arithmetic_harder (built in), a hub id, a file (.jsonl, .json,
-    .csv, .tsv, .parquet, each also with .gz), a glob of files, or a folder of them. docs/data.md shows every format."""
+    """arithmetic, arithmetic_chat, arithmetic_hard or arithmetic_harder (built in), a hub id, a file (.jsonl,
+    .json, .csv, .tsv, .parquet, each also with .gz), a glob of files, or a folder of them. docs/data.md shows
+    every format."""
     dataset_subset: ComparedByEffect[Text | None] = None
     """Configuration name of a hub dataset, such as main; null for none."""
     dataset_split: ComparedByEffect[Text] = "train"
@@ -25,47 +26,50 @@ class DataSettings(Section):
     """Where held-out rows come from, in any form that dataset_name takes. null: from dataset_name."""
     validation_dataset_split: ComparedByEffect[Text | None] = None
     """The split that is held out. null: `validation` where the source has one, or the only split of
-    validation_dataset_name; otherwise validation_split decides. A `test` split is used only if it is named here."""
+    validation_dataset_name; otherwise validation_split decides. A `test` split is used only if it is named
+    here."""
     row_format: ComparedByEffect[Literal["auto", "text", "chat"]] = "auto"
-    """text: prompt_template and completion_template make the text. chat: a row becomes turns that the base's chat
-    template renders, with loss on the assistant's turns. auto: text, unless the templates' columns are missing or hold
-    turns, and the row has `messages`, `conversations`, `prompt` and `completion` as turns, or `instruction` and
-    `output`."""
+    """text: prompt_template and completion_template make the text. chat: a row becomes turns that the base's
+    chat template renders, with loss on the assistant's turns. auto: text, unless the templates' columns are
+    missing or hold turns, and the row has `messages`, `conversations`, `prompt` and `completion` as turns, or
+    `instruction` and `output`."""
     chat_template: ComparedByEffect[Text | None] = None
     """A Jinja file to render turns with. null: the chat template of the base's tokenizer."""
     prompt_template: Annotated[str, Field(min_length=0)] = "Question: {question}\nAnswer:"
-    """The prompt of a row, in which {column} stands for the row's text in that column. It carries no loss. Of plain
-    columns with row_format: chat it is the user's turn."""
+    """The prompt of a row, in which {column} stands for the row's text in that column. It carries no loss. Of
+    plain columns with row_format: chat it is the user's turn."""
     completion_template: Text = " {answer}"
-    """What the agents learn to write after the prompt, with at least one {column}. The end token is added. Of plain
-    columns with row_format: chat it is the assistant's turn."""
+    """What the agents learn to write after the prompt, with at least one {column}. The end token is added. Of
+    plain columns with row_format: chat it is the assistant's turn."""
     optional_columns: ComparedByEffect[list[Text]] = Field(default=["input", "context", "system"])
-    """Columns that may be empty, null or missing in a row; such a column is an empty text. Every other column of the
-    templates must have text, and so must at least one column of each template."""
+    """Columns that may be empty, null or missing in a row; such a column is an empty text. Every other column
+    of the templates must have text, and so must at least one column of each template."""
     max_seq_length: Annotated[int, Field(ge=2, le=2**20)] = 128
     """Most tokens of a row, prompt, completion and end token together."""
     pad_to_multiple_of: MayChange[Count | Literal["auto"]] = "auto"
-    """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row. auto: on a
-    GPU an eighth of max_seq_length, so that at most 8 shapes are compiled and captured; elsewhere 1.
-    At most max_seq_length."""
+    """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row.
+    auto: on a GPU an eighth of max_seq_length, so that at most 8 shapes are compiled and captured; elsewhere
+    1. At most max_seq_length."""
     packing: MayChange[bool] = False
-    """true: put several samples into one row of max_seq_length tokens, each with positions of its own and without sight
-    of the others. batch_size still counts samples; losses and gradients are the same. It pays where most samples are
-    much shorter than max_seq_length."""
+    """true: put several samples into one row of max_seq_length tokens, each with positions of its own and
+    without sight of the others. batch_size still counts samples; losses and gradients are the same. It pays
+    where most samples are much shorter than max_seq_length."""
     validation_split: Probability = 0.05
-    """Fraction of the rows held out from training, where the data bring no held-out rows; from 0 to below 1."""
+    """Fraction of the rows held out from training, where the
+    data bring no held-out rows; from 0 to below 1."""
     skip_bad_rows: ComparedByEffect[bool] = False
-    """true: leave out rows that cannot be used (text missing, null or empty; turns that are not well formed) and count
-    them. false: stop at the first one."""
+    """true: leave out rows that cannot be used (text missing, null or empty; turns that are not well formed)
+    and count them. false: stop at the first one."""
     shuffle: bool = True
     """true: a new order of the rows in every epoch, drawn from the seed. false: the order of the data."""
     debug_subset_size: ComparedByEffect[PositiveInt | None] = None
     """Keep only this many training rows, for a quick try; null keeps all."""
     num_workers: MayChange[Annotated[int, Field(ge=0, le=1024)]] = 0
-    """Processes that prepare batches beside each training process; 0 prepares them in the training process itself."""
+    """Processes that prepare batches beside each training process;
+    0 prepares them in the training process itself."""
     data_cache_dir: MayChange[Text | None] = None
-    """Folder for tokenised rows, from which a second start reads them. null: chorus/ in the cache folder of the
-    `datasets` library (HF_DATASETS_CACHE). It may be deleted at any time between runs."""
+    """Folder for tokenised rows, from which a second start reads them. null: chorus/ in the cache folder of
+    the `datasets` library (HF_DATASETS_CACHE). It may be deleted at any time between runs."""
 
     @property
     def padding(self) -> int:
@@ -77,7 +81,9 @@ class DataSettings(Section):
     def _pads_no_row_beyond_the_longest(cls, multiple: int | str, info: ValidationInfo) -> int | str:
         if isinstance(multiple, int) and multiple > info.data.get("max_seq_length", multiple):
             longest = info.data["max_seq_length"]
-            raise ValueError(f"no row is longer than max_seq_length, which is {longest}; set it to {longest} or less")
+            raise ValueError(
+                f"no row is longer than max_seq_length, which is {longest}; set it to {longest} or less"
+            )
         return multiple
 
     @field_validator("prompt_template", "completion_template")
@@ -85,7 +91,8 @@ class DataSettings(Section):
     def _is_a_template(cls, template: str, info: ValidationInfo) -> str:
         if not re.fullmatch(r"([^{}]|\{\{|\}\}|\{[^\W\d][\w -]*\})*", template):
             raise ValueError(
-                "braces must hold the plain name of a column, as {answer}; double others, as {{ or }}; rows of turns "
+                "braces must hold the plain name of a column, as {answer}; double others, as {{ or }}; "
+                "rows of turns "
                 "need no template, see row_format"
             )
         if info.field_name == "completion_template" and "{" not in template.replace("{{", ""):

@@ -17,23 +17,24 @@ class EvaluationSettings(Section):
     eval_samples: MayChange[NonNegativeInt] = 200
     """Held-out problems of an evaluation, those for calibration among them; 0 is no evaluation."""
     calibration_split: MayChange[Probability] = 0.25
-    """Fraction of these problems to which temperatures and the mixture's weights are fitted, and which are not scored:
-    a choice by the seed. 0: nothing is fitted."""
+    """Fraction of these problems to which temperatures and the mixture's weights are fitted, and which are
+    not scored: a choice by the seed. 0: nothing is fitted."""
     max_new_tokens_eval: MayChange[Count] = 48
     """Most tokens of a generated answer."""
     eval_choices: MayChange[Literal["auto"] | bool] = "auto"
-    """true: the different answers of the held-out rows are the choices of every question, and the most probable one is
-    taken. false: answers are written. auto: choices where there are at most 32, each for five rows on average."""
+    """true: the different answers of the held-out rows are the choices of every question, and the most
+    probable one is taken. false: answers are written. auto: choices where there are at most 32, each for five
+    rows on average."""
     dirichlet_alpha_aggregator: MayChange[PositiveFloat | None] = None
-    """How the agents become one. null: the plain mean of their probabilities. A number above 0: a mixture whose weights
-    are fitted to the calibration rows, under a symmetric Dirichlet prior with so many pseudo-counts an agent; large:
-    near the mean."""
+    """How the agents become one. null: the plain mean of their probabilities. A number above 0: a mixture
+    whose weights are fitted to the calibration rows, under a symmetric Dirichlet prior with so many
+    pseudo-counts an agent; large: near the mean."""
     mixture_observations: MayChange[Literal["sequence", "token"]] = "sequence"
-    """What the weights are fitted to. sequence: whole answers, each one observation. token: tokens, which are not
-    independent within an answer, so that the weights become extreme sooner."""
+    """What the weights are fitted to. sequence: whole answers, each one observation. token: tokens, which are
+    not independent within an answer, so that the weights become extreme sooner."""
     ood_dataset_name: MayChange[Text | None] = "auto"
-    """A second data set, in any form that dataset_name takes, whose problems uncertainty should tell from the held-out
-    ones. auto: arithmetic_harder beside the built-in arithmetic_hard, otherwise none. null: none."""
+    """A second data set, in any form that dataset_name takes, whose problems uncertainty should tell from the
+    held-out ones. auto: arithmetic_harder beside the built-in arithmetic_hard, otherwise none. null: none."""
     ood_samples: MayChange[Count] = 40
     """Problems of that second data set."""
     eval_on_start: MayChange[bool] = True

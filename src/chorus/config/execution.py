@@ -17,25 +17,29 @@ class ExecutionSettings(Section):
     TITLE: ClassVar[str] = "Execution"
 
     parallel_mode: MayChange[Mode] = "fused"
-    """How the agents share the base. fused: all agents in one pass over all their rows, the fastest. sequential: one
-    agent at a time, the least memory. parallel: K models over the same frozen storage, for bases that fused refuses."""
+    """How the agents share the base. fused: all agents in one pass over all their rows, the fastest.
+    sequential: one agent at a time, the least memory. parallel: K models over the same frozen storage, for
+    bases that fused refuses."""
     agents_per_pass: MayChange[PositiveInt | None] = None
-    """fused: at most so many agents in one pass, where memory is short; each pass is computed twice then, but with
-    gradient_checkpointing full, which computes every layer twice as it is. null: all."""
-    attn_implementation: MayChange[Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"]] = "auto"
-    """auto, eager, sdpa, flex_attention or flash_attention_2. auto: with a soft-cap (Gemma-2) eager, and on a GPU, for
-    rows of 1,024 tokens or more, flash_attention_2 where it is installed or flex_attention in compiled layers; without
-    a soft-cap what transformers takes. The log says what was chosen, and why."""
+    """fused: at most so many agents in one pass, where memory is short; each pass is computed twice then, but
+    with gradient_checkpointing full, which computes every layer twice as it is. null: all."""
+    attn_implementation: MayChange[
+        Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"]
+    ] = "auto"
+    """auto, eager, sdpa, flex_attention or flash_attention_2. auto: with a soft-cap (Gemma-2) eager, and on a
+    GPU, for rows of 1,024 tokens or more, flash_attention_2 where it is installed or flex_attention in
+    compiled layers; without a soft-cap what transformers takes. The log says what was chosen, and why."""
     gradient_checkpointing: MayChange[Recompute | None] = None
-    """What of each decoder layer is computed again in the backward pass, for less memory and more time. none: nothing.
-    selective: all but the results of its products with weights. full: the whole layer. null: none, or what
-    use_gradient_checkpointing says."""
+    """What of each decoder layer is computed again in the backward pass, for less memory and more time. none:
+    nothing. selective: all but the results of its products with weights. full: the whole layer. null: none,
+    or what use_gradient_checkpointing says."""
     use_gradient_checkpointing: MayChange[bool | None] = None
-    """The older spelling of gradient_checkpointing: true is full, false is none; null leaves it to the other key."""
+    """The older spelling of gradient_checkpointing: true is
+    full, false is none; null leaves it to the other key."""
     compile: MayChange[Literal["auto"] | bool] = "auto"
-    """true: have torch compile the decoder layers for training, once for every length that occurs; what it cannot
-    compile is an error. auto: on a GPU, where packing or pad_to_multiple_of leaves at most 8 shapes and lora_dropout
-    is 0."""
+    """true: have torch compile the decoder layers for training, once for every length that occurs; what it
+    cannot compile is an error. auto: on a GPU, where packing or pad_to_multiple_of leaves at most 8 shapes
+    and lora_dropout is 0."""
     cuda_graphs: MayChange[Literal["auto"] | bool] = "auto"
     """true: record a training pass and replay it whole, which spares the host most of its work. It keeps the
     memory of a pass for itself. auto: as for compile."""
@@ -52,7 +56,9 @@ class ExecutionSettings(Section):
     def _says_what_the_other_spelling_says(cls, wanted: bool | None, info: ValidationInfo) -> bool | None:
         said = info.data.get("gradient_checkpointing")
         if None not in (wanted, said) and said != ("full" if wanted else "none"):
-            raise ValueError(f"gradient_checkpointing, the same in more words, is {said}; set one of them to null")
+            raise ValueError(
+                f"gradient_checkpointing, the same in more words, is {said}; set one of them to null"
+            )
         return wanted
 
     @property

@@ -1,7 +1,8 @@
-"""What users of transformers, TRL, PEFT, LLaMA-Factory, Axolotl and torchtune write, and what it is called here.
+"""What users of transformers, TRL, PEFT, LLaMA-Factory, Axolotl and torchtune write, and what it is called
+here.
 
-A table entry is our key, and where ours differs, how. An entry without a key says why there is none, and what to do.
-A name that is a key of ours is never looked up.
+A table entry is our key, and where ours differs, how. An entry without a key says why there is none, and what
+to do. A name that is a key of ours is never looked up.
 """
 
 from typing import NamedTuple
@@ -27,52 +28,95 @@ PRECISION = "one of no, fp16, bf16 and auto"
 
 FOREIGN_NAMES: dict[str, Answer] = {
     # model and adapters
-    **_same("model_name", "model_name_or_path", "base_model", "model", "model_id", "pretrained_model_name_or_path"),
+    **_same(
+        "model_name", "model_name_or_path", "base_model", "model", "model_id", "pretrained_model_name_or_path"
+    ),
     **_same("lora_rank", "lora_r", "r", "rank", "lora_dim"),
     **_same("lora_alpha", "alpha"),
     **_same("lora_target_modules", "target_modules", "lora_target", "lora_modules", "lora_attn_modules"),
     **_same(
-        "lora_target_modules", "lora_target_linear", "apply_lora_to_mlp", note="all-linear names every linear layer"
+        "lora_target_modules",
+        "lora_target_linear",
+        "apply_lora_to_mlp",
+        note="all-linear names every linear layer",
     ),
     **_same("num_agents", "num_adapters", "ensemble_size", "num_models", "num_members", "k_agents"),
     **_none(
         "every agent is a LoRA adapter; leave it out",
         *("use_peft", "peft_type", "adapter", "finetuning_type", "use_lora", "task_type", "stage"),
     ),
-    **_same("load_in_4bit", "quantization_bit", "quantization_method", "quantize_base", note="or load_in_8bit"),
+    **_same(
+        "load_in_4bit", "quantization_bit", "quantization_method", "quantize_base", note="or load_in_8bit"
+    ),
     **_none(
         "load_in_4bit means NF4 with double quantisation; leave it out",
-        *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "use_bnb_nested_quant"),
+        *(
+            "bnb_4bit_quant_type",
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_use_double_quant",
+            "use_bnb_nested_quant",
+        ),
     ),
     # precision and execution
-    **_same("mixed_precision", "bf16", "bf16_full_eval", "use_bf16", note=f"{PRECISION}: mixed_precision=bf16"),
+    **_same(
+        "mixed_precision", "bf16", "bf16_full_eval", "use_bf16", note=f"{PRECISION}: mixed_precision=bf16"
+    ),
     **_same("mixed_precision", "fp16", "use_fp16", note=f"{PRECISION}: mixed_precision=fp16"),
     **_same("mixed_precision", "torch_dtype", "dtype", "precision", "pure_bf16", note=PRECISION),
     **_same(
-        "attn_implementation", "flash_attn", "flash_attention", "use_flash_attention_2", "attn_impl", "sdp_attention"
+        "attn_implementation",
+        "flash_attn",
+        "flash_attention",
+        "use_flash_attention_2",
+        "attn_impl",
+        "sdp_attention",
     ),
     **_same("gradient_checkpointing", "activation_checkpointing", "enable_activation_checkpointing", "gc"),
     **_same("compile", "torch_compile"),
     **_same(
-        "deepspeed_config_file", "deepspeed", note="that file holds DeepSpeed's settings; use_deepspeed turns it on"
+        "deepspeed_config_file",
+        "deepspeed",
+        note="that file holds DeepSpeed's settings; use_deepspeed turns it on",
     ),
     **_same("collective_timeout_s", "ddp_timeout", "ddp_timeout_seconds"),
     **_none("several GPUs are used through DDP or DeepSpeed ZeRO; leave it out", "fsdp", "fsdp_config"),
     # data
     **_same(
-        "dataset_name", "dataset", "datasets", "dataset_path", "data_path", "train_file", "dataset_dir", "data_files"
+        "dataset_name",
+        "dataset",
+        "datasets",
+        "dataset_path",
+        "data_path",
+        "train_file",
+        "dataset_dir",
+        "data_files",
     ),
     **_same("dataset_subset", "dataset_config", "dataset_config_name", "subset", "config_name"),
     **_same(
         "max_seq_length",
-        *("max_length", "max_seq_len", "seq_len", "sequence_len", "cutoff_len", "model_max_length", "block_size"),
+        *(
+            "max_length",
+            "max_seq_len",
+            "seq_len",
+            "sequence_len",
+            "cutoff_len",
+            "model_max_length",
+            "block_size",
+        ),
         note="prompt, completion and end token together",
     ),
-    **_same("max_seq_length", "max_prompt_length", "max_completion_length", note="prompt and completion together"),
+    **_same(
+        "max_seq_length", "max_prompt_length", "max_completion_length", note="prompt and completion together"
+    ),
     **_same("packing", "sample_packing", "packed", "pack"),
     **_same("pad_to_multiple_of", "pad_to_sequence_len"),
     **_same(
-        "validation_split", "val_set_size", "val_size", "test_size", "eval_split_ratio", note="a fraction of the rows"
+        "validation_split",
+        "val_set_size",
+        "val_size",
+        "test_size",
+        "eval_split_ratio",
+        note="a fraction of the rows",
     ),
     **_same("debug_subset_size", "max_samples", "max_train_samples", "num_samples"),
     **_same("num_workers", "dataloader_num_workers", "preprocessing_num_workers", "dataset_num_proc"),
@@ -90,7 +134,14 @@ FOREIGN_NAMES: dict[str, Answer] = {
     ),
     **_same(
         "prompt_template",
-        *("template", "prompt_format", "prompt_style", "instruction_template", "field_instruction", "prompt_column"),
+        *(
+            "template",
+            "prompt_format",
+            "prompt_style",
+            "instruction_template",
+            "field_instruction",
+            "prompt_column",
+        ),
         note="such as 'prompt_template=Question: {question}', with columns in braces",
     ),
     **_none(
@@ -100,7 +151,9 @@ FOREIGN_NAMES: dict[str, Answer] = {
     # training
     **_same("lr", "learning_rate", "max_lr", "peak_lr"),
     **_same("lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler"),
-    **_same("epochs", "num_train_epochs", "num_epochs", "n_epochs", note="it counts where max_train_steps is null"),
+    **_same(
+        "epochs", "num_train_epochs", "num_epochs", "n_epochs", note="it counts where max_train_steps is null"
+    ),
     **_same("max_train_steps", "max_steps", "total_steps", "max_steps_per_epoch", "num_training_steps"),
     **_same(
         "batch_size",
@@ -119,14 +172,28 @@ FOREIGN_NAMES: dict[str, Answer] = {
         note=f"{ONE_PROCESS}; a step takes batch_size x gradient_accumulation_steps x processes",
     ),
     **_same("eval_batch_size", "per_device_eval_batch_size", "per_gpu_eval_batch_size", "val_batch_size"),
-    **_same("gradient_accumulation_steps", "gradient_accumulation", "accumulate_grad_batches", "grad_accum_steps"),
+    **_same(
+        "gradient_accumulation_steps", "gradient_accumulation", "accumulate_grad_batches", "grad_accum_steps"
+    ),
     **_same("num_warmup_steps_ratio", "warmup_ratio", "warmup_fraction"),
     **_same(
-        "num_warmup_steps_ratio", "warmup_steps", "num_warmup_steps", note="a fraction of all steps, not their number"
+        "num_warmup_steps_ratio",
+        "warmup_steps",
+        "num_warmup_steps",
+        note="a fraction of all steps, not their number",
     ),
-    **_same("max_grad_norm", "gradient_clipping", "grad_clip", "clip_grad_norm", "gradient_clip_val", "grad_norm_clip"),
+    **_same(
+        "max_grad_norm",
+        "gradient_clipping",
+        "grad_clip",
+        "clip_grad_norm",
+        "gradient_clip_val",
+        "grad_norm_clip",
+    ),
     **_same("seed", "data_seed", "random_seed"),
-    **_none("the optimizer is AdamW; leave it out", "optim", "optimizer", "optim_args", "optim_target_modules"),
+    **_none(
+        "the optimizer is AdamW; leave it out", "optim", "optimizer", "optim_args", "optim_target_modules"
+    ),
     **_none(
         "AdamW's betas and epsilon are those of PyTorch; leave it out",
         *("adam_beta1", "adam_beta2", "adam_epsilon", "betas", "eps"),
@@ -142,17 +209,25 @@ FOREIGN_NAMES: dict[str, Answer] = {
     # output
     **_same("output_dir", "out_dir", "save_dir", "checkpoint_dir"),
     **_same(
-        "save_steps", "save_strategy", "save_interval", "saves_per_epoch", note="in optimiser steps; 0 is at the end"
+        "save_steps",
+        "save_strategy",
+        "save_interval",
+        "saves_per_epoch",
+        note="in optimiser steps; 0 is at the end",
     ),
     **_same("save_total_limit", "max_checkpoints", "keep_last_n_checkpoints"),
-    **_same("logging_steps", "log_every_n_steps", "logging_strategy", "log_interval", note="in optimiser steps"),
+    **_same(
+        "logging_steps", "log_every_n_steps", "logging_strategy", "log_interval", note="in optimiser steps"
+    ),
     **_same("resume_from_checkpoint", "resume", "resume_from", "auto_resume_from_checkpoints", "ckpt_path"),
     **_same(
         "resume_from_checkpoint",
         *("overwrite_output_dir", "overwrite"),
         note="null is a fresh start, and an earlier run in output_dir steps aside",
     ),
-    **_same("report_to", "logger", "use_wandb", "metric_logger", "log_with", note="such as report_to=[wandb]"),
+    **_same(
+        "report_to", "logger", "use_wandb", "metric_logger", "log_with", note="such as report_to=[wandb]"
+    ),
     **_none(
         "trackers read their own environment variables, such as WANDB_PROJECT; leave it out",
         *("wandb_project", "wandb_name", "wandb_entity", "run_name", "logging_dir"),
@@ -172,7 +247,9 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(["bfloat16", "bf16-mixed", "true"], "bf16"),
         **dict.fromkeys(["float16", "half", "16", "16-mixed"], "fp16"),
     },
-    "attn_implementation": dict.fromkeys(["flash", "flash_attention", "flash_attn", "fa2"], "flash_attention_2"),
+    "attn_implementation": dict.fromkeys(
+        ["flash", "flash_attention", "flash_attn", "fa2"], "flash_attention_2"
+    ),
     "gradient_checkpointing": {"true": "full", "false": "none"},
 }
 

@@ -67,7 +67,9 @@ def schemas() -> dict[str, dict[str, Any]]:
 def is_text(key: str) -> bool:
     """Whether every value of this key is text of any kind, apart from null."""
     kinds = schemas()[key].get("anyOf", [schemas()[key]])
-    return all(kind.get("type") == "null" or _is_any_text(kind) for kind in kinds) and any(map(_is_any_text, kinds))
+    return all(kind.get("type") == "null" or _is_any_text(kind) for kind in kinds) and any(
+        map(_is_any_text, kinds)
+    )
 
 
 def is_nullable(key: str) -> bool:

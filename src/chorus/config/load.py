@@ -34,7 +34,8 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 
 def config_over(entries: Mapping[str, object], arguments: Sequence[str], place: str) -> Config:
-    """A saved configuration with `key=value` arguments over it; keys that this version does not know are left out.
+    """A saved configuration with `key=value` arguments over it; keys that this version does not know are left
+    out.
 
     Args:
         entries: as `Config.model_dump` has written them.
@@ -61,7 +62,9 @@ def render(config: Config) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     parser = _parser("python -m chorus.config")
-    parser.add_argument("--defaults", action="store_true", help="print the defaults instead, as in configs.yaml")
+    parser.add_argument(
+        "--defaults", action="store_true", help="print the defaults instead, as in configs.yaml"
+    )
     options = parser.parse_intermixed_args(arguments)
     print(render(Config() if options.defaults else _resolve(options)), end="")
 
@@ -83,7 +86,9 @@ Of two settings of one key the later one holds.
 `python -m chorus.config`, with the same arguments, prints the configuration that a run would use.""",
     )
     parser.add_argument("--config", metavar="FILE", default="configs.yaml", help="default: configs.yaml")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="set a key for this run, over the file")
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="set a key for this run, over the file"
+    )
     return parser
 
 
@@ -121,7 +126,9 @@ def _refuse_the_first(errors: list[ErrorDetails], settings: dict[str, Setting], 
     given = f"is {textwrap.shorten(written, 80) or 'empty'}"
     if first["type"] == "value_error":  # raised by a validator of ours, with its own remedy
         refuse(place, f"{given}; {first['msg'].removeprefix('Value error, ')}")
-    wanted = " or ".join(dict.fromkeys(one["msg"] for one in errors if one["loc"][0] == key)).replace("Input", "it")
+    wanted = " or ".join(dict.fromkeys(one["msg"] for one in errors if one["loc"][0] == key)).replace(
+        "Input", "it"
+    )
     refuse(place, f"{given}; {wanted}{_remedy(key, written, wanted)}")
 
 

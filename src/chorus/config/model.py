@@ -13,10 +13,12 @@ class ModelSettings(Section):
     TITLE: ClassVar[str] = "Model"
 
     model_name: ComparedByEffect[Place] = "assets/tiny-gemma-2"
-    """The frozen base: a hub id, or a folder, relative to the working directory. assets/tiny-gemma-2 is bundled."""
+    """The frozen base: a hub id, or a folder, relative to the
+    working directory. assets/tiny-gemma-2 is bundled."""
     load_in_4bit: bool = False
-    """true: hold the weights of the base's linear layers in 4 bits, NF4 with double quantisation (QLoRA): a quarter of
-    the memory, a slower step. It needs the package bitsandbytes. A base that was saved so is loaded so without it."""
+    """true: hold the weights of the base's linear layers in 4 bits, NF4 with double quantisation (QLoRA): a
+    quarter of the memory, a slower step. It needs the package bitsandbytes. A base that was saved so is
+    loaded so without it."""
     load_in_8bit: bool = False
     """true: hold them in 8 bits (LLM.int8): half of the memory, a slower step. It needs bitsandbytes, too."""
 

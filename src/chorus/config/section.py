@@ -1,8 +1,9 @@
 """What sections of the configuration share: strictness, common types, and what a resumed run may change.
 
-A key says all about itself in its field: type, default, the comment over it in `configs.yaml` (the text under the
-field), its section (the class) and, by `MayChange` or `ComparedByEffect` around the type, whether a resumed run may
-change it. A room takes the sections that it reads, and not the whole `Config`, which is all of them.
+A key says all about itself in its field: type, default, the comment over it in `configs.yaml` (the text under
+the field), its section (the class) and, by `MayChange` or `ComparedByEffect` around the type, whether a
+resumed run may change it. A room takes the sections that it reads, and not the whole `Config`, which is all
+of them.
 """
 
 import os
@@ -12,7 +13,9 @@ from typing import Annotated, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 T = TypeVar("T")
-Text = Annotated[str, Field(min_length=1)]  # any min_length also refuses a lone surrogate, which YAML can spell
+Text = Annotated[
+    str, Field(min_length=1)
+]  # any min_length also refuses a lone surrogate, which YAML can spell
 MOST_STEPS = 10**12  # no run takes so many; a larger number is a slip, or a damaged file
 Count = Annotated[int, Field(ge=1, le=2**20)]  # of things that are held in memory; a larger number is a slip
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -32,11 +35,14 @@ Place = Annotated[Text, AfterValidator(_place)]  # a path, or a name that is not
 
 
 class OnResume(Enum):
-    """Whether a run that resumes from a checkpoint may have another value for a key than the run that saved it."""
+    """Whether a run that resumes from a checkpoint may have
+    another value for a key than the run that saved it."""
 
     MUST_EQUAL = "the key shapes the run; of a key without a mark this is assumed"
     MAY_CHANGE = "how a run is carried out, or what is looked at beside it"
-    COMPARED_BY_EFFECT = "compared by what it comes to: a base or data may have moved, a step may be split otherwise"
+    COMPARED_BY_EFFECT = (
+        "compared by what it comes to: a base or data may have moved, a step may be split otherwise"
+    )
 
 
 MayChange = Annotated[T, OnResume.MAY_CHANGE]

@@ -1,7 +1,8 @@
 """YAML as a configuration needs it: strict, plain, and with a place for every error.
 
-YAML 1.2 by ruamel: `3e-5` is a number and `no` is a word. A duplicate key, a tag that names code and a byte order mark
-are errors. Every value keeps how it was written and where, so that a later check can name the line.
+YAML 1.2 by ruamel: `3e-5` is a number and `no` is a word. A duplicate key, a tag that names code and a byte
+order mark are errors. Every value keeps how it was written and where, so that a later check can name the
+line.
 """
 
 import json
@@ -60,8 +61,8 @@ def settings_of_command_line(
 ) -> dict[str, Setting]:
     """The `key=value` arguments. Of two with the same key, the later one holds.
 
-    A value is read as YAML. That of a text key is the text itself, so that it may hold `: ` or ` #`; quotes around all
-    of it are YAML's, and in double quotes so are escapes.
+    A value is read as YAML. That of a text key is the text itself, so that it may hold `: ` or ` #`; quotes
+    around all of it are YAML's, and in double quotes so are escapes.
 
     Args:
         text_keys: keys whose values are text.
@@ -74,7 +75,9 @@ def settings_of_command_line(
     for argument in arguments:
         key, equals, written = argument.partition("=")
         if not equals:
-            refuse(f"command line: {argument!r}", "is not of the form key=value; write, for example, lr=0.001")
+            refuse(
+                f"command line: {argument!r}", "is not of the form key=value; write, for example, lr=0.001"
+            )
         place = f"command line: key {key!r}"
         if key in text_keys and not (key in nullable_keys and written in ("null", "")):
             value: object = _text(written, place)
@@ -97,17 +100,21 @@ def _text(written: str, place: str) -> str:
     if not isinstance(value, str):
         refuse(
             place,
-            f"is {written}; it is not one quoted text; double each \\ in it, or put the other kind of quotes around it",
+            f"is {written}; it is not one quoted text; double each \\ in it, or put the other kind of "
+            "quotes around it",
         )
     return value
 
 
 def _yaml() -> YAML:
-    return YAML(typ="safe", pure=True)  # YAML 1.2, plain data: `no` is a word, a tag that names code is an error
+    return YAML(
+        typ="safe", pure=True
+    )  # YAML 1.2, plain data: `no` is a word, a tag that names code is an error
 
 
 def as_yaml(value: object) -> str:
-    """A value on one line: words plain, all else as JSON, which is YAML (ruamel's own flow style loses `[?a]`)."""
+    """A value on one line: words plain, all else as JSON, which
+    is YAML (ruamel's own flow style loses `[?a]`)."""
     if isinstance(value, list):
         return f"[{', '.join(map(as_yaml, value))}]"
     if isinstance(value, str) and re.fullmatch(r"[a-zA-Z/_][\w/.-]*", value) and _yaml().load(value) == value:
@@ -123,7 +130,9 @@ def _yaml_errors_refused(place: str) -> Iterator[None]:
     except YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         line = f", line {mark.line + 1}" if mark else ""
-        remedy = "indent and separate with spaces" if "\\t" in str(problem) else "write plain `key: value` lines"
+        remedy = (
+            "indent and separate with spaces" if "\\t" in str(problem) else "write plain `key: value` lines"
+        )
         refuse(place, f"is not plain YAML ({problem}{line}); {remedy}")
     except (ValueError, LookupError, RecursionError) as error:  # such as a date that does not exist
         refuse(place, f"cannot be read ({error}); write a plain value")

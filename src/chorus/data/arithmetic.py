@@ -1,11 +1,11 @@
 """The built-in task: word problems in the form of GSM8K, written from a seed.
 
-A row is `{"question": ..., "answer": ...}`; the answer is one worked step a line, then `#### ` and the result, as in
-Cobbe et al. 2021 (https://arxiv.org/abs/2110.14168).
+A row is `{"question": ..., "answer": ...}`; the answer is one worked step a line, then `#### ` and the
+result, as in Cobbe et al. 2021 (https://arxiv.org/abs/2110.14168).
 
-The splits are disjoint in what is computed, not only in how it is told. A problem's identity is its computation (the
-operators and the numbers, without the story, the names and the things), and a hash of that identity names the one split
-in which the problem may appear, whatever the seed of the caller.
+The splits are disjoint in what is computed, not only in how it is told. A problem's identity is its
+computation (the operators and the numbers, without the story, the names and the things), and a hash of that
+identity names the one split in which the problem may appear, whatever the seed of the caller.
 """
 
 import random
@@ -39,9 +39,9 @@ class Ranges(NamedTuple):
 
 OPERATIONS = {"+": add, "-": sub, "*": mul}
 
-# Each variant's ranges by number of steps. A standard problem has at most two steps and no number above 99; each harder
-# variant has either a number above 99 or a third step, so that it cannot meet a standard problem. The tiny base was
-# pretrained on the first three; of numbers from 200 on it has seen nothing.
+# Each variant's ranges by number of steps. A standard problem has at most two steps and no number above 99;
+# each harder variant has either a number above 99 or a third step, so that it cannot meet a standard problem.
+# The tiny base was pretrained on the first three; of numbers from 200 on it has seen nothing.
 RANGES: dict[str, dict[int, Ranges]] = {
     "standard": {
         1: Ranges(range(2, 98), range(2, 98), range(2, 13), range(100)),
@@ -60,23 +60,41 @@ RANGES: dict[str, dict[int, Ranges]] = {
 }
 
 STORIES = (
-    Story("+", "{name} has {a} {things}. {other} gives {name} {b} more.", "How many {things} does {name} have now?"),
-    Story("+", "There are {a} {things} on the table and {b} in the box.", "How many {things} are there altogether?"),
+    Story(
+        "+",
+        "{name} has {a} {things}. {other} gives {name} {b} more.",
+        "How many {things} does {name} have now?",
+    ),
+    Story(
+        "+",
+        "There are {a} {things} on the table and {b} in the box.",
+        "How many {things} are there altogether?",
+    ),
     Story(
         "+",
         "{name} collected {a} {things} in the morning and {b} in the afternoon.",
         "How many {things} did {name} collect that day?",
     ),
     Story(
-        "+", "{name} read {a} pages on Monday and {b} pages on Tuesday.", "How many pages did {name} read on both days?"
+        "+",
+        "{name} read {a} pages on Monday and {b} pages on Tuesday.",
+        "How many pages did {name} read on both days?",
     ),
     Story(
         "+",
         "A bus carries {a} passengers. At the next stop {b} people get on.",
         "How many passengers are on the bus now?",
     ),
-    Story("-", "{name} had {a} {things} and gave {b} of them to {other}.", "How many {things} does {name} have left?"),
-    Story("-", "{name} has {a} {things} and {other} has {b}.", "How many more {things} does {name} have than {other}?"),
+    Story(
+        "-",
+        "{name} had {a} {things} and gave {b} of them to {other}.",
+        "How many {things} does {name} have left?",
+    ),
+    Story(
+        "-",
+        "{name} has {a} {things} and {other} has {b}.",
+        "How many more {things} does {name} have than {other}?",
+    ),
     Story("-", "A book has {a} pages. {name} has read {b} of them.", "How many pages are left to read?"),
     Story(
         "-",
@@ -85,7 +103,11 @@ STORIES = (
     ),
     Story("-", "A shop had {a} {things} and sold {b} of them.", "How many {things} were not sold?"),
     Story("*", "{name} has {a} bags with {b} {things} in each.", "How many {things} are in the bags?"),
-    Story("*", "There are {a} shelves, and each shelf holds {b} {things}.", "How many {things} are on the shelves?"),
+    Story(
+        "*",
+        "There are {a} shelves, and each shelf holds {b} {things}.",
+        "How many {things} are on the shelves?",
+    ),
     Story("*", "{name} buys {a} tickets at {b} euros each.", "How many euros does {name} pay?"),
     Story(
         "++",
@@ -99,7 +121,8 @@ STORIES = (
     ),
     Story(
         "+-",
-        "A bus carries {a} passengers. At the first stop {b} people get on, and at the second stop {c} get off.",
+        "A bus carries {a} passengers. At the first stop {b} people get on, and at the second stop {c} "
+        "get off.",
         "How many passengers are on the bus now?",
     ),
     Story(
@@ -133,7 +156,9 @@ STORIES = (
         "How many euros does {name} pay?",
     ),
     Story(
-        "*-", "{name} baked {a} trays of {b} cookies each. The guests ate {c} of them.", "How many cookies are left?"
+        "*-",
+        "{name} baked {a} trays of {b} cookies each. The guests ate {c} of them.",
+        "How many cookies are left?",
     ),
     Story(
         "*-",
@@ -168,7 +193,19 @@ NAMES = (
     *("Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tara", "Yusuf"),
 )
 THINGS = (
-    *("apples", "balloons", "beads", "buttons", "cards", "coins", "eggs", "flowers", "lemons", "marbles", "nuts"),
+    *(
+        "apples",
+        "balloons",
+        "beads",
+        "buttons",
+        "cards",
+        "coins",
+        "eggs",
+        "flowers",
+        "lemons",
+        "marbles",
+        "nuts",
+    ),
     *("pears", "pencils", "plums", "ribbons", "shells", "stamps", "stickers", "stones", "tomatoes"),
 )
 
@@ -200,7 +237,8 @@ def split_of(operators: str, numbers: tuple[int, ...]) -> Split:
 
 
 def computations(operators: str, variant: Variant = "standard") -> list[tuple[int, ...]]:
-    """The numbers of every computation with these operators, of all splits. No number or result is below 2."""
+    """The numbers of every computation with these operators, of
+    all splits. No number or result is below 2."""
     ranges = RANGES[variant][len(operators)]
     heads = ranges.factor if operators[0] == "*" else ranges.first
     found = [((number,), number, number) for number in heads]  # numbers, result so far, largest of all
@@ -216,17 +254,23 @@ def computations(operators: str, variant: Variant = "standard") -> list[tuple[in
 
 
 def tell(story: Story, numbers: tuple[int, ...], rng: random.Random) -> tuple[str, str]:
-    """The situation and the question of a story about these numbers, with names and things drawn from `rng`."""
+    """The situation and the question of a story about these
+    numbers, with names and things drawn from `rng`."""
     name, other = rng.sample(NAMES, 2)
-    words = {"name": name, "other": other, "things": rng.choice(THINGS), **dict(zip("abcd", numbers, strict=False))}
+    words = {
+        "name": name,
+        "other": other,
+        "things": rng.choice(THINGS),
+        **dict(zip("abcd", numbers, strict=False)),
+    }
     return story.situation.format(**words), story.question.format(**words)
 
 
 def problems(split: Split, count: int, seed: int, variant: Variant = "standard") -> list[dict[str, str]]:
     """`count` rows {"question", "answer"} of one split; no story is told twice with the same numbers.
 
-    The rows of a smaller `count` are the first rows of a larger one. Every story of the variant is equally likely, as
-    long as it has computations left.
+    The rows of a smaller `count` are the first rows of a larger one. Every story of the variant is equally
+    likely, as long as it has computations left.
 
     Raises:
         InputError: the split or variant does not exist, or the split holds fewer than `count` problems.
@@ -236,13 +280,18 @@ def problems(split: Split, count: int, seed: int, variant: Variant = "standard")
             raise InputError(f"arithmetic: {key} {value!r} does not exist; choose one of {', '.join(known)}")
     rng = random.Random(derive_seed(seed, "arithmetic", variant, split))
     stories = [story for story in STORIES if len(story.operators) in RANGES[variant]]
-    numbers_by_operators = {o: computations(o, variant) for o in dict.fromkeys(story.operators for story in stories)}
-    decks = [(story, _shuffled(numbers_by_operators[story.operators], story, split, rng)) for story in stories]
+    numbers_by_operators = {
+        o: computations(o, variant) for o in dict.fromkeys(story.operators for story in stories)
+    }
+    decks = [
+        (story, _shuffled(numbers_by_operators[story.operators], story, split, rng)) for story in stories
+    ]
     rows: list[dict[str, str]] = []
     while len(rows) < count:
         if not decks:
             raise InputError(
-                f"arithmetic: {count} problems asked for, but split {split!r} of variant {variant!r} holds only "
+                f"arithmetic: {count} problems asked for, but split {split!r} of variant {variant!r} "
+                "holds only "
                 f"{len(rows)}; ask for at most {len(rows)}"
             )
         story, deck = choice = rng.choice(decks)
@@ -261,7 +310,8 @@ def problems(split: Split, count: int, seed: int, variant: Variant = "standard")
 def _shuffled(
     numbers: list[tuple[int, ...]], story: Story, split: Split, rng: random.Random
 ) -> Iterator[tuple[int, ...]]:
-    """The computations of one split in random order. Drawn one by one: to shuffle and hash them all takes a second."""
+    """The computations of one split in random order. Drawn one by
+    one: to shuffle and hash them all takes a second."""
     left = numbers.copy()
     while left:
         drawn = rng.randrange(len(left))
@@ -271,8 +321,11 @@ def _shuffled(
         left.pop()
 
 
-def conversations(split: Split, count: int, seed: int, variant: Variant = "standard") -> list[dict[str, list]]:
-    """`problems` as turns: the question is the user's, the answer the assistant's. Raises as `problems` does."""
+def conversations(
+    split: Split, count: int, seed: int, variant: Variant = "standard"
+) -> list[dict[str, list]]:
+    """`problems` as turns: the question is the user's, the
+    answer the assistant's. Raises as `problems` does."""
     return [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in (row.values() for row in problems(split, count, seed, variant))

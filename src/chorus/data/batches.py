@@ -1,8 +1,8 @@
 """From samples to the batches of an optimiser step: labels, padding, order.
 
-The labels are shifted here, in `collate`, and nowhere else. Which rows a step takes is a pure function of the seed, the
-step and the global batch, so any number of processes sees the same rows, and a run resumes at any step without reading
-the ones before it.
+The labels are shifted here, in `collate`, and nowhere else. Which rows a step takes is a pure function of the
+seed, the step and the global batch, so any number of processes sees the same rows, and a run resumes at any
+step without reading the ones before it.
 """
 
 import os
@@ -25,15 +25,16 @@ from chorus.seeding import derive_seed
 class Batch(NamedTuple):
     """S samples in B rows of equal length, one in each or, packed, several; padded on the right.
 
-    input_BT: int64 token ids.
-    target_BT: int64, the token that follows each input token.
-    mask_BT: bool, where loss is due on target_BT: completion and end token, not prompt or padding.
-    target_rows_N: int64, the places of the True in the flattened mask_BT. Known on the CPU, because a device would have
+    input_BT: int64 token ids. target_BT: int64, the token that follows each input token. mask_BT: bool, where
+    loss is due on target_BT: completion and end token, not prompt or padding. target_rows_N: int64, the
+    places of the True in the flattened mask_BT. Known on the CPU, because a device would have
         to stop and count them.
-    points_SM: int64, the places in the flattened B*T of the points that stand for a sample in the sliced Wasserstein
-        distance: targets, evenly spaced, in order, then -1. Which of a sample's tokens they are depends on it alone.
-    position_BT: packed: int64, each token's place within its sample. None: one sample a row, so that its place is t.
-    sample_BT: packed: int64, the sample that each token is of, -1 for padding; no token may see another sample's.
+    points_SM: int64, the places in the flattened B*T of the points that stand for a sample in the sliced
+        Wasserstein distance: targets, evenly spaced, in order, then -1. Which of a sample's tokens they are
+        depends on it alone.
+    position_BT: packed: int64, each token's place within its sample. None: one sample a row, so that its
+    place is t. sample_BT: packed: int64, the sample that each token is of, -1 for padding; no token may see
+    another sample's.
     """
 
     input_BT: Tensor
@@ -53,10 +54,10 @@ class Batch(NamedTuple):
 class StepBatch(NamedTuple):
     """What one process computes in one optimiser step, and how much the whole step holds.
 
-    micro_batches: one per accumulation step. One without rows left is a single row of padding, with an all-False mask.
-    num_targets: target tokens of the step over all processes and micro-batches: what a token mean divides by.
-    num_rows: rows of the step over all processes and micro-batches.
-    epoch: the epoch, from 0, whose rows these are.
+    micro_batches: one per accumulation step. One without rows left is a single row of padding, with an
+    all-False mask. num_targets: target tokens of the step over all processes and micro-batches: what a token
+    mean divides by. num_rows: rows of the step over all processes and micro-batches. epoch: the epoch, from
+    0, whose rows these are.
     """
 
     micro_batches: list[Batch]
@@ -74,9 +75,10 @@ def collate(
 ) -> Batch:
     """Pad and shift samples: position t holds token t, and its target is token t + 1.
 
-    One a row, T is the longest sample's length minus one, rounded up to `pad_to_multiple_of`; M is `points_per_row`.
-    With `packing`, the most tokens of a sample and the most samples of a batch, several share a row. Of no samples it
-    makes padding: a process without them still takes part in every collective of the step.
+    One a row, T is the longest sample's length minus one, rounded up to `pad_to_multiple_of`; M is
+    `points_per_row`. With `packing`, the most tokens of a sample and the most samples of a batch, several
+    share a row. Of no samples it makes padding: a process without them still takes part in every collective
+    of the step.
     """
     lengths = [len(sample.ids) - 1 for sample in samples]
     if packing is None:
@@ -110,7 +112,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> Tenso
     return torch.randperm(num_samples, generator=generator)
 
 
-def steps_per_epoch(num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> int:
+def steps_per_epoch(
+    num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
+) -> int:
     """Optimiser steps that take every sample once; the last one may be short."""
     return ceil(num_samples / (batch_size * gradient_accumulation_steps * num_processes))
 
@@ -118,10 +122,11 @@ def steps_per_epoch(num_samples: int, batch_size: int, gradient_accumulation_ste
 def step_rows(
     order: Tensor, step_in_epoch: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
 ) -> list[list[list[int]]]:
-    """The samples of one step, as rows[micro_batch][process]: consecutive in `order`, each of at most `batch_size`.
+    """The samples of one step, as rows[micro_batch][process]: consecutive in `order`, each of at most
+    `batch_size`.
 
-    Processes share a micro-batch side by side, so that equal global batches hold the same rows in each step, whatever
-    part of them is accumulated. In the last step of an epoch the later ones may be short or empty.
+    Processes share a micro-batch side by side, so that equal global batches hold the same rows in each step,
+    whatever part of them is accumulated. In the last step of an epoch the later ones may be short or empty.
     """
     first = step_in_epoch * batch_size * gradient_accumulation_steps * num_processes
     starts = range(first, first + batch_size * gradient_accumulation_steps * num_processes, batch_size)
@@ -141,9 +146,9 @@ def training_steps(
 ) -> Iterator[StepBatch]:
     """One process's part of the optimiser steps from `start_step` to `num_steps` - 1, epoch after epoch.
 
-    Steps count over all epochs, from 0, and starting at one reads none of those before it. `num_workers` processes
-    collate ahead, with equal results; they end with the iterator. `pad_id` may be any id of the vocabulary: no token
-    sees it, and no loss falls on it.
+    Steps count over all epochs, from 0, and starting at one reads none of those before it. `num_workers`
+    processes collate ahead, with equal results; they end with the iterator. `pad_id` may be any id of the
+    vocabulary: no token sees it, and no loss falls on it.
     """
     loader = DataLoader(
         _Steps(samples, config, pad_id, process_index, num_processes),
@@ -195,8 +200,9 @@ class _Steps(Dataset[StepBatch]):
 
 
 def _leave_the_process_group(worker: int) -> None:
-    """A launcher's SIGTERM and a terminal's SIGINT go to the whole group. A worker that dies of one would fail the step
-    that its trainer still wants to end; out of the group, it ends when its trainer does, whatever ends that."""
+    """A launcher's SIGTERM and a terminal's SIGINT go to the whole group. A worker that dies of one would
+    fail the step that its trainer still wants to end; out of the group, it ends when its trainer does,
+    whatever ends that."""
     os.setpgrp()
     while signal.sigtimedwait(SIGNALS, 0):
         pass
@@ -204,7 +210,8 @@ def _leave_the_process_group(worker: int) -> None:
 
 
 def _evenly_spaced(places_N: Tensor, count: int) -> Tensor:
-    """`count` of the places, with the last and (of two or more) the first; all of them where there are no more."""
+    """`count` of the places, with the last and (of two or more)
+    the first; all of them where there are no more."""
     last = len(places_N) - 1
     if last < count:
         return places_N

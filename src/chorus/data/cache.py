@@ -1,7 +1,8 @@
 """Tokenised rows on disk: an Arrow file that every process of a host maps into memory, written once.
 
-A cache is a folder whose name is a digest of all that its rows depend on: the source's files or version, templates,
-chat template, tokenizer, `max_seq_length`, and this package's own code. So it never has to be refreshed.
+A cache is a folder whose name is a digest of all that its rows depend on: the source's files or version,
+templates, chat template, tokenizer, `max_seq_length`, and this package's own code. So it never has to be
+refreshed.
 
     rows.arrow    place, prompt, completion, ids and marks of every usable row, in the order of the source
     facts.npy     a few numbers of every row, FACTS
@@ -49,8 +50,8 @@ SCHEMA = pyarrow.schema(
         "marks": pyarrow.large_list(pyarrow.int8()),
     }
 )
-# Tokens before the cut; targets after it; characters that carry no loss though they should (see tokenise); whether no
-# token of the answer is learnt.
+# Tokens before the cut; targets after it; characters that carry no loss though they should (see tokenise);
+# whether no token of the answer is learnt.
 FACTS = np.dtype([("length", "i4"), ("targets", "i4"), ("merged", "i4"), ("is_lost", "?")])
 
 Form = TextForm | ChatForm
@@ -64,7 +65,8 @@ class TokenRow(NamedTuple):
 
 
 class TokenTable:
-    """The rows of a cache folder, read where they are asked for. Pickled as its path, so that workers map it too."""
+    """The rows of a cache folder, read where they are asked
+    for. Pickled as its path, so that workers map it too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,7 +90,9 @@ class TokenTable:
     def _reader(self, *columns: str, mapped: bool = True) -> pyarrow.RecordBatchFileReader:
         path = str(self.folder / "rows.arrow")
         source = pyarrow.memory_map(path) if mapped else pyarrow.OSFile(path)
-        options = pyarrow.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in columns])
+        options = pyarrow.ipc.IpcReadOptions(
+            included_fields=[SCHEMA.get_field_index(name) for name in columns]
+        )
         return pyarrow.ipc.open_file(source, options=options)
 
     def tokens(self, row: int) -> TokenRow:
@@ -116,7 +120,8 @@ class TokenTable:
 
 
 def cached_rows(split: Split, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> TokenTable:
-    """The tokenised rows of a split: from the cache, or read, checked, tokenised and kept there. For one process.
+    """The tokenised rows of a split: from the cache, or read, checked, tokenised and kept there. For one
+    process.
 
     Raises:
         InputError: a bad row (unless `skip_bad_rows`), no usable row, or a cache that cannot be written.
@@ -134,12 +139,16 @@ def cached_rows(split: Split, settings: DataSettings, tokenizer: PreTrainedToken
                 made.chmod(0o755)
                 made.rename(folder)
             except OSError:
-                if not (folder / "about.json").is_file():  # otherwise another run has written the same at this time
+                if not (
+                    folder / "about.json"
+                ).is_file():  # otherwise another run has written the same at this time
                     raise
             finally:
                 shutil.rmtree(made, ignore_errors=True)
     table = TokenTable(folder)
-    logger.debug("%d rows of %s in %.1f s, kept in %s", len(table), split.name, time.monotonic() - begun, folder)
+    logger.debug(
+        "%d rows of %s in %.1f s, kept in %s", len(table), split.name, time.monotonic() - begun, folder
+    )
     return table
 
 
@@ -150,18 +159,24 @@ def form_of(split: Split, settings: DataSettings, tokenizer: PreTrainedTokenizer
             kind = kind_of_row(row, settings)
             if kind is not None:
                 return ChatForm.of(kind, settings, tokenizer)
-            if settings.row_format == "auto" and all(column in row for column in TextForm.of(settings).columns):
+            if settings.row_format == "auto" and all(
+                column in row for column in TextForm.of(settings).columns
+            ):
                 break
         else:
             if settings.row_format == "chat":
                 raise InputError(
-                    f"key 'row_format': chat, but {split.name} holds no turns: neither messages, conversations, prompt "
-                    "and completion, nor the columns of the templates; correct prompt_template and completion_template"
+                    f"key 'row_format': chat, but {split.name} holds no turns: neither messages, "
+                    "conversations, prompt "
+                    "and completion, nor the columns of the templates; correct prompt_template and "
+                    "completion_template"
                 )
     return TextForm.of(settings)
 
 
-def usable_rows(split: Split, settings: DataSettings, form: Form, bad: list[str]) -> Iterator[tuple[str, Problem]]:
+def usable_rows(
+    split: Split, settings: DataSettings, form: Form, bad: list[str]
+) -> Iterator[tuple[str, Problem]]:
     """(place, text) of every usable row, in order.
 
     Args:
@@ -186,7 +201,8 @@ def usable_rows(split: Split, settings: DataSettings, form: Form, bad: list[str]
     if not usable:
         reason = f"all {len(bad)} are bad, the first at {bad[0]}" if bad else "it is empty"
         raise InputError(
-            f"key 'dataset_name': {split.name} has no usable row: {reason}; correct it or choose another dataset"
+            f"key 'dataset_name': {split.name} has no usable row: {reason}; correct it or choose "
+            "another dataset"
         )
     form.refuse_absent(split.name, usable)
 
@@ -206,7 +222,10 @@ def _remedy(fault: BadRow, rows: Iterator[Any], form: Form, usable: int) -> str:
     if usable:
         return f"{words}, or set skip_bad_rows: true to skip and count such rows"
     is_text = isinstance(form, TextForm)
-    return f"no row near it is better: correct {'prompt_template, completion_template or ' if is_text else ''}the data"
+    return (
+        "no row near it is better: correct "
+        f"{'prompt_template, completion_template or ' if is_text else ''}the data"
+    )
 
 
 def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encoder: Encoder) -> None:
@@ -226,7 +245,12 @@ def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encod
             advance(len(places))
     whole = np.concatenate(facts)
     np.save(folder / "facts.npy", whole)
-    about = {"source": split.name, "rows": len(whole), "skipped": len(bad), "first_skipped": bad[0] if bad else None}
+    about = {
+        "source": split.name,
+        "rows": len(whole),
+        "skipped": len(bad),
+        "first_skipped": bad[0] if bad else None,
+    }
     chat, text = (form, form.plain) if isinstance(form, ChatForm) else (None, form)
     about |= {"is_chat": chat is not None, "end_ids": end_ids(encoder.tokenizer, chat)}
     about |= {"form": "text" if chat is None else f"turns ({chat.kind})", "empty": dict(text.empty)}
@@ -234,7 +258,8 @@ def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encod
 
 
 def _encoded(rows: Iterator[tuple[str, Problem]], encoder: Encoder) -> Iterator[Any]:
-    """(places, problems, encodings) of a batch after the other; the next one is encoded beside what is done with it."""
+    """(places, problems, encodings) of a batch after the other; the
+    next one is encoded beside what is done with it."""
     with ThreadPoolExecutor(1) as beside:
         waiting = None
         while batch := list(islice(rows, BATCH)):
@@ -255,7 +280,9 @@ def _columns(
     for number, row in enumerate(rows):
         marks_T = np.array(row.marks[:max_seq_length], dtype=np.int8)
         is_lost = not 0 < row.answer <= max_seq_length and (row.merged > 0 or len(row.ids) > max_seq_length)
-        targets = row.marks[1:max_seq_length].count(LEARNT)  # the first token has none before it to be predicted from
+        targets = row.marks[1:max_seq_length].count(
+            LEARNT
+        )  # the first token has none before it to be predicted from
         facts[number] = (len(row.ids), targets, row.merged, is_lost)
         ids.append(np.array(row.ids[:max_seq_length], dtype=np.int32))
         marks.append(marks_T)
@@ -281,7 +308,12 @@ def _key(split: Split, settings: DataSettings, form: Form, tokenizer: PreTrained
         digest.update(file.read_bytes())
     template = form.template if isinstance(form, ChatForm) else None
     kind = form.kind if isinstance(form, ChatForm) else None
-    keys = (settings.prompt_template, settings.completion_template, settings.optional_columns, settings.skip_bad_rows)
+    keys = (
+        settings.prompt_template,
+        settings.completion_template,
+        settings.optional_columns,
+        settings.skip_bad_rows,
+    )
     ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.special_tokens_map)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = "" if backend is None else backend.to_str()
@@ -296,7 +328,8 @@ def _disk_errors_named(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"key 'data_cache_dir': cannot write tokenised rows into {root}: {error.strerror or error}; make room, or "
+            f"key 'data_cache_dir': cannot write tokenised rows into {root}: {error.strerror or error}; "
+            "make room, or "
             "name another folder"
         ) from error
 

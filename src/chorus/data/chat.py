@@ -1,8 +1,10 @@
-"""Rows of turns: read from the forms that people have, rendered by a chat template, with loss on the assistant's turns.
+"""Rows of turns: read from the forms that people have, rendered by a chat template, with loss on the
+assistant's turns.
 
-Which characters an assistant wrote is found in two ways. A template may mark them itself, with `{% generation %}`
-(transformers' chat templates). And the turns before one, rendered with the generation prompt, are where it begins; the
-turns up to it are where it ends. Where both can be told they must agree, except for white space.
+Which characters an assistant wrote is found in two ways. A template may mark them itself, with `{% generation
+%}` (transformers' chat templates). And the turns before one, rendered with the generation prompt, are where
+it begins; the turns up to it are where it ends. Where both can be told they must agree, except for white
+space.
 """
 
 import json
@@ -24,7 +26,13 @@ from chorus.errors import InputError
 Kind = Literal["messages", "conversations", "prompt and completion", "instruction", "templates"]
 Turn = dict[str, Any]
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
-ROLES |= {"chatgpt": "assistant", "system": "system", "developer": "developer", "tool": "tool", "function": "tool"}
+ROLES |= {
+    "chatgpt": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "function": "tool",
+}
 ROLES |= {"function_response": "tool", "observation": "tool", "ipython": "tool"}
 ANSWERS = ("output", "response")  # the column beside `instruction`, as in Alpaca and in Dolly
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -113,7 +121,9 @@ class ChatForm:
 
     def write_turns(self, turns: Sequence[Turn]) -> Problem:
         """As `write`, of turns that are well formed, with loss on every turn of the assistant's."""
-        return self._problem(turns, None, [place for place, turn in enumerate(turns) if turn["role"] == "assistant"])
+        return self._problem(
+            turns, None, [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+        )
 
     def _problem(self, turns: Sequence[Turn], tools: list[Any] | None, learnt: Sequence[int]) -> Problem:
         text, marked = self._render(turns, tools)
@@ -131,7 +141,8 @@ class ChatForm:
             begin = chosen[-1][0]
         else:
             raise InputError(
-                "key 'chat_template': the template renders a turn otherwise once others follow it, and does not mark "
+                "key 'chat_template': the template renders a turn otherwise once others follow it, and "
+                "does not mark "
                 "the assistant's words; give a file whose template has {% generation %} around them"
             )
         end = chosen[-1][1]
@@ -155,12 +166,17 @@ class ChatForm:
         self, text: str, spans: Sequence[tuple[int, int]], marked: Sequence[tuple[int, int]]
     ) -> None:
         of_turns = [text[start:stop].strip() for start, stop in spans]
-        of_marks = ["".join(text[a:b] for a, b in marked if start <= a < stop).strip() for start, stop in spans]
+        of_marks = [
+            "".join(text[a:b] for a, b in marked if start <= a < stop).strip() for start, stop in spans
+        ]
         outside = [text[a:b] for a, b in marked if not any(start <= a and b <= stop for start, stop in spans)]
         if of_turns != of_marks or outside:
-            turn, mark = next(((a, b) for a, b in zip(of_turns, of_marks, strict=True) if a != b), ("", outside[:1]))
+            turn, mark = next(
+                ((a, b) for a, b in zip(of_turns, of_marks, strict=True) if a != b), ("", outside[:1])
+            )
             raise InputError(
-                f"key 'chat_template': {{% generation %}} marks {mark!r}, where the assistant's turn is {turn!r}; "
+                f"key 'chat_template': {{% generation %}} marks {mark!r}, where the assistant's turn is "
+                f"{turn!r}; "
                 "correct the template: the mark must hold the whole turn and the token that ends it"
             )
 
@@ -291,6 +307,7 @@ def chat_template_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase)
         return tokenizer.get_chat_template()
     except ValueError:
         raise InputError(
-            "key 'chat_template': the rows hold turns, and the base's tokenizer has no chat template; name a Jinja "
+            "key 'chat_template': the rows hold turns, and the base's tokenizer has no chat template; name "
+            "a Jinja "
             "file, take an instruction-tuned base, or flatten the turns into columns for prompt_template"
         ) from None

@@ -1,7 +1,8 @@
-"""Rows of one file: JSON lines, JSON, CSV, TSV or parquet, text files also gzipped. Each row comes with its place.
+"""Rows of one file: JSON lines, JSON, CSV, TSV or parquet, text files also gzipped. Each row comes with its
+place.
 
-Text files are read with the standard library: `datasets` fills missing keys, merges types and drops line numbers.
-Nothing here needs torch, a model or a tokenizer.
+Text files are read with the standard library: `datasets` fills missing keys, merges types and drops line
+numbers. Nothing here needs torch, a model or a tokenizer.
 """
 
 import csv
@@ -42,7 +43,9 @@ def readable_suffixes() -> str:
     return f"{listed(READERS)} (text files also with '.gz')"
 
 
-def rows_of_file(path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> Iterator[Row]:
+def rows_of_file(
+    path: Path, columns: Sequence[str] | None = None, optional: Sequence[str] = ()
+) -> Iterator[Row]:
     """The rows of a file in order.
 
     Args:
@@ -62,7 +65,9 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "nothing"
 
 
-def check_columns(source: str, found: Sequence[str], columns: Sequence[str] | None, optional: Sequence[str]) -> None:
+def check_columns(
+    source: str, found: Sequence[str], columns: Sequence[str] | None, optional: Sequence[str]
+) -> None:
     """Refuse a table that lacks a column or has it twice: none of its rows could be used."""
     for column in columns or ():
         if found.count(column) != 1 and not (column in optional and column not in found):
@@ -73,18 +78,23 @@ def check_columns(source: str, found: Sequence[str], columns: Sequence[str] | No
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line with its end) of a UTF-8 file. Only a line feed ends a line: JSON may hold U+2028 as it is."""
+    """(number, line with its end) of a UTF-8 file. Only a line
+    feed ends a line: JSON may hold U+2028 as it is."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 line = raw.decode("utf-8")
                 if "\0" in line:
-                    raise InputError(f"{path}:{number}: holds a NUL character; the file is damaged or is not text")
+                    raise InputError(
+                        f"{path}:{number}: holds a NUL character; the file is damaged or is not text"
+                    )
                 yield number, line.removeprefix("\ufeff") if number == 1 else line
     except UnicodeDecodeError as error:
         at = error.start + 1
-        raise InputError(f"{path}:{number}: is not UTF-8 at byte {at} of the line; save the file as UTF-8") from None
+        raise InputError(
+            f"{path}:{number}: is not UTF-8 at byte {at} of the line; save the file as UTF-8"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: is not a whole gzip file: {error}; compress it again") from None
     except OSError as error:
@@ -102,7 +112,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _json_errors_named(path: Path, line: int) -> Iterator[None]:
-    """Turn the errors of parsing a text that begins at `line`; a syntax error counts its own lines from there."""
+    """Turn the errors of parsing a text that begins at `line`; a
+    syntax error counts its own lines from there."""
     try:
         yield
     except (ValueError, RecursionError) as error:
@@ -150,7 +161,8 @@ def _json_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str
 
 
 def _is_a_row(line: str) -> bool:
-    """Whether the line holds a row by itself: an object, but not one that holds the rows of the whole file."""
+    """Whether the line holds a row by itself: an object, but
+    not one that holds the rows of the whole file."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -178,7 +190,8 @@ def _not_a_list(path: Path, value: object) -> str:
 
 
 def _listed_rows(path: Path, text: str, count: int) -> Iterator[Row]:
-    """The text is a valid list. It is walked again, value by value, for what the parser omits: lines and repeats."""
+    """The text is a valid list. It is walked again, value by
+    value, for what the parser omits: lines and repeats."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     line, end = 1, text.index("[") + 1
     line += text.count("\n", 0, end)
@@ -195,14 +208,18 @@ def _listed_rows(path: Path, text: str, count: int) -> Iterator[Row]:
 
 def _csv_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Row]:
     """Cells of any length, separated by what makes the needed columns out of the header: , ; tab or |."""
-    csv.field_size_limit(sys.maxsize)  # the default refuses cells above 131,072 characters; it holds for the process
+    csv.field_size_limit(
+        sys.maxsize
+    )  # the default refuses cells above 131,072 characters; it holds for the process
     lines = (line for _, line in _text_lines(path))
     blank, header_line = [], ""
     for header_line in lines:
         if header_line.strip():
             break
         blank.append(header_line)
-    reader = csv.reader(chain(blank, [header_line], lines), strict=True, delimiter=_delimiter(header_line, columns))
+    reader = csv.reader(
+        chain(blank, [header_line], lines), strict=True, delimiter=_delimiter(header_line, columns)
+    )
     header: list[str] | None = None
     first_line = 1  # of the record being read: a quoted field may span lines
     try:
@@ -213,7 +230,8 @@ def _csv_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]
             elif record and header is not None:
                 if len(record) != len(header):
                     raise InputError(
-                        f"{path}:{first_line}: has {len(record)} cells, the header has {len(header)}; correct it, "
+                        f"{path}:{first_line}: has {len(record)} cells, the header has {len(header)}; "
+                        "correct it, "
                         "or put cells with separators or line breaks in quotes"
                     )
                 yield Row(f"{path}:{first_line}", dict(zip(header, record, strict=True)))
@@ -231,7 +249,9 @@ def _delimiter(header_line: str, columns: Sequence[str] | None) -> str:
         except csv.Error:
             return []
 
-    return max(DELIMITERS, key=lambda one: len(set(columns or ()) & set(cells(one))) if columns else len(cells(one)))
+    return max(
+        DELIMITERS, key=lambda one: len(set(columns or ()) & set(cells(one))) if columns else len(cells(one))
+    )
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Row]:
@@ -250,7 +270,9 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[
                     yield Row(f"{path} row {number}", row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         why = str(error).partition("\n")[0]
-        raise InputError(f"{path}: cannot be read as parquet after row {number}: {why}; write it again") from None
+        raise InputError(
+            f"{path}: cannot be read as parquet after row {number}: {why}; write it again"
+        ) from None
 
 
 READERS: dict[str, Callable[[Path, Sequence[str] | None, Sequence[str]], Iterator[Row]]] = {

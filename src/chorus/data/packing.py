@@ -11,7 +11,8 @@ MAX_SHAPES = 8  # of a batch in a run: each may be compiled and recorded on its 
 
 
 class Layout(NamedTuple):
-    """Where the samples of a batch lie: in B rows of T tokens, each sample at places[sample] = (row, first token)."""
+    """Where the samples of a batch lie: in B rows of T tokens,
+    each sample at places[sample] = (row, first token)."""
 
     B: int
     T: int
@@ -19,16 +20,18 @@ class Layout(NamedTuple):
 
 
 def one_a_row(lengths: Sequence[int], multiple_of: int) -> Layout:
-    """A row for each sample, as long as the longest of them, rounded up. Of no samples: one row of padding."""
+    """A row for each sample, as long as the longest of them,
+    rounded up. Of no samples: one row of padding."""
     T = ceil(max(lengths, default=1) / multiple_of) * multiple_of
     return Layout(max(len(lengths), 1), T, [(row, 0) for row in range(len(lengths))])
 
 
 def packed(lengths: Sequence[int], max_length: int, multiple_of: int, batch_size: int) -> Layout:
-    """As few rows as first-fit decreasing finds (Johnson 1973: at most 11/9 of the fewest, and one), none cut.
+    """As few rows as first-fit decreasing finds (Johnson 1973: at most 11/9 of the fewest, and one), none
+    cut.
 
-    T is always `max_length` rounded up, and the number of rows is rounded up so that at most `MAX_SHAPES` numbers occur
-    for up to `batch_size` samples.
+    T is always `max_length` rounded up, and the number of rows is rounded up so that at most `MAX_SHAPES`
+    numbers occur for up to `batch_size` samples.
     """
     T = ceil(max_length / multiple_of) * multiple_of
     filled: list[int] = []

@@ -1,7 +1,7 @@
 """The rows of a run: which are trained on, which are held out, and what is said about them.
 
-Rows are tokenised once per host (`prepare_rows`, for one process of it) and then read by all (`Rows`). What a process
-holds of a million rows is 8 bytes each, their order; the tokens stay in a mapped file.
+Rows are tokenised once per host (`prepare_rows`, for one process of it) and then read by all (`Rows`). What a
+process holds of a million rows is 8 bytes each, their order; the tokens stay in a mapped file.
 """
 
 import hashlib
@@ -76,7 +76,9 @@ def prepare_rows(settings: DataSettings, seed: int, tokenizer: PreTrainedTokeniz
     train = cached_rows(splits.train, settings, tokenizer)
     validation = None if splits.validation is None else cached_rows(splits.validation, settings, tokenizer)
     rows, _ = chosen_rows(len(train), validation is not None, settings, seed)
-    return Prepared(train.folder, None if validation is None else validation.folder, _fingerprint(train, rows))
+    return Prepared(
+        train.folder, None if validation is None else validation.folder, _fingerprint(train, rows)
+    )
 
 
 class Rows:
@@ -109,15 +111,23 @@ class Rows:
         return [self.train[int(index)] for index in order[:count]]
 
     def log(self) -> None:
-        """Say how rows are read; warn of rows that were skipped, cut or dropped, and of text that carries no loss."""
+        """Say how rows are read; warn of rows that were skipped, cut
+        or dropped, and of text that carries no loss."""
         tables = dict.fromkeys([self.chosen.table, self.held_out_samples.table])
         for about in (table.about for table in tables):
-            empty = [f"{column} is empty in {count} rows" for column, count in about["empty"].items() if count]
-            logger.info("%s: %s", about["source"], ", ".join([f"{about['rows']:,} rows of {about['form']}", *empty]))
+            empty = [
+                f"{column} is empty in {count} rows" for column, count in about["empty"].items() if count
+            ]
+            logger.info(
+                "%s: %s", about["source"], ", ".join([f"{about['rows']:,} rows of {about['form']}", *empty])
+            )
             if about["skipped"]:
                 counts = about["skipped"], about["skipped"] + about["rows"]
                 logger.warning(
-                    "skipped %d of %d rows of %s: first at %s", *counts, about["source"], about["first_skipped"]
+                    "skipped %d of %d rows of %s: first at %s",
+                    *counts,
+                    about["source"],
+                    about["first_skipped"],
                 )
         warn_of_losses(self.chosen, "training", self.settings.max_seq_length)
 
@@ -139,7 +149,8 @@ def read_held_out(
     accelerator: Accelerator | None = None,
     split: str | None = None,
 ) -> HeldOutRows:
-    """The first `count` rows of another source than the run's, read as its rows are. A collective call, likewise.
+    """The first `count` rows of another source than the run's, read as its rows are. A collective call,
+    likewise.
 
     Args:
         name: in any form that dataset_name takes.
@@ -172,9 +183,13 @@ def _held_out_rows(asked: Samples, tokenizer: PreTrainedTokenizerBase, settings:
 
 
 def read_rows(
-    settings: DataSettings, seed: int, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator | None = None
+    settings: DataSettings,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator | None = None,
 ) -> Rows:
-    """The rows of a run. A collective call of `accelerator`, if there is one: a process of each host prepares them.
+    """The rows of a run. A collective call of `accelerator`, if there is one: a process of each host prepares
+    them.
 
     Raises:
         InputError: on every process alike; see `prepare_rows` and `Rows`.
@@ -188,12 +203,14 @@ def read_rows(
     return Rows(prepared, settings, seed)
 
 
-def chosen_rows(num_rows: int, has_held_out: bool, settings: DataSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def chosen_rows(
+    num_rows: int, has_held_out: bool, settings: DataSettings, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The places of the training rows and of the held-out rows among the usable rows of the training split.
 
-    A data set that brings no held-out rows gives up `validation_split` of its own: a choice by the seed, of at least
-    one row, with at least one left; none of a single row. `debug_subset_size` keeps the first training rows that
-    remain.
+    A data set that brings no held-out rows gives up `validation_split` of its own: a choice by the seed, of
+    at least one row, with at least one left; none of a single row. `debug_subset_size` keeps the first
+    training rows that remain.
     """
     is_train = np.ones(num_rows, dtype=bool)
     if not has_held_out and settings.validation_split > 0 and num_rows >= 2:
@@ -216,24 +233,29 @@ def refuse_lost(samples: Samples, what: str, settings: DataSettings) -> None:
     first = f"first {samples.place(int(lost[0]))}"
     if 2 * of_merging.sum() > len(lost):
         raise InputError(
-            f"key 'completion_template': in {len(lost)} of {len(facts)} {what} rows no token of the answer carries "
-            f"loss, because a token that begins in the prompt reaches into it ({first}); begin the completion with a "
+            f"key 'completion_template': in {len(lost)} of {len(facts)} {what} rows no token of the answer "
+            "carries "
+            f"loss, because a token that begins in the prompt reaches into it ({first}); begin the "
+            "completion with a "
             "space or a new line, or end the prompt with one"
         )
     limit = settings.max_seq_length
     raise InputError(
-        f"key 'max_seq_length': {limit} leaves no target token of the answer in {len(lost)} of {len(facts)} {what} "
+        f"key 'max_seq_length': {limit} leaves no target token of the answer in {len(lost)} of "
+        f"{len(facts)} {what} "
         f"rows ({first}, of {int(facts['length'][lost[0]])} tokens); raise it, or shorten prompt_template"
     )
 
 
 def warn_of_losses(samples: Samples, what: str, max_seq_length: int) -> None:
-    """Say how many rows are cut or dropped, and what of their text carries no loss, with the first of them."""
+    """Say how many rows are cut or dropped, and what of their
+    text carries no loss, with the first of them."""
     facts = samples.facts
     cut = np.flatnonzero(facts["length"] > max_seq_length)
     if len(cut):
         logger.warning(
-            "cut %d of %d %s rows to max_seq_length %d tokens; %d of them have no target token left and are dropped; "
+            "cut %d of %d %s rows to max_seq_length %d tokens; %d of them have no target token left and "
+            "are dropped; "
             "first %s, of %d tokens",
             *(len(cut), len(facts), what, max_seq_length, int((facts["targets"] == 0).sum())),
             *(samples.place(int(cut[0])), int(facts["length"][cut[0]])),
@@ -242,7 +264,8 @@ def warn_of_losses(samples: Samples, what: str, max_seq_length: int) -> None:
     if len(merged):
         first = int(merged[0])
         logger.warning(
-            "%d characters at the beginning of the completion carry no loss, in %d of %d %s rows: their token begins "
+            "%d characters at the beginning of the completion carry no loss, in %d of %d %s rows: their "
+            "token begins "
             "in the prompt; first %s, where %r ends the prompt and %r begins the completion",
             *(int(facts["merged"].sum()), len(merged), len(facts), what, samples.place(first)),
             *_boundary(samples, first),
@@ -263,12 +286,15 @@ def data_fingerprint(rows: Iterable[Problem]) -> str:
 
 
 def _fingerprint(table: TokenTable, rows: np.ndarray) -> str:
-    """`data_fingerprint` of some rows of a table, kept beside it: to read a million rows again takes seconds."""
+    """`data_fingerprint` of some rows of a table, kept beside
+    it: to read a million rows again takes seconds."""
     file = table.folder / f"fingerprint-{hashlib.sha256(rows.tobytes()).hexdigest()[:16]}.txt"
     if not file.is_file():
         is_chosen = np.zeros(len(table), dtype=bool)
         is_chosen[rows] = True
-        text = data_fingerprint(problem for problem, chosen in zip(table.texts(), is_chosen, strict=True) if chosen)
+        text = data_fingerprint(
+            problem for problem, chosen in zip(table.texts(), is_chosen, strict=True) if chosen
+        )
         made = file.with_suffix(f".{os.getpid()}")
         made.write_text(text, encoding="utf-8")
         made.replace(file)

@@ -12,7 +12,8 @@ from chorus.data.tokenise import LEARNT, MERGED
 
 
 class Sample(NamedTuple):
-    """A tokenised row, not yet shifted: `ids` int64 and, of equal length, `is_target` bool, the tokens to learn."""
+    """A tokenised row, not yet shifted: `ids` int64 and, of
+    equal length, `is_target` bool, the tokens to learn."""
 
     ids: Tensor
     is_target: Tensor

@@ -1,4 +1,5 @@
-"""Where rows come from: the built-in task, a file, a glob or folder of files, a folder of save_to_disk, the hub.
+"""Where rows come from: the built-in task, a file, a glob or folder of files, a folder of save_to_disk, the
+hub.
 
 Nothing here needs torch, a model or a tokenizer.
 """
@@ -18,7 +19,8 @@ from chorus.errors import InputError
 
 
 class BuiltIn(NamedTuple):
-    """A built-in data set: how a split's rows are made, and for each split where they are drawn from and how many.
+    """A built-in data set: how a split's rows are made, and for each split where they are drawn from and how
+    many.
 
     make: `arithmetic.problems`, or the same rows in another form.
     """
@@ -28,10 +30,15 @@ class BuiltIn(NamedTuple):
     splits: Mapping[str, tuple[arithmetic.Split, int]]
 
 
-# Enough for the tiny base to learn the form of an answer in minutes on a CPU; 500 put 2 % of error on an exact match.
-STANDARD: dict[str, tuple[arithmetic.Split, int]] = {"train": ("train", 4_000), "validation": ("validation", 500)}
-# Few rows, so that agents differ in what they make of them. The defaults of a run were chosen on the validation split
-# of this task; so that no scored row has had a part in that, held-out rows come from its test split.
+# Enough for the tiny base to learn the form of an answer in minutes on a CPU; 500 put 2 % of error on an
+# exact match.
+STANDARD: dict[str, tuple[arithmetic.Split, int]] = {
+    "train": ("train", 4_000),
+    "validation": ("validation", 500),
+}
+# Few rows, so that agents differ in what they make of them. The defaults of a run were chosen on the
+# validation split of this task; so that no scored row has had a part in that, held-out rows come from its
+# test split.
 HARD: dict[str, tuple[arithmetic.Split, int]] = {"train": ("train", 300), "validation": ("test", 500)}
 BUILT_IN = {
     "arithmetic": BuiltIn(arithmetic.problems, "standard", STANDARD),
@@ -40,7 +47,8 @@ BUILT_IN = {
     "arithmetic_harder": BuiltIn(arithmetic.problems, "three_digits_more_steps", HARD),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-# How the files of a folder say their split, as in `train-00000-of-00002.parquet`, `data/dev.jsonl` or `test/0.csv`.
+# How the files of a folder say their split, as in `train-00000-of-00002.parquet`, `data/dev.jsonl` or
+# `test/0.csv`.
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 SPLIT_WORDS |= {"val": "validation", "dev": "validation", "test": "test", "testing": "test"}
 READ_AT_A_TIME = 1_000
@@ -61,7 +69,8 @@ class Split(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """The split to train on, and the one that is held out; None where the training split gives up some rows."""
+    """The split to train on, and the one that is held out; None
+    where the training split gives up some rows."""
 
     train: Split
     validation: Split | None
@@ -78,11 +87,17 @@ def open_splits(settings: DataSettings) -> Splits:
     train = _split_of(splits, settings.dataset_split, name, "dataset_split")
     if settings.validation_dataset_name is None:
         if wanted is None:
-            wanted = "validation" if "validation" in splits and settings.dataset_split != "validation" else None
-        return Splits(train, None if wanted is None else _split_of(splits, wanted, name, "validation_dataset_split"))
+            wanted = (
+                "validation" if "validation" in splits and settings.dataset_split != "validation" else None
+            )
+        return Splits(
+            train, None if wanted is None else _split_of(splits, wanted, name, "validation_dataset_split")
+        )
     return Splits(
         train,
-        open_split(settings.validation_dataset_name, wanted, "validation_dataset_name", "validation_dataset_split"),
+        open_split(
+            settings.validation_dataset_name, wanted, "validation_dataset_name", "validation_dataset_split"
+        ),
     )
 
 
@@ -101,7 +116,9 @@ def open_split(name: str, split: str | None, key: str, split_key: str | None = N
 
 def _split_of(splits: Mapping[str, Split], split: str, source: str, key: str) -> Split:
     if split not in splits:
-        raise InputError(f"key '{key}': {source!r} has no split {split!r} (it has {listed(splits)}); name one of these")
+        raise InputError(
+            f"key '{key}': {source!r} has no split {split!r} (it has {listed(splits)}); name one of these"
+        )
     return splits[split]
 
 
@@ -124,7 +141,8 @@ def open_source(name: str, subset: str | None, key: str = "dataset_name") -> dic
     if path.is_file():
         if kind_of(path) is None:
             raise InputError(
-                f"key '{key}': {name!r} must be a file ending in {readable_suffixes()}, or a folder; convert it"
+                f"key '{key}': {name!r} must be a file ending in {readable_suffixes()}, or a folder; "
+                "convert it"
             )
         return _files_by_split(name, path.parent, [path])
     if path.is_dir():
@@ -137,7 +155,9 @@ def open_source(name: str, subset: str | None, key: str = "dataset_name") -> dic
     readable = [one for one in found if kind_of(one)]
     if not readable:
         what = f"only {listed(one.name for one in found[:3])}" if found else "no file"
-        raise InputError(f"key '{key}': {name!r} matches {what}; give a glob of files ending in {readable_suffixes()}")
+        raise InputError(
+            f"key '{key}': {name!r} matches {what}; give a glob of files ending in {readable_suffixes()}"
+        )
     fixed = Path(*[part for part in path.parts if not has_magic(part)])
     return _files_by_split(name, fixed, readable)
 
@@ -160,24 +180,28 @@ def _files_in(name: str, folder: Path, key: str) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and kind_of(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        if path.is_file()
+        and kind_of(path)
+        and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     ]
     if not files:
         raise InputError(
-            f"key '{key}': the folder {name!r} holds no data: neither files ending in {readable_suffixes()}, nor "
+            f"key '{key}': the folder {name!r} holds no data: neither files ending in "
+            f"{readable_suffixes()}, nor "
             "what save_to_disk writes (state.json or dataset_dict.json); name a folder that does"
         )
     return files
 
 
 def _files_by_split(name: str, folder: Path, files: Sequence[Path]) -> dict[str, Split]:
-    """Files by the split that their names tell. A file that tells none, or the only split, is for training."""
+    """Files by the split that their names tell. A file that
+    tells none, or the only split, is for training."""
     by_split: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^A-Za-z]+", str(file.relative_to(folder)).lower())
-        by_split.setdefault(next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []).append(
-            file
-        )
+        by_split.setdefault(
+            next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train"), []
+        ).append(file)
     if len(by_split) == 1:
         by_split = {"train": list(files)}
     return {split: _split_of_files(f"{name} ({split})", parts) for split, parts in by_split.items()}
@@ -189,7 +213,9 @@ def _split_of_files(name: str, files: Sequence[Path]) -> Split:
             yield from rows_of_file(file, columns, optional)
 
     states = [(str(file.resolve()), file.stat()) for file in files]
-    return Split(name, rows, "\n".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states))
+    return Split(
+        name, rows, "\n".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)
+    )
 
 
 def _is_in_a_folder(path: Path) -> bool:
@@ -199,7 +225,9 @@ def _is_in_a_folder(path: Path) -> bool:
 def _load_folder(path: Path, key: str) -> Mapping[Any, Any]:
     import datasets
 
-    with _loading_errors_named(f"key '{key}': cannot load the folder '{path}'", "write it again with save_to_disk"):
+    with _loading_errors_named(
+        f"key '{key}': cannot load the folder '{path}'", "write it again with save_to_disk"
+    ):
         loaded = datasets.load_from_disk(str(path))
     return loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
 
@@ -224,7 +252,9 @@ def _loading_errors_named(place: str, remedy: str) -> Iterator[None]:
 
 
 def _datasets_by_split(name: str, datasets: Mapping[Any, Any]) -> dict[str, Split]:
-    return {str(split): _split_of_dataset(f"{name} ({split})", dataset) for split, dataset in datasets.items()}
+    return {
+        str(split): _split_of_dataset(f"{name} ({split})", dataset) for split, dataset in datasets.items()
+    }
 
 
 def _split_of_dataset(name: str, dataset: Any) -> Split:
@@ -236,7 +266,9 @@ def _split_of_dataset(name: str, dataset: Any) -> Split:
     def rows(columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Row]:
         found = dataset.column_names
         check_columns(name, found, columns, optional)
-        taken = dataset if columns is None else dataset.select_columns([one for one in columns if one in found])
+        taken = (
+            dataset if columns is None else dataset.select_columns([one for one in columns if one in found])
+        )
         number = 0
         for batch in taken.iter(READ_AT_A_TIME):
             for values in zip(*batch.values(), strict=True):

@@ -1,4 +1,5 @@
-"""From the columns of a row to its text: prompt and completion by `prompt_template` and `completion_template`."""
+"""From the columns of a row to its text: prompt and completion
+by `prompt_template` and `completion_template`."""
 
 import re
 import string
@@ -11,15 +12,17 @@ from chorus.config.data import DataSettings
 from chorus.data.files import listed
 from chorus.errors import InputError
 
-NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, or half of a surrogate pair: no tokenizer can encode the latter
+NOT_TEXT = re.compile(
+    "[\0\ud800-\udfff]"
+)  # NUL, or half of a surrogate pair: no tokenizer can encode the latter
 
 
 class Problem(NamedTuple):
     """A row as text: what the model is given, and what it shall answer.
 
     Attributes:
-        learnt: (start, stop) of the characters of `prompt + completion + rest` that carry loss; empty for plain text,
-            of which that is the completion and the end token.
+        learnt: (start, stop) of the characters of `prompt + completion + rest` that carry loss; empty for
+            plain text, of which that is the completion and the end token.
         rest: turns after the last one that carries loss.
     """
 
@@ -38,7 +41,8 @@ class BadRow(ValueError):
 
 
 def template_fields(*templates: str) -> list[str]:
-    """The field names of templates such as `Question: {question}`, each once; the configuration holds plain names only.
+    """The field names of templates such as `Question: {question}`, each once; the configuration holds plain
+    names only.
 
     >>> template_fields("{question} {{braces}}", "{answer} to {question}")
     ['question', 'answer']
@@ -118,7 +122,8 @@ class TextForm:
         for column, count in self.absent.items():
             if count == num_rows:
                 raise InputError(
-                    f"{source}: no row has the column {column!r}; correct prompt_template and completion_template"
+                    f"{source}: no row has the column {column!r}; correct prompt_template and "
+                    "completion_template"
                 )
 
 

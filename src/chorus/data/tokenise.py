@@ -1,8 +1,8 @@
 """From the text of rows to token ids and what of them is learnt, and the tokens that are asked of a model.
 
-Prompt and completion are tokenised as one text, and a token is learnt where it begins in what is to be learnt. So a
-token that begins in the prompt and reaches into the completion carries no loss: at generation time the prompt is given
-without what follows. Such characters are counted, see `Tokenised.merged`.
+Prompt and completion are tokenised as one text, and a token is learnt where it begins in what is to be
+learnt. So a token that begins in the prompt and reaches into the completion carries no loss: at generation
+time the prompt is given without what follows. Such characters are counted, see `Tokenised.merged`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,11 @@ from chorus.data.chat import ChatForm
 from chorus.data.templates import BadRow, Problem
 from chorus.errors import InputError
 
-NOT_LEARNT, LEARNT, MERGED = 0, 1, 2  # marks of a token; MERGED begins before what is to be learnt, and reaches into it
+NOT_LEARNT, LEARNT, MERGED = (
+    0,
+    1,
+    2,
+)  # marks of a token; MERGED begins before what is to be learnt, and reaches into it
 END_PROBE = "7"  # an answer that no template writes by itself
 
 
@@ -27,7 +31,8 @@ class Tokenised(NamedTuple):
         ids: token ids.
         marks: of each token NOT_LEARNT, LEARNT or MERGED.
         merged: characters to be learnt that carry no loss, because their token begins before them.
-        answer: how many tokens it takes until the first is learnt that stands for text; 0 where there is none.
+        answer: how many tokens it takes until the first is learnt that stands for text; 0 where there is
+        none.
     """
 
     ids: list[int]
@@ -40,7 +45,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InputError for a tokenizer without character offsets or end token."""
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         lacks = "an end token" if tokenizer.is_fast else "character offsets (it is not a fast one)"
-        raise InputError(f"key 'model_name': its tokenizer lacks {lacks}; choose a base with a complete tokenizer.json")
+        raise InputError(
+            f"key 'model_name': its tokenizer lacks {lacks}; choose a base with a complete tokenizer.json"
+        )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -52,17 +59,19 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 class Encoder:
     """Tokenises rows for training and prompts for generation, alike in all that they share.
 
-    One beginning token: where both the text and the tokenizer write it, the tokenizer's is left out; where a chat
-    template does not write it and the tokenizer would, it is added. A text that would begin with a learnt token gets
-    the beginning token, or without one the end token, before it: nothing else could predict its first token.
-    One end token: where the tokenizer or the template writes it, none is added.
+    One beginning token: where both the text and the tokenizer write it, the tokenizer's is left out; where a
+    chat template does not write it and the tokenizer would, it is added. A text that would begin with a
+    learnt token gets the beginning token, or without one the end token, before it: nothing else could predict
+    its first token. One end token: where the tokenizer or the template writes it, none is added.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.backend = cast(Tokenizer, tokenizer.backend_tokenizer)
-        if self.backend.truncation is not None or self.backend.padding is not None:  # a tokenizer.json may ask for both
+        if (
+            self.backend.truncation is not None or self.backend.padding is not None
+        ):  # a tokenizer.json may ask for both
             self.backend = Tokenizer.from_str(self.backend.to_str())
             self.backend.no_truncation()
             self.backend.no_padding()
@@ -71,7 +80,9 @@ class Encoder:
         self.special = special_ids(tokenizer)
         self.joined: dict[str, int] = {}
         [probe] = self._encode(["a"], add_special_tokens=True)
-        self.adds_bos = self.bos is not None and probe.ids[:1] == [self.bos] and probe.special_tokens_mask[0] == 1
+        self.adds_bos = (
+            self.bos is not None and probe.ids[:1] == [self.bos] and probe.special_tokens_mask[0] == 1
+        )
 
     def rows(self, problems: Sequence[Problem]) -> Iterator[Tokenised]:
         """The rows for training, in order; all of them plain text, or all of them turns."""
@@ -90,10 +101,14 @@ class Encoder:
             ids, added = self._one_beginning(encoding, bool(problem.learnt))
             if first is not None and added[-1] == 0:  # nothing of the tokenizer's own stands behind the text
                 first -= len(encoding.ids) - len(ids)
-                yield self._tokenised(ids, [NOT_LEARNT] * first + [LEARNT] * (len(ids) - first), added, 0, False)
+                yield self._tokenised(
+                    ids, [NOT_LEARNT] * first + [LEARNT] * (len(ids) - first), added, 0, False
+                )
                 continue
             text = problem.text
-            spans = [(len(self.asked(text[:begin])), stop) for begin, stop in problem.learnt] or [(start, len(text))]
+            spans = [(len(self.asked(text[:begin])), stop) for begin, stop in problem.learnt] or [
+                (start, len(text))
+            ]
             yield self._marked(text, spans, encoding, bool(problem.learnt))
 
     def prompt(self, problem: Problem) -> list[int]:
@@ -109,8 +124,8 @@ class Encoder:
     def asked(self, prompt: str) -> str:
         """The prompt without the spaces at its end that the tokenizer joins to a following word.
 
-        They are the completion's: kept in the prompt they would take the completion's first word out of the loss, and
-        a model would be asked after a token that training never showed in that place.
+        They are the completion's: kept in the prompt they would take the completion's first word out of the
+        loss, and a model would be asked after a token that training never showed in that place.
         """
         bare = prompt.rstrip()
         spaces = prompt[len(bare) :]
@@ -123,7 +138,9 @@ class Encoder:
     def _joined(self, spaces: str) -> int:
         """How many of these characters, from the end, are tokenised together with a letter that follows."""
         tries = ["x" + spaces[: len(spaces) - count] for count in range(len(spaces) + 1)]
-        whole, *own = (one.ids for one in self._encode(["x" + spaces + "a", *tries], add_special_tokens=False))
+        whole, *own = (
+            one.ids for one in self._encode(["x" + spaces + "a", *tries], add_special_tokens=False)
+        )
         return next((count for count, ids in enumerate(own) if whole[: len(ids)] == ids), 0)
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
@@ -140,7 +157,9 @@ class Encoder:
                 return [self.bos, *ids], [1, *added]
         return ids, added
 
-    def _marked(self, text: str, spans: Sequence[tuple[int, int]], encoding: Encoding, is_chat: bool) -> Tokenised:
+    def _marked(
+        self, text: str, spans: Sequence[tuple[int, int]], encoding: Encoding, is_chat: bool
+    ) -> Tokenised:
         ids, added = self._one_beginning(encoding, is_chat)
         starts, ends = _places(encoding.offsets, text)
         shift = len(ids) - len(starts)  # by what was added or left out in front
@@ -149,7 +168,9 @@ class Encoder:
         own = ~np.array(added, dtype=bool)
         marks, merged = np.zeros(len(ids), dtype=np.int8), 0
         for start, stop in spans:
-            last = len(text) + 1 if stop == len(text) else stop  # a token of no width may stand at the very end
+            last = (
+                len(text) + 1 if stop == len(text) else stop
+            )  # a token of no width may stand at the very end
             marks[own & (starts >= start) & (starts < last)] = LEARNT
             for place in np.flatnonzero(own & (starts < start) & (ends > start)):
                 if text[starts[place] : start].isspace():
@@ -159,17 +180,24 @@ class Encoder:
                     merged += int(min(ends[place], stop)) - start
         return self._tokenised(ids, marks.tolist(), added, merged, is_chat)
 
-    def _tokenised(self, ids: list[int], marks: list[int], added: list[int], merged: int, is_chat: bool) -> Tokenised:
+    def _tokenised(
+        self, ids: list[int], marks: list[int], added: list[int], merged: int, is_chat: bool
+    ) -> Tokenised:
         """With one end, and with a token before a first one that is learnt."""
         texts = zip(ids, marks, strict=True)
-        answer = next((n for n, (one, mark) in enumerate(texts, 1) if mark == LEARNT and one not in self.special), 0)
+        answer = next(
+            (n for n, (one, mark) in enumerate(texts, 1) if mark == LEARNT and one not in self.special), 0
+        )
         ids, marks = self._ended(ids, marks, added, is_chat)
         if marks[0] == LEARNT:
             ids, marks, answer = [self.beginning, *ids], [NOT_LEARNT, *marks], answer and answer + 1
         return Tokenised(ids, marks, merged, answer)
 
-    def _ended(self, ids: list[int], marks: list[int], added: list[int], is_chat: bool) -> tuple[list[int], list[int]]:
-        """With one end token, which is learnt. Of turns, only where no token of the template's closes the last one."""
+    def _ended(
+        self, ids: list[int], marks: list[int], added: list[int], is_chat: bool
+    ) -> tuple[list[int], list[int]]:
+        """With one end token, which is learnt. Of turns, only where
+        no token of the template's closes the last one."""
         if is_chat:
             last = len(marks) - marks[::-1].index(LEARNT) if LEARNT in marks else 0
             is_closed = any(ids[place] in self.special for place in range(max(last - 2, 0), last))
@@ -184,8 +212,8 @@ class Encoder:
 def _places(offsets: Sequence[tuple[int, int]], text: str) -> tuple[np.ndarray, np.ndarray]:
     """Where each token begins and ends in the text.
 
-    Some tokenizers trim white space from a token's offsets, so that a line break may seem to have no width: a token
-    begins where the one before it ends, if only white space lies between.
+    Some tokenizers trim white space from a token's offsets, so that a line break may seem to have no width: a
+    token begins where the one before it ends, if only white space lies between.
     """
     places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = places[:, 0].copy(), places[:, 1]
@@ -197,7 +225,8 @@ def _places(offsets: Sequence[tuple[int, int]], text: str) -> tuple[np.ndarray, 
 
 
 def _token_at(encoding: Encoding, char: int) -> int | None:
-    """The token that begins at a character, if what is before it ends there; None where that takes a closer look.
+    """The token that begins at a character, if what is before it ends there; None where that takes a closer
+    look.
 
     For most rows this is all there is to know, at a third of the time that all offsets take.
     """

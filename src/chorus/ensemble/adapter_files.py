@@ -1,7 +1,8 @@
 """Stock PEFT LoRA folders: what is read of them, and what is refused.
 
-PEFT's own loader is silent about missing, renamed, partial or non-finite tensors, and a model with such an adapter
-answers as the base does. Here every tensor that the folder's configuration announces must be there, and no other.
+PEFT's own loader is silent about missing, renamed, partial or non-finite tensors, and a model with such an
+adapter answers as the base does. Here every tensor that the folder's configuration announces must be there,
+and no other.
 """
 
 import dataclasses
@@ -25,14 +26,34 @@ from transformers.pytorch_utils import Conv1D
 from chorus.errors import InputError
 from chorus.model.targets import LINEAR
 
-CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
-# Fields of PEFT's LoraConfig that this module applies, or that change nothing once training is over. A folder that
-# sets any other is refused: what it asks for would silently be left out.
-APPLIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "peft_type"}
+# Fields of PEFT's LoraConfig that this module applies, or that change nothing once training is over. A folder
+# that sets any other is refused: what it asks for would silently be left out.
+APPLIED = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "peft_type",
+}
 APPLIED |= {"fan_in_fan_out", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-HARMLESS = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "eva_config"}
+HARMLESS = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "eva_config",
+}
 HARMLESS |= {"init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
 # Starts of training that change the base's own weights, so that the stock base is another model.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -74,11 +95,14 @@ def read_config(folder: Path) -> LoraConfig:
     for name, value in entries.items():
         is_off = value == defaults.get(name) or value in (None, False, [], {})
         if name not in APPLIED | HARMLESS and not is_off:
-            raise InputError(f"{file}: {name} is {value!r}, which Chorus does not support; merge or retrain without it")
+            raise InputError(
+                f"{file}: {name} is {value!r}, which Chorus does not support; merge or retrain without it"
+            )
     start = entries.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
         raise InputError(
-            f"{file}: init_lora_weights is {start!r}, which changes the base's weights; convert it to a plain LoRA "
+            f"{file}: init_lora_weights is {start!r}, which changes the base's weights; convert it to a "
+            "plain LoRA "
             "adapter with PEFT first"
         )
     known = {name: value for name, value in entries.items() if name in APPLIED}
@@ -93,18 +117,25 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
     """The adapter of a folder, checked against the base's modules, which need no weights.
 
     Raises:
-        InputError: a tensor is missing, unknown, of another shape or not finite, or the file is no safetensors file.
+        InputError: a tensor is missing, unknown, of another shape or not finite, or the file is no
+        safetensors file.
     """
     config, file = read_config(folder), folder / ADAPTER_FILE
     if not file.is_file():
-        pickled = f" ({PICKLED_FILE} is a pickle and is not loaded)" if (folder / PICKLED_FILE).exists() else ""
+        pickled = (
+            f" ({PICKLED_FILE} is a pickle and is not loaded)" if (folder / PICKLED_FILE).exists() else ""
+        )
         raise InputError(f"{folder}: holds no {ADAPTER_FILE}{pickled}; save the adapter as safetensors")
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read ({str(error).splitlines()[0]}); copy or export it again") from error
+        raise InputError(
+            f"{file}: cannot be read ({str(error).splitlines()[0]}); copy or export it again"
+        ) from error
     pairs = _pairs(file, tensors)
-    linears = {name: _sizes(module) for name, module in skeleton.named_modules() if isinstance(module, LINEAR)}
+    linears = {
+        name: _sizes(module) for name, module in skeleton.named_modules() if isinstance(module, LINEAR)
+    }
     targets = _targets(config, skeleton, linears)
     _refuse_other_layers(file, set(pairs), targets, linears)
     matrices, scaling = {}, {}
@@ -136,14 +167,18 @@ def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise InputError(f"{file}: tensor {key} is no lora_A or lora_B of a linear layer; export the adapter again")
+            raise InputError(
+                f"{file}: tensor {key} is no lora_A or lora_B of a linear layer; export the adapter again"
+            )
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
         raise InputError(f"{file}: holds no tensor; export the adapter again")
     return pairs
 
 
-def _targets(config: LoraConfig, skeleton: PreTrainedModel, linears: Mapping[str, tuple[int, int]]) -> set[str]:
+def _targets(
+    config: LoraConfig, skeleton: PreTrainedModel, linears: Mapping[str, tuple[int, int]]
+) -> set[str]:
     """Names of the linear layers that the configuration puts an adapter on."""
     expanded = _maybe_include_all_linear_layers(config, skeleton)
     return {name for name in linears if check_target_module_exists(expanded, name)}
@@ -154,23 +189,32 @@ def _refuse_other_layers(
 ) -> None:
     unknown = sorted(found - linears.keys())
     if unknown:
-        raise InputError(f"{file}: the base has no linear layer {unknown[0]}; name the base that it was trained on")
+        raise InputError(
+            f"{file}: the base has no linear layer {unknown[0]}; name the base that it was trained on"
+        )
     missing, extra = sorted(targets - found), sorted(found - targets)
     if missing:
         raise InputError(
-            f"{file}: {len(missing)} of {len(targets)} layers that {CONFIG_FILE} targets have no tensor, such as "
+            f"{file}: {len(missing)} of {len(targets)} layers that {CONFIG_FILE} targets have no tensor, "
+            "such as "
             f"{missing[0]}; export the adapter again"
         )
     if extra:
-        raise InputError(f"{file}: {extra[0]} is not among the target_modules of {CONFIG_FILE}; export it again")
+        raise InputError(
+            f"{file}: {extra[0]} is not among the target_modules of {CONFIG_FILE}; export it again"
+        )
 
 
 def _check_tensor(file: Path, name: str, tensor: Tensor | None, shape: tuple[int, int]) -> None:
     if tensor is None:
         raise InputError(f"{file}: {name} is missing; export the adapter again")
     if tuple(tensor.shape) != shape:
-        raise InputError(f"{file}: {name} has shape {tuple(tensor.shape)} instead of {shape}; is it of another base?")
+        raise InputError(
+            f"{file}: {name} has shape {tuple(tensor.shape)} instead of {shape}; is it of another base?"
+        )
     if not tensor.is_floating_point():
-        raise InputError(f"{file}: {name} is {tensor.dtype}, not a floating-point type; export the adapter again")
+        raise InputError(
+            f"{file}: {name} is {tensor.dtype}, not a floating-point type; export the adapter again"
+        )
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(f"{file}: {name} is not finite (NaN or Inf); take an earlier checkpoint")

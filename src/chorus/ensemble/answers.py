@@ -1,4 +1,5 @@
-"""Whether an answer is right, told from its text. What is written and what is expected are read in the same way."""
+"""Whether an answer is right, told from its text. What is
+written and what is expected are read in the same way."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -12,7 +13,8 @@ ANSWER_MARK = "####"  # GSM8K's: what stands behind it is the result
 
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) -> str:
-    """The text of an answer, written or expected: up to the first token that ends one, without special tokens."""
+    """The text of an answer, written or expected: up to the
+    first token that ends one, without special tokens."""
     end = next((place for place, token in enumerate(ids) if token in end_ids), len(ids))
     return cast(str, tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
 
@@ -27,7 +29,8 @@ def is_exact(text: str, reference: str) -> bool:
 
 
 def final_answer(text: str, marked: bool) -> str | None:
-    """What stands behind the last `####`, without commas and dollar signs (None without one); or the whole text."""
+    """What stands behind the last `####`, without commas and
+    dollar signs (None without one); or the whole text."""
     if not marked:
         return " ".join(text.split())
     _, mark, result = text.rpartition(ANSWER_MARK)
@@ -36,13 +39,17 @@ def final_answer(text: str, marked: bool) -> str | None:
     return result.strip().splitlines()[0].strip(" .$").replace(",", "") if result.strip() else ""
 
 
-def warn_of_long_references(references: Sequence[Sequence[int]], end_ids: Collection[int], max_new_tokens: int) -> int:
-    """Count, and say, how many references no answer of `max_new_tokens` can match, because they have more tokens."""
+def warn_of_long_references(
+    references: Sequence[Sequence[int]], end_ids: Collection[int], max_new_tokens: int
+) -> int:
+    """Count, and say, how many references no answer of
+    `max_new_tokens` can match, because they have more tokens."""
     lengths = [next((n for n, token in enumerate(ids) if token in end_ids), len(ids)) for ids in references]
     count = sum(length > max_new_tokens for length in lengths)
     if count:
         logger.warning(
-            "%d of %d held-out answers are longer than max_new_tokens_eval %d tokens, and so count as wrong whatever "
+            "%d of %d held-out answers are longer than max_new_tokens_eval %d tokens, and so count as "
+            "wrong whatever "
             "is written; the longest has %d",
             *(count, len(lengths), max_new_tokens, max(lengths)),
         )

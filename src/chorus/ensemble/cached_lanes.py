@@ -1,9 +1,9 @@
 """The KV caches of texts that are being decoded.
 
-Prompts are read once per member; what was read is then shared among the rows of all answerers that the member is of.
-The caches are transformers' own. Where every layer is full or sliding attention they are static, so that a step has
-fixed shapes and can be captured; a sliding layer then keeps all keys, and the mask hides those outside of its window.
-Architectures with other layers (recurrent, hybrid) get a dynamic cache.
+Prompts are read once per member; what was read is then shared among the rows of all answerers that the member
+is of. The caches are transformers' own. Where every layer is full or sliding attention they are static, so
+that a step has fixed shapes and can be captured; a sliding layer then keeps all keys, and the mask hides
+those outside of its window. Architectures with other layers (recurrent, hybrid) get a dynamic cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,9 @@ from chorus.ensemble.lanes import Lane, Member, lanes_of
 from chorus.model.agents import Agents
 from chorus.model.kernels.grouped_attention import attention_over_caches
 
-PREFILL_TOKENS = 32_768  # of one pass over prompts: 8 rows of 4,096; eager attention's scores grow with their square
+PREFILL_TOKENS = (
+    32_768  # of one pass over prompts: 8 rows of 4,096; eager attention's scores grow with their square
+)
 
 
 @dataclass
@@ -50,7 +52,8 @@ class CachedLanes:
     Attributes:
         column: columns of the caches that are filled; whoever takes a step counts it.
         is_static: every step has the same shapes.
-        order_R: the place of each row among those of the lanes one after the other; None where they lie in order.
+        order_R: the place of each row among those of the lanes one after the other; None where they lie in
+        order.
         step_1: steps taken since the masks were made; on the device, so that a captured step finds its own.
     """
 
@@ -87,7 +90,9 @@ class CachedLanes:
         outputs = []
         for state in self.states:
             token_L1 = (token_R if state.row_L is None else token_R[state.row_L])[:, None]
-            masks = _taken(state.masks, self.step_1) if self.is_static else state.seen_LC[:, : self.column + 1]
+            masks = (
+                _taken(state.masks, self.step_1) if self.is_static else state.seen_LC[:, : self.column + 1]
+            )
             with state.lane.trunk(len(token_L1)) as trunk:
                 hidden_L1D = trunk(
                     input_ids=token_L1,
@@ -103,7 +108,8 @@ class CachedLanes:
         return logits_RV if self.order_R is None else logits_RV[self.order_R]
 
     def reseat(self, members_G: Sequence[Member], block: int, source_R: Sequence[int]) -> None:
-        """Make the batch anew: each row continues the text of the row `source_R` before, of the same member."""
+        """Make the batch anew: each row continues the text of
+        the row `source_R` before, of the same member."""
         place_of = {row: place for state in self.states for place, row in enumerate(_rows_of(state))}
         was = {state.lane.name: state for state in self.states}
         states = []
@@ -142,7 +148,9 @@ def prefill(
     T = max(map(len, prompts))
     # Padding on the left, so that the next token of every row stands in the same column.
     ids_PT = torch.tensor([[pad_id] * (T - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    real_PT = torch.tensor([[False] * (T - len(prompt)) + [True] * len(prompt) for prompt in prompts], device=device)
+    real_PT = torch.tensor(
+        [[False] * (T - len(prompt)) + [True] * len(prompt) for prompt in prompts], device=device
+    )
     members = list(dict.fromkeys(members_G))
     states, logits = [], []
     for reader, lane in zip(lanes_of(agents, members), lanes_of(agents, members_G), strict=True):
@@ -163,7 +171,8 @@ def prefill(
 
 
 def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
-    """A cache of `length` columns; None for an architecture with other layers than full and sliding attention."""
+    """A cache of `length` columns; None for an architecture
+    with other layers than full and sliding attention."""
     try:
         cache = StaticCache(config=model.config, max_cache_len=length)
     except KeyError:  # a kind of layer that transformers has no static cache for
@@ -174,7 +183,9 @@ def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
     return cache
 
 
-def _read(reader: Lane, ids_PT: Tensor, real_PT: Tensor, index_L: Tensor, length: int) -> tuple[Cache, Tensor]:
+def _read(
+    reader: Lane, ids_PT: Tensor, real_PT: Tensor, index_L: Tensor, length: int
+) -> tuple[Cache, Tensor]:
     """The cache of rows `index_L` among N = members x prompts, and the head's output at the prompts' ends."""
     P, T = ids_PT.shape
     M = len(reader.groups)
@@ -214,11 +225,14 @@ def _copy_rows(read: Cache, into: StaticCache, index_L: Tensor, P: int, prompts:
     member_L, prompt_L = index_L // P, index_L % P
     (to_L,) = torch.where((prompt_L >= prompts.start) & (prompt_L < prompts.stop))
     from_L = member_L[to_L] * (prompts.stop - prompts.start) + prompt_L[to_L] - prompts.start
-    layers: Any = zip(read.layers, into.layers, strict=True)  # one class a kind; all have keys and values here
+    layers: Any = zip(
+        read.layers, into.layers, strict=True
+    )  # one class a kind; all have keys and values here
     for old, new in layers:
         if not new.is_initialized:
             keys, values = (
-                kind.new_empty(len(index_L), kind.shape[1], 0, kind.shape[3]) for kind in (old.keys, old.values)
+                kind.new_empty(len(index_L), kind.shape[1], 0, kind.shape[3])
+                for kind in (old.keys, old.values)
             )
             new.lazy_initialization(keys, values)
             new.cumulative_length.fill_(old.keys.shape[2])
@@ -226,7 +240,9 @@ def _copy_rows(read: Cache, into: StaticCache, index_L: Tensor, P: int, prompts:
         new.values[to_L, :, : old.keys.shape[2]] = old.values[from_L]
 
 
-def _state(lane: Lane, block: int, cache: Cache, seen_LC: Tensor, position_L1: Tensor, num_groups: int) -> _LaneState:
+def _state(
+    lane: Lane, block: int, cache: Cache, seen_LC: Tensor, position_L1: Tensor, num_groups: int
+) -> _LaneState:
     row_L = None
     if len(lane.groups) < num_groups:
         row_L = torch.tensor(_rows(lane, block), device=seen_LC.device)

@@ -1,8 +1,8 @@
 """Answers of many answerers in one batched pass: the base, every agent, and mixtures of them.
 
-All of them decode together, so that the base's weights are read once a token for everybody. A mixture writes one text,
-which each of its members reads: a member answers at most twice as many rows when a mixture is asked, too. Prompts are
-sorted by length and taken in waves; texts that have ended leave the batch.
+All of them decode together, so that the base's weights are read once a token for everybody. A mixture writes
+one text, which each of its members reads: a member answers at most twice as many rows when a mixture is
+asked, too. Prompts are sorted by length and taken in waves; texts that have ended leave the batch.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,8 +24,8 @@ class Answer:
     Attributes:
         token_ids: what was written, without the end token.
         ended: by the end token, by a stop string, or by the limit of tokens.
-        log_probs: of every token that was chosen, under the answerer's distribution before any sampling temperature;
-            an end token is one more than `token_ids` has.
+        log_probs: of every token that was chosen, under the answerer's distribution before any sampling
+            temperature; an end token is one more than `token_ids` has.
         entropies: of these distributions, nats: the total uncertainty.
         mutual_informations: nats, the part of it that is the members' disagreement; 0 for a single member.
         member_log_probs: of the chosen tokens under each member, T lists of K.
@@ -139,7 +139,9 @@ def generate(
     for start in range(0, len(prompts) if max_new_tokens > 0 else 0, size):
         wave = by_length[start : start + size]
         own = [[row[index] for index in wave] for row in answers]
-        draws = [[uniforms(seed, answerer.name, index, max_new_tokens) for index in wave] for answerer in answerers]
+        draws = [
+            [uniforms(seed, answerer.name, index, max_new_tokens) for index in wave] for answerer in answerers
+        ]
         own_prompts = [prompts[index] for index in wave]
         # Given away: while a wave is read, the caches of the one before it must be gone.
         _finish(DecodingBatch.of(agents, rule, own_prompts, max_new_tokens, draws, captured), own, ending)

@@ -63,13 +63,17 @@ class DecodingBatch:
         prompt_X = [prompt or 0 for row in seating.prompts_A for prompt in row]
         text_R = seating.text_of_row()
         prompt_R = [prompt_X[text] for text in text_R]
-        lanes, logits_RV = prefill(agents, seating.members_G, seating.block, prompt_R, prompts, room, pad_id=0)
+        lanes, logits_RV = prefill(
+            agents, seating.members_G, seating.block, prompt_R, prompts, room, pad_id=0
+        )
         uniform_XN = None
         if rule.temperature > 0:
             rows = zip(seating.prompts_A, draws, strict=True)
             drawn = [own[prompt or 0] for row, own in rows for prompt in row]
             # The last steps may reach beyond the limit of tokens; what they draw is thrown away.
-            uniform_XN = torch.nn.functional.pad(torch.stack(drawn), (0, room + 1 - max_new_tokens)).to(device)
+            uniform_XN = torch.nn.functional.pad(torch.stack(drawn), (0, room + 1 - max_new_tokens)).to(
+                device
+            )
         choice = rule.choose(logits_RV, seating.texts_A, None if uniform_XN is None else uniform_XN[:, 0])
         drawn_1 = torch.ones(1, dtype=torch.int64, device=device)
         first = Choice(*(figure[:, None] for figure in choice))
@@ -84,11 +88,14 @@ class DecodingBatch:
         return Choice(*(figure[:, : self.taken].cpu() for figure in self.out))
 
     def leave(self, live_A: Sequence[Sequence[int]]) -> None:
-        """Let texts that have ended leave the batch, once that makes it enough smaller: only these prompts go on."""
+        """Let texts that have ended leave the batch, once that
+        makes it enough smaller: only these prompts go on."""
         seating = seat(self.seating.answerers, live_A)
         if len(seating.text_of_row()) > SHRINK * len(self.text_R):
             prompts_A = zip(self.seating.prompts_A, live_A, strict=True)
-            kept = (tuple(p if p in live else None for p in prompts) for prompts, live in map(_as_sets, prompts_A))
+            kept = (
+                tuple(p if p in live else None for p in prompts) for prompts, live in map(_as_sets, prompts_A)
+            )
             self.seating = Seating(self.seating.answerers, self.seating.block, tuple(kept))
             return
         device = self.token_X.device
@@ -115,7 +122,8 @@ class DecodingBatch:
         self.taken = self.steps
 
     def _step(self) -> None:
-        """One token for every text: read the last one, choose the next. In place, so that it can be captured."""
+        """One token for every text: read the last one, choose the
+        next. In place, so that it can be captured."""
         place_1 = self.lanes.step_1.clone()
         logits_RV = self.lanes.step(self.token_X[self.text_R])
         uniform_X = None if self.uniform_XN is None else self.uniform_XN.index_select(1, self.drawn_1)[:, 0]
@@ -137,7 +145,9 @@ class DecodingBatch:
         X, R = len(self.token_X), len(self.text_R)
         figure_X = torch.empty(X, self.steps, device=self.token_X.device)
         token_X = torch.empty_like(figure_X, dtype=torch.int64)
-        return Choice(token_X, figure_X, figure_X.clone(), figure_X.clone(), figure_X.new_empty(R, self.steps))
+        return Choice(
+            token_X, figure_X, figure_X.clone(), figure_X.clone(), figure_X.new_empty(R, self.steps)
+        )
 
 
 def _as_sets(pair: tuple[Sequence[int | None], Sequence[int]]) -> tuple[Sequence[int | None], set[int]]:

@@ -1,7 +1,7 @@
 """The members' predictive distributions: of every token of given answers, or over the choices of a question.
 
-Logits of all tokens never exist at once. What is kept are hidden states, from which a chunk's are made when it is
-looked at; a fit that looks several times pays for the head alone.
+Logits of all tokens never exist at once. What is kept are hidden states, from which a chunk's are made when
+it is looked at; a fit that looks several times pays for the head alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,8 @@ Chunks = Callable[[], Iterator[Chunk]]  # each call goes through all of them onc
 
 
 class TokenStates(NamedTuple):
-    """hidden_MND after the final norm, before each of N target tokens, for M members; see `Chunk` for the others."""
+    """hidden_MND after the final norm, before each of N target
+    tokens, for M members; see `Chunk` for the others."""
 
     hidden_MND: Tensor
     target_N: Tensor
@@ -55,7 +56,9 @@ class TokenStates(NamedTuple):
 
 
 @torch.no_grad()
-def token_states(agents: Agents, members: Sequence[Member], samples: Sequence[Sample]) -> Iterator[TokenStates]:
+def token_states(
+    agents: Agents, members: Sequence[Member], samples: Sequence[Sample]
+) -> Iterator[TokenStates]:
     """Pass by pass, the states before the target tokens of all samples, under every member."""
     lanes = lanes_of(agents, members)
     device = next(agents.parameters()).device
@@ -80,7 +83,8 @@ def choice_chunks(
     choices: Sequence[Sequence[int]],
     targets: Sequence[int],
 ) -> Chunks:
-    """One distribution a question, over the same choices for all: their likelihoods, normalised over the choices."""
+    """One distribution a question, over the same choices for
+    all: their likelihoods, normalised over the choices."""
     questions = [Choices(prompt, choices) for prompt in prompts]
     found = choice_log_probs(agents, members, questions) if questions else []
     if not found:

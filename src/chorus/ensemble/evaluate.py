@@ -1,7 +1,7 @@
 """How well the base, each agent and their mixtures answer held-out problems, and how well they know it.
 
-Held-out rows fall into two shares: one to which weights and temperatures are fitted, and one that is scored. Both are
-kept from training. Every process answers its part of them, and all know the result.
+Held-out rows fall into two shares: one to which weights and temperatures are fitted, and one that is scored.
+Both are kept from training. Every process answers its part of them, and all know the result.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,14 @@ from chorus.ensemble.metrics import Interval
 from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.next_token import Answerer
 from chorus.ensemble.outcomes import Outcome, Outcomes, choice_outcomes, text_outcomes
-from chorus.ensemble.scores import Scores, ensemble_scores, intervals_of, scores_of, uncertainties, uncertainty
+from chorus.ensemble.scores import (
+    Scores,
+    ensemble_scores,
+    intervals_of,
+    scores_of,
+    uncertainties,
+    uncertainty,
+)
 from chorus.model.agents import Agents
 
 UNIFORM, FITTED, CALIBRATED = "uniform", "fitted", "calibrated"
@@ -30,12 +37,13 @@ UNIFORM, FITTED, CALIBRATED = "uniform", "fitted", "calibrated"
 
 @dataclass
 class Evaluation:
-    """The scores of every answerer under `base`, `agent_0`, ..., `uniform` and, with fitted weights, `fitted`; and of
-    each at its own temperature under the same name with `/calibrated` behind it.
+    """The scores of every answerer under `base`, `agent_0`, ..., `uniform` and, with fitted weights,
+    `fitted`; and of each at its own temperature under the same name with `/calibrated` behind it.
 
     Attributes:
         mixture: the weights and the temperature that were fitted; None of the base alone.
-        intervals: 95 % intervals of scores; `differences`: of their differences to those of the chosen mixture.
+        intervals: 95 % intervals of scores; `differences`: of their differences to those of the chosen
+        mixture.
         problems: one object a problem, for JSON.
     """
 
@@ -141,7 +149,10 @@ def evaluate(
                 advance=lambda count: progress(task, count),
             )
 
-        scored, ood = outcomes_of(rows.scored, "scored", True), outcomes_of(rows.ood, "out of distribution", False)
+        scored, ood = (
+            outcomes_of(rows.scored, "scored", True),
+            outcomes_of(rows.ood, "out of distribution", False),
+        )
     names = [name for answerer in answerers for name in (answerer.name, f"{answerer.name}/{CALIBRATED}")]
     of_all = dict(zip(names, _joined(scored), strict=True))
     ood_of_all = dict(zip(names, _joined(ood), strict=True))
@@ -156,7 +167,9 @@ def evaluate(
     against = found.chosen if with_agents else None
     found.intervals = intervals_of(of_all, seed, None, found.is_choice)
     found.differences = intervals_of(of_all, seed, against, found.is_choice) if against else {}
-    found.problems = _problems(prompts, references, of_all, {one.name for one in answerers if len(one.members) > 1})
+    found.problems = _problems(
+        prompts, references, of_all, {one.name for one in answerers if len(one.members) > 1}
+    )
     return found
 
 
@@ -180,12 +193,18 @@ def _calibration_chunks(agents: Agents, members: Sequence[Member], rows: Evaluat
 
 
 def _mixtures(
-    agents: Agents, chunks: Chunks, members: Sequence[Member], settings: EvaluationSettings, alpha: float | None
+    agents: Agents,
+    chunks: Chunks,
+    members: Sequence[Member],
+    settings: EvaluationSettings,
+    alpha: float | None,
 ) -> list[Answerer]:
     own = tuple(agents.agents)
     mixtures = [Answerer(UNIFORM, own, Mixture.uniform(len(own)).weights)]
     if alpha is not None:
-        mixtures.append(Answerer(FITTED, own, fit_weights(chunks, members, alpha, settings.mixture_observations)))
+        mixtures.append(
+            Answerer(FITTED, own, fit_weights(chunks, members, alpha, settings.mixture_observations))
+        )
     return mixtures
 
 
@@ -242,7 +261,9 @@ def _problems(
         {
             "prompt": prompt,
             "reference": reference,
-            "answers": {name: _described(own[n], name.split("/")[0] in mixtures) for name, own in of_all.items()},
+            "answers": {
+                name: _described(own[n], name.split("/")[0] in mixtures) for name, own in of_all.items()
+            },
         }
         for n, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
     ]

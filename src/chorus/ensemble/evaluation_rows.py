@@ -1,4 +1,5 @@
-"""The rows of an evaluation: those to score, those to fit to, and those of another kind, shared between processes."""
+"""The rows of an evaluation: those to score, those to fit to,
+and those of another kind, shared between processes."""
 
 import random
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from chorus.seeding import derive_seed
 
 MOST_CHOICES = 32  # that eval_choices auto takes for a task of labels
 ROWS_OF_A_CHOICE = 5
-HARDER = {"arithmetic_hard": "arithmetic_harder"}  # what ood_dataset_name auto takes beside a built-in data set
+HARDER = {
+    "arithmetic_hard": "arithmetic_harder"
+}  # what ood_dataset_name auto takes beside a built-in data set
 
 
 class EvaluationRows(NamedTuple):
@@ -53,7 +56,9 @@ def read_evaluation_rows(
     if held_out.rows and (name := ood_name(config)) is not None:
         found = read_held_out(config, name, "ood_dataset_name", config.ood_samples, tokenizer, accelerator)
         ood = found.rows
-    return divided(held_out, ood, tokenizer, config, config.seed, accelerator.process_index, accelerator.num_processes)
+    return divided(
+        held_out, ood, tokenizer, config, config.seed, accelerator.process_index, accelerator.num_processes
+    )
 
 
 def ood_name(config: Config) -> str | None:
@@ -84,7 +89,9 @@ def divided(
     return found._replace(choices=choices)
 
 
-def _choices(rows: Sequence[HeldOutRow], settings: EvaluationSettings, found: EvaluationRows) -> list[list[int]]:
+def _choices(
+    rows: Sequence[HeldOutRow], settings: EvaluationSettings, found: EvaluationRows
+) -> list[list[int]]:
     """The different answers of all rows, in a fixed order; empty where answers are to be written."""
     answers = {found.text(row.answer): row.answer for row in rows}
     is_task_of_labels = 2 <= len(answers) <= min(MOST_CHOICES, len(rows) // ROWS_OF_A_CHOICE)

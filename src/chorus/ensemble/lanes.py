@@ -1,8 +1,9 @@
 """Passes of several members together: which rows of a batch are whose.
 
-A member is an agent or, as None, the base without an adapter. A lane is one module tree with the members that pass
-through it: fused and sequential agents share one, in which the rows lie group by group, each group under its own
-adapter, and the base's under an adapter of zeros. Parallel agents have a lane each, and the base one of its own.
+A member is an agent or, as None, the base without an adapter. A lane is one module tree with the members that
+pass through it: fused and sequential agents share one, in which the rows lie group by group, each group under
+its own adapter, and the base's under an adapter of zeros. Parallel agents have a lane each, and the base one
+of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,8 @@ class Lane:
     Attributes:
         name: the lane's member, or all of them.
         groups: indices of the caller's groups, whose rows lie one after the other in this order.
-        context: the adapters that the rows are under, in the base's dtype: one a group, or a single one for all rows.
+        context: the adapters that the rows are under, in the base's dtype: one a group, or a single one for
+        all rows.
     """
 
     agents: Agents
@@ -55,7 +57,9 @@ def lanes_of(agents: Agents, members: Sequence[Member]) -> list[Lane]:
     return [_lane(agents, "all", range(len(members)), members)]
 
 
-def _lane(agents: Agents, name: Member | Literal["all"], groups: Sequence[int], members: Sequence[Member]) -> Lane:
+def _lane(
+    agents: Agents, name: Member | Literal["all"], groups: Sequence[int], members: Sequence[Member]
+) -> Lane:
     first = next((member for member in members if member is not None), None)
     peft_model = agents.peft_model(agents.agents[0] if first is None else first)
     model = causal_lm(peft_model)

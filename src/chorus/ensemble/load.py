@@ -1,4 +1,5 @@
-"""An ensemble from disk: of a run, of a checkpoint, or of PEFT LoRA folders that any tool has made over one base."""
+"""An ensemble from disk: of a run, of a checkpoint, or of PEFT
+LoRA folders that any tool has made over one base."""
 
 import json
 import logging
@@ -79,16 +80,16 @@ def load_ensemble(
     """Load agents and their mixture.
 
     Args:
-        paths: a finished `output_dir`, a checkpoint's folder, a folder of PEFT LoRA folders, or a list of them. The
-            adapters may differ in rank, scaling and target modules.
+        paths: a finished `output_dir`, a checkpoint's folder, a folder of PEFT LoRA folders, or a list of
+            them. The adapters may differ in rank, scaling and target modules.
         device: where base and adapters go.
         dtype: of the base's weights.
         base: a folder or hub id in place of the one that the adapters name, such as its local copy.
         attn_implementation: as the key of that name.
 
     Raises:
-        InputError: no adapters; adapters of different bases, of another base than the one that is there, of an
-            unsupported kind, incomplete or not finite; an agent that equals another or the base.
+        InputError: no adapters; adapters of different bases, of another base than the one that is there, of
+            an unsupported kind, incomplete or not finite; an agent that equals another or the base.
     """
     source = _find([Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths])
     base_name = base or _common_base(source)
@@ -101,7 +102,9 @@ def load_ensemble(
     tokenizer = load_tokenizer(base_name)
     model = load_model(base_name, dtype, torch.device(device), attn_implementation)
     if source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
-        raise InputError(f"{base_name}: its weights or architecture differ from those the agents were trained on")
+        raise InputError(
+            f"{base_name}: its weights or architecture differ from those the agents were trained on"
+        )
     weights = tuple(source.weights or [1 / len(adapters)] * len(adapters))
     agents = _build(model, adapters)
     return Ensemble(agents, tokenizer, names, weights, source.temperature, base_name, source.description)
@@ -112,14 +115,18 @@ def _find(paths: Sequence[Path]) -> _Source:
         raise InputError("no folder is named; name a run's output_dir, a checkpoint or PEFT LoRA folders")
     for path in paths:
         if not path.is_dir():
-            raise InputError(f"{path}: no such folder; name a run's output_dir, a checkpoint or a PEFT LoRA folder")
+            raise InputError(
+                f"{path}: no such folder; name a run's output_dir, a checkpoint or a PEFT LoRA folder"
+            )
     if len(paths) == 1 and (paths[0] / "ensemble.json").is_file():
         return _of_run(paths[0])
     if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
         verify(paths[0])
         saved = read_state_file(paths[0])
         folders = _adapters_in(paths[0] / "agents")
-        return _Source(folders, saved.config.model_name, saved.fingerprints.base, description=saved.model_dump())
+        return _Source(
+            folders, saved.config.model_name, saved.fingerprints.base, description=saved.model_dump()
+        )
     return _Source([folder for path in paths for folder in _adapters_in(path)])
 
 
@@ -130,11 +137,15 @@ def _of_run(run: Path) -> _Source:
         folders = [run / name for name in entries["agents"]]
         base_name = entries["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: cannot be read as the description of an ensemble; name agents/* instead") from error
+        raise InputError(
+            f"{file}: cannot be read as the description of an ensemble; name agents/* instead"
+        ) from error
     mixture = Mixture.from_json(entries, len(folders), str(file))
     for folder in folders:
         if not folder.is_dir():
-            raise InputError(f"{file}: names {folder}, which is not there; restore it, or name agents/* instead")
+            raise InputError(
+                f"{file}: names {folder}, which is not there; restore it, or name agents/* instead"
+            )
     fingerprint = None
     for folder in checkpoints(run)[:1]:
         with suppress(InputError):  # damaged: the agents themselves are elsewhere, and may be whole
@@ -146,10 +157,16 @@ def _adapters_in(path: Path) -> list[Path]:
     """The folder itself, or the adapters' folders in it, in the order of the numbers in their names."""
     if (path / CONFIG_FILE).is_file():
         return [path]
-    folders = [folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file()] if path.is_dir() else []
+    folders = (
+        [folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file()] if path.is_dir() else []
+    )
     if not folders:
-        raise InputError(f"{path}: holds no adapters; name a run's output_dir, a checkpoint or PEFT LoRA folders")
-    return sorted(folders, key=lambda folder: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", folder.name)])
+        raise InputError(
+            f"{path}: holds no adapters; name a run's output_dir, a checkpoint or PEFT LoRA folders"
+        )
+    return sorted(
+        folders, key=lambda folder: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", folder.name)]
+    )
 
 
 def _common_base(source: _Source) -> str:
@@ -181,13 +198,16 @@ def refuse_equal_agents(adapters: Sequence[AdapterFile], names: Sequence[str]) -
     outputs = [_probe(adapter, layers) for adapter in adapters]
     for k, (adapter, output) in enumerate(zip(adapters, outputs, strict=True)):
         if not any(bool(part.any()) for part in output.values()):
-            raise InputError(f"{adapter.folder}: the adapter adds nothing, so it answers as the base; train it first")
+            raise InputError(
+                f"{adapter.folder}: the adapter adds nothing, so it answers as the base; train it first"
+            )
         for other in range(k):
             size = sum(float(part.square().sum()) for part in output.values()) ** 0.5
             apart = sum(_apart(output.get(layer), outputs[other].get(layer)) for layer in layers) ** 0.5
             if apart <= EQUAL * size:
                 raise InputError(
-                    f"{adapter.folder}: is the same agent as {adapters[other].folder} ({names[other]}); name it once"
+                    f"{adapter.folder}: is the same agent as {adapters[other].folder} ({names[other]}); "
+                    "name it once"
                 )
 
 
@@ -234,7 +254,9 @@ def _agents(model: PreTrainedModel, adapters: Sequence[AdapterFile], mode: Mode)
         for path, layer in lora_layers(peft_model).items():
             layer.scaling = dict.fromkeys(layer.scaling, scaling[path.removeprefix(PEFT_PREFIX)])
     if {path.removeprefix(PEFT_PREFIX) for path, _ in agents.layout.shapes} != layers:
-        raise InputError("some layers with an adapter are not reached by text; train on layers of the text model alone")
+        raise InputError(
+            "some layers with an adapter are not reached by text; train on layers of the text model alone"
+        )
     for adapter, adapter_F in zip(adapters, agents.adapters().values(), strict=True):
         own = {key: _padded(adapter, key, size, scaling) for key, size in agents.layout.shapes.items()}
         adapter_F.data.copy_(agents.layout.join(own))
@@ -248,7 +270,8 @@ def _common_scaling(layer: str, adapters: Sequence[AdapterFile]) -> float:
 
 
 def _padded(adapter: AdapterFile, key: Matrix, shape: torch.Size, scaling: Mapping[str, float]) -> Tensor:
-    """fp32 A or B of one layer with zeros up to the common rank; zeros where the adapter has no such layer."""
+    """fp32 A or B of one layer with zeros up to the common
+    rank; zeros where the adapter has no such layer."""
     path, letter = key
     layer = path.removeprefix(PEFT_PREFIX)
     if layer not in adapter.matrices:

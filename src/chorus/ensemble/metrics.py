@@ -1,8 +1,10 @@
-"""Scores of probabilities and of uncertainties. Names in reports are those of torch-uncertainty, where it has them.
+"""Scores of probabilities and of uncertainties. Names in reports are those of torch-uncertainty, where it has
+them.
 
-Everything takes plain tensors of one number a problem (or a token) and gives a float; `nan` where a score is not
-defined, such as error detection without an error. The tests compare them with torchmetrics and scikit-learn; a run does
-not use these, because to import torchmetrics alone takes as long as a fifth of the default run's evaluation.
+Everything takes plain tensors of one number a problem (or a token) and gives a float; `nan` where a score is
+not defined, such as error detection without an error. The tests compare them with torchmetrics and
+scikit-learn; a run does not use these, because to import torchmetrics alone takes as long as a fifth of the
+default run's evaluation.
 """
 
 import math
@@ -23,7 +25,9 @@ def calibration_error(confidence_N: Tensor, is_right_N: Tensor) -> float:
     if not len(confidence_N):
         return math.nan
     bin_N = (confidence_N * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    gap_M = torch.zeros(NUM_BINS, dtype=torch.float64).index_add_(0, bin_N, confidence_N.double() - is_right_N.double())
+    gap_M = torch.zeros(NUM_BINS, dtype=torch.float64).index_add_(
+        0, bin_N, confidence_N.double() - is_right_N.double()
+    )
     return float(gap_M.abs().sum()) / len(confidence_N)
 
 
@@ -40,13 +44,16 @@ def adaptive_calibration_error(confidence_N: Tensor, is_right_N: Tensor) -> floa
 
 
 def auroc(score_N: Tensor, is_positive_N: Tensor) -> float:
-    """The probability that a positive has a higher score than a negative; ties count half (Hanley and McNeil 1982)."""
+    """The probability that a positive has a higher score than a
+    negative; ties count half (Hanley and McNeil 1982)."""
     num_positive = int(is_positive_N.sum())
     num_negative = len(is_positive_N) - num_positive
     if not num_positive or not num_negative:
         return math.nan
     _, tie_N, count_M = score_N.unique(return_inverse=True, return_counts=True)
-    rank_M = count_M.cumsum(0).double() - (count_M.double() - 1) / 2  # from 1, the mean of those that are tied
+    rank_M = (
+        count_M.cumsum(0).double() - (count_M.double() - 1) / 2
+    )  # from 1, the mean of those that are tied
     of_positives = float(rank_M[tie_N][is_positive_N].sum())
     return (of_positives - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
@@ -67,7 +74,9 @@ def risk_at_coverage(uncertainty_N: Tensor, is_wrong_N: Tensor) -> Tensor:
     """
     order_N = uncertainty_N.argsort(stable=True)
     _, tie_N = uncertainty_N[order_N].unique_consecutive(return_inverse=True)
-    errors_M = torch.zeros(int(tie_N[-1]) + 1, dtype=torch.float64).index_add_(0, tie_N, is_wrong_N[order_N].double())
+    errors_M = torch.zeros(int(tie_N[-1]) + 1, dtype=torch.float64).index_add_(
+        0, tie_N, is_wrong_N[order_N].double()
+    )
     mean_N = (errors_M / tie_N.bincount())[tie_N]
     return mean_N.cumsum(0) / torch.arange(1, len(order_N) + 1)
 
@@ -75,9 +84,10 @@ def risk_at_coverage(uncertainty_N: Tensor, is_wrong_N: Tensor) -> Tensor:
 def error_detection(uncertainty_N: Tensor, is_wrong_N: Tensor) -> dict[str, float]:
     """How well an uncertainty tells wrong answers from right ones.
 
-    AUROC: see `auroc`. AURC: the mean risk over all coverages (Geifman et al. 2019), lower is better. Risk@80Cov: the
-    share of errors among the 80 % least uncertain. PRR: the prediction rejection ratio (Malinin et al. 2021): how much
-    of the AURC's distance from random to a perfect order is gained; 1 is perfect, 0 random.
+    AUROC: see `auroc`. AURC: the mean risk over all coverages (Geifman et al. 2019), lower is better.
+    Risk@80Cov: the share of errors among the 80 % least uncertain. PRR: the prediction rejection ratio
+    (Malinin et al. 2021): how much of the AURC's distance from random to a perfect order is gained; 1 is
+    perfect, 0 random.
     """
     if not len(uncertainty_N):
         return dict.fromkeys(("AUROC", "AURC", "Risk@80Cov", "PRR"), math.nan)
@@ -105,11 +115,12 @@ def paired_bootstrap(
 ) -> dict[str, Interval]:
     """95 % percentile intervals of means, or of their differences to that of `against` (Efron 1979).
 
-    Problems are drawn with replacement, the same ones for every answerer, so that what makes a problem hard for all of
-    them does not widen a difference.
+    Problems are drawn with replacement, the same ones for every answerer, so that what makes a problem hard
+    for all of them does not widen a difference.
 
     Args:
-        sums: by answerer, of each problem the summed values and how many they are: the score is a ratio of sums.
+        sums: by answerer, of each problem the summed values and how many they are: the score is a ratio of
+        sums.
         seed: of the draws.
         against: an answerer in `sums`.
     """
@@ -121,7 +132,10 @@ def paired_bootstrap(
     count_RN = torch.zeros(NUM_RESAMPLES, N, dtype=torch.float64).scatter_add_(
         1, drawn_RN, torch.ones(NUM_RESAMPLES, N, dtype=torch.float64)
     )
-    means = {name: (count_RN @ value_N.double()) / (count_RN @ of_N.double()) for name, (value_N, of_N) in sums.items()}
+    means = {
+        name: (count_RN @ value_N.double()) / (count_RN @ of_N.double())
+        for name, (value_N, of_N) in sums.items()
+    }
     if against is not None:
         means = {name: mean_R - means[against] for name, mean_R in means.items()}
     bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)

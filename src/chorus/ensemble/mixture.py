@@ -45,14 +45,19 @@ class Mixture:
         """A mixture from the entries of `ensemble.json`, in which an older file has no temperature.
 
         Raises:
-            InputError: not one finite weight a member, weights that do not sum to 1, or a temperature that is not
-                above 0. It names `place`.
+            InputError: not one finite weight a member, weights that do not sum to 1, or a temperature that is
+                not above 0. It names `place`.
         """
         given, temperature = entries.get("weights"), entries.get("temperature", 1.0)
         weights = given if isinstance(given, list) and all(map(_is_finite, given)) else []
-        if len(weights) != num_members or min(weights, default=-1) < 0 or abs(sum(weights) - 1) > SUM_TOLERANCE:
+        if (
+            len(weights) != num_members
+            or min(weights, default=-1) < 0
+            or abs(sum(weights) - 1) > SUM_TOLERANCE
+        ):
             raise InputError(
-                f"{place}: weights {given} of {num_members} agents; give one number from 0 to 1 an agent, 1 together"
+                f"{place}: weights {given} of {num_members} agents; give one number from 0 to 1 an agent, "
+                "1 together"
             )
         if not _is_finite(temperature) or temperature <= 0:
             raise InputError(f"{place}: temperature {temperature}; give a number above 0")
@@ -80,14 +85,16 @@ def uniform_weights(num_agents: int) -> Tensor:
 
 
 def dirichlet_weights(log_prob_KN: Tensor, alpha: float, tolerance: float = 1e-7) -> Tensor:
-    """Mixture weights fitted to N observations under a symmetric Dirichlet prior of alpha pseudo-counts an agent.
+    """Mixture weights fitted to N observations under a symmetric Dirichlet prior of alpha pseudo-counts an
+    agent.
 
-    The fixed point of w_k = (alpha + sum_n r_kn) / (K alpha + N), where r_kn is the probability that observation n came
-    from agent k: expectation-maximisation for the weights of a mixture (Dempster et al. 1977), to the mode of the
-    posterior under Dirichlet(alpha + 1, ..., alpha + 1). It is concave in the weights, so the start does not matter.
+    The fixed point of w_k = (alpha + sum_n r_kn) / (K alpha + N), where r_kn is the probability that
+    observation n came from agent k: expectation-maximisation for the weights of a mixture (Dempster et al.
+    1977), to the mode of the posterior under Dirichlet(alpha + 1, ..., alpha + 1). It is concave in the
+    weights, so the start does not matter.
 
-    An observation is a token, or a whole answer with the sum of its tokens' log-probabilities. The tokens of an answer
-    are not independent, so that a fit to tokens is more certain of its weights than the data allow.
+    An observation is a token, or a whole answer with the sum of its tokens' log-probabilities. The tokens of
+    an answer are not independent, so that a fit to tokens is more certain of its weights than the data allow.
 
     Args:
         log_prob_KN: log-probabilities of the observations.
@@ -112,7 +119,8 @@ def dirichlet_weights(log_prob_KN: Tensor, alpha: float, tolerance: float = 1e-7
 def temperature_slope(log_prob_NV: Tensor, target_N: Tensor, beta: float) -> tuple[float, float]:
     """First and second derivative of the summed NLL at inverse temperature beta.
 
-    NLL(beta) = -beta l_target + log sum_v exp(beta l_v), whose derivative is E_q[l] - l_target, and then Var_q[l].
+    NLL(beta) = -beta l_target + log sum_v exp(beta l_v), whose derivative is E_q[l] - l_target, and then
+    Var_q[l].
     """
     q_NV = (beta * log_prob_NV).softmax(-1)
     finite_NV = log_prob_NV.clamp(min=torch.finfo(log_prob_NV.dtype).min)  # 0 x -inf is not finite
@@ -125,7 +133,8 @@ def temperature_slope(log_prob_NV: Tensor, target_N: Tensor, beta: float) -> tup
 def fit_temperatures(slopes: Callable[[list[float]], list[tuple[float, float]]], count: int) -> list[float]:
     """The temperatures of the least NLL (Guo et al. 2017), from 0.1 to 10, for several predictors at once.
 
-    The NLL is convex in 1 / temperature: Newton's steps, kept within the interval in which the slope changes its sign.
+    The NLL is convex in 1 / temperature: Newton's steps, kept within the interval in which the slope changes
+    its sign.
 
     Args:
         slopes: `temperature_slope` of every predictor at its inverse temperature.

@@ -64,7 +64,8 @@ class NextTokenRule:
         """The next token of every text.
 
         Args:
-            logits_RV: the head's output. Rows lie answerer by answerer, then member by member, then text by text.
+            logits_RV: the head's output. Rows lie answerer by answerer, then member by member, then text by
+            text.
             texts_A: texts of each answerer.
             uniform_X: see `draw`; None where the most probable token is taken.
         """
@@ -81,7 +82,8 @@ class NextTokenRule:
         return Choice(*map(torch.cat, zip(*parts, strict=True)))
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """How many answerers from which on are handled together: neighbours of one member each are, as one batch."""
+        """How many answerers from which on are handled together:
+        neighbours of one member each are, as one batch."""
         index = 0
         while index < len(self.answerers):
             count = 1
@@ -92,7 +94,9 @@ class NextTokenRule:
             yield count, index
             index += count
 
-    def _choose(self, logits_KNV: Tensor, weight_K: Tensor, temperature: float, uniform_N: Tensor | None) -> Choice:
+    def _choose(
+        self, logits_KNV: Tensor, weight_K: Tensor, temperature: float, uniform_N: Tensor | None
+    ) -> Choice:
         how = {"temperature": temperature, "softcap": self.head.softcap, "scale": self.head.scale}
         statistics = mixture_statistics(logits_KNV, weight_K, **how, want_log_prob=uniform_N is not None)
         token_N, log_prob_N, member_KN = statistics[:3]
@@ -101,7 +105,9 @@ class NextTokenRule:
             token_N = draw(statistics.log_prob_NV, uniform_N, self.temperature, self.top_p)
             norms = (statistics.log_norm_KN, statistics.log_partition_N)
             log_prob_N, member_KN = chosen_log_probs(logits_KNV, token_N, weight_K, *norms, **how)
-        return Choice(token_N, log_prob_N, statistics.entropy_N, statistics.mutual_information_N, member_KN.flatten())
+        return Choice(
+            token_N, log_prob_N, statistics.entropy_N, statistics.mutual_information_N, member_KN.flatten()
+        )
 
 
 def next_token_rule(
@@ -114,7 +120,9 @@ def next_token_rule(
     """
     for answerer in answerers:
         if len(answerer.weights) != len(answerer.members) or abs(sum(answerer.weights) - 1) > 1e-4:
-            raise ValueError(f"{answerer.name}: weights {answerer.weights} of {len(answerer.members)} members")
+            raise ValueError(
+                f"{answerer.name}: weights {answerer.weights} of {len(answerer.members)} members"
+            )
         if not answerer.temperature > 0:
             raise ValueError(f"{answerer.name}: temperature {answerer.temperature} is not above 0")
     if not (temperature >= 0 and 0 < top_p <= 1):
@@ -135,8 +143,8 @@ def draw(log_prob_NV: Tensor, uniform_N: Tensor, temperature: float, top_p: floa
         log_prob_NV: natural logarithms.
         uniform_N: numbers from [0, 1), which decide the draw: the same on every device.
         temperature: above 0; the distribution is p^(1/temperature), normalised.
-        top_p: above 0; the draw is from the fewest most probable tokens that hold this much probability together
-            (Holtzman et al. 2020), 1 is all.
+        top_p: above 0; the draw is from the fewest most probable tokens that hold this much probability
+            together (Holtzman et al. 2020), 1 is all.
     """
     prob_NV = (log_prob_NV.double() / temperature).softmax(-1)
     order_NV = None

@@ -69,7 +69,9 @@ def choice_outcomes(
     tops: list[Tensor] = []
     for chunk in chunks():
         tops = [_top(chunk.log_prob_MNV, members, answerer) for answerer in calibrated.answerers]
-    of_member = {one.members[0]: top for one, top in zip(calibrated.answerers, tops, strict=True) if _is_single(one)}
+    of_member = {
+        one.members[0]: top for one, top in zip(calibrated.answerers, tops, strict=True) if _is_single(one)
+    }
     found = predict(chunks(), calibrated.answerers, members, _temperatures(calibrated), len(rows))
     outcomes: Outcomes = []
     for index, answerer in enumerate(calibrated.answerers):
@@ -131,7 +133,9 @@ def text_outcomes(
     texts = [[text(answer.token_ids) for answer in own] for own in answers]
     references = [text(row.answer) for row in rows]
     keys = [[_key(one, reference) for one, reference in zip(own, references, strict=True)] for own in texts]
-    of_member = {one.members[0]: key for one, key in zip(calibrated.answerers, keys, strict=True) if _is_single(one)}
+    of_member = {
+        one.members[0]: key for one, key in zip(calibrated.answerers, keys, strict=True) if _is_single(one)
+    }
     outcomes: Outcomes = []
     for index, answerer in enumerate(calibrated.answerers):
         own = [of_member[member] for member in answerer.members] if not _is_single(answerer) else []
@@ -148,7 +152,8 @@ def text_outcomes(
 
 
 class _Reader:
-    """Rows to read, and the answerers that want to know of them: equal rows once, by no more members than must."""
+    """Rows to read, and the answerers that want to know of
+    them: equal rows once, by no more members than must."""
 
     def __init__(self, calibrated: Calibrated) -> None:
         self.calibrated = calibrated
@@ -159,7 +164,8 @@ class _Reader:
         self._found: dict[tuple[int, int], list[Predictions]] = {}
 
     def ask(self, answerer: int, name: Hashable, sample: Sample) -> None:
-        """Note that the answerer of this index wants to know of the targets of a sample, which it calls `name`."""
+        """Note that the answerer of this index wants to know of
+        the targets of a sample, which it calls `name`."""
         key = (int(sample.is_target.sum()), *sample.ids.tolist())
         if key not in self._place:
             self._place[key] = len(self.samples)
@@ -202,7 +208,8 @@ def _key(text: str, reference: str) -> str | None:
 
 
 def _own_sample(row: HeldOutRow, answer: Answer, end_ids: Sequence[int]) -> Sample:
-    """An answer after its prompt, with the end token that ended it: of several, the one that the reference has."""
+    """An answer after its prompt, with the end token that ended
+    it: of several, the one that the reference has."""
     ids = list(answer.token_ids)
     if answer.ended == "end" or not ids:
         last = int(row.sample.ids[-1])

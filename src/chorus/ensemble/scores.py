@@ -9,7 +9,8 @@
     ens/...                 of a mixture: Ambiguity (mean NLL of its members less its own, nats), Disagreement (share
                             of pairs of members that answer differently), MutualInformation (nats)
 
-UNCERTAINTY is max_p (1 less the answer's probability), entropy, and for mixtures mutual_information and disagreement.
+UNCERTAINTY is max_p (1 less the answer's probability), entropy, and for mixtures mutual_information and
+disagreement.
 """
 
 import math
@@ -37,7 +38,8 @@ OF_TOKENS = tuple(f"token/{name}" for name in ("NLL", "perplexity", "Acc", "Brie
 OF_UNCERTAINTY = ("sc/AUROC", "sc/AURC", "sc/Risk@80Cov", "sc/PRR", "ood/AUROC", "ood/FPR95")
 OF_MIXTURES = ("ens/Ambiguity", "ens/Disagreement", "ens/MutualInformation")
 
-# Scores that are means over problems or tokens, for which intervals are drawn: summed values and counts of a problem.
+# Scores that are means over problems or tokens, for which intervals are drawn: summed values and counts of a
+# problem.
 MEANS: dict[str, Callable[[Outcome], tuple[float, float]]] = {
     "cls/Acc": lambda one: (float(one.is_right), 1),
     "cls/NLL": lambda one: (-float(one.log_prob_T.double().sum()), 1),
@@ -60,7 +62,8 @@ def uncertainty(outcome: Outcome, name: str) -> float:
 
 
 def score_names(is_mixture: bool) -> list[str]:
-    """All scores that an answerer may have; which ones it has depends on the task and on a second data set."""
+    """All scores that an answerer may have; which ones it has
+    depends on the task and on a second data set."""
     told = [f"{score}/{name}" for score in OF_UNCERTAINTY for name in uncertainties(is_mixture)]
     return [*OF_ANSWERS, *OF_TOKENS, *told, *(OF_MIXTURES if is_mixture else ())]
 
@@ -70,7 +73,9 @@ def uncertainties(is_mixture: bool) -> Sequence[str]:
     return UNCERTAINTIES if is_mixture else UNCERTAINTIES[:2]
 
 
-def scores_of(outcomes: Sequence[Outcome], ood: Sequence[Outcome], *, is_choice: bool, is_mixture: bool) -> Scores:
+def scores_of(
+    outcomes: Sequence[Outcome], ood: Sequence[Outcome], *, is_choice: bool, is_mixture: bool
+) -> Scores:
     """The scores of one answerer at one temperature; `nan` where one is not defined."""
     if not outcomes:
         return {}
@@ -85,17 +90,27 @@ def scores_of(outcomes: Sequence[Outcome], ood: Sequence[Outcome], *, is_choice:
     }
     for name in uncertainties(is_mixture):
         own_N, other_N = (_values(some, name) for some in (outcomes, ood))
-        scores |= {f"sc/{metric}/{name}": value for metric, value in error_detection(own_N, ~is_right_N).items()}
+        scores |= {
+            f"sc/{metric}/{name}": value for metric, value in error_detection(own_N, ~is_right_N).items()
+        }
         if len(ood):
-            both_N, is_ood_N = torch.cat([own_N, other_N]), torch.arange(len(own_N) + len(other_N)) >= len(own_N)
-            scores |= {f"ood/AUROC/{name}": auroc(both_N, is_ood_N), f"ood/FPR95/{name}": fpr_at_95(both_N, is_ood_N)}
+            both_N, is_ood_N = (
+                torch.cat([own_N, other_N]),
+                torch.arange(len(own_N) + len(other_N)) >= len(own_N),
+            )
+            scores |= {
+                f"ood/AUROC/{name}": auroc(both_N, is_ood_N),
+                f"ood/FPR95/{name}": fpr_at_95(both_N, is_ood_N),
+            }
     if is_mixture:
         scores["ens/MutualInformation"] = float(_values(outcomes, "mutual_information").mean())
     return scores
 
 
 def _token_scores(outcomes: Sequence[Outcome]) -> Scores:
-    max_prob_N, is_top_N = (torch.cat([getattr(one, name) for one in outcomes]) for name in ("max_prob_T", "is_top_T"))
+    max_prob_N, is_top_N = (
+        torch.cat([getattr(one, name) for one in outcomes]) for name in ("max_prob_T", "is_top_T")
+    )
     nll = _mean("token/NLL", outcomes)
     return {
         "token/NLL": nll,
@@ -121,7 +136,11 @@ def _values(outcomes: Sequence[Outcome], name: str) -> Tensor:
 
 
 def ensemble_scores(
-    mixture: Scores, members: Sequence[Scores], weights: Sequence[float], answers: Sequence[Sequence[str]], key: str
+    mixture: Scores,
+    members: Sequence[Scores],
+    weights: Sequence[float],
+    answers: Sequence[Sequence[str]],
+    key: str,
 ) -> Scores:
     """What a mixture gains over its members, and how often these differ.
 
@@ -136,7 +155,8 @@ def ensemble_scores(
 def intervals_of(
     outcomes: Mapping[str, Sequence[Outcome]], seed: int, against: str | None, is_choice: bool
 ) -> dict[str, dict[str, Interval]]:
-    """By answerer and score: 95 % intervals of the scores in `MEANS`, or of their differences to those of `against`."""
+    """By answerer and score: 95 % intervals of the scores in
+    `MEANS`, or of their differences to those of `against`."""
     found: dict[str, dict[str, Interval]] = {name: {} for name in outcomes}
     for score, of_problem in MEANS.items():
         if is_choice and score.startswith("token/"):

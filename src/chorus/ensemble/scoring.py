@@ -55,11 +55,15 @@ class Choices(NamedTuple):
 
 @torch.no_grad()
 def choice_log_probs(
-    agents: Agents, members: Sequence[Member], questions: Sequence[Choices], tokens_per_pass: int | None = None
+    agents: Agents,
+    members: Sequence[Member],
+    questions: Sequence[Choices],
+    tokens_per_pass: int | None = None,
 ) -> list[Tensor]:
     """The log-likelihood of every choice under every member: the sum over its tokens, given the prompt.
 
-    Choices that begin alike share a row as far as they can: a question whose choices have one token each costs one row.
+    Choices that begin alike share a row as far as they can: a question whose choices have one token each
+    costs one row.
 
     Returns:
         log_prob_MC of each question, on the CPU: fp32, nats.
@@ -74,7 +78,9 @@ def choice_log_probs(
         places = [(row, *want) for row, index in enumerate(indices) for want in wanted[index]]
         at = [(row, place) for row, place, *_ in places]
         positions = list(dict.fromkeys(at))
-        row_N, place_N = (torch.tensor(part, device=hidden_MBTD.device) for part in zip(*positions, strict=True))
+        row_N, place_N = (
+            torch.tensor(part, device=hidden_MBTD.device) for part in zip(*positions, strict=True)
+        )
         number = {position: n for n, position in enumerate(positions)}
         which_Q = torch.tensor([number[position] for position in at])
         token_Q = torch.tensor([token for *_, token in places])
@@ -87,12 +93,15 @@ def choice_log_probs(
 def _rows_of_choices(
     questions: Sequence[Choices],
 ) -> tuple[list[list[int]], list[list[tuple[int, int, int, int]]]]:
-    """The rows to read, and for each what is wanted of it: (position, question, choice, token that follows there)."""
+    """The rows to read, and for each what is wanted of it:
+    (position, question, choice, token that follows there)."""
     rows: list[list[int]] = []
     wanted: list[list[tuple[int, int, int, int]]] = []
     for number, (prompt_ids, choice_ids) in enumerate(questions):
         row_of: dict[tuple[int, ...], int] = {}
-        for choice in sorted(range(len(choice_ids)), key=lambda choice: len(choice_ids[choice]), reverse=True):
+        for choice in sorted(
+            range(len(choice_ids)), key=lambda choice: len(choice_ids[choice]), reverse=True
+        ):
             own = tuple(choice_ids[choice])
             if own[:-1] not in row_of:  # a longer choice that begins so has a row for it
                 for end in range(len(own)):
@@ -112,7 +121,10 @@ def _log_probs_at(hidden_MND: Tensor, head: Head, which_Q: Tensor, token_Q: Tens
     for start in range(0, N, chunk):
         log_prob_MNV = head.logits(hidden_MND[:, start : start + chunk]).log_softmax(-1)
         (column_Q,) = torch.where((which_Q >= start) & (which_Q < start + chunk))
-        place_Q, token = (which_Q[column_Q] - start).to(hidden_MND.device), token_Q[column_Q].to(hidden_MND.device)
+        place_Q, token = (
+            (which_Q[column_Q] - start).to(hidden_MND.device),
+            token_Q[column_Q].to(hidden_MND.device),
+        )
         found_MQ[:, column_Q] = log_prob_MNV[:, place_Q, token].cpu()
     return found_MQ
 
@@ -142,7 +154,8 @@ def hidden_states(agents: Agents, lanes: Sequence[Lane], ids_BT: Tensor) -> Tens
 def passes(
     agents: Agents, num_members: int, lengths: Sequence[int], tokens_per_pass: int | None
 ) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, so many that a pass holds at most the tokens it may."""
+    """Indices of rows of similar length, longest first, so many
+    that a pass holds at most the tokens it may."""
     most = tokens_per_pass or TOKENS_PER_PASS["cuda" if _device(agents).type == "cuda" else "cpu"]
     by_length = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
     start = 0
@@ -168,13 +181,17 @@ def refuse_non_finite_answers(agents: Agents, samples: Sequence[Sample]) -> None
     agents.eval()
     log_prob_MN = torch.cat(token_log_probs(agents, agents.agents, samples), 1)
     agents.train(was_training)
-    bad = [agent for agent, own_N in zip(agents.agents, log_prob_MN, strict=True) if not own_N.isfinite().all()]
+    bad = [
+        agent for agent, own_N in zip(agents.agents, log_prob_MN, strict=True) if not own_N.isfinite().all()
+    ]
 
     def refuse() -> None:
         if bad:
             raise RunError(
-                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: the loss on training rows is not finite (NaN "
-                "or Inf), so the agents were not exported; lower lr and start over with resume_from_checkpoint=null"
+                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: the loss on training rows is not "
+                "finite (NaN "
+                "or Inf), so the agents were not exported; lower lr and start over with "
+                "resume_from_checkpoint=null"
             )
 
     on_every_process(refuse)

@@ -1,8 +1,8 @@
 """Which row of a decoding batch is whose: texts, and the members that read them.
 
-Every group of rows is under one adapter, and all groups have as many rows. Each text has a row with every member of
-its answerer. An answerer's texts fill one or more blocks of equal size, so that answerers with many unended texts and
-with few share a batch without empty rows.
+Every group of rows is under one adapter, and all groups have as many rows. Each text has a row with every
+member of its answerer. An answerer's texts fill one or more blocks of equal size, so that answerers with many
+unended texts and with few share a batch without empty rows.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ class Seating:
 
     Attributes:
         block: rows of a group.
-        prompts_A: for each answerer, the prompt of each of its slots, as many as its blocks hold; None is empty.
+        prompts_A: for each answerer, the prompt of each of its slots, as many as its blocks hold; None is
+        empty.
     """
 
     answerers: tuple[Answerer, ...]
@@ -56,7 +57,9 @@ class Seating:
         for index, (answerer, prompts) in enumerate(zip(self.answerers, self.prompts_A, strict=True)):
             filled = [prompts[0] if prompt is None else prompt for prompt in prompts]
             texts += [text_of[index, prompt] for prompt in filled]
-            rows += [row_of[index, member, prompt] for member in range(len(answerer.members)) for prompt in filled]
+            rows += [
+                row_of[index, member, prompt] for member in range(len(answerer.members)) for prompt in filled
+            ]
         return texts, rows
 
     def _places(self) -> tuple[dict, dict]:
@@ -74,8 +77,11 @@ class Seating:
 
 
 def seat(answerers: Sequence[Answerer], prompts_A: Sequence[Sequence[int]]) -> Seating:
-    """The smallest batch that holds these prompts for each answerer. An answerer without prompts gets no row."""
-    counts = [(len(answerer.members), len(prompts)) for answerer, prompts in zip(answerers, prompts_A, strict=True)]
+    """The smallest batch that holds these prompts for each
+    answerer. An answerer without prompts gets no row."""
+    counts = [
+        (len(answerer.members), len(prompts)) for answerer, prompts in zip(answerers, prompts_A, strict=True)
+    ]
     most = max(MAX_GROUPS, sum(K for K, texts in counts if texts))
 
     def size(block: int) -> tuple[int, int]:

@@ -1,7 +1,9 @@
-"""What a predictive distribution says of itself: probability, entropy, disagreement. Each quantity is defined once.
+"""What a predictive distribution says of itself: probability, entropy, disagreement. Each quantity is defined
+once.
 
-A distribution is over the vocabulary (of the next token) or over the choices of a question. A mixture of K members
-with weights w is pooled in probability space and then, where it has a temperature T, sharpened or flattened:
+A distribution is over the vocabulary (of the next token) or over the choices of a question. A mixture of K
+members with weights w is pooled in probability space and then, where it has a temperature T, sharpened or
+flattened:
 
     p(v) = sum_k w_k p_k(v),    q(v) = p(v)^(1/T) / sum_u p(u)^(1/T)
 
@@ -25,8 +27,9 @@ class Predictions(NamedTuple):
     Attributes:
         log_prob_N: log q of the outcome.
         entropy_N: H(q), the total uncertainty, nats.
-        mutual_information_N: H(p) - sum_k w_k H(p_k), of the mixture before its temperature: what of the uncertainty is
-            the members' disagreement (Depeweg et al. 2018). From 0 to log K; 0 for a single member.
+        mutual_information_N: H(p) - sum_k w_k H(p_k), of the mixture before its temperature: what of the
+            uncertainty is the members' disagreement (Depeweg et al. 2018). From 0 to log K; 0 for a single
+            member.
         max_log_prob_N: log q of the most probable outcome.
         is_top_N: whether the most probable outcome came true.
         brier_N: sum_v (q(v) - [v came true])^2 (Brier 1950). From 0 to 2.
@@ -74,7 +77,8 @@ def predictions(
 
 
 def pairwise_disagreement(answer_KN: Sequence[Sequence[object]]) -> float:
-    """The share of pairs of members and problems in which the two answer differently; 0 of a single member."""
+    """The share of pairs of members and problems in which the
+    two answer differently; 0 of a single member."""
     K, N = len(answer_KN), len(answer_KN[0])
     pairs = [(a, b) for a in range(K) for b in range(a)]
     different = sum(answer_KN[a][n] != answer_KN[b][n] for a, b in pairs for n in range(N))

@@ -1,8 +1,10 @@
-"""LoRA adapters of K agents: PEFT makes them and names them; which agent answers is said aloud, never left to a flag.
+"""LoRA adapters of K agents: PEFT makes them and names them; which agent answers is said aloud, never left to
+a flag.
 
-PEFT selects an adapter by mutating every layer (`set_adapter`), which flips `requires_grad` and lets a recomputed
-activation run under whatever adapter is active by then. Here a forward pass carries an `AdapterContext` (whose pass,
-which weights and random draws), and every recomputation runs under the context of its forward pass.
+PEFT selects an adapter by mutating every layer (`set_adapter`), which flips `requires_grad` and lets a
+recomputed activation run under whatever adapter is active by then. Here a forward pass carries an
+`AdapterContext` (whose pass, which weights and random draws), and every recomputation runs under the context
+of its forward pass.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,8 +74,9 @@ class AdapterRouter:
             self._take(before)
 
     def _take(self, turn: AdapterContext) -> None:
-        # Each layer holds its own pair, and does not look it up by a name of its own: to torch.compile the decoder
-        # layers are then one piece of code. Past nn.Module's slow __setattr__: recomputed layers all come through here.
+        # Each layer holds its own pair, and does not look it up by a name of its own: to torch.compile the
+        # decoder layers are then one piece of code. Past nn.Module's slow __setattr__: recomputed layers all
+        # come through here.
         for layer in self.turn.weights:
             vars(layer)["active_weights"] = None
         for layer, pair in turn.weights.items():
@@ -91,7 +94,8 @@ class AdapterRouter:
 class LoraLinear(PeftLoraLinear):
     """PEFT's LoRA linear, whose forward takes agents, their weights and noise from the routing.
 
-    y = base(x) + scaling · (drop(x) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021), for each agent's rows of x.
+    y = base(x) + scaling · (drop(x) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021), for each agent's
+    rows of x.
     """
 
     router: AdapterRouter
@@ -111,7 +115,8 @@ class LoraLinear(PeftLoraLinear):
         turn, base = self.router.turn, self.base_layer
         if len(A_KRI) > 1 and x.shape[:-1].numel() != turn.num_tokens:
             raise InputError(
-                f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts are, so it "
+                f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts "
+                "are, so it "
                 "cannot tell the agents apart; set parallel_mode to parallel or sequential"
             )
         x_KNI = x.reshape(len(A_KRI), -1, x.shape[-1])
@@ -188,13 +193,15 @@ def attach_agents(
     router: AdapterRouter,
     paths: Sequence[str] | None = None,
 ) -> PeftModel:
-    """Give `model` the layers that carry the adapters of `agents`; `take_matrices` gives each agent's initial values.
+    """Give `model` the layers that carry the adapters of `agents`; `take_matrices` gives each agent's initial
+    values.
 
     Args:
         paths: the layers that carry them; None: those that `shape` names in this model.
 
     Raises:
-        InputError: `lora_target_modules` names no linear layer of the text model, or one that cannot carry an adapter.
+        InputError: `lora_target_modules` names no linear layer of the text model, or one that cannot carry an
+        adapter.
     """
     paths = shape.targets(model).paths if paths is None else paths
     lora_config = shape.peft_config(model.name_or_path or None, paths)
@@ -212,7 +219,9 @@ def _first_adapter(model: PreTrainedModel, lora_config: LoraConfig, agent: int) 
     try:
         return get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
     except ValueError as error:  # such as a layer of Mamba whose forward would pass an adapter by
-        raise InputError(f"key 'lora_target_modules': {next(iter(str(error).splitlines()), error)}") from error
+        raise InputError(
+            f"key 'lora_target_modules': {next(iter(str(error).splitlines()), error)}"
+        ) from error
 
 
 @contextmanager
@@ -226,10 +235,11 @@ def _peft_draws(shape: LoraShape, agent: int) -> Iterator[None]:
 def take_matrices(
     peft_model: PeftModel, layers: Mapping[str, LoraLinear], agent: int, shape: LoraShape
 ) -> dict[Matrix, Tensor]:
-    """An agent's initial matrices, as PEFT draws them. PEFT's layers do not keep them: they have another owner.
+    """An agent's initial matrices, as PEFT draws them. PEFT's layers do not keep them: they have another
+    owner.
 
-    `PeftModel.add_adapter` draws the same, and walks through the model some twenty times for each agent: 18 seconds for
-    64 agents on a model of four layers.
+    `PeftModel.add_adapter` draws the same, and walks through the model some twenty times for each agent: 18
+    seconds for 64 agents on a model of four layers.
     """
     name, lora_config = adapter_name(agent), next(iter(peft_model.peft_config.values()))
     if name not in peft_model.peft_config:
@@ -268,7 +278,8 @@ def adapter_context(
     num_tokens: int,
     noise: Noise | None,
 ) -> AdapterContext:
-    """The turn of a pass of `agents` together through `layers`, with their weights as the pass is to see them."""
+    """The turn of a pass of `agents` together through `layers`,
+    with their weights as the pass is to see them."""
     matrices = layout.stacked(flat_KF)
     pairs = {layer: (matrices[path, "A"], matrices[path, "B"]) for path, layer in layers.items()}
     return AdapterContext(tuple(agents), num_tokens, pairs, noise)

@@ -8,11 +8,10 @@ parallel    K PeftModels whose frozen parameters and buffers are the same storag
 
 Every mode keeps five promises (tests/model/test_agents.py holds them):
 
-1. the agents in order, the stated shapes and dtypes;
-2. gradients reach the adapters of every agent and nothing else;
-3. same weights, batch and step: the values and gradients of every other mode, and of K single-agent PEFT runs;
-4. all of it under gradient checkpointing;
-5. no trace left: no weight, flag or global random state changed by a forward.
+1. the agents in order, the stated shapes and dtypes; 2. gradients reach the adapters of every agent and
+nothing else; 3. same weights, batch and step: the values and gradients of every other mode, and of K
+single-agent PEFT runs; 4. all of it under gradient checkpointing; 5. no trace left: no weight, flag or global
+random state changed by a forward.
 """
 
 import copy
@@ -51,7 +50,8 @@ from chorus.model.regularisation import Noise, draw_keep_masks
 from chorus.model.token_nll import token_nll
 from chorus.spans import span
 
-# Carries out `pass(rows, flat_KF, masks)` of a key; passes of equal keys do the same. `CapturedPasses` is one.
+# Carries out `pass(rows, flat_KF, masks)` of a key; passes of equal keys do the same. `CapturedPasses` is
+# one.
 RunPass = Callable[[Hashable, Pass, Rows, Tensor], Tensor]
 
 
@@ -87,7 +87,8 @@ DrawNoise = Callable[[Mapping[int, Tensor], Regularisation, int], Noise]
 
 
 def held_agents(num_agents: int) -> tuple[int, ...]:
-    """The agents that this process holds: all of them. The one place to change if they are ever spread over GPUs."""
+    """The agents that this process holds: all of them. The one
+    place to change if they are ever spread over GPUs."""
     return tuple(range(num_agents))
 
 
@@ -192,8 +193,8 @@ class Agents(nn.Module):
 
         Args:
             batch: input_BT, target_BT and what is due of them.
-            step: the optimiser step, which names this pass's random draws. None is evaluation: no DropConnect, no
-                dropout.
+            step: the optimiser step, which names this pass's random draws. None is evaluation: no
+                DropConnect, no dropout.
             slot: which micro-batch of which process within the step.
         """
         raise NotImplementedError
@@ -204,7 +205,8 @@ class Agents(nn.Module):
 
     @contextmanager
     def trunk(self, agent: int | None) -> Iterator[nn.Module]:
-        """The trunk with one agent's adapter in it, or the base alone (None), for passes without training's noise."""
+        """The trunk with one agent's adapter in it, or the base
+        alone (None), for passes without training's noise."""
         agents = () if agent is None else (agent,)
         with self._adapter_context(agents, self._weights(agents, None), num_tokens=0, noise=None) as trunk:
             yield trunk
@@ -236,7 +238,8 @@ class Agents(nn.Module):
         return {agent: getattr(self, adapter_name(agent)) for agent in self.agents}
 
     def named(self, flat: Mapping[int, Tensor]) -> dict[TensorId, Tensor]:
-        """What is laid out as the agents' adapters are, by identity: agent by agent, views in the model's order."""
+        """What is laid out as the agents' adapters are, by
+        identity: agent by agent, views in the model's order."""
         return {
             TensorId(agent, *key): view
             for agent, flat_F in flat.items()
@@ -251,7 +254,8 @@ class Agents(nn.Module):
         }
 
     def adapter_tensors(self) -> dict[TensorId, Tensor]:
-        """Every trained matrix under its identity: views of the adapters, to read and to write, without gradients."""
+        """Every trained matrix under its identity: views of the
+        adapters, to read and to write, without gradients."""
         return self.named({agent: adapter_F.detach() for agent, adapter_F in self.adapters().items()})
 
     def frozen_tensors(self) -> dict[str, Tensor]:
@@ -264,7 +268,8 @@ class Agents(nn.Module):
         return nll_1BT[0], hidden_1BTD[0]
 
     def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
-        """One pass of these agents together through one trunk, agent-major; of the base, as if one, for no agent.
+        """One pass of these agents together through one trunk, agent-major; of the base, as if one, for no
+        agent.
 
         One sample a row, there is no attention mask: the padding is on the right, behind every target.
         """
@@ -283,7 +288,8 @@ class Agents(nn.Module):
             rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
             flat_KF = self._weights(agents, noise)
             if self._run_pass is not None and self.training and flat_KF is not None:
-                # The agents' weights are an argument: one capture serves every group of as many agents of a model.
+                # The agents' weights are an argument: one capture serves every group of as many agents of a
+                # model.
                 key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
                 hidden_NTD = self._run_pass(key, run, rows, flat_KF)
             else:

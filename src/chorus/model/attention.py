@@ -35,7 +35,8 @@ def choose_attention(
         compiled: whether decoder layers are compiled, so that lengths are few.
 
     Raises:
-        InputError: what is asked for would be wrong for this base, or fall back to something slow, or fail in training.
+        InputError: what is asked for would be wrong for this base, or fall back to something slow, or fail in
+        training.
     """
     has_softcap = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
     lacks_flash = _what_flash_lacks(device, dtype, packing)
@@ -61,8 +62,13 @@ def choose_attention(
     elif compiled:
         chosen, because = "flex_attention", f"rows of up to {length} tokens; flash_attention_2 {lacks_flash}"
     else:
-        chosen, because = "eager", "slow and large with rows as long as these; the others need compiled layers"
-        logger.warning("attention: rows of up to %d tokens need compile, and it is off or undecided by auto", length)
+        chosen, because = (
+            "eager",
+            "slow and large with rows as long as these; the others need compiled layers",
+        )
+        logger.warning(
+            "attention: rows of up to %d tokens need compile, and it is off or undecided by auto", length
+        )
     logger.info("attention: %s (%s)", chosen or "transformers' choice", because)
     return chosen
 
@@ -83,11 +89,15 @@ def attention_masks(
     """The masks that the trunk would make for rows without a mask of their own, to be given to it ready-made.
 
     Args:
-        sample_NT: packed rows: the sample that each token is of. Of what a token would see, it sees its own sample's.
-        explicit: never None. sdpa needs no mask for plain causal attention, and given none the trunk decides by itself
-            whether to make one: it does so while a stream is captured, and otherwise not. What is given stays.
+        sample_NT: packed rows: the sample that each token is of. Of what a token would see, it sees its own
+        sample's.
+        explicit: never None. sdpa needs no mask for plain causal attention, and given none the trunk decides
+            by itself whether to make one: it does so while a stream is captured, and otherwise not. What is
+            given stays.
     """
-    rows_NT1 = torch.empty(*ids_NT.shape, 1, dtype=model.dtype, device=ids_NT.device)  # stands for its shape and dtype
+    rows_NT1 = torch.empty(
+        *ids_NT.shape, 1, dtype=model.dtype, device=ids_NT.device
+    )  # stands for its shape and dtype
     apart = None if sample_NT is None else packed_sequence_mask_function(sample_NT)
     masks = create_masks_for_generate(
         model.config, rows_NT1, attention_mask=None, past_key_values=None, and_mask_function=apart
@@ -102,7 +112,8 @@ def check_packing(model: PreTrainedModel) -> None:
     """Compare two samples in one row with each on its own.
 
     Raises:
-        InputError: the architecture has no positions to give, or takes no masks, so its samples would see each other.
+        InputError: the architecture has no positions to give, or takes no masks, so its samples would see
+        each other.
     """
     ids_SL = torch.arange(1, 9, device=model.device).view(2, 4)
     sample_1T = torch.arange(2, device=model.device).repeat_interleave(4)[None]
@@ -111,9 +122,17 @@ def check_packing(model: PreTrainedModel) -> None:
     masks = attention_masks(model, ids_SL.view(1, 8), sample_1T)
     position_1T = torch.arange(4, device=model.device).repeat(2)[None]
     try:
-        together = trunk(input_ids=ids_SL.view(1, 8), attention_mask=masks, position_ids=position_1T, use_cache=False)
+        together = trunk(
+            input_ids=ids_SL.view(1, 8), attention_mask=masks, position_ids=position_1T, use_cache=False
+        )
         difference = float((together.last_hidden_state.float().view_as(alone_SLD) - alone_SLD).abs().max())
-    except (TypeError, ValueError, LookupError):  # how it refuses masks that it cannot take depends on the version
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+    ):  # how it refuses masks that it cannot take depends on the version
         difference = float("nan")
     if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * float(alone_SLD.abs().max()):
-        raise InputError(f"key 'packing': {type(model).__name__} does not keep a row's samples apart; set it to false")
+        raise InputError(
+            f"key 'packing': {type(model).__name__} does not keep a row's samples apart; set it to false"
+        )

@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Head:
-    """The frozen output layer: logits = softcap · tanh(z / softcap) of z = scale · (hidden Wᵀ + b), or z itself.
+    """The frozen output layer: logits = softcap · tanh(z / softcap) of z = scale · (hidden Wᵀ + b), or z
+    itself.
 
     Gemma has a soft-cap, Cohere and Granite have a scale, most have neither.
     """
@@ -69,8 +70,8 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     """The base's own tokenizer. Cheap: it tells a wrong `model_name` before any weight is read.
 
     Raises:
-        InputError: `model_name` is neither a folder with a model nor a hub id that answers, or its tokenizer cannot be
-            the base's own.
+        InputError: `model_name` is neither a folder with a model nor a hub id that answers, or its tokenizer
+            cannot be the base's own.
     """
     with model_errors_named(model_name):
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
@@ -80,13 +81,14 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
 
 
 def check_base(model_name: str) -> None:
-    """Look whether the base's files hold the model that its config.json describes. Reads headers, and no weight.
+    """Look whether the base's files hold the model that its config.json describes. Reads headers, and no
+    weight.
 
     Of a base that was saved quantised only the config: its files are checked as they are loaded.
 
     Raises:
-        InputError: no such model, one with custom code or quantised, a file that is damaged, a weight that is missing,
-            left over or of another shape.
+        InputError: no such model, one with custom code or quantised, a file that is damaged, a weight that is
+            missing, left over or of another shape.
     """
     with model_errors_named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
@@ -124,7 +126,9 @@ def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrain
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         _switch_dropout_off(config)
         more = {} if dtype is None else {"dtype": dtype}
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager", **more)
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=False, attn_implementation="eager", **more
+        )
 
 
 @announced("loading the base")
@@ -141,12 +145,13 @@ def load_model(
 ) -> PreTrainedModel:
     """The base with its weights frozen and its own dropout off: one function, the same in every pass.
 
-    Weights are read from safetensors only, and a model that brings code of its own is refused. What comes after `*`
-    decides about attention, see `attention.choose_attention`, and whether weights are quantised as they are read.
+    Weights are read from safetensors only, and a model that brings code of its own is refused. What comes
+    after `*` decides about attention, see `attention.choose_attention`, and whether weights are quantised as
+    they are read.
 
     Raises:
-        InputError: what `check_base` refuses, weights that are not finite, a head or an attention that Chorus would
-            compute wrongly.
+        InputError: what `check_base` refuses, weights that are not finite, a head or an attention that Chorus
+            would compute wrongly.
     """
     with model_errors_named(model_name):
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
@@ -169,7 +174,9 @@ def load_model(
     return model
 
 
-def load_base(config: Config, dtype: torch.dtype, device: torch.device, *, compiled: bool | str) -> PreTrainedModel:
+def load_base(
+    config: Config, dtype: torch.dtype, device: torch.device, *, compiled: bool | str
+) -> PreTrainedModel:
     """`load_model` as the configuration says; `compiled`: whether its decoder layers will be."""
     return load_model(
         config.model_name,
@@ -194,7 +201,8 @@ def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a base of the same architecture and vocabulary, with a few narrow random layers, and its tokenizer.
+    """Write a base of the same architecture and vocabulary, with a few narrow random layers, and its
+    tokenizer.
 
     Raises:
         InputError: no such model, or one with custom code.
@@ -236,32 +244,43 @@ def _narrow(text: PretrainedConfig) -> PretrainedConfig:
         **{"moe_intermediate_size": 32, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
         **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},  # DeepSeek
     }
-    small = {text.attribute_map.get(key, key): value for key, value in small.items()}  # n_embd is GPT-2's hidden_size
+    small = {
+        text.attribute_map.get(key, key): value for key, value in small.items()
+    }  # n_embd is GPT-2's hidden_size
     known = whole.keys() | ({"global_head_dim"} if "per_layer_config" in whole else set())
     small = {key: value for key, value in small.items() if key in known and whole.get(key, 1)}
     if isinstance(whole.get("intermediate_size"), list):
         del small["intermediate_size"]
         of_each_layer["intermediate_size"] = [32 * heads] * layers
-    kept = {key: value for key, value in whole.items() if key not in ("per_layer_config", "num_global_key_value_heads")}
+    kept = {
+        key: value
+        for key, value in whole.items()
+        if key not in ("per_layer_config", "num_global_key_value_heads")
+    }
     return type(text)(**{**kept, **of_each_layer, **small})
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The output layer of a causal language model, with the soft-cap or the scale of its logits that the config names.
+    """The output layer of a causal language model, with the soft-cap or the scale of its logits that the
+    config names.
 
     Raises:
         InputError: there is no linear output layer.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
-        raise InputError(f"key 'model_name': {type(model).__name__} has no linear output layer, so no token loss")
+        raise InputError(
+            f"key 'model_name': {type(model).__name__} has no linear output layer, so no token loss"
+        )
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     if softcap is None:
         softcap = getattr(config, "logits_soft_cap", None)  # RecurrentGemma
     scale = getattr(config, "logit_scale", None)  # Cohere
     if scale is None:
-        scale = 1 / getattr(config, "logits_scaling", 1.0)  # Granite divides; where one multiplies, loading refuses it
+        scale = 1 / getattr(
+            config, "logits_scaling", 1.0
+        )  # Granite divides; where one multiplies, loading refuses it
     return Head(linear, softcap, scale)
 
 
@@ -275,7 +294,8 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
 def _switch_dropout_off(config: PretrainedConfig) -> None:
     """Set every dropout rate of a (possibly nested) model configuration to zero.
 
-    A frozen base with dropout would draw from the global generator: another draw in every mode and at recomputation.
+    A frozen base with dropout would draw from the global generator: another draw in every mode and at
+    recomputation.
     """
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
@@ -286,7 +306,8 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, model_name: str) -> None:
-    """Compare head(trunk(x)) with the model's own logits on four tokens: an architecture may scale them in between."""
+    """Compare head(trunk(x)) with the model's own logits on four
+    tokens: an architecture may scale them in between."""
     model.eval()
     ids_BT = torch.arange(1, 5, device=model.device)[None]
     own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
@@ -296,8 +317,10 @@ def _check_head(model: PreTrainedModel, model_name: str) -> None:
     difference = (own_BTV - ours_BTV).abs().max() / own_BTV.abs().max().clamp(min=1e-6)
     if not difference <= tolerance:
         raise InputError(
-            f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits than a linear "
-            f"layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus cannot train it exactly"
+            f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits "
+            "than a linear "
+            f"layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus cannot train "
+            "it exactly"
         )
 
 

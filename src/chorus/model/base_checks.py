@@ -1,7 +1,8 @@
-"""What a base must be before it is trained on: whole, read from its files alone, finite, with a tokenizer of its own.
+"""What a base must be before it is trained on: whole, read from its files alone, finite, with a tokenizer of
+its own.
 
-Each check raises InputError with one line. transformers draws a missing weight at random, and makes an empty tokenizer
-of a folder without one; both would train to the end.
+Each check raises InputError with one line. transformers draws a missing weight at random, and makes an empty
+tokenizer of a folder without one; both would train to the end.
 """
 
 import json
@@ -27,7 +28,8 @@ LFS_POINTER = b"version https://git-lfs"
 
 @contextmanager
 def model_errors_named(model_name: str) -> Iterator[None]:
-    """Turn what the loaders say about a model into one line that names the key, and the file where one is damaged.
+    """Turn what the loaders say about a model into one line that names the key, and the file where one is
+    damaged.
 
     A lack of memory passes: it is no fault of the model.
     """
@@ -56,11 +58,15 @@ def _refuse_no_model(model_name: str) -> None:
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         if (folder / CONFIG_NAME).is_file():
             raise InputError(
-                f"key 'model_name': {folder / ADAPTER_CONFIG_NAME}: the folder holds an adapter beside the base, and "
-                "transformers would put it on; move the adapter to a folder of its own, or merge it into the base"
+                f"key 'model_name': {folder / ADAPTER_CONFIG_NAME}: the folder holds an adapter beside the "
+                "base, and "
+                "transformers would put it on; move the adapter to a folder of its own, or merge it into "
+                "the base"
             )
         base = _base_of_adapter(folder / ADAPTER_CONFIG_NAME)
-        raise InputError(f"key 'model_name': {model_name} is an adapter and no base; give the base under it{base}")
+        raise InputError(
+            f"key 'model_name': {model_name} is an adapter and no base; give the base under it{base}"
+        )
     if folder.exists() and not (folder / CONFIG_NAME).is_file():
         raise InputError(f"key 'model_name': {model_name} holds no config.json; give a folder with a model")
     looks_local = model_name.startswith((".", "/", "~")) or model_name.count("/") > 1
@@ -76,7 +82,8 @@ def _base_of_adapter(file: Path) -> str:
 
 
 def _damaged_file(model_name: str) -> str | None:
-    """The first weight file that is missing, cut short or no safetensors file, and what to do; None if all are whole.
+    """The first weight file that is missing, cut short or no safetensors file, and what to do; None if all
+    are whole.
 
     Only headers are read. safetensors refuses a file that is not exactly as long as its header says.
     """
@@ -114,17 +121,20 @@ def _damaged_file(model_name: str) -> str | None:
 
 
 def _no_safetensors(folder: Path) -> str:
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+    others = sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern)
+    )
     found = f"; {others[0]} is not read: give the base as safetensors" if others else f"; {AGAIN}"
     return f"{folder} holds no {SAFE_WEIGHTS_NAME}{found}"
 
 
 def check_report(report: Mapping[str, Collection[Any]], model: PreTrainedModel, model_name: str) -> None:
-    """Refuse a model one of whose parameters did not come from the files, or that has no place for one of theirs.
+    """Refuse a model one of whose parameters did not come from the files, or that has no place for one of
+    theirs.
 
     Args:
-        report: transformers' loading info: missing_keys, mismatched_keys, unexpected_keys. Tied weights, and what an
-            architecture declares as harmless, are not in it.
+        report: transformers' loading info: missing_keys, mismatched_keys, unexpected_keys. Tied weights, and
+            what an architecture declares as harmless, are not in it.
     """
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
@@ -136,16 +146,18 @@ def check_report(report: Mapping[str, Collection[Any]], model: PreTrainedModel, 
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"key 'model_name': {model_name}: {missing[0]} is not in the files{_and_more(missing)}, so it would be "
+            f"key 'model_name': {model_name}: {missing[0]} is not in the files{_and_more(missing)}, so it "
+            "would be "
             f"drawn at random; {AGAIN}"
         )
-    # A tower that a text model lacks, such as one for images, stands apart; what lies among its own weights was trained
-    # with them: a layer beyond the config's number, an adapter, the scale of a quantised weight.
+    # A tower that a text model lacks, such as one for images, stands apart; what lies among its own weights
+    # was trained with them: a layer beyond the config's number, an adapter, the scale of a quantised weight.
     stems = {_stem(name) for name in model.state_dict()}
     left_over = sorted(name for name in report["unexpected_keys"] if _stem(name) in stems)
     if left_over:
         raise InputError(
-            f"key 'model_name': {model_name}: {left_over[0]} is in the files and not in the model that config.json "
+            f"key 'model_name': {model_name}: {left_over[0]} is in the files and not in the model that "
+            "config.json "
             f"describes{_and_more(left_over)}; {AGAIN}"
         )
 
@@ -179,9 +191,12 @@ def check_finite(model: PreTrainedModel, model_name: str) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model_name: str) -> None:
-    """Refuse a tokenizer that is not the base's: empty, slow, without an end token, with ids beyond the embedding."""
+    """Refuse a tokenizer that is not the base's: empty, slow,
+    without an end token, with ids beyond the embedding."""
 
-    def refuse(what: str, remedy: str = "put the tokenizer files of the base, tokenizer.json, into its folder") -> None:
+    def refuse(
+        what: str, remedy: str = "put the tokenizer files of the base, tokenizer.json, into its folder"
+    ) -> None:
         raise InputError(f"key 'model_name': {model_name}: its tokenizer {what}; {remedy}")
 
     vocabulary = tokenizer.get_vocab()

@@ -1,4 +1,5 @@
-"""How passes are carried out: recomputed, in groups, compiled, captured. It changes no result, beyond rounding."""
+"""How passes are carried out: recomputed, in groups, compiled,
+captured. It changes no result, beyond rounding."""
 
 import logging
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ class Execution:
         recompute: what of each decoder layer's activations is recomputed in backward.
         agents_per_pass: fused mode's groups; None takes all agents together.
         compiled: torch.compile the decoder layers; a word is the name of another backend than inductor.
-        captured: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a replay
-            would repeat.
+        captured: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a
+            replay would repeat.
         may_fall_back: what cannot be compiled or captured is a warning and runs without, and no error.
     """
 
@@ -44,8 +45,8 @@ PLAIN = Execution()
 def with_padding(config: C, device: torch.device, base_in_shards: bool = False) -> C:
     """The configuration with a number for `pad_to_multiple_of`, which `decide_execution` says in the log.
 
-    Without it a plain run's batches come in any length, and nothing is compiled or captured. An eighth of the longest
-    row costs a batch half of that in padding, on average, and a GPU gains more by the fast path.
+    Without it a plain run's batches come in any length, and nothing is compiled or captured. An eighth of the
+    longest row costs a batch half of that in padding, on average, and a GPU gains more by the fast path.
     """
     if config.pad_to_multiple_of != "auto":
         return config
@@ -64,13 +65,21 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
     """
     for key, wanted in (("compile", config.compile), ("cuda_graphs", config.cuda_graphs)):
         if base_in_shards and wanted is True:
-            raise InputError(f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2")
+            raise InputError(
+                f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2"
+            )
     if base_in_shards and (config.load_in_4bit or config.load_in_8bit):
-        raise InputError("ZeRO stage 3 cannot cut up a quantised base; set load_in_4bit and load_in_8bit to false")
+        raise InputError(
+            "ZeRO stage 3 cannot cut up a quantised base; set load_in_4bit and load_in_8bit to false"
+        )
     if base_in_shards and config.recomputation == "selective":
-        raise InputError("gradient checkpointing is selective, which ZeRO stage 3 does not allow; set it to full")
+        raise InputError(
+            "gradient checkpointing is selective, which ZeRO stage 3 does not allow; set it to full"
+        )
     if config.cuda_graphs is True and device.type != "cuda":
-        raise InputError(f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto")
+        raise InputError(
+            f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto"
+        )
     shapes = ceil(config.max_seq_length / config.padding)
     if config.packing:
         shapes = MAX_SHAPES
@@ -84,7 +93,9 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
     elif shapes > MAX_CAPTURES:
         fewer = ceil(config.max_seq_length / MAX_CAPTURES)
         because = f"; auto: batches of up to {shapes} lengths; pad_to_multiple_of {fewer} would do"
-    compiled, captured = (not because if key == "auto" else key for key in (config.compile, config.cuda_graphs))
+    compiled, captured = (
+        not because if key == "auto" else key for key in (config.compile, config.cuda_graphs)
+    )
     rows = "packed" if config.packing else f"padded to a multiple of {config.padding}"
     logger.info("layers compiled: %s; passes captured: %s; rows %s%s", compiled, captured, rows, because)
     may_fall_back = "auto" in (config.compile, config.cuda_graphs)

@@ -1,7 +1,8 @@
 """An agent's adapter as one flat parameter, F numbers: every A and B, one after the other.
 
-Engines and optimizers pay for each tensor: a reduction's hook, a copy into a bucket, a place in the lists of clipping
-and AdamW. Gemma-2-2b has 364 matrices an agent; sixteen agents are sixteen tensors this way, and not 5,824.
+Engines and optimizers pay for each tensor: a reduction's hook, a copy into a bucket, a place in the lists of
+clipping and AdamW. Gemma-2-2b has 364 matrices an agent; sixteen agents are sixteen tensors this way, and not
+5,824.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,8 @@ Matrix = tuple[str, Literal["A", "B"]]  # PEFT's path of the layer, and which of
 
 
 class Layout:
-    """Where each matrix lies in a flat adapter: in the model's order, A before B; alike for every agent and mode."""
+    """Where each matrix lies in a flat adapter: in the model's
+    order, A before B; alike for every agent and mode."""
 
     def __init__(self, shapes: Mapping[Matrix, torch.Size]):
         self.shapes = dict(shapes)
@@ -25,7 +27,9 @@ class Layout:
     def views(self, flat_F: Tensor) -> dict[Matrix, Tensor]:
         """The matrices in `flat_F`: writing to one writes there."""
         pieces = flat_F.split(self._sizes)
-        return {key: piece.view(shape) for (key, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        return {
+            key: piece.view(shape) for (key, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
 
     def stacked(self, flat_KF: Tensor) -> dict[Matrix, Tensor]:
         """The matrices of K agents, as (K, ...) views of `flat_KF`, with a gradient in one piece."""
@@ -52,12 +56,16 @@ class _Split(torch.autograd.Function):
 
 
 def stack(
-    adapters: Sequence[nn.Parameter], dtype: torch.dtype, keeps: Sequence[Tensor] | None = None, keep_p: float = 1.0
+    adapters: Sequence[nn.Parameter],
+    dtype: torch.dtype,
+    keeps: Sequence[Tensor] | None = None,
+    keep_p: float = 1.0,
 ) -> Tensor:
-    """Flat adapters of several agents as flat_KF of `dtype`: the weights of one pass. They themselves are not written.
+    """Flat adapters of several agents as flat_KF of `dtype`: the weights of one pass. They themselves are not
+    written.
 
-    DropConnect (Wan et al. 2013), where `keeps` has a mask for each: a weight is kept where it is True and divided by
-    `keep_p`, in the weights' own dtype.
+    DropConnect (Wan et al. 2013), where `keeps` has a mask for each: a weight is kept where it is True and
+    divided by `keep_p`, in the weights' own dtype.
     """
     return _Stack.apply(dtype, keeps, keep_p, *adapters)  # pyright: ignore[reportReturnType]
 
@@ -80,7 +88,8 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         due: list[Tensor] = []
         for row_F, keep_F in zip(gradients[0], ctx.keeps, strict=True):
-            # A copy each, which the parameter may keep: a recorded pass writes over its own gradient at every replay.
+            # A copy each, which the parameter may keep: a recorded pass writes over its own gradient at every
+            # replay.
             gradient_F = row_F.to(ctx.dtype, copy=True)
             due.append(gradient_F if keep_F is None else gradient_F.mul_(keep_F).div_(ctx.keep_p))
         return None, None, None, *due

@@ -1,7 +1,8 @@
 """A base in 4 or 8 bits: how it is asked for, what it needs, and how much it takes.
 
-4 bits are NF4 with double quantisation (QLoRA, Dettmers et al. 2023), 8 bits are LLM.int8 (Dettmers et al. 2022), both
-by bitsandbytes. Its layers compute x Wᵀ themselves; the adapters beside them stay in the precision of the run.
+4 bits are NF4 with double quantisation (QLoRA, Dettmers et al. 2023), 8 bits are LLM.int8 (Dettmers et al.
+2022), both by bitsandbytes. Its layers compute x Wᵀ themselves; the adapters beside them stay in the
+precision of the run.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,10 @@ def quantisation_of(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytes
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
@@ -40,8 +44,8 @@ def check_saved_quantisation(config: PretrainedConfig, model_name: str, asked_fo
     """Look at how the base was saved, before any weight is read.
 
     Raises:
-        InputError: quantised in a way that Chorus does not train over, or in one that needs a package or that another
-            key contradicts.
+        InputError: quantised in a way that Chorus does not train over, or in one that needs a package or that
+            another key contradicts.
     """
     saved = saved_quantisation(config)
     if saved is None:
@@ -49,7 +53,8 @@ def check_saved_quantisation(config: PretrainedConfig, model_name: str, asked_fo
     method = str(saved.get("quant_method", "unknown")).rpartition(".")[2].lower()
     if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
         raise InputError(
-            f"key 'model_name': {model_name} was saved quantised ({method}), which Chorus cannot train over; name the "
+            f"key 'model_name': {model_name} was saved quantised ({method}), which Chorus cannot train "
+            "over; name the "
             "base that it was made from, with load_in_4bit=true for as little memory"
         )
     if asked_for:
@@ -66,9 +71,11 @@ def saved_quantisation(config: PretrainedConfig) -> Mapping[str, Any] | None:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights for a CPU's AVX-512, which it does at the first evaluation.
+    """Keep bitsandbytes from packing 4-bit weights for a CPU's AVX-512, which it does at the first
+    evaluation.
 
-    Its product with packed weights has no backward pass: training would go on with wrong gradients and no error.
+    Its product with packed weights has no backward pass: training would go on with wrong gradients and no
+    error.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

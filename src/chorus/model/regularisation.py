@@ -15,8 +15,10 @@ class Noise:
 
     Attributes:
         seed: the run's seed.
-        step: optimiser step. DropConnect masks are one draw a step: the same on every process and micro-batch.
-        slot: which micro-batch of which process within the step; dropout on activations differs between slots.
+        step: optimiser step. DropConnect masks are one draw a step: the same on every process and
+        micro-batch.
+        slot: which micro-batch of which process within the step; dropout on activations differs between
+        slots.
         keep: each agent's DropConnect mask (bool, of its flat adapter: keep_F), empty when it is off.
         dropconnect_p, dropout_p: probabilities of dropping, in [0, 1).
     """
@@ -29,7 +31,8 @@ class Noise:
     dropout_p: float
 
     def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
-        """Dropout on a LoRA's input from a generator of its own: nothing global moves, a recomputation draws alike."""
+        """Dropout on a LoRA's input from a generator of its own:
+        nothing global moves, a recomputation draws alike."""
         if self.dropout_p == 0:
             return x_NI
         generator = torch.Generator(x_NI.device)
@@ -38,11 +41,16 @@ class Noise:
         return x_NI * keep_NI / (1 - self.dropout_p)
 
 
-def draw_keep_masks(adapters: Mapping[int, Tensor], dropconnect_p: float, seed: int, step: int) -> dict[int, Tensor]:
-    """DropConnect masks of one optimiser step: True with probability 1 - p, an independent draw for each agent."""
+def draw_keep_masks(
+    adapters: Mapping[int, Tensor], dropconnect_p: float, seed: int, step: int
+) -> dict[int, Tensor]:
+    """DropConnect masks of one optimiser step: True with
+    probability 1 - p, an independent draw for each agent."""
     keep: dict[int, Tensor] = {}
     for agent, adapter_F in adapters.items():
-        generator = torch.Generator(adapter_F.device).manual_seed(derive_seed(seed, "dropconnect", step, agent))
+        generator = torch.Generator(adapter_F.device).manual_seed(
+            derive_seed(seed, "dropconnect", step, agent)
+        )
         keep_F = torch.empty_like(adapter_F, dtype=torch.bool)
         keep[agent] = keep_F.bernoulli_(1 - dropconnect_p, generator=generator)
     return keep

@@ -1,8 +1,9 @@
-"""Which layers of a base carry adapters: `lora_target_modules` and what narrows it, resolved to paths in the model.
+"""Which layers of a base carry adapters: `lora_target_modules` and what narrows it, resolved to paths in the
+model.
 
-Adapters belong where text passes: a tower for images or sound, and a projection that a layer has but does not use
-because it shares another layer's keys and values, would be trained without ever getting a gradient. One short forward
-pass tells which linear layers take part.
+Adapters belong where text passes: a tower for images or sound, and a projection that a layer has but does not
+use because it shares another layer's keys and values, would be trained without ever getting a gradient. One
+short forward pass tells which linear layers take part.
 """
 
 import logging
@@ -24,9 +25,11 @@ logger = logging.getLogger(__name__)
 Names = Sequence[str] | str  # names, paths or ends of paths; or one regular expression over whole paths
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer that stores its weight transposed
 AUTO, ALL_LINEAR = "auto", "all-linear"
-# What `auto` takes for a part of attention or of an MLP, below the decoder layer. OPT has fc1 and fc2 in it itself.
+# What `auto` takes for a part of attention or of an MLP, below the decoder layer. OPT has fc1 and fc2 in it
+# itself.
 BLOCK = re.compile(r"attn|attention|mlp|ffn|feed_?forward|mixer|^fc\d$|_experts?$")
-# Routers choose experts: an adapter on one would change which experts see a token, and its gradient is a few numbers.
+# Routers choose experts: an adapter on one would change which experts see a token, and its gradient is a few
+# numbers.
 ROUTER = re.compile(r"^(router|gate|shared_expert_gate)$")
 FEW = 8  # names shown in a message
 
@@ -66,8 +69,8 @@ def find_targets(
 ) -> Targets:
     """Resolve `lora_target_modules`, `lora_exclude_modules` and `layers_to_transform` in this model.
 
-    A model on the meta device has no values to pass through it: what no text reaches is then told by the module tree
-    alone, which may count a few layers too many.
+    A model on the meta device has no values to pass through it: what no text reaches is then told by the
+    module tree alone, which may count a few layers too many.
 
     Raises:
         InputError: nothing matches, a match is no linear layer, or a decoder layer does not exist.
@@ -87,7 +90,8 @@ def find_targets(
     if for_experts and wanted not in (AUTO, ALL_LINEAR):
         raise InputError(
             f"key 'lora_target_modules': {_some(sorted({_leaf(path) for path in for_experts}))}: in "
-            f"{type(model).__name__} PEFT takes these names to mean the experts, which are parameters and get no "
+            f"{type(model).__name__} PEFT takes these names to mean the experts, which are parameters "
+            "and get no "
             "adapter here; leave them out, or set it to auto"
         )
     paths = [path for path in paths if path not in for_experts]
@@ -101,10 +105,13 @@ def find_targets(
     return Targets(paths, unreached, experts, for_experts)
 
 
-def peft_target_modules(paths: Collection[str], modules: Collection[str], wanted: Names = AUTO) -> list[str] | str:
+def peft_target_modules(
+    paths: Collection[str], modules: Collection[str], wanted: Names = AUTO
+) -> list[str] | str:
     """`target_modules` of a PEFT configuration that means exactly these of a model's `modules`.
 
-    Plain names where they are enough, as every tool reads them; otherwise one regular expression over whole paths.
+    Plain names where they are enough, as every tool reads them; otherwise one regular expression over whole
+    paths.
 
     Args:
         modules: empty where they are not known.
@@ -131,7 +138,9 @@ def peft_target_modules(paths: Collection[str], modules: Collection[str], wanted
     return "|".join(whole)
 
 
-def _chosen(model: PreTrainedModel, modules: dict[str, nn.Module], text: dict[str, None], wanted: Names) -> list[str]:
+def _chosen(
+    model: PreTrainedModel, modules: dict[str, nn.Module], text: dict[str, None], wanted: Names
+) -> list[str]:
     """Paths that `wanted` means. By name also outside of the text model, to be counted as left out."""
     head = model.get_output_embeddings()
     linear = [path for path, module in modules.items() if isinstance(module, LINEAR) and module is not head]
@@ -142,12 +151,20 @@ def _chosen(model: PreTrainedModel, modules: dict[str, nn.Module], text: dict[st
         blocks = [path for path in inside if _is_in_block(path)]
         return blocks or [path for path in inside if re.search(r"\.\d+\.", path)]
     for name in [wanted] if isinstance(wanted, str) else wanted:
-        hits = [path for path in modules if path and _matches(path, name if isinstance(wanted, str) else [name])]
+        hits = [
+            path for path in modules if path and _matches(path, name if isinstance(wanted, str) else [name])
+        ]
         others = [path for path in hits if path not in linear]
-        if any(path in linear and path in text for path in hits):  # what a tower has under this name is left out
+        if any(
+            path in linear and path in text for path in hits
+        ):  # what a tower has under this name is left out
             others = [path for path in others if path in text]
         if not hits or others:
-            found = f"{others[0]} is a {type(modules[others[0]]).__name__}" if hits else "the model has no such layer"
+            found = (
+                f"{others[0]} is a {type(modules[others[0]]).__name__}"
+                if hits
+                else "the model has no such layer"
+            )
             raise InputError(
                 f"key 'lora_target_modules': {name!r} cannot carry an adapter: {found}; "
                 f"the text model's linear layers are {_linear_names(modules, text)}"
@@ -176,26 +193,33 @@ def _is_meta(model: PreTrainedModel) -> bool:
 def _reached(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
     """Which of these layers are called when text passes through in training mode.
 
-    Not called is one of which only the weight is read (AltUp's coefficients in Gemma 3n): its adapter would do nothing.
+    Not called is one of which only the weight is read (AltUp's coefficients in Gemma 3n): its adapter would
+    do nothing.
     """
     reached: set[str] = set()
     hooks = [
-        model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: reached.add(path)) for path in paths
+        model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: reached.add(path))
+        for path in paths
     ]
     was_training = model.training
     try:
         model.train()
         with torch.random.fork_rng():  # a base that was not loaded by us may have dropout
-            model.base_model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+            model.base_model(
+                input_ids=torch.ones(1, 2, dtype=torch.int64, device=model.device), use_cache=False
+            )
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return reached | {path for path in paths if "experts" in path.split(".")}  # a router sends few tokens to each
+    return reached | {
+        path for path in paths if "experts" in path.split(".")
+    }  # a router sends few tokens to each
 
 
 def _meant_for_experts(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
-    """Layers whose name PEFT replaces by the experts' parameters, so that no PEFT folder could hold their adapters."""
+    """Layers whose name PEFT replaces by the experts' parameters, so
+    that no PEFT folder could hold their adapters."""
     taken = set()
     for name in {_leaf(path) for path in paths}:
         config = LoraConfig(target_modules=[name])
@@ -212,7 +236,8 @@ def _in_layers(paths: list[str], layers: Collection[int], num_layers: int) -> li
     wrong = sorted(layer for layer in layers if layer >= num_layers)
     if wrong:
         raise InputError(
-            f"key 'layers_to_transform': the base has no decoder layer {wrong[0]}; they are 0 to {num_layers - 1}"
+            f"key 'layers_to_transform': the base has no decoder layer {wrong[0]}; they are 0 to "
+            f"{num_layers - 1}"
         )
     numbers = {path: re.search(r"\.(\d+)\.", path) for path in paths}
     return [path for path, number in numbers.items() if number is not None and int(number[1]) in layers]
@@ -232,11 +257,15 @@ def _matches(path: str, names: Names) -> bool:
 def _refuse_unmatched(key: str, names: Names, modules: Iterable[str]) -> None:
     for name in [names] if isinstance(names, str) else names:
         if not any(_matches(path, name if isinstance(names, str) else [name]) for path in modules):
-            raise InputError(f"key {key!r}: {name!r} matches nothing in the model; correct it or leave it out")
+            raise InputError(
+                f"key {key!r}: {name!r} matches nothing in the model; correct it or leave it out"
+            )
 
 
 def _linear_names(modules: dict[str, nn.Module], text: Collection[str]) -> str:
-    return ", ".join(sorted({_leaf(path) for path in text if isinstance(modules.get(path), LINEAR)})) or "none"
+    return (
+        ", ".join(sorted({_leaf(path) for path in text if isinstance(modules.get(path), LINEAR)})) or "none"
+    )
 
 
 def _leaf(path: str) -> str:

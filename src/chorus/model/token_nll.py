@@ -1,8 +1,8 @@
 """Token negative log-likelihood from hidden states, without ever making the logits of a whole batch.
 
-With Gemma's 256,000 tokens of vocabulary, K x B x T x V logits of a small batch are gigabytes. Only rows on which loss
-is due are computed, a chunk at a time, and each chunk's gradient with respect to the hidden states is taken while its
-logits exist: they are not made a second time in backward, which only scales rows.
+With Gemma's 256,000 tokens of vocabulary, K x B x T x V logits of a small batch are gigabytes. Only rows on
+which loss is due are computed, a chunk at a time, and each chunk's gradient with respect to the hidden states
+is taken while its logits exist: they are not made a second time in backward, which only scales rows.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from chorus.model.base import Head
 
-CHUNK_ELEMENTS = 2**27  # logits held at once: 512 rows of 256,000, in bf16 a quarter of a gigabyte; as fast as more
-SMALL_CAP = 64.0  # up to it exp(logits) and their sum are far from both ends of fp32, without a maximum taken off
+CHUNK_ELEMENTS = (
+    2**27
+)  # logits held at once: 512 rows of 256,000, in bf16 a quarter of a gigabyte; as fast as more
+SMALL_CAP = (
+    64.0  # up to it exp(logits) and their sum are far from both ends of fp32, without a maximum taken off
+)
 
 
 def token_nll(hidden_BTD: Tensor, target_BT: Tensor, target_rows_N: Tensor, head: Head) -> Tensor:
@@ -32,7 +36,11 @@ def token_nll(hidden_BTD: Tensor, target_BT: Tensor, target_rows_N: Tensor, head
     """
     hidden_ND = hidden_BTD.flatten(0, 1)[target_rows_N]
     nll_N: Tensor = _ChunkedNLL.apply(hidden_ND, target_BT.flatten()[target_rows_N], head)  # pyright: ignore
-    return torch.zeros(target_BT.numel(), device=nll_N.device).index_put((target_rows_N,), nll_N).view_as(target_BT)
+    return (
+        torch.zeros(target_BT.numel(), device=nll_N.device)
+        .index_put((target_rows_N,), nll_N)
+        .view_as(target_BT)
+    )
 
 
 class _ChunkedNLL(torch.autograd.Function):
@@ -61,18 +69,23 @@ class _ChunkedNLL(torch.autograd.Function):
         return (gradient_ND * upstream_N[:, None]).to(gradient_ND.dtype), None, None
 
 
-def _nll_and_slope(hidden_CD: Tensor, target_C: Tensor, head: Head, need_slope: bool) -> tuple[Tensor, Tensor]:
-    """One chunk: nll_C in fp32 and, if needed, d nll / d (head output), slope_CV in the dtype of the hidden states."""
+def _nll_and_slope(
+    hidden_CD: Tensor, target_C: Tensor, head: Head, need_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """One chunk: nll_C in fp32 and, if needed, d nll / d (head
+    output), slope_CV in the dtype of the hidden states."""
     logits_CV = torch.nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V)
     of_logits = _compiled_of_logits() if logits_CV.is_cuda else _of_logits
     return of_logits(logits_CV, target_C, head.softcap, head.scale, need_slope), logits_CV
 
 
-def _of_logits(logits_CV: Tensor, target_C: Tensor, softcap: float | None, scale: float, need_slope: bool) -> Tensor:
+def _of_logits(
+    logits_CV: Tensor, target_C: Tensor, softcap: float | None, scale: float, need_slope: bool
+) -> Tensor:
     """nll_C, and the slope written over the logits.
 
-    With z = x / cap, logits = cap · tanh(z): d nll / d x = (softmax − onehot) · (1 − tanh(z)²). Of x = scale · output
-    of the head, the slope by that output is scale times as large.
+    With z = x / cap, logits = cap · tanh(z): d nll / d x = (softmax − onehot) · (1 − tanh(z)²). Of x = scale
+    · output of the head, the slope by that output is scale times as large.
     """
     x_CV = logits_CV.float()
     if scale != 1:
@@ -99,6 +112,6 @@ def _of_logits(logits_CV: Tensor, target_C: Tensor, softcap: float | None, scale
 
 @cache
 def _compiled_of_logits() -> Callable[..., Tensor]:
-    """Two passes over the logits, where PyTorch's own operators take a dozen. Made at its first use: torch.compile
-    imports for a second, and a run without a GPU never needs it."""
+    """Two passes over the logits, where PyTorch's own operators take a dozen. Made at its first use:
+    torch.compile imports for a second, and a run without a GPU never needs it."""
     return torch.compile(_of_logits)

@@ -77,7 +77,8 @@ class RunEvaluation:
         return self.config.model_dump(include=set(EvaluationSettings.model_fields) | {"dataset_name", "seed"})
 
     def start(self, saved: StateFile | None) -> None:
-        """Score the initial adapters, unless a checkpoint holds their scores for the same evaluation. Collective.
+        """Score the initial adapters, unless a checkpoint holds their scores for the same evaluation.
+        Collective.
 
         Adapters that add nothing are the base: it alone is scored.
 
@@ -90,16 +91,23 @@ class RunEvaluation:
             self.initial = Evaluation.from_report(known.report)
         elif self.config.eval_on_start:
             adapters = self.engine.agents.adapter_tensors()
-            with_agents = any(bool(tensor.any()) for identity, tensor in adapters.items() if identity.matrix == "B")
+            with_agents = any(
+                bool(tensor.any()) for identity, tensor in adapters.items() if identity.matrix == "B"
+            )
             self.initial = self._evaluate(with_base=True, with_agents=with_agents)
             if self.initial.num_problems:
                 self.run_log.scores(0, self.initial.flat())
 
     def after_step(self, step: StepDone) -> None:
-        """Score where it is due; ask for a checkpoint of a best step, and for the end when patience is over."""
+        """Score where it is due; ask for a checkpoint of a best
+        step, and for the end when patience is over."""
         metric = self.config.metric_for_best_model
         is_last = step.number == step.num_steps
-        if not self.config.eval_steps or not step.is_due(self.config.eval_steps) or (is_last and metric is None):
+        if (
+            not self.config.eval_steps
+            or not step.is_due(self.config.eval_steps)
+            or (is_last and metric is None)
+        ):
             return
         found = self._evaluate(with_base=False)
         self.run_log.scores(step.number, found.flat())
@@ -130,7 +138,9 @@ class RunEvaluation:
         found = self._evaluate(with_base="base" not in self.initial.scores)
         of_base = {name: own for name, own in self.initial.scores.items() if name.split("/")[0] == "base"}
         found.scores = of_base | found.scores
-        if found.num_problems and self.config.metric_for_best_model is None:  # otherwise their step has its row
+        if (
+            found.num_problems and self.config.metric_for_best_model is None
+        ):  # otherwise their step has its row
             self.run_log.scores(num_steps, found.flat())
         return found
 

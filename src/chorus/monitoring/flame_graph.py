@@ -1,8 +1,8 @@
 """A flame graph as one HTML page, for any browser, without anything to load from elsewhere.
 
 The width of a box is its time. What ran inside it lies below it (Gregg 2016, the hanging form,
-https://queue.acm.org/detail.cfm?id=2927301). Boxes of the same name under the same box are merged. A click on a box
-widens it; a click on the top box goes back.
+https://queue.acm.org/detail.cfm?id=2927301). Boxes of the same name under the same box are merged. A click on
+a box widens it; a click on the top box goes back.
 """
 
 import html

@@ -27,8 +27,8 @@ class Work(NamedTuple):
 
         Each weight takes 2 FLOP a token forward and 2 backward: the base is frozen, so it has no weight
         gradient. The head runs on target tokens only. Attention has two products over the causal half; its
-        backward takes twice its forward. The adapters' own products and recomputation do not count. Padding is
-        computed, so it counts.
+        backward takes twice its forward. The adapters' own products and recomputation do not count. Padding
+        is computed, so it counts.
         """
         products = 4.0 * (self.body * rows * length + self.head * targets)
         return products + 3 * (2.0 * length * length * self.attention) * rows
@@ -45,7 +45,9 @@ class Work(NamedTuple):
         row_BT = torch.arange(B)[:, None].expand(B, T)
         samples_2N = torch.stack((row_BT, batch.sample_BT))[:, batch.sample_BT >= 0]
         lengths = samples_2N.unique(dim=1, return_counts=True)[1].tolist()
-        attention = sum(self._replace(body=0, head=0).useful_flops(num_agents, length, 0) for length in lengths)
+        attention = sum(
+            self._replace(body=0, head=0).useful_flops(num_agents, length, 0) for length in lengths
+        )
         return self._replace(attention=0).useful_flops(rows, T, targets) + attention
 
 
@@ -54,7 +56,9 @@ def work_of(model: PreTrainedModel) -> Work:
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     linears = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     # From in_features and out_features: under ZeRO-3 a sharded weight is empty.
-    body = sum(linear.in_features * linear.out_features for linear in linears if not linear.weight.requires_grad)
+    body = sum(
+        linear.in_features * linear.out_features for linear in linears if not linear.weight.requires_grad
+    )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * head_dim
     assert isinstance(head, nn.Linear), "a language model without a linear head"

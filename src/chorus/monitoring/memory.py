@@ -11,7 +11,8 @@ import torch
 
 
 def memory_limit(device: torch.device, fraction: float) -> int:
-    """Bytes that this process may use: `fraction` of its GPU or of its share of the RAM, and no more than is free now.
+    """Bytes that this process may use: `fraction` of its GPU or of its share of the RAM, and no more than is
+    free now.
 
     On a CPU the processes of this machine share what is available now, within the limit of the container.
     """
@@ -37,8 +38,8 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has held.
 
-    On a GPU what the allocator reserved since `reset_peak`: a CUDA graph keeps memory in which no tensor lives
-    between replays. On a CPU the resident set since the process began, libraries included.
+    On a GPU what the allocator reserved since `reset_peak`: a CUDA graph keeps memory in which no tensor
+    lives between replays. On a CPU the resident set since the process began, libraries included.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
@@ -46,7 +47,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def memory_usage(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GB (10^9 bytes), now and at most so far: the GPU's, or resident where there is none.
+    """Memory of this process in GB (10^9 bytes), now and at most so far: the GPU's, or resident where there
+    is none.
 
     What a recorded pass holds between replays is reserved, and not allocated.
     """
@@ -55,7 +57,10 @@ def memory_usage(device: torch.device) -> dict[str, float]:
         names = ("allocated", "max_allocated", "reserved")
         return {name: of(device) / 1e9 for name, of in zip(names, held, strict=True)}
     resident, most = psutil.Process().memory_info().rss, peak_bytes(device)
-    return {"resident": resident / 1e9, "max_resident": max(resident, most) / 1e9}  # the kernel updates its peak late
+    return {
+        "resident": resident / 1e9,
+        "max_resident": max(resident, most) / 1e9,
+    }  # the kernel updates its peak late
 
 
 def memory_line(step: int, device: torch.device, usage: Mapping[str, float]) -> str:

@@ -27,7 +27,8 @@ class Means(NamedTuple):
 
 
 class Meter:
-    """Sums of losses and tokens over steps. They stay on the device until `read`, so that nothing waits before."""
+    """Sums of losses and tokens over steps. They stay on the
+    device until `read`, so that nothing waits before."""
 
     def __init__(self, num_agents: int, device: torch.device):
         self.num_agents = num_agents
@@ -43,7 +44,8 @@ class Meter:
         self.began = time.perf_counter()
 
     def add(self, step: StepDone) -> None:
-        """Add the losses of this process. Tokens count as the device computes them: B x T, padding included."""
+        """Add the losses of this process. Tokens count as the
+        device computes them: B x T, padding included."""
         self.steps += 1
         for batch, losses in zip(step.batch.micro_batches, step.losses, strict=True):
             self.ce_K += losses.nll_K.double() / step.batch.num_targets

@@ -1,10 +1,10 @@
 """Where the time of a step goes: times the first steps of a run part by part, then traces two more.
 
-The parts of a step are spans (spans.py). They do not overlap: a part inside of another is subtracted from it, and time
-outside of all parts is `other`, so that parts add up to the step. Some work cannot be separated and counts where it
-happens: the reduction of gradients, which DDP and ZeRO-2 overlap with `backward_pass`, and ZeRO-2's gathering of the
-updated weights in `optimizer_step`. On a GPU a part lasts from when the device reaches it until the device leaves it:
-host work that overlaps with a busy device shows as nothing.
+The parts of a step are spans (spans.py). They do not overlap: a part inside of another is subtracted from it,
+and time outside of all parts is `other`, so that parts add up to the step. Some work cannot be separated and
+counts where it happens: the reduction of gradients, which DDP and ZeRO-2 overlap with `backward_pass`, and
+ZeRO-2's gathering of the updated weights in `optimizer_step`. On a GPU a part lasts from when the device
+reaches it until the device leaves it: host work that overlaps with a busy device shows as nothing.
 """
 
 import logging
@@ -31,7 +31,9 @@ from chorus.training.step import AfterStep, StepDone
 
 logger = logging.getLogger(__name__)
 
-TRACED_STEPS = 2  # enough to see what a step does and what is between two of them; a trace of many is slow to open
+TRACED_STEPS = (
+    2  # enough to see what a step does and what is between two of them; a trace of many is slow to open
+)
 
 
 class ProfiledStep(NamedTuple):
@@ -51,13 +53,18 @@ class ProfiledStep(NamedTuple):
 
 @contextmanager
 def profiling(
-    settings: InstrumentSettings, engine: Engine, run_log: RunLog, output_dir: Path, start_step: int, num_steps: int
+    settings: InstrumentSettings,
+    engine: Engine,
+    run_log: RunLog,
+    output_dir: Path,
+    start_step: int,
+    num_steps: int,
 ) -> Iterator[AfterStep]:
     """The context of profiled training; gives the hook that marks the end of a step.
 
-    Enter it just before the first step, and call the hook after all others, so that their time counts. The first step
-    warms up, `profile_steps` are timed and reported, then `profile_trace` traces two more. The report is a collective
-    call, at the same step on every process.
+    Enter it just before the first step, and call the hook after all others, so that their time counts. The
+    first step warms up, `profile_steps` are timed and reported, then `profile_trace` traces two more. The
+    report is a collective call, at the same step on every process.
     """
     if not settings.profile_steps and not settings.profile_trace:
         yield lambda step: None
@@ -65,7 +72,9 @@ def profiling(
     wanted = 1 + settings.profile_steps + settings.profile_trace
     if num_steps - start_step < wanted:
         left = max(num_steps - start_step, 0)
-        logger.warning("profiling needs %d steps, one to warm up, and %d are left: it will be short", wanted, left)
+        logger.warning(
+            "profiling needs %d steps, one to warm up, and %d are left: it will be short", wanted, left
+        )
     # Closed also when the run fails, so that the listener goes.
     with closing(_profile(settings, engine, run_log, output_dir, start_step, num_steps)) as profile:
         next(profile)
@@ -73,7 +82,12 @@ def profiling(
 
 
 def _profile(
-    settings: InstrumentSettings, engine: Engine, run_log: RunLog, output_dir: Path, start_step: int, num_steps: int
+    settings: InstrumentSettings,
+    engine: Engine,
+    run_log: RunLog,
+    output_dir: Path,
+    start_step: int,
+    num_steps: int,
 ) -> Generator[None, StepDone]:
     """Every `yield` is a step of the loop, and gives what was done in it."""
     accelerator, num_agents = engine.accelerator, len(engine.agents.agents)
@@ -101,7 +115,9 @@ def _profile(
         yield
 
 
-def _profiled_step(timed: Span, step_batch: StepBatch, num_agents: int, work: Work, is_warm: bool) -> ProfiledStep:
+def _profiled_step(
+    timed: Span, step_batch: StepBatch, num_agents: int, work: Work, is_warm: bool
+) -> ProfiledStep:
     tokens, flops = 0, 0.0
     for batch in step_batch.micro_batches:
         rows, length = batch.input_BT.shape
@@ -121,7 +137,9 @@ def _report(watched: Sequence[ProfiledStep], step: int, engine: Engine, run_log:
         logger.warning("nothing was profiled: all of %d steps warmed up; raise profile_steps", len(watched))
         return
     usage = memory_usage(device)
-    run_log.profile(step, {**report, "memory_gb": usage}, [*summary(report, step), memory_line(step, device, usage)])
+    run_log.profile(
+        step, {**report, "memory_gb": usage}, [*summary(report, step), memory_line(step, device, usage)]
+    )
 
 
 def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any] | None:
@@ -133,7 +151,9 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
     warm = [step for step in watched if step.is_warm]
     names = dict.fromkeys(inner.name for step in watched for inner in step.timed.everything_inside())
     passes = Counter(name.partition(".")[0] for name in names if "." in name)
-    alone = {name for name in names if passes[name.partition(".")[0]] == 1 and "." in name}  # equal to their part
+    alone = {
+        name for name in names if passes[name.partition(".")[0]] == 1 and "." in name
+    }  # equal to their part
     names = [*(name for name in names if name != "recording" and name not in alone), "other", "step"]
     total, calls = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for step in warm:
@@ -147,7 +167,11 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
                 calls[inner.name] += 1
     names = _sum_up_the_loss(names, total, calls)
     seconds = max(total["step"], 1e-12)
-    rates = [len(warm), sum(step.tokens for step in warm) / seconds, sum(step.flops for step in warm) / seconds]
+    rates = [
+        len(warm),
+        sum(step.tokens for step in warm) / seconds,
+        sum(step.flops for step in warm) / seconds,
+    ]
     per_call = [total[name] / max(calls[name], 1) for name in names]
     own = torch.tensor([*rates, *per_call], dtype=torch.float64, device=engine.accelerator.device)
     all_PN = engine.gather(own[None]).cpu()  # of every process
@@ -177,12 +201,15 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
 
 
 def _sum_up_the_loss(names: list[str], total: dict[str, float], calls: dict[str, int]) -> list[str]:
-    """Add `loss_calculation`, the sum of both losses, which become its details; the names, with it in their place."""
+    """Add `loss_calculation`, the sum of both losses, which
+    become its details; the names, with it in their place."""
     losses = [name for name in ("task_loss", "swd_loss") if name in names]
     if not losses:
         return names
     total["loss_calculation"] = sum(total[name] for name in losses)
-    calls["loss_calculation"] = calls[losses[-1]]  # once a micro-batch; the task loss may be taken agent by agent
+    calls["loss_calculation"] = calls[
+        losses[-1]
+    ]  # once a micro-batch; the task loss may be taken agent by agent
     for name in losses:
         total[f"loss_calculation.{name}"], calls[f"loss_calculation.{name}"] = total[name], calls[name]
     place = names.index(losses[0])

@@ -13,7 +13,14 @@ import transformers
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from chorus.checkpoint.atomic_files import disk_errors, finite_or_null, write_text
@@ -29,7 +36,8 @@ LOG_FILE = "train.log"
 
 
 class RunLog:
-    """The log of every process but the first: silent. Errors of the first process's disk are raised on all."""
+    """The log of every process but the first: silent. Errors of
+    the first process's disk are raised on all."""
 
     def __init__(self, accelerator: Accelerator | None = None):
         self._accelerator = accelerator
@@ -43,10 +51,12 @@ class RunLog:
         return self._bar(num_steps, start_step)
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
-        """One optimiser step is done. `metrics`: the row of metrics.jsonl on logged steps, a collective call then.
+        """One optimiser step is done. `metrics`: the row of metrics.jsonl on logged steps, a collective call
+        then.
 
         Raises:
-            RunError: on every process alike: the first one's disk did not take the row, or an earlier log line.
+            RunError: on every process alike: the first one's disk did not take the row, or an earlier log
+            line.
         """
         if metrics is not None:
             self._on_first_process(partial(self._write, metrics))
@@ -111,7 +121,8 @@ class _ConsoleHandler(logging.Handler):
 class _LogFile(logging.FileHandler):
     """train.log. On a full disk logging itself would print a traceback for every line and continue.
 
-    refused: the disk's first error, for the next collective call. Raised at once, it would end this process alone.
+    refused: the disk's first error, for the next collective call. Raised at once, it would end this process
+    alone.
     """
 
     refused: RunError | None = None
@@ -174,7 +185,8 @@ class WritingRunLog(RunLog):
         super().advance(metrics)
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
-        # JSON knows neither infinity, as the first gradient norms are in fp16, nor the NaN of a loss that is skipped.
+        # JSON knows neither infinity, as the first gradient norms are in fp16, nor the NaN of a loss that is
+        # skipped.
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self._append(metrics, numbers)
@@ -182,7 +194,8 @@ class WritingRunLog(RunLog):
         swd = "" if metrics["swd"] is None else f"  swd {metrics['swd']:.4f}"
         losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
         logger.info(
-            f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr {metrics['lr']:.2e}  "
+            f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr "
+            f"{metrics['lr']:.2e}  "
             f"grad norm {metrics['grad_norm']:.2f}  {metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
         )
         if "peak_memory_gib" in metrics:
@@ -231,9 +244,11 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def quiet_libraries() -> None:
-    """Hide what does not concern the user: the libraries' deprecation notices, and a progress bar for each process that
-    loads the base. Process-wide."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch|accelerate|peft|deepspeed")
+    """Hide what does not concern the user: the libraries' deprecation notices, and a progress bar for each
+    process that loads the base. Process-wide."""
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"transformers|torch|accelerate|peft|deepspeed"
+    )
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 

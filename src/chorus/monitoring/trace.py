@@ -92,7 +92,8 @@ def _memory_history(snapshots: list[Any]) -> Iterator[None]:
 
 
 class Event(NamedTuple):
-    """An event on the host. `correlation` identifies the kernel it launched, if any. Times in microseconds."""
+    """An event on the host. `correlation` identifies the kernel
+    it launched, if any. Times in microseconds."""
 
     begin: float
     end: float
@@ -102,7 +103,8 @@ class Event(NamedTuple):
 
 
 def stacks(events: Sequence[Mapping[str, Any]], clock: Clock) -> dict[Stack, float]:
-    """Microseconds of each stack itself, without the stacks inside it, from the events of PyTorch's Chrome trace.
+    """Microseconds of each stack itself, without the stacks inside it, from the events of PyTorch's Chrome
+    trace.
 
     Spans, modules and operators nest by their times. The threads of backward count as part of the thread that
     waits for them. On the clock `device` a stack ends in a kernel and has the time of its kernels.
@@ -123,7 +125,8 @@ def stacks(events: Sequence[Mapping[str, Any]], clock: Clock) -> dict[Stack, flo
 
 
 def operator_table(events: Sequence[Mapping[str, Any]], clock: Clock, rows: int = 40) -> str:
-    """A table of the most expensive operators (kernels on the clock `device`), by their own time in the whole trace.
+    """A table of the most expensive operators (kernels on the clock `device`), by their own time in the whole
+    trace.
 
     torch's `key_averages` takes minutes on a trace with stacks, and counts every Python function.
     """
@@ -136,7 +139,10 @@ def operator_table(events: Sequence[Mapping[str, Any]], clock: Clock, rows: int 
         total[name] += time
         calls[name] += 1
     whole = sum(total.values()) or 1.0
-    lines = [f"{'own ms':>12} {'share':>7} {'calls':>8}  {'kernel' if clock == 'device' else 'operator, on the host'}"]
+    lines = [
+        f"{'own ms':>12} {'share':>7} {'calls':>8}  "
+        f"{'kernel' if clock == 'device' else 'operator, on the host'}"
+    ]
     for name in sorted(total, key=lambda name: -total[name])[:rows]:
         lines.append(f"{total[name] / 1000:12.3f} {total[name] / whole:7.1%} {calls[name]:8,}  {name}")
     return "\n".join(lines)

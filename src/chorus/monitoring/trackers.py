@@ -1,4 +1,5 @@
-"""Experiment trackers, as Accelerate has them: TensorBoard, Weights & Biases and others. The first process alone."""
+"""Experiment trackers, as Accelerate has them: TensorBoard,
+Weights & Biases and others. The first process alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,9 @@ class Trackers:
         InputError: a tracker does not start, for example because nobody is logged in.
     """
 
-    def __init__(self, report_to: Sequence[str | GeneralTracker], output_dir: Path, settings: Mapping[str, Plain]):
+    def __init__(
+        self, report_to: Sequence[str | GeneralTracker], output_dir: Path, settings: Mapping[str, Plain]
+    ):
         self._trackers: list[GeneralTracker] = []
         for given in report_to:
             name = given if isinstance(given, str) else type(given).__name__
@@ -51,7 +54,9 @@ class Trackers:
                 tracker.store_init_configuration(dict(settings))
             except Exception as error:  # each library has its own errors, and the other processes are waiting
                 line = " ".join(str(error).split())
-                raise InputError(f"key 'report_to': {name} does not start: {line}; or leave it out") from error
+                raise InputError(
+                    f"key 'report_to': {name} does not start: {line}; or leave it out"
+                ) from error
             self._trackers.append(tracker)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:

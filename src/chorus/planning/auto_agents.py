@@ -37,8 +37,8 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
     """The configuration with a number for `num_agents`, and the reason, for the log ("" if it was a number).
 
     A resumed run keeps the number of its checkpoint. Otherwise it is the largest, up to `MOST_AGENTS`, whose
-    forecast fits `memory_fraction` of the smallest device; on a GPU lowered until a measured step fits too (a CPU's
-    allocator keeps no count). A collective call: all processes agree.
+    forecast fits `memory_fraction` of the smallest device; on a GPU lowered until a measured step fits too (a
+    CPU's allocator keeps no count). A collective call: all processes agree.
 
     Raises:
         InputError: not even the fewest agents fit (one; two with lambda_sw above 0).
@@ -50,14 +50,19 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
         return with_agents(config, kept), f"num_agents auto: {kept}, as in the checkpoint"
     machine = machine_of(accelerator)
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
-    num_agents, first, each = on_first_process(accelerator, lambda: most_that_fit(config, precision, machine, limit))
+    num_agents, first, each = on_first_process(
+        accelerator, lambda: most_that_fit(config, precision, machine, limit)
+    )
     taken = ""
     if accelerator.device.type == "cuda":
-        num_agents, measured = lower_until_a_step_fits(config, num_agents, each, limit, precision, accelerator)
+        num_agents, measured = lower_until_a_step_fits(
+            config, num_agents, each, limit, precision, accelerator
+        )
         taken = f"a step took {measured / GIB:.2f} GiB, "
     cap = " (auto takes no more; name a number to have them)" if num_agents == MOST_AGENTS else ""
     return with_agents(config, num_agents), (
-        f"num_agents auto: {num_agents}{cap}; {taken}forecast {(first + num_agents * each) / GIB:.2f} GiB, allowed "
+        f"num_agents auto: {num_agents}{cap}; {taken}forecast {(first + num_agents * each) / GIB:.2f} GiB, "
+        "allowed "
         f"{limit / GIB:.2f} (memory_fraction {config.memory_fraction:g} of the smallest device)"
     )
 
@@ -65,7 +70,8 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
 def lower_until_a_step_fits(
     config: Config, num_agents: int, each: int, limit: int, precision: str, accelerator: Accelerator
 ) -> tuple[int, int]:
-    """The number of agents with which a real step fits `limit`, and the bytes of that step. A collective call.
+    """The number of agents with which a real step fits `limit`, and the bytes of that step. A collective
+    call.
 
     Raises:
         InputError: not even the fewest agents fit.
@@ -114,7 +120,8 @@ def with_agents(config: Config, num_agents: int) -> RunConfig:
 
 
 def agents_of_checkpoint(config: Config) -> int | None:
-    """K of the checkpoint from which this run may resume. `resume` checks later that it is whole and of this run."""
+    """K of the checkpoint from which this run may resume.
+    `resume` checks later that it is whole and of this run."""
     if config.resume_from_checkpoint is None:
         return None
     named = config.resume_from_checkpoint
@@ -129,7 +136,11 @@ def agents_of_checkpoint(config: Config) -> int | None:
 
 def machine_of(accelerator: Accelerator) -> Machine:
     """What a forecast must know of the machine."""
-    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type is DistributedType.DEEPSPEED else None
+    plugin = (
+        accelerator.state.deepspeed_plugin
+        if accelerator.distributed_type is DistributedType.DEEPSPEED
+        else None
+    )
     settings = None if plugin is None else plugin.deepspeed_config
     return Machine(accelerator.device.type, accelerator.num_processes, settings)
 
@@ -137,11 +148,12 @@ def machine_of(accelerator: Accelerator) -> Machine:
 def measured_step(
     model: PreTrainedModel, config: RunConfig, precision: str, machine: Machine, device: torch.device
 ) -> int:
-    """Peak bytes of this process in two optimiser steps at the longest batch; `OUT_OF_MEMORY` if they do not fit.
+    """Peak bytes of this process in two optimiser steps at the longest batch; `OUT_OF_MEMORY` if they do not
+    fit.
 
-    Each process steps on its own: in a collective call, a process that runs out of memory would leave the others
-    waiting. An empty tensor stands for the engine's buffers, and AdamW over a share of each adapter for a shard of the
-    optimizer's state.
+    Each process steps on its own: in a collective call, a process that runs out of memory would leave the
+    others waiting. An empty tensor stands for the engine's buffers, and AdamW over a share of each adapter
+    for a shard of the optimizer's state.
     """
     reset_peak(device)
     try:
@@ -161,7 +173,9 @@ def _two_steps(
 ) -> None:
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     execution = decide_execution(config, device, machine.base_in_shards)
-    agents = build_agents(config.parallel_mode, model, config.num_agents, lora_shape(config), rates, execution)
+    agents = build_agents(
+        config.parallel_mode, model, config.num_agents, lora_shape(config), rates, execution
+    )
     shares = 1
     if machine.deepspeed is not None:
         agents.to(DTYPES[precision])
@@ -169,7 +183,9 @@ def _two_steps(
     adapters = list(agents.adapters().values())
     stepped = [nn.Parameter(adapter_F.detach()[: ceil(len(adapter_F) / shares)]) for adapter_F in adapters]
     optimizer = adamw(stepped, config.lr, config.weight_decay)
-    standing = sum(trained_bytes(sum(map(torch.numel, adapters)), config, DTYPES[precision], machine).values())
+    standing = sum(
+        trained_bytes(sum(map(torch.numel, adapters)), config, DTYPES[precision], machine).values()
+    )
     counted = sum(adapter_F.nbytes for adapter_F in adapters) + 2 * sum(own.nbytes for own in stepped)
     beside = torch.empty(max(0, standing - counted), dtype=torch.uint8, device=device)
     length = longest_batch(config)

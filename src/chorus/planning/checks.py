@@ -36,7 +36,8 @@ class Stopped(Exception):
 
 @dataclass
 class Report:
-    """The findings so far. They are printed as they come, unless `console` is None: then this process prints nothing.
+    """The findings so far. They are printed as they come, unless `console` is None: then this process prints
+    nothing.
 
     Attributes:
         facts: for JSON: plan, forecast, sample, modes.
@@ -110,7 +111,11 @@ class Report:
     def conclude(self) -> None:
         """Print all checks and the verdict."""
         failed = len(self.failures())
-        verdict = f"{failed} of {len(self.checks)} checks failed" if failed else f"all {len(self.checks)} checks passed"
+        verdict = (
+            f"{failed} of {len(self.checks)} checks failed"
+            if failed
+            else f"all {len(self.checks)} checks passed"
+        )
         self.show(check_table(self.checks), Text(verdict, style="bold red" if failed else "bold green"))
         if self.out is not None:
             checks = [check._asdict() for check in self.checks]
@@ -152,14 +157,17 @@ def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int]) -> Table:
 
 
 def sample_view(tokens: Sequence[Mapping[str, Any]], what: str = "the first training row") -> Group:
-    """A row, token by token: | behind a token without loss, [] around one with, {} around one that should have it."""
+    """A row, token by token: | behind a token without loss, []
+    around one with, {} around one that should have it."""
     line = Text()
     for token in tokens:
         text = token["text"].replace("\n", "\\n")
         if token.get("unlearnt"):
             line.append(f"{{{text}}}", style="bold red")
         else:
-            line.append(f"[{text}]" if token["loss"] else f"{text}|", style="bold green" if token["loss"] else "dim")
+            line.append(
+                f"[{text}]" if token["loss"] else f"{text}|", style="bold green" if token["loss"] else "dim"
+            )
     targets = sum(token["loss"] for token in tokens)
     title = f"{what}: {len(tokens)} tokens, loss on the {targets} in brackets"
     if unlearnt := sum(bool(token.get("unlearnt")) for token in tokens):

@@ -1,7 +1,9 @@
-"""The memory of compiled layers without compiling them: a backend of torch.compile for `live_bytes.LiveBytes`.
+"""The memory of compiled layers without compiling them: a backend of torch.compile for
+`live_bytes.LiveBytes`.
 
-The backend keeps for backward what inductor would keep. Intermediates inside one fused kernel have no bytes: counted
-one by one, the dozen fp32 intermediates of GeGLU's backward would be a tenth of what gemma-2-9b needs.
+The backend keeps for backward what inductor would keep. Intermediates inside one fused kernel have no bytes:
+counted one by one, the dozen fp32 intermediates of GeGLU's backward would be a tenth of what gemma-2-9b
+needs.
 """
 
 from collections.abc import Iterator
@@ -61,8 +63,8 @@ class _Kernels(Interpreter):
 def inside_of_kernels(graph: Graph) -> set[Node]:
     """Elementwise results that only operators of the same kernel use.
 
-    Inductor fuses into one kernel what lies between two operators that it cannot fuse: matrix products and operators of
-    other libraries.
+    Inductor fuses into one kernel what lies between two operators that it cannot fuse: matrix products and
+    operators of other libraries.
     """
     kernel_of, kernel = {}, 0
     for node in graph.nodes:

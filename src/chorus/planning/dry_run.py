@@ -27,7 +27,14 @@ from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
 from chorus.errors import InputError
 from chorus.model.adapters import lora_shape
-from chorus.model.base import check_base, check_positions, load_base, load_skeleton, load_tokenizer, write_toy_like
+from chorus.model.base import (
+    check_base,
+    check_positions,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+    write_toy_like,
+)
 from chorus.model.execution import decide_execution, with_padding
 from chorus.monitoring.memory import memory_limit
 from chorus.monitoring.run_log import quiet_libraries
@@ -42,7 +49,8 @@ from chorus.training.zero.deepspeed_json import deepspeed_json, deepspeed_wanted
 
 MODES = get_args(Mode)
 SETTINGS = "settings agree"
-# Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of it.
+# Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of
+# it.
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
 TOY_TOKENS = 256  # of a row, on a base that stands in for one that does not fit
 
@@ -92,7 +100,9 @@ def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator
             raise
         num_processes = rows // own
         deepspeed_json(config, precision, num_processes)
-    return f"no DeepSpeed, precision {precision}; {path} would do, at {num_processes} x {config.batch_size} rows"
+    return (
+        f"no DeepSpeed, precision {precision}; {path} would do, at {num_processes} x {config.batch_size} rows"
+    )
 
 
 def _try_all(report: Report, config: Config, precision: str, accelerator: Accelerator, loop: Loop) -> None:
@@ -111,8 +121,12 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
         if note:
             report.add("num_agents auto", True, note)
         with report.trying("memory"):
-            told = on_first_process(accelerator, partial(forecast, config, precision, machine_of(accelerator)))
-        planned = plan(config, rows.train, told.trainable, skeleton.num_parameters(), accelerator.num_processes)
+            told = on_first_process(
+                accelerator, partial(forecast, config, precision, machine_of(accelerator))
+            )
+        planned = plan(
+            config, rows.train, told.trainable, skeleton.num_parameters(), accelerator.num_processes
+        )
         tokens = sample_tokens(rows.train, 0, tokenizer)
         report.facts |= {"plan": planned._asdict(), "forecast_gib": told.report(), "sample": tokens}
         report.show(planned.table(config), told.table(), sample_view(tokens))
@@ -123,7 +137,9 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             if not fits:
                 toy = folder / "toy"
                 on_first_process(accelerator, lambda: write_toy_like(config.model_name, tokenizer, toy))
-                config = config.model_copy(update={"model_name": str(toy), "batch_size": min(2, config.batch_size)})
+                config = config.model_copy(
+                    update={"model_name": str(toy), "batch_size": min(2, config.batch_size)}
+                )
             in_shards = machine_of(accelerator).base_in_shards
             compiled = decide_execution(config, accelerator.device, in_shards).compiled
             load = partial(load_base, config, DTYPES[precision], accelerator.device, compiled=compiled)
@@ -131,7 +147,9 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
         samples = rows.longest(STEPS * planned.rows_of_a_step)  # they decide what fits
         if not fits:
             samples = [Sample(ids[-TOY_TOKENS:], is_target[-TOY_TOKENS:]) for ids, is_target in samples]
-        setting = Setting(config, accelerator, base, load, samples, cast(int, tokenizer.eos_token_id), loop, folder)
+        setting = Setting(
+            config, accelerator, base, load, samples, cast(int, tokenizer.eos_token_id), loop, folder
+        )
         _check_modes(report, setting, precision, is_real=fits)
 
 
@@ -163,12 +181,20 @@ def _check_processes(report: Report, config: Config, accelerator: Accelerator, f
     count = accelerator.num_processes
     with report.trying("processes have one configuration"):
         own = sha256(config.model_dump_json().encode()).hexdigest()
-        refuse_differences({"the digest of the configuration": own, "torch's version": str(torch.__version__)})
-        report.add("processes have one configuration", True, f"as has the first of {count}, and one version of torch")
+        refuse_differences(
+            {"the digest of the configuration": own, "torch's version": str(torch.__version__)}
+        )
+        report.add(
+            "processes have one configuration", True, f"as has the first of {count}, and one version of torch"
+        )
     with report.trying("processes see one output_dir"):
         on_every_process(partial(refuse_unshared, folder))
-        report.add("processes see one output_dir", True, f"{count} of {count} see what the first one makes there")
-    summed = accelerator.reduce(torch.tensor([accelerator.process_index + 1.0], device=accelerator.device), "sum")
+        report.add(
+            "processes see one output_dir", True, f"{count} of {count} see what the first one makes there"
+        )
+    summed = accelerator.reduce(
+        torch.tensor([accelerator.process_index + 1.0], device=accelerator.device), "sum"
+    )
     report.add(
         "an all-reduce gives the right sum",
         float(cast(torch.Tensor, summed)) == count * (count + 1) / 2,
@@ -198,13 +224,17 @@ def _check_rows(report: Report, config: RunConfig, rows: Rows, tokenizer: PreTra
     if merged.any():
         places = merged.nonzero()[0]
         first, name = int(places[0]), "the first row with tokens that should carry loss"
-        found = f"{int(merged.sum()):,} characters of {len(places):,} rows are not, the first {chosen.place(first)}"
+        found = (
+            f"{int(merged.sum()):,} characters of {len(places):,} rows are not, the first "
+            f"{chosen.place(first)}"
+        )
         report.show(sample_view(sample_tokens(chosen, first, tokenizer), name))
     report.add(
         "all of a completion is learnt",
         not merged.any(),
         found,
-        "a token begins in the prompt and reaches into the completion: begin the completion with a space or a new "
+        "a token begins in the prompt and reaches into the completion: begin the completion with a space "
+        "or a new "
         "line, or end the prompt with one",
     )
 
@@ -219,13 +249,17 @@ def _check_disk(report: Report, planned: Plan, folder: Path) -> None:
     )
 
 
-def _check_memory(report: Report, config: RunConfig, precision: str, accelerator: Accelerator, told: Forecast) -> bool:
+def _check_memory(
+    report: Report, config: RunConfig, precision: str, accelerator: Accelerator, told: Forecast
+) -> bool:
     """Whether the real base is to be tried."""
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
     whole = min(gather_object([memory_limit(accelerator.device, 1.0)]))
     remedy = ""
     if told.peak > limit:
-        remedy = on_first_process(accelerator, lambda: way_out(config, precision, machine_of(accelerator), limit))
+        remedy = on_first_process(
+            accelerator, lambda: way_out(config, precision, machine_of(accelerator), limit)
+        )
     report.add(
         "memory",
         told.peak <= limit,
@@ -256,7 +290,9 @@ def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool
             forecasts[mode] = peak
             runs.append(rehearse(setting, mode, is_own=mode == own))
             where = "on the real base" if is_real else "on a toy base: the real one does not fit"
-            report.add(name, True, f"{len(runs[-1].losses)} steps {where}, loss {_mean(runs[-1].losses[-1]):.4f}")
+            report.add(
+                name, True, f"{len(runs[-1].losses)} steps {where}, loss {_mean(runs[-1].losses[-1]):.4f}"
+            )
             _check_mode(report, runs[-1], config)
     _check_engine(report, config, runs[0])
     worst = disagreement(runs)
@@ -267,7 +303,9 @@ def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool
         f"train in {own} alone, and report it: the modes promise equal gradients",
     )
     _check_reload(report, runs[0], precision)
-    report.facts["modes"] = [run.report() | {"forecast_gib": round(forecasts[run.mode] / GIB, 3)} for run in runs]
+    report.facts["modes"] = [
+        run.report() | {"forecast_gib": round(forecasts[run.mode] / GIB, 3)} for run in runs
+    ]
     report.show(mode_table(runs, forecasts))
 
 
@@ -282,7 +320,9 @@ def _check_mode(report: Report, run: ModeRun, config: Config) -> None:
     report.add(
         f"{run.mode}: the base is as it was",
         not run.changed,
-        "every bit" if not run.changed else f"changed: {', '.join(run.changed[:3])} ({len(run.changed)} tensors)",
+        "every bit"
+        if not run.changed
+        else f"changed: {', '.join(run.changed[:3])} ({len(run.changed)} tensors)",
         "report it: the base must be frozen",
     )
     shared = not run.not_shared and run.growth == 0
@@ -291,14 +331,19 @@ def _check_mode(report: Report, run: ModeRun, config: Config) -> None:
         found = f"{len(run.not_shared)} tensors of their own ({', '.join(run.not_shared[:2])}); "
         found += f"an agent more takes {run.growth / 2**20:,.1f} MiB beside its adapters"
     report.add(
-        f"{run.mode}: the base is shared", shared, found, "report it; until then set parallel_mode to another mode"
+        f"{run.mode}: the base is shared",
+        shared,
+        found,
+        "report it; until then set parallel_mode to another mode",
     )
 
 
 def _check_engine(report: Report, config: Config, run: ModeRun) -> None:
     if deepspeed_wanted(config):
         active = run.engine.startswith("DeepSpeed")
-        report.add("DeepSpeed is active", active, run.engine, "launch with --config_file accelerate_config.yaml")
+        report.add(
+            "DeepSpeed is active", active, run.engine, "launch with --config_file accelerate_config.yaml"
+        )
 
 
 def _check_reload(report: Report, run: ModeRun, precision: str) -> None:

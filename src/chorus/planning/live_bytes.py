@@ -1,6 +1,7 @@
 """Count the bytes that live while code runs on the meta device, and stand in for what does not run there.
 
-On the meta device tensors have shapes and storages of a size, but no values: a model of any size takes no memory.
+On the meta device tensors have shapes and storages of a size, but no values: a model of any size takes no
+memory.
 """
 
 import weakref
@@ -50,7 +51,9 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 1  # code reads a value, such as whether a mask is all True
         for tensor in tree_leaves((args, kwargs)):
-            self._note(tensor, counts=False)  # made outside of the context: neither it nor a view of it counts
+            self._note(
+                tensor, counts=False
+            )  # made outside of the context: neither it nor a view of it counts
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             self._note(tensor, counts=True)
@@ -92,9 +95,9 @@ def undrawn_noise(adapters: Mapping[int, Tensor], rates: Regularisation, step: i
 class CountedPasses:
     """Stands for `CapturedPasses` on the meta device, where there are no CUDA graphs.
 
-    A captured pass keeps all the memory of its peak, and its inputs and outputs beside. Outside of `counted_by` a pass
-    runs with masks that already exist, and nothing is kept: layers compile then. With masks made inside of the pass,
-    reading a mask's value would keep a layer from being compiled.
+    A captured pass keeps all the memory of its peak, and its inputs and outputs beside. Outside of
+    `counted_by` a pass runs with masks that already exist, and nothing is kept: layers compile then. With
+    masks made inside of the pass, reading a mask's value would keep a layer from being compiled.
 
     Args:
         is_captured: count what a CUDA graph keeps. False: count the pass as it runs without graphs.
@@ -154,8 +157,11 @@ class _Replayed(torch.autograd.Function):
         return None, torch.empty_like(ctx.saved_tensors[0])
 
 
-def fused_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-    """What a kernel without scores (flex, flash, sdpa) keeps: its inputs, its output and a number for each row."""
+def fused_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """What a kernel without scores (flex, flash, sdpa) keeps: its
+    inputs, its output and a number for each row."""
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # pyright: ignore
 
 

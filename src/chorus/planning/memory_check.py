@@ -1,4 +1,5 @@
-"""Whether a run fits into memory, told before the base is loaded; and what is said if memory runs out all the same."""
+"""Whether a run fits into memory, told before the base is
+loaded; and what is said if memory runs out all the same."""
 
 import logging
 import os
@@ -29,7 +30,8 @@ ROOM_TO_MAKE: tuple[dict[str, Any], ...] = (
     {"parallel_mode": "sequential", "gradient_checkpointing": "full"},
 )
 NOTHING_HELPS = (
-    "gradient_checkpointing=full, parallel_mode=sequential and batch_size=1 are not enough by themselves; take a "
+    "gradient_checkpointing=full, parallel_mode=sequential and batch_size=1 are not enough by "
+    "themselves; take a "
     "smaller base, fewer agents, a smaller max_seq_length or a larger device"
 )
 
@@ -47,7 +49,8 @@ def foresee_memory(
     Nothing is loaded for it. With `memory_check: off` the level is one that is never logged.
 
     Args:
-        samples, held_out: the rows of training and evaluation. The longest decides, and a batch holds no more than all.
+        samples, held_out: the rows of training and evaluation. The longest decides, and a batch holds no more
+        than all.
 
     Raises:
         InputError: with `memory_check: refuse`, where the forecast is more than what is free on some device.
@@ -62,7 +65,10 @@ def foresee_memory(
         partial(_forecast_and_way_out, config, precision, machine_of(accelerator), free, length),
     )
     device = accelerator.device.type
-    said = f"by forecast {phase} needs {in_words(needs)} of each process's {device}, and {in_words(free)} are free"
+    said = (
+        f"by forecast {phase} needs {in_words(needs)} of each process's {device}, and {in_words(free)} "
+        "are free"
+    )
     said += " on the fullest" if accelerator.num_processes > 1 else ""
     if needs <= free:
         return logging.INFO, f"memory: {said}"
@@ -95,7 +101,9 @@ def _forecast_and_way_out(
     return told.peak, phase, "" if told.peak <= limit else way_out(config, precision, machine, limit, length)
 
 
-def way_out(config: RunConfig, precision: str, machine: Machine, limit: int, length: int | None = None) -> str:
+def way_out(
+    config: RunConfig, precision: str, machine: Machine, limit: int, length: int | None = None
+) -> str:
     """The first change of settings that is enough, by forecast, as one may type it; or that none is."""
     for change in _changes(config, machine):
         peak = forecast(config.model_copy(update=change), precision, machine, length).peak
@@ -105,7 +113,8 @@ def way_out(config: RunConfig, precision: str, machine: Machine, limit: int, len
 
 
 def _changes(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
-    """What may be enough. Smaller batches come with more of them in a step, which leaves its rows what they are."""
+    """What may be enough. Smaller batches come with more of
+    them in a step, which leaves its rows what they are."""
     of_evaluation: dict[str, Any] = {}
     if config.eval_samples and config.eval_batch_size > 1:
         of_evaluation = {"eval_batch_size": 1}
@@ -127,7 +136,8 @@ def _parts(batch_size: int) -> Iterator[int]:
 
 
 def split_batch(config: Config, parts: int) -> dict[str, Any]:
-    """The same rows in a step, in micro-batches smaller by a factor of `parts`, a divisor of the batch size."""
+    """The same rows in a step, in micro-batches smaller by a
+    factor of `parts`, a divisor of the batch size."""
     if parts == 1:
         return {}
     accumulation = config.gradient_accumulation_steps * parts
@@ -152,7 +162,8 @@ def memory_errors_named(config: Config) -> Iterator[None]:
         place, phase = _where(error)
         raise OutOfMemory(
             f"process {os.environ.get('RANK', 0)}: out of memory in {phase}, at {place}: {found}; "
-            f"{_remedy(config, phase)}; resume_from_checkpoint=auto goes on from the last checkpoint, if there is one"
+            f"{_remedy(config, phase)}; resume_from_checkpoint=auto goes on from the last checkpoint, if "
+            "there is one"
         ) from error
 
 
@@ -181,8 +192,12 @@ def _remedy(config: Config, phase: str) -> str:
     if phase == "loading the base":
         return "take a smaller base, mixed_precision=bf16, or end what else uses the device"
     if phase == "evaluation":
-        smaller = f"set eval_batch_size={max(1, config.eval_batch_size // 4)}" if config.eval_batch_size > 1 else ""
-        return " or ".join(filter(None, [smaller, "lower max_new_tokens_eval", "leave it out with eval_samples=0"]))
+        smaller = (
+            f"set eval_batch_size={max(1, config.eval_batch_size // 4)}" if config.eval_batch_size > 1 else ""
+        )
+        return " or ".join(
+            filter(None, [smaller, "lower max_new_tokens_eval", "leave it out with eval_samples=0"])
+        )
     changes: list[dict[str, Any]] = []
     if phase == "capturing a pass":
         changes.append({"cuda_graphs": False})

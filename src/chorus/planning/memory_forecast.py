@@ -1,10 +1,10 @@
 """Forecast how much memory of each device a run needs, before any weight is read.
 
-There is no formula for an architecture. One micro-batch runs through the real code, every layer of it, on torch's meta
-device, where tensors have shapes but no values, and the bytes of the storages that live at the same time are counted.
-So the forecast follows the code in modes, groups of agents, gradient checkpointing, compiled layers and attention
-scores. What that pass does not hold is added by arithmetic: optimizer state and its sharding, an engine's buffers, and
-the loss as a GPU computes it.
+There is no formula for an architecture. One micro-batch runs through the real code, every layer of it, on
+torch's meta device, where tensors have shapes but no values, and the bytes of the storages that live at the
+same time are counted. So the forecast follows the code in modes, groups of agents, gradient checkpointing,
+compiled layers and attention scores. What that pass does not hold is added by arithmetic: optimizer state and
+its sharding, an engine's buffers, and the loss as a GPU computes it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,14 +33,16 @@ from chorus.spans import listening
 from chorus.training.engine import DTYPES
 
 GIB = 2**30
-# Measured: what a GPU's allocator reserved beyond all that is counted, whatever the model. 0.5 to 1.5 GiB in 22 of 29
-# rows on an H200, up to 2.7 in the others (benchmarks/LOG.md): the libraries' workspaces, and gaps between blocks.
+# Measured: what a GPU's allocator reserved beyond all that is counted, whatever the model. 0.5 to 1.5 GiB in
+# 22 of 29 rows on an H200, up to 2.7 in the others (benchmarks/LOG.md): the libraries' workspaces, and gaps
+# between blocks.
 GPU_REMAINDER = GIB
 FUSED_ATTENTION = "chorus_forecast"
 
 
 class Machine(NamedTuple):
-    """Where a process runs: its device type, the number of processes, and DeepSpeed's JSON if it is active."""
+    """Where a process runs: its device type, the number of
+    processes, and DeepSpeed's JSON if it is active."""
 
     device_type: str
     num_processes: int = 1
@@ -52,7 +54,8 @@ class Machine(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """Bytes on each device. A training step peaks at `standing` + activations + the larger of loss and backward.
+    """Bytes on each device. A training step peaks at `standing` + activations + the larger of loss and
+    backward.
 
     Attributes:
         standing: held during the whole step, by name.
@@ -92,11 +95,15 @@ class Forecast(NamedTuple):
             table.add_row(name, in_words(size), "always")
         table.add_row("activations", in_words(self.activations), "from forward to backward")
         for name, size in (("loss", self.loss), ("backward", self.backward)):
-            what = f"while {'the loss is computed' if name == 'loss' else 'backward runs, gradients included'}"
+            what = (
+                f"while {'the loss is computed' if name == 'loss' else 'backward runs, gradients included'}"
+            )
             is_peak = size == max(self.loss, self.backward) and self.training == self.peak
             table.add_row(name, in_words(size), what if is_peak else f"{what} (not at the peak)")
         if self.evaluation:
-            beside = "in place of the three above" + ("" if self.peak > self.training else " (not at the peak)")
+            beside = "in place of the three above" + (
+                "" if self.peak > self.training else " (not at the peak)"
+            )
             table.add_row("evaluation", in_words(self.evaluation), beside)
         table.add_section()
         table.add_row("peak", in_words(self.peak), "")
@@ -113,7 +120,8 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
 
     Args:
         precision: "no", "fp16" or "bf16": `mixed_precision` with "auto" already decided.
-        length: T of the longest batch, in training and evaluation; None is the longest that the configuration allows.
+        length: T of the longest batch, in training and evaluation; None is the longest that the configuration
+        allows.
 
     Raises:
         InputError: no such model, or target modules, checkpointing or compilation that it does not have.
@@ -153,25 +161,34 @@ def longest_batch(config: RunConfig) -> int:
 
 def agents_of_a_pass(config: RunConfig) -> int:
     """How many agents share one pass through the base."""
-    return min(config.agents_per_pass or config.num_agents, config.num_agents) if config.parallel_mode == "fused" else 1
+    return (
+        min(config.agents_per_pass or config.num_agents, config.num_agents)
+        if config.parallel_mode == "fused"
+        else 1
+    )
 
 
 def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What each process holds of a base of `whole` bytes: all, or under stage 3 a share and the gathered layers."""
+    """What each process holds of a base of `whole` bytes: all,
+    or under stage 3 a share and the gathered layers."""
     if not machine.base_in_shards:
         return {"base": whole}
     zero = (machine.deepspeed or {})["zero_optimization"]
-    at_once = _number(zero, "stage3_max_live_parameters", 1e9) + _number(zero, "stage3_prefetch_bucket_size", 5e7)
+    at_once = _number(zero, "stage3_max_live_parameters", 1e9) + _number(
+        zero, "stage3_prefetch_bucket_size", 5e7
+    )
     is_offloaded = ((zero.get("offload_param") or {}).get("device") or "none") != "none"
     share = 0 if is_offloaded else ceil(whole / machine.num_processes)
     return {"base, its share": share, "base, put together": min(whole - share, dtype.itemsize * at_once)}
 
 
 def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What each process holds for `elements` trainable numbers: weights, AdamW's two moments, the engine's buffers.
+    """What each process holds for `elements` trainable numbers: weights, AdamW's two moments, the engine's
+    buffers.
 
-    Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the run's precision
-    on every process; a share of fp32 weights and moments and, from stage 2, of gradients; buckets of a fixed size.
+    Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the run's
+    precision on every process; a share of fp32 weights and moments and, from stage 2, of gradients; buckets
+    of a fixed size.
     """
     if machine.deepspeed is None:
         parts = {"adapters": 4 * elements, "optimizer": 8 * elements}
@@ -219,7 +236,8 @@ def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> t
 def _agents_without_values(
     config: RunConfig, dtype: torch.dtype, execution: Execution, machine: Machine
 ) -> tuple[Agents, CountedPasses | None]:
-    """The agents on the meta device, and what carries out their passes if layers are compiled or passes captured.
+    """The agents on the meta device, and what carries out their passes if layers are compiled or passes
+    captured.
 
     Layers are compiled only as far as it takes to know what they keep.
     """
@@ -251,8 +269,11 @@ def _agents_without_values(
     return agents, passes
 
 
-def _micro_batch(agents: Agents, passes: CountedPasses | None, rows: int, length: int) -> tuple[list[int], int]:
-    """Bytes that live before each loss of a micro-batch, and their peak. It has no targets: loss is counted apart."""
+def _micro_batch(
+    agents: Agents, passes: CountedPasses | None, rows: int, length: int
+) -> tuple[list[int], int]:
+    """Bytes that live before each loss of a micro-batch, and
+    their peak. It has no targets: loss is counted apart."""
     batch, live, at_loss = _batch(rows, length), LiveBytes(), []
 
     @contextmanager
@@ -275,7 +296,8 @@ def _micro_batch(agents: Agents, passes: CountedPasses | None, rows: int, length
 
 
 def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Machine) -> int:
-    """Bytes of scoring held-out rows, or of generating from the mixture with a cache for every agent, if larger."""
+    """Bytes of scoring held-out rows, or of generating from the
+    mixture with a cache for every agent, if larger."""
     rows = min(config.eval_batch_size, ceil(config.eval_samples / machine.num_processes))
     if rows == 0:
         return 0

@@ -35,7 +35,11 @@ class Plan(NamedTuple):
             ("base", f"{config.model_name}, {self.base_parameters:,} parameters, frozen"),
             ("trainable", f"{self.trainable:,} parameters, {self.trainable // self.agents:,} an agent"),
             ("rows", f"{self.rows:,} to train on, the longest of {self.longest_row} tokens"),
-            ("a step", f"{self.rows_of_a_step} rows = {split} x processes {self.num_processes}; every agent sees all"),
+            (
+                "a step",
+                f"{self.rows_of_a_step} rows = {split} x processes {self.num_processes}; every agent "
+                "sees all",
+            ),
             ("steps", f"{self.steps:,} ({self.steps_of_an_epoch:,} an epoch, {epochs:.2f} epochs)"),
             ("disk", f"{megabytes:,.1f} MB a checkpoint, at most {self.checkpoints} at a time"),
         ]
@@ -49,10 +53,14 @@ class Plan(NamedTuple):
         return table
 
 
-def plan(config: RunConfig, samples: Samples, trainable: int, base_parameters: int, num_processes: int) -> Plan:
+def plan(
+    config: RunConfig, samples: Samples, trainable: int, base_parameters: int, num_processes: int
+) -> Plan:
     """The arithmetic of a run over these rows."""
     rows_of_a_step = config.batch_size * config.gradient_accumulation_steps * num_processes
-    of_an_epoch = steps_per_epoch(len(samples), config.batch_size, config.gradient_accumulation_steps, num_processes)
+    of_an_epoch = steps_per_epoch(
+        len(samples), config.batch_size, config.gradient_accumulation_steps, num_processes
+    )
     steps = config.epochs * of_an_epoch if config.max_train_steps is None else config.max_train_steps
     saves = -(-steps // config.save_steps) if config.save_steps else 1
     kept = saves if config.save_total_limit is None else min(saves, config.save_total_limit)
@@ -81,4 +89,6 @@ def sample_tokens(samples: Samples, index: int, tokenizer: PreTrainedTokenizerBa
     texts = [tokenizer.decode([token]) for token in sample.ids.tolist()]
     targets = [False, *sample.is_target[1:].tolist()]
     tokens = zip(sample.ids.tolist(), texts, targets, samples.is_merged(index), strict=True)
-    return [{"id": one, "text": text, "loss": loss, "unlearnt": unlearnt} for one, text, loss, unlearnt in tokens]
+    return [
+        {"id": one, "text": text, "loss": loss, "unlearnt": unlearnt} for one, text, loss, unlearnt in tokens
+    ]

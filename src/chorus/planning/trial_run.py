@@ -38,7 +38,8 @@ class Setting(NamedTuple):
     """All that a trial run needs.
 
     Attributes:
-        base: on its device, frozen; no mode changes it. None: each mode loads its own, because ZeRO-3 shards it.
+        base: on its device, frozen; no mode changes it. None: each mode loads its own, because ZeRO-3 shards
+        it.
         pad_id: any id of the vocabulary.
     """
 
@@ -95,8 +96,8 @@ class Reload(NamedTuple):
     Attributes:
         unchanged: agents whose loss is, to the bit, what it was before the steps.
         differs: largest difference of a hidden state between the agents and those read from their checkpoint.
-        peft_differs: largest difference of a logit between an agent and stock PEFT's reading of its folder, relative to
-            the largest logit.
+        peft_differs: largest difference of a logit between an agent and stock PEFT's reading of its folder,
+            relative to the largest logit.
         probability: what the mixture's probabilities of the next token sum to.
         weights: what its weights sum to.
     """
@@ -124,7 +125,12 @@ class _Recorder(RunLog):
 
 class _NoCheckpointer(Checkpointer):
     def save(
-        self, engine: Engine, step: int, epoch: int, skips_in_a_row: int, scores: Mapping[str, Any] | None = None
+        self,
+        engine: Engine,
+        step: int,
+        epoch: int,
+        skips_in_a_row: int,
+        scores: Mapping[str, Any] | None = None,
     ) -> None:
         """Only the run's own mode is saved."""
 
@@ -140,8 +146,15 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     """
     config = setting.config.model_copy(
         update={
-            **{"parallel_mode": mode, "max_train_steps": STEPS, "logging_steps": 1, "save_steps": 0, "shuffle": False},
-            # Without warm-up, which would make the first step one of lr 0, after which all agents are still the base.
+            **{
+                "parallel_mode": mode,
+                "max_train_steps": STEPS,
+                "logging_steps": 1,
+                "save_steps": 0,
+                "shuffle": False,
+            },
+            # Without warm-up, which would make the first step one of lr 0, after which all agents are still
+            # the base.
             **{"num_workers": 0, "output_dir": str(setting.folder), "num_warmup_steps_ratio": 0.0},
             **{"profile_steps": 0, "profile_trace": False, "max_skipped_steps": 0},
         }
@@ -231,7 +244,8 @@ def bits_of(tensor: Tensor) -> int:
 
 
 def unmoved(before: Mapping[TensorId, Tensor], after: Mapping[TensorId, Tensor]) -> dict[int, int]:
-    """For each agent, how many of its B have not moved. (A has no gradient while B is zero, as it is at the start.)"""
+    """For each agent, how many of its B have not moved. (A has no
+    gradient while B is zero, as it is at the start.)"""
     counts = dict.fromkeys(sorted({identity.agent for identity in before}), 0)
     for identity, tensor in before.items():
         counts[identity.agent] += identity.matrix == "B" and torch.equal(tensor, after[identity])
@@ -243,7 +257,9 @@ def answers(agents: Agents, batch: Batch) -> tuple[Tensor, Tensor]:
     """nll_K, summed over the batch, and hidden_KBTD of every agent without training's noise; on the CPU."""
     with evaluating(agents):
         passes = [agents.agent_pass(agent, batch) for agent in agents.agents]
-    return torch.stack([nll.sum() for nll, _ in passes]).cpu(), torch.stack([hidden for _, hidden in passes]).cpu()
+    return torch.stack([nll.sum() for nll, _ in passes]).cpu(), torch.stack(
+        [hidden for _, hidden in passes]
+    ).cpu()
 
 
 @contextmanager

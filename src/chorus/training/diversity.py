@@ -24,8 +24,8 @@ def cloud(
     """Each agent's cloud of RMS-normalised hidden states, and which of its points are real.
 
     Returns:
-        points_KNH: fp32, N = rows_per_process times the points of a sample; every point has norm sqrt(D), so that the
-            distance between clouds is bounded by construction.
+        points_KNH: fp32, N = rows_per_process times the points of a sample; every point has norm sqrt(D), so
+            that the distance between clouds is bounded by construction.
         valid_N: bool, the same for every agent; padding points are False.
     """
     K, B, T, D = hidden_KBTD.shape
@@ -53,19 +53,21 @@ def cloud(
 
 
 def random_slices(width: int, num_projections: int, seed: int, step: int) -> Tensor:
-    """Unit directions slices_HP, fp32, the same on every process; drawn on the CPU so that no device differs."""
+    """Unit directions slices_HP, fp32, the same on every
+    process; drawn on the CPU so that no device differs."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "slices", step))
     normal_HP = torch.randn(width, num_projections, generator=generator)
     return normal_HP / normal_HP.norm(dim=0)
 
 
 def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
-    """Mean over pairs of agents of the squared sliced 2-Wasserstein distance (Bonneel et al. 2015, eq. 9, squared).
+    """Mean over pairs of agents of the squared sliced 2-Wasserstein distance (Bonneel et al. 2015, eq. 9,
+    squared).
 
-    On a line the optimal plan pairs points in sorted order, and the mean over pairs of squared differences is twice
-    the unbiased variance: every agent is sorted once, no pair is formed. The squared distance has a zero gradient
-    where agents agree; its root would have none. An agent with a non-finite point leaves the sum: its pairs count as 0
-    and give no gradient, the other pairs count as before.
+    On a line the optimal plan pairs points in sorted order, and the mean over pairs of squared differences is
+    twice the unbiased variance: every agent is sorted once, no pair is formed. The squared distance has a
+    zero gradient where agents agree; its root would have none. An agent with a non-finite point leaves the
+    sum: its pairs count as 0 and give no gradient, the other pairs count as before.
 
     Args:
         projected_KPN: fp32 projections of each agent's points. Invalid points may hold anything.
@@ -74,17 +76,22 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
     Returns:
         A scalar >= 0; 0 with a zero gradient when no point is valid. Needs K >= 2.
     """
-    last = torch.finfo(projected_KPN.dtype).max  # invalid points sort behind all valid ones, alike for every agent
+    last = torch.finfo(
+        projected_KPN.dtype
+    ).max  # invalid points sort behind all valid ones, alike for every agent
     sorted_KPN = projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values
     num_valid = valid_N.sum()
     is_real_N = torch.arange(valid_N.numel(), device=valid_N.device) < num_valid
     is_sound_K11 = sorted_KPN.isfinite().all(dim=(1, 2), keepdim=True)
     sorted_KPN = torch.where(is_sound_K11, sorted_KPN, 0.0)
-    # A variance does not depend on where it is taken from; from agent 0, agents that agree are exactly at zero.
+    # A variance does not depend on where it is taken from; from agent 0, agents that agree are exactly at
+    # zero.
     from_first_KPN = (sorted_KPN - sorted_KPN[0].detach()).masked_fill(~is_real_N, 0.0)
     # An agent at the mean of the others adds nothing to the squared differences from it.
     num_sound = is_sound_K11.sum()
     mean_PN = (from_first_KPN.detach() * is_sound_K11).sum(0) / num_sound.clamp(min=1)
     variance_PN = torch.where(is_sound_K11, from_first_KPN, mean_PN).var(dim=0, correction=1)
-    share_of_pairs = num_sound / len(projected_KPN)  # the sum over pairs is K times that of squared differences
+    share_of_pairs = num_sound / len(
+        projected_KPN
+    )  # the sum over pairs is K times that of squared differences
     return 2 * share_of_pairs * variance_PN.sum() / (num_valid.clamp(min=1) * projected_KPN.shape[1])

@@ -1,7 +1,8 @@
 """Accelerate and DeepSpeed behind one interface: the training loop sees an engine, whichever it is.
 
-Plain (one process or DDP) and ZeRO differ in who clips, who steps and who divides by the accumulation steps. The engine
-hides that: `backward` takes a micro-batch's share of the objective, shares add up, and `step` clips, steps and zeroes.
+Plain (one process or DDP) and ZeRO differ in who clips, who steps and who divides by the accumulation steps.
+The engine hides that: `backward` takes a micro-batch's share of the objective, shares add up, and `step`
+clips, steps and zeroes.
 """
 
 import logging
@@ -39,7 +40,12 @@ from chorus.spans import span
 from chorus.training.optimizer import adamw, clip_and_step, skip_non_finite
 from chorus.training.step import StepResult
 from chorus.training.zero import partitions, stage3
-from chorus.training.zero.deepspeed_json import check_launcher, deepspeed_json, deepspeed_wanted, look_up_no_operators
+from chorus.training.zero.deepspeed_json import (
+    check_launcher,
+    deepspeed_json,
+    deepspeed_wanted,
+    look_up_no_operators,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,8 @@ def decide_precision(mixed_precision: str) -> str:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this run, plain or DeepSpeed. The launcher, DeepSpeed's JSON and configs.yaml must agree.
+    """The Accelerator of this run, plain or DeepSpeed. The launcher, DeepSpeed's JSON and configs.yaml must
+    agree.
 
     Raises:
         InputError: they contradict each other.
@@ -75,13 +82,17 @@ def make_accelerator(config: Config) -> Accelerator:
     ]
     # Unnamed, Accelerate sees one process where DeepSpeed sees several on CPUs. None leaves it to Accelerate.
     backend = "gloo" if with_deepspeed and not on_gpu else None
-    handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.collective_timeout_s)))
+    handlers.append(
+        InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.collective_timeout_s))
+    )
     plugin = None
     if with_deepspeed:
         look_up_no_operators()
         _single_process_rendezvous()
         num_processes = int(os.environ["WORLD_SIZE"])
-        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False)
+        plugin = DeepSpeedPlugin(
+            hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False
+        )
     accelerator = Accelerator(
         cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
         # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
@@ -96,8 +107,10 @@ def make_accelerator(config: Config) -> Accelerator:
     if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
         started = accelerator.distributed_type.value
         raise InputError(
-            f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: Accelerate started "
-            f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed to false"
+            f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: "
+            "Accelerate started "
+            f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed "
+            "to false"
         )
     limit_waiting(config.collective_timeout_s)
     unset_hf_deepspeed_config()  # under stage 3 transformers would shard the base while it loads, before it is checked
@@ -111,13 +124,20 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def _single_process_rendezvous() -> None:
-    """Set what a launcher of several processes would have set, for `use_deepspeed: true` in a lone process."""
+    """Set what a launcher of several processes would have set,
+    for `use_deepspeed: true` in a lone process."""
     if "LOCAL_RANK" in os.environ:
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     os.environ.update(alone)
 
 
@@ -155,8 +175,8 @@ class Engine:
         """The context of one micro-batch's forward and backward.
 
         Args:
-            is_last: of its optimiser step. DDP reduces gradients in the backward pass of the last one alone, and so
-                does DeepSpeed below stage 2.
+            is_last: of its optimiser step. DDP reduces gradients in the backward pass of the last one alone,
+                and so does DeepSpeed below stage 2.
         """
         if self.is_deepspeed:
             cast(Any, self.module).set_gradient_accumulation_boundary(is_last)
@@ -166,8 +186,9 @@ class Engine:
     def backward(self, share: Tensor) -> None:
         """Add the gradient of one micro-batch's share of the step's objective.
 
-        The gradient of a step is that of the sum of all shares, over micro-batches and processes. DDP and ZeRO average
-        over processes, and Accelerate and DeepSpeed divide by the accumulation steps: the factors here undo both.
+        The gradient of a step is that of the sum of all shares, over micro-batches and processes. DDP and
+        ZeRO average over processes, and Accelerate and DeepSpeed divide by the accumulation steps: the
+        factors here undo both.
         """
         loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
         with span("backward_pass"):
@@ -192,8 +213,8 @@ class Engine:
     def _step_zero(self) -> tuple[Tensor, Tensor]:
         """The same by DeepSpeed, which silently skips the step of all agents when a gradient is not finite.
 
-        So non-finite gradients are cleared before DeepSpeed sees them. Not under fp16, where an overflow must skip the
-        whole step.
+        So non-finite gradients are cleared before DeepSpeed sees them. Not under fp16, where an overflow must
+        skip the whole step.
         """
         zero: Any = self.module.optimizer
         norm_K = torch.zeros(len(self.agents.agents), dtype=torch.float64, device=self.accelerator.device)
@@ -205,7 +226,9 @@ class Engine:
                 torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
             norm_K = squared_K.sqrt().to(gradients[0][0].device)
             skip_non_finite(zero.optimizer.param_groups, norm_K)
-            for own, is_sound in zip(gradients, norm_K.isfinite().tolist(), strict=True):  # DeepSpeed waits as well
+            for own, is_sound in zip(
+                gradients, norm_K.isfinite().tolist(), strict=True
+            ):  # DeepSpeed waits as well
                 if not is_sound:
                     partitions.clear_gradient(zero, own)
         cast(Any, self.module).step()
@@ -220,8 +243,8 @@ class Engine:
         return 1.0 if scaler is None else scaler.get_scale()
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """The context of passes beside training, such as evaluation: every process holds the whole base, so processes
-        may run different numbers of passes. Entering and leaving it are collective calls."""
+        """The context of passes beside training, such as evaluation: every process holds the whole base, so
+        processes may run different numbers of passes. Entering and leaving it are collective calls."""
         if zero_stage(self.accelerator) < 3:
             return nullcontext()
         return stage3.unsharded(self.module, list(self.agents.adapters().values()))
@@ -242,7 +265,9 @@ class Engine:
         """Every adapter tensor in fp32 on the CPU; under DeepSpeed the master weights. A collective call."""
         read = Tensor.detach
         if self.is_deepspeed:
-            from deepspeed.utils import safe_get_full_fp32_param as read  # two seconds of imports for those who use it
+            from deepspeed.utils import (
+                safe_get_full_fp32_param as read,
+            )  # two seconds of imports for those who use it
         flat = {agent: cast(Tensor, read(own)).float().cpu() for agent, own in self.agents.adapters().items()}
         return self.agents.named(flat)
 
@@ -254,15 +279,16 @@ class Engine:
             return cast(Tensor, self.accelerator.reduce(own, "sum"))
 
     def close(self) -> None:
-        """End training: let go of the agents and destroy the process group. Does not wait for other processes."""
+        """End training: let go of the agents and destroy the
+        process group. Does not wait for other processes."""
         self.unwrap()
         self.accelerator.end_training()
 
     def unwrap(self) -> None:
         """Drop the wrapper of DDP or DeepSpeed around the agents. The engine cannot train afterwards.
 
-        DDP's C++ part also holds the process group. If it were the last to let go, it would destroy the group while it
-        holds Python's lock, and gloo's threads may wait for that lock: a hang at exit.
+        DDP's C++ part also holds the process group. If it were the last to let go, it would destroy the group
+        while it holds Python's lock, and gloo's threads may wait for that lock: a hang at exit.
         """
         self.module = self.agents
         self.accelerator.free_memory()
@@ -272,10 +298,12 @@ def start_engine(accelerator: Accelerator, agents: Agents, settings: TrainingSet
     """Wrap the agents and their optimizer for training, and check that the engine is the one asked for.
 
     Raises:
-        InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would overwrite
-            all tensors with the first process's, one after the other, whatever they are.
+        InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would
+            overwrite all tensors with the first process's, one after the other, whatever they are.
     """
-    named = ((f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items())
+    named = (
+        (f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items()
+    )
     refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
     adapters = list(agents.adapters().values())
     num_elements = sum(map(torch.numel, adapters))
@@ -291,7 +319,8 @@ def start_engine(accelerator: Accelerator, agents: Agents, settings: TrainingSet
         partitions.make_state(module.optimizer)
         num_own = sum(flat.numel() for _, flat in partitions.partitions(module.optimizer))
         description = (
-            f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), {accelerator.device}, "
+            f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), "
+            f"{accelerator.device}, "
             f"{num_own:,} of {num_elements:,} optimizer elements on this process"
         )
     if stage == 3:

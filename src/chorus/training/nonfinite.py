@@ -10,10 +10,11 @@ logger = logging.getLogger(__name__)
 
 
 class SkippedUpdates:
-    """Reports which agent's update was skipped at which step, and ends a run with too many such steps in a row.
+    """Reports which agent's update was skipped at which step, and ends a run with too many such steps in a
+    row.
 
-    The host reads a step's norms one step later, when they have arrived; `settle` reads those of the latest step, too.
-    The outcome is the same on every process, as the norms are.
+    The host reads a step's norms one step later, when they have arrived; `settle` reads those of the latest
+    step, too. The outcome is the same on every process, as the norms are.
 
     Args:
         in_a_row: steps in a row with a skipped update so far: of the checkpoint, for a resumed run.
@@ -48,27 +49,32 @@ class SkippedUpdates:
         self._unread.clear()
 
     def _read(self, number: int, result: StepResult) -> None:
-        """Under fp16, a gradient that overflows while the loss scale is above 1 only lowers the scale: no agent steps,
-        and the step does not count as skipped."""
+        """Under fp16, a gradient that overflows while the loss scale is above 1 only lowers the scale: no
+        agent steps, and the step does not count as skipped."""
         bad = {agent: norm for agent, norm in enumerate(result.agent_norms()) if not math.isfinite(norm)}
         if bad and result.loss_scale() > 1:
-            logger.info("step %d: the gradient overflowed under fp16's loss scale, which shrinks; no update", number)
+            logger.info(
+                "step %d: the gradient overflowed under fp16's loss scale, which shrinks; no update", number
+            )
             return
         self.in_a_row = self.in_a_row + 1 if bad else 0
         self._since_taken += len(bad)
         if bad:
             self._latest = (
-                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: loss or gradient is not finite at step "
+                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: loss or gradient is not finite "
+                "at step "
                 f"{number} (gradient norm {', '.join(map(str, bad.values()))})"
             )
             logger.warning(
-                "%s; the update was skipped, and no other agent's (%d such steps in a row, max_skipped_steps %d)",
+                "%s; the update was skipped, and no other agent's (%d such steps in a row, "
+                "max_skipped_steps %d)",
                 *(self._latest, self.in_a_row, self.max_skipped_steps),
             )
 
     def _error(self, step: int) -> RunError:
         return RunError(
-            f"{self._latest}; key 'max_skipped_steps' allows {self.max_skipped_steps} steps in a row with a skipped "
+            f"{self._latest}; key 'max_skipped_steps' allows {self.max_skipped_steps} steps in a row with "
+            "a skipped "
             f"update, and this was number {self.in_a_row}; {self.output_dir}/checkpoints/step_{step:06d} "
             "holds every agent's last good state; lower lr, or look at the rows of that step"
         )

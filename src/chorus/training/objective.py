@@ -1,8 +1,8 @@
 """What is minimised, from hidden states: objective = K · (mean_k CE_k − lambda · R_SW).
 
-The factor K makes lambda 0 the same as K independent runs. CE_k is a mean over the target tokens of a whole optimiser
-step (all processes, all micro-batches). R_SW is the mean over pairs of agents of the squared sliced 2-Wasserstein
-distance between their clouds of hidden states.
+The factor K makes lambda 0 the same as K independent runs. CE_k is a mean over the target tokens of a whole
+optimiser step (all processes, all micro-batches). R_SW is the mean over pairs of agents of the squared sliced
+2-Wasserstein distance between their clouds of hidden states.
 """
 
 import math
@@ -59,13 +59,16 @@ def objective(
     """
     nll_K = nll_KBT.sum((1, 2))
     is_sound_K = nll_K.isfinite()
-    # A non-finite loss makes its agent's whole gradient NaN, which every process sees when gradients are reduced.
+    # A non-finite loss makes its agent's whole gradient NaN, which every process sees when gradients are
+    # reduced.
     task = (nll_K * torch.where(is_sound_K, 1.0, math.nan)).sum() / num_targets
     if lambda_sw == 0:
         return Objective(task, nll_K.detach(), None)
     with span("swd_loss"):
         points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
-        points_KNH = torch.where(is_sound_K[:, None, None], points_KNH, math.nan)  # so that other processes see it
+        points_KNH = torch.where(
+            is_sound_K[:, None, None], points_KNH, math.nan
+        )  # so that other processes see it
         slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
         if points_KNH.is_cuda:
             # Without waiting for the forward.
@@ -80,7 +83,8 @@ def objective(
 def objective_of(
     settings: ObjectiveSettings, training: TrainingSettings, gather: Callable[[Tensor], Tensor]
 ) -> partial[Objective]:
-    """`objective` with the arguments that are the same for a whole run; output, batch, num_targets and step remain."""
+    """`objective` with the arguments that are the same for a
+    whole run; output, batch, num_targets and step remain."""
     return partial(
         objective,
         num_micro_batches=training.gradient_accumulation_steps,

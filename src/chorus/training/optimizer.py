@@ -1,8 +1,8 @@
 """AdamW that skips the update of an agent with a non-finite loss or gradient; the other agents step normally.
 
-A non-finite loss makes its agent's whole gradient NaN (see `objective`), so the reduction of gradients brings it to
-every process, and one norm for each agent shows it. The device decides whether to step; the host reads the norms a step
-later, so that nothing waits for them.
+A non-finite loss makes its agent's whole gradient NaN (see `objective`), so the reduction of gradients brings
+it to every process, and one norm for each agent shows it. The device decides whether to step; the host reads
+the norms a step later, so that nothing waits for them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,16 +14,19 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 class AgentwiseAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov & Hutter 2019) with a parameter group for each agent. A group whose `skip` is 1 keeps its
-    weights, moments and step count.
+    """AdamW (Loshchilov & Hutter 2019) with a parameter group for each agent. A group whose `skip` is 1 keeps
+    its weights, moments and step count.
 
-    Fused AdamW has one such flag on the device for all groups, meant for loss scaling. Here every group has its own.
-    DeepSpeed also steps group by group, so the flag works in its partitions.
+    Fused AdamW has one such flag on the device for all groups, meant for loss scaling. Here every group has
+    its own. DeepSpeed also steps group by group, so the flag works in its partitions.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        groups, overflow = self.param_groups, getattr(self, "found_inf", None)  # a loss scaler's, for all groups
+        groups, overflow = (
+            self.param_groups,
+            getattr(self, "found_inf", None),
+        )  # a loss scaler's, for all groups
         try:
             for group in groups:
                 self.param_groups = [group]
@@ -35,12 +38,15 @@ class AgentwiseAdamW(torch.optim.AdamW):
 
 def adamw(adapters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> AgentwiseAdamW:
     """AdamW with torch's other defaults; each agent's adapter is a group."""
-    groups = [{"params": [adapter_F], "skip": torch.zeros((), device=adapter_F.device)} for adapter_F in adapters]
+    groups = [
+        {"params": [adapter_F], "skip": torch.zeros((), device=adapter_F.device)} for adapter_F in adapters
+    ]
     return AgentwiseAdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> Tensor:
-    """Have AdamW skip the agents whose gradient norm is not finite. Returns the norm over the others, a scalar."""
+    """Have AdamW skip the agents whose gradient norm is not
+    finite. Returns the norm over the others, a scalar."""
     is_bad_K = ~norm_K.isfinite()
     for group, skip in zip(groups, is_bad_K.float(), strict=True):
         group["skip"] = skip
@@ -50,7 +56,8 @@ def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> Tensor:
 def clip_and_step(
     optimizer: torch.optim.Optimizer, adapters: Sequence[nn.Parameter], max_grad_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """Clip to one norm over all agents (0: not at all), step the agents whose gradient is finite, and zero gradients.
+    """Clip to one norm over all agents (0: not at all), step the agents whose gradient is finite, and zero
+    gradients.
 
     Nothing here waits for the device.
 

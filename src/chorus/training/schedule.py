@@ -1,4 +1,5 @@
-"""The learning rate as a function of the optimiser step: no state to save, the same for any number of processes."""
+"""The learning rate as a function of the optimiser step: no
+state to save, the same for any number of processes."""
 
 from collections.abc import Callable
 
@@ -7,11 +8,12 @@ from transformers import get_scheduler
 
 
 def learning_rate(name: str, lr: float, num_steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """lr(step) of the step'th optimiser step, counted from 0, by transformers' formula for the schedule `name`.
+    """lr(step) of the step'th optimiser step, counted from 0, by transformers' formula for the schedule
+    `name`.
 
-    Accelerate's wrapped scheduler steps once per process, so it runs N times too fast on N processes; a scheduler also
-    carries state. transformers keeps its formulas inside schedulers, so one is made for a throw-away parameter and its
-    multiplier taken out.
+    Accelerate's wrapped scheduler steps once per process, so it runs N times too fast on N processes; a
+    scheduler also carries state. transformers keeps its formulas inside schedulers, so one is made for a
+    throw-away parameter and its multiplier taken out.
 
     Args:
         num_steps: optimiser steps of the whole run, over which it decays.

@@ -13,14 +13,17 @@ from chorus.errors import SIGNALS, Preempted
 from chorus.spans import span
 from chorus.training.step import StepDone
 
-ONE_REQUEST_S = 3.0  # Ctrl-C reaches a process from the terminal and again from its launcher, which passes it on
+ONE_REQUEST_S = (
+    3.0  # Ctrl-C reaches a process from the terminal and again from its launcher, which passes it on
+)
 
 
 class StopRequest:
-    """Within its context, the first SIGTERM or SIGINT is remembered; a second one, seconds later, ends the process.
+    """Within its context, the first SIGTERM or SIGINT is remembered; a second one, seconds later, ends the
+    process.
 
-    When Preempted, a RunError or a lost process ends the context, the process has only its last line left to print:
-    signals are then ignored to the end of the process.
+    When Preempted, a RunError or a lost process ends the context, the process has only its last line left to
+    print: signals are then ignored to the end of the process.
     """
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
@@ -38,13 +41,15 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # torchrun passes on both of two signals, and sends one when another process has ended. None may take away the
-        # last line and the exit code. SIG_IGN and no handler of Python's: Python removes those before it ends.
-        # Libraries raise RuntimeError for a lost process.
+        # torchrun passes on both of two signals, and sends one when another process has ended. None may take
+        # away the last line and the exit code. SIG_IGN and no handler of Python's: Python removes those
+        # before it ends. Libraries raise RuntimeError for a lost process.
         is_last = kind is not None and issubclass(kind, Preempted | RuntimeError | MemoryError)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
-        if self._received is not None and not self._is_told and kind is None:  # it came after the last step was saved
+        if (
+            self._received is not None and not self._is_told and kind is None
+        ):  # it came after the last step was saved
             os.kill(os.getpid(), self._number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -59,7 +64,10 @@ class StopRequest:
         """End training after this step if any process has received a signal. A collective call."""
         if self.is_agreed():
             step.end(
-                Preempted(f"stopped and saved after step {step.number}; resume_from_checkpoint=auto goes on from there")
+                Preempted(
+                    f"stopped and saved after step {step.number}; resume_from_checkpoint=auto goes on "
+                    "from there"
+                )
             )
 
     def is_agreed(self) -> bool:

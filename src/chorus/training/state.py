@@ -1,7 +1,7 @@
 """All that a run carries from step to step, by the identity of each tensor, whatever engine holds it.
 
-Learning rate, order of the rows and random draws are functions of the step, so weights and AdamW's state are all. The
-loss scale of fp16 is not kept: it starts again.
+Learning rate, order of the rows and random draws are functions of the step, so weights and AdamW's state are
+all. The loss scale of fp16 is not kept: it starts again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ FlatByAgent = Mapping[int, Tensor]  # laid out as each agent's adapter is
 class TrainingState(NamedTuple):
     """On the CPU, in fp32.
 
-    weights: every adapter tensor: the master weights.
-    moments: AdamW's `exp_avg` and `exp_avg_sq`, each of the weights' shapes.
-    optimizer_step: steps that AdamW has taken, for its bias correction: one number, or one for each agent where a
+    weights: every adapter tensor: the master weights. moments: AdamW's `exp_avg` and `exp_avg_sq`, each of
+    the weights' shapes. optimizer_step: steps that AdamW has taken, for its bias correction: one number, or
+    one for each agent where a
         step of some was skipped.
     """
 
@@ -105,7 +105,8 @@ def _restore_zero(engine: Engine, weights: FlatByAgent, moments: Mapping[str, Fl
 
 @torch.no_grad()
 def _restore_shards(engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent]) -> None:
-    """The same under stage 3, which cuts each adapter by itself into as many shards as there are processes."""
+    """The same under stage 3, which cuts each adapter by itself
+    into as many shards as there are processes."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -131,7 +132,9 @@ def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[Tenso
         shapes = [tuple(side[identity].shape) if identity in side else None for side in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise InputError(
-                f"key 'resume_from_checkpoint': agent {identity.agent}, {identity.path} ({identity.matrix}) has shape "
-                f"{shapes[1]} in the checkpoint and {shapes[0]} in this run (None: it has no such tensor); resume with "
+                f"key 'resume_from_checkpoint': agent {identity.agent}, {identity.path} "
+                f"({identity.matrix}) has shape "
+                f"{shapes[1]} in the checkpoint and {shapes[0]} in this run (None: it has no such tensor); "
+                "resume with "
                 "the base and the adapters of the checkpoint"
             )

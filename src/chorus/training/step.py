@@ -15,8 +15,8 @@ class StepResult:
 
     Attributes:
         lr: the learning rate of this step.
-        grad_norm: scalar: the gradient norm before clipping, over the agents that were stepped. Reading it waits for
-            all work that is queued on the device.
+        grad_norm: scalar: the gradient norm before clipping, over the agents that were stepped. Reading it
+            waits for all work that is queued on the device.
         loss_scale: reads fp16's loss scale as it is now; 1 in other precisions.
     """
 
@@ -29,7 +29,8 @@ class StepResult:
             self._has_come.record()
 
     def agent_norms(self) -> list[float]:
-        """Each agent's gradient norm. Not finite: the agent's update was skipped. Waits for this step alone."""
+        """Each agent's gradient norm. Not finite: the agent's
+        update was skipped. Waits for this step alone."""
         if self._has_come is not None:
             self._has_come.synchronize()
         return self._norm_K.tolist()
@@ -49,7 +50,8 @@ class MicroBatchLosses(NamedTuple):
 
 @dataclass
 class StepDone:
-    """A finished optimiser step, as hooks see it. A hook may ask for a checkpoint, or for the end of training.
+    """A finished optimiser step, as hooks see it. A hook may ask for a checkpoint, or for the end of
+    training.
 
     Attributes:
         number: optimiser steps done, this one included.

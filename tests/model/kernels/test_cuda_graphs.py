@@ -1,4 +1,5 @@
-"""When a pass is recorded and when it is not; recorded passes are held to the promises in test_agents.py, on a GPU."""
+"""When a pass is recorded and when it is not; recorded passes are
+held to the promises in test_agents.py, on a GPU."""
 
 import weakref
 from functools import partial
@@ -45,8 +46,11 @@ def test_a_pass_while_another_awaits_its_backward_runs_unrecorded():
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-def test_other_packed_rows_bring_their_own_masks_into_a_recording(attention: str, monkeypatch: pytest.MonkeyPatch):
-    """What a recording reads are the tensors that it was made with; all that depends on the rows is written over."""
+def test_other_packed_rows_bring_their_own_masks_into_a_recording(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+):
+    """What a recording reads are the tensors that it was made
+    with; all that depends on the rows is written over."""
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     masks_for = partial(masks_of, tiny_gemma(attention=attention))
     first, second = (packed_row(lengths) for lengths in ([200, 50], [60, 150]))
@@ -60,7 +64,9 @@ def test_other_packed_rows_bring_their_own_masks_into_a_recording(attention: str
 
 
 def packed_row(lengths: list[int]) -> Rows:
-    samples = [Sample(torch.full((length,), length % 61), torch.ones(length, dtype=torch.bool)) for length in lengths]
+    samples = [
+        Sample(torch.full((length,), length % 61), torch.ones(length, dtype=torch.bool)) for length in lengths
+    ]
     batch = collate(samples, 0, packing=(301, 1))
     return Rows(batch.input_BT, batch.position_BT, batch.sample_BT)
 
@@ -95,6 +101,8 @@ def test_a_pass_that_cannot_be_captured_is_one_line_or_runs_without_a_graph():
     assert passes.has_failed
     assert torch.cuda.current_stream() == stream
     again = CapturedPasses(lambda rows: None)  # and what follows is captured as ever
-    hidden_NTD = again("key", lambda rows, flat_KF, masks: rows.ids_NT[..., None] * flat_KF.sum(), rows, flat_KF)
+    hidden_NTD = again(
+        "key", lambda rows, flat_KF, masks: rows.ids_NT[..., None] * flat_KF.sum(), rows, flat_KF
+    )
     assert torch.equal(hidden_NTD, torch.full((2, 3, 1), 4.0, device="cuda"))
     assert len(again.captures) == 1

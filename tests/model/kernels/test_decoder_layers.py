@@ -14,7 +14,9 @@ from chorus.errors import InputError, RunError
 from chorus.model.adapters import AdapterRouter, lora_layers
 from chorus.model.kernels.decoder_layers import Recompute, prepare_layers
 
-QUICK = "aot_eager"  # all of torch.compile but its last part, which takes half a minute for a layer on two cores
+QUICK = (
+    "aot_eager"  # all of torch.compile but its last part, which takes half a minute for a layer on two cores
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,8 @@ def test_compiled_layers_give_the_same_values_and_gradients_at_every_length(reco
 
 @pytest.mark.parametrize("recompute", get_args(Recompute))
 def test_equal_layers_are_compiled_once_and_without_a_break(recompute: Recompute):
-    """Two layers of the toy differ in their attention; a second pair of them brings no further compilation."""
+    """Two layers of the toy differ in their attention; a second
+    pair of them brings no further compilation."""
 
     def compilations(num_layers: int) -> int:
         torch._dynamo.reset()
@@ -54,7 +57,9 @@ def test_equal_layers_are_compiled_once_and_without_a_break(recompute: Recompute
     assert compilations(6) == compilations(2) > 0
 
 
-def test_what_cannot_be_compiled_is_an_error_and_no_silent_return_to_slow_layers(monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_compiled_is_an_error_and_no_silent_return_to_slow_layers(
+    monkeypatch: pytest.MonkeyPatch,
+):
     agents = toy_agents("fused", compiled=QUICK)
     agents(toy_batch(length=6))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # a sliding and a full layer
@@ -63,7 +68,9 @@ def test_what_cannot_be_compiled_is_an_error_and_no_silent_return_to_slow_layers
     base = tiny_gemma().train()
     base.model.layers[0].mlp.forward = lambda x: torch._dynamo.graph_break() or x
     prepare_layers(base, AdapterRouter(), recompute="none", compiled=QUICK)
-    with pytest.raises(RunError, match=r"'compile': Gemma2DecoderLayer cannot be compiled whole: .+; set it to false"):
+    with pytest.raises(
+        RunError, match=r"'compile': Gemma2DecoderLayer cannot be compiled whole: .+; set it to false"
+    ):
         base(input_ids=toy_batch().input_BT, use_cache=False)
 
 

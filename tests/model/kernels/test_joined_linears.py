@@ -1,4 +1,5 @@
-"""Which linears become one operator. test_lora_linear.py: what it computes; test_decoder_layers.py: compiled layers."""
+"""Which linears become one operator. test_lora_linear.py: what
+it computes; test_decoder_layers.py: compiled layers."""
 
 from collections.abc import Iterator
 
@@ -70,7 +71,13 @@ def test_linears_without_bias_and_of_one_input_and_scaling_are_joined_and_no_oth
 
 @pytest.mark.parametrize(
     ("mode", "recompute"),
-    [("fused", "none"), ("fused", "selective"), ("fused", "full"), ("sequential", "none"), ("parallel", "full")],
+    [
+        ("fused", "none"),
+        ("fused", "selective"),
+        ("fused", "full"),
+        ("sequential", "none"),
+        ("parallel", "full"),
+    ],
 )
 def test_a_decoder_layer_runs_its_seven_linears_as_four_operators(
     mode: Mode, recompute: Recompute, sizes: list[list[int]]

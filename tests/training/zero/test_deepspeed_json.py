@@ -30,7 +30,8 @@ def settled(
     environment: dict[str, str] | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
-    """`deepspeed_json` of a file with this content (text, or written as JSON) under a launcher that says nothing."""
+    """`deepspeed_json` of a file with this content (text, or
+    written as JSON) under a launcher that says nothing."""
     if file is not None and content is not None:
         file.write_text(content if isinstance(content, str) else json.dumps(content))
     keys = {"batch_size": 3, "gradient_accumulation_steps": 4, "max_grad_norm": 0.7, **keys}
@@ -56,7 +57,9 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("content", [AUTO, ZERO], ids=["auto", "absent"])
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_what_the_json_leaves_open_is_filled_from_the_configuration(file: Path, content: dict, precision: str):
+def test_what_the_json_leaves_open_is_filled_from_the_configuration(
+    file: Path, content: dict, precision: str
+):
     assert settled(file, content, precision) == {
         **ZERO,
         "bf16": {"enabled": precision == "bf16"},
@@ -108,12 +111,16 @@ def test_null_uses_the_built_in_settings_and_never_changes_them():
     assert second["gradient_clipping"] == 0.7
 
 
-@pytest.mark.parametrize("name", ["ds_config_zero2", "recipes/deepspeed/zero3", "recipes/deepspeed/zero2_cpu_offload"])
+@pytest.mark.parametrize(
+    "name", ["ds_config_zero2", "recipes/deepspeed/zero3", "recipes/deepspeed/zero2_cpu_offload"]
+)
 def test_the_files_of_the_repository_are_accepted_with_the_configuration_of_the_repository(name: str):
     path = REPOSITORY / f"{name}.json"
     result = deepspeed_json(Config(deepspeed_config_file=str(path)), "bf16", 4, {})
     assert result["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
-    result["zero_optimization"].pop("stage3_param_persistence_threshold", None)  # Accelerate knows: 10 x hidden_size
+    result["zero_optimization"].pop(
+        "stage3_param_persistence_threshold", None
+    )  # Accelerate knows: 10 x hidden_size
     assert "auto" not in json.dumps(result)
 
 
@@ -147,7 +154,9 @@ def test_deepspeed_itself_takes_the_result_and_reads_it_as_meant(file: Path):
         ("zero_force_ds_cpu_optimizer", True, False),  # DeepSpeed's own AdamW rounds otherwise
     ],
 )
-def test_a_value_that_contradicts_the_configuration_is_refused(file: Path, key: str, theirs: object, ours: object):
+def test_a_value_that_contradicts_the_configuration_is_refused(
+    file: Path, key: str, theirs: object, ours: object
+):
     message = refusal(file, {**ZERO, key: theirs})
     assert message.startswith(f"{file}: key '{key}' is {theirs!r}, but configs.yaml makes it {ours!r}")
     assert '"auto"' in message
@@ -165,8 +174,9 @@ def test_a_value_that_contradicts_the_configuration_is_refused(file: Path, key: 
 )
 def test_another_precision_is_refused(file: Path, section: str, theirs: object, precision: str, ours: bool):
     message = refusal(file, {**ZERO, section: {"enabled": theirs}}, precision)
-    assert f"{file}: key '{section}.enabled' is {theirs!r}, but configs.yaml makes it {ours!r} (mixed_precision)" in (
-        message
+    assert (
+        f"{file}: key '{section}.enabled' is {theirs!r}, but configs.yaml makes it {ours!r} (mixed_precision)"
+        in (message)
     )
 
 
@@ -200,13 +210,19 @@ def test_a_json_without_a_zero_stage_is_refused(file: Path, content: dict):
         (2, "offload_param", "cpu", "it needs stage 3"),
     ],
 )
-def test_an_offload_that_is_not_supported_is_refused(file: Path, stage: int, name: str, device: str, remedy: str):
+def test_an_offload_that_is_not_supported_is_refused(
+    file: Path, stage: int, name: str, device: str, remedy: str
+):
     message = refusal(file, {"zero_optimization": {"stage": stage, name: {"device": device}}})
     assert message == f"{file}: key 'zero_optimization.{name}.device' is '{device}'; {remedy}"
 
 
-@pytest.mark.parametrize("wrong", [{"overlap_com": True}, {"reduce_bucket_size": -1}, {"overlap_comm": "perhaps"}])
-def test_what_deepspeed_would_refuse_in_its_section_is_refused_before_a_model_is_loaded(file: Path, wrong: dict):
+@pytest.mark.parametrize(
+    "wrong", [{"overlap_com": True}, {"reduce_bucket_size": -1}, {"overlap_comm": "perhaps"}]
+)
+def test_what_deepspeed_would_refuse_in_its_section_is_refused_before_a_model_is_loaded(
+    file: Path, wrong: dict
+):
     message = refusal(file, {"zero_optimization": {"stage": 2, **wrong}})
     (key,) = wrong
     assert f"{file}: key 'zero_optimization.{key}' is {wrong[key]!r}" in message
@@ -234,7 +250,9 @@ def test_an_unknown_key_like_no_other_is_refused_without_a_guess(file: Path):
         ("activation_checkpointing", "gradient_checkpointing"),
     ],
 )
-def test_a_section_that_configs_yaml_decides_is_refused_with_the_key_that_does(file: Path, key: str, instead: str):
+def test_a_section_that_configs_yaml_decides_is_refused_with_the_key_that_does(
+    file: Path, key: str, instead: str
+):
     message = refusal(file, {**ZERO, key: {}})
     assert message.startswith(f"{file}: key '{key}' cannot be used")
     assert instead in message
@@ -303,7 +321,9 @@ def test_a_launcher_that_starts_deepspeed_against_the_key_is_refused():
         ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "max_grad_norm", 0.5),
     ],
 )
-def test_a_launcher_that_contradicts_the_configuration_is_refused(variable: str, theirs: str, key: str, ours: Any):
+def test_a_launcher_that_contradicts_the_configuration_is_refused(
+    variable: str, theirs: str, key: str, ours: Any
+):
     words = rf"^key '{key}' is {ours}, but the launcher (says|clips at) {theirs}; .*drop .*\Z"
     with pytest.raises(InputError, match=words):
         check_launcher(Config(**{key: ours}), {variable: theirs})
@@ -321,7 +341,9 @@ def test_a_launcher_that_contradicts_the_configuration_is_refused(variable: str,
     ],
 )
 def test_a_launcher_that_agrees_or_says_nothing_is_accepted(environment: dict[str, str]):
-    check_launcher(Config(mixed_precision="bf16", gradient_accumulation_steps=4, max_grad_norm=0.5), environment)
+    check_launcher(
+        Config(mixed_precision="bf16", gradient_accumulation_steps=4, max_grad_norm=0.5), environment
+    )
 
 
 def test_launcher_and_configuration_must_name_the_same_file(file: Path, tmp_path: Path):

@@ -24,7 +24,14 @@ ZERO3 = "deepspeed_config_file=recipes/deepspeed/zero3.json"
 OFFLOAD = "deepspeed_config_file=recipes/deepspeed/zero2_cpu_offload.json"
 # Three held-out problems in batches of one: the second of two processes has a batch less.
 SETTINGS = (
-    *("num_agents=2", "debug_subset_size=100", "max_train_steps=4", "save_steps=2", "logging_steps=1", "lambda_sw=0.2"),
+    *(
+        "num_agents=2",
+        "debug_subset_size=100",
+        "max_train_steps=4",
+        "save_steps=2",
+        "logging_steps=1",
+        "lambda_sw=0.2",
+    ),
     *("dropconnect_p=0.1", "eval_samples=3", "eval_batch_size=1", "max_new_tokens_eval=4"),
 )
 
@@ -77,21 +84,26 @@ def assert_same_run(folder: Path, rows: list[dict], other: Path, other_rows: lis
     for name, tensor in moments.items():
         assert torch.allclose(tensor, other_moments[name], rtol=1e-3, atol=1e-7), name
     scores, other_scores = (
-        json.loads((place / "ensemble.json").read_text())["evaluation"]["after"]["scores"] for place in (folder, other)
+        json.loads((place / "ensemble.json").read_text())["evaluation"]["after"]["scores"]
+        for place in (folder, other)
     )
     for name, score in scores.items():
         assert score == pytest.approx(other_scores[name], rel=1e-4), name
 
 
 @pytest.mark.launch
-def test_a_base_in_shards_trains_scores_and_saves_as_a_whole_one(plain_run: tuple[Path, list[dict]], tmp_path: Path):
+def test_a_base_in_shards_trains_scores_and_saves_as_a_whole_one(
+    plain_run: tuple[Path, list[dict]], tmp_path: Path
+):
     rows = train(ddp(2), tmp_path, *SETTINGS, "batch_size=2", "use_deepspeed=true", ZERO3)
     assert "DeepSpeed ZeRO-3 is active" in (tmp_path / "train.log").read_text()
     assert_same_run(*plain_run, tmp_path, rows)
 
 
 @pytest.mark.launch
-def test_a_run_goes_on_with_the_optimizers_state_on_the_cpu(plain_run: tuple[Path, list[dict]], tmp_path: Path):
+def test_a_run_goes_on_with_the_optimizers_state_on_the_cpu(
+    plain_run: tuple[Path, list[dict]], tmp_path: Path
+):
     begun = f"resume_from_checkpoint={plain_run[0]}/checkpoints/step_000002"
     rows = train(PLAIN, tmp_path, *SETTINGS, "batch_size=4", "use_deepspeed=true", OFFLOAD, begun)
     assert [row["step"] for row in rows] == [3, 4]

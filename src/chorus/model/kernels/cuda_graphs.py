@@ -1,7 +1,8 @@
 """CUDA graphs of a training pass: the launches of forward and of backward, captured once and replayed whole.
 
-With few tokens a pass is some thousand short kernels, and the host that launches them one by one is three times slower
-than the GPU. What is random or of changing shape stays outside: weights arrive masked and cast, the loss comes after.
+With few tokens a pass is some thousand short kernels, and the host that launches them one by one is three
+times slower than the GPU. What is random or of changing shape stays outside: weights arrive masked and cast,
+the loss comes after.
 """
 
 import logging
@@ -54,13 +55,17 @@ class _Capture:
 
 @dataclass
 class CapturedPasses:
-    """Passes by graph. Their intermediate tensors share one pool of memory: only one pass may await its backward.
+    """Passes by graph. Their intermediate tensors share one pool of memory: only one pass may await its
+    backward.
 
-    A pass while another does so, and one of a shape beyond the first `MAX_CAPTURES`, runs as it would without graphs.
+    A pass while another does so, and one of a shape beyond the first `MAX_CAPTURES`, runs as it would without
+    graphs.
 
     Attributes:
-        masks_of: ready-made masks, none of them None: what the trunk would make by itself differs in a capture.
-        may_fall_back: a pass that cannot be captured is a warning, and passes run without graphs from then on.
+        masks_of: ready-made masks, none of them None: what the trunk would make by itself differs in a
+        capture.
+        may_fall_back: a pass that cannot be captured is a warning, and passes run without graphs from then
+        on.
     """
 
     masks_of: Callable[[Rows], Any]
@@ -76,7 +81,12 @@ class CapturedPasses:
             RunError: the pass cannot be captured, and may not fall back.
         """
         is_awaited = self.awaiting is not None and self.awaiting() is not None
-        if key not in self.captures and not is_awaited and not self.has_failed and len(self.captures) < MAX_CAPTURES:
+        if (
+            key not in self.captures
+            and not is_awaited
+            and not self.has_failed
+            and len(self.captures) < MAX_CAPTURES
+        ):
             self._add(key, run, rows, flat_KF)
         if is_awaited or key not in self.captures:
             return run(rows, flat_KF, None)
@@ -98,8 +108,12 @@ class CapturedPasses:
         except RuntimeError as error:
             reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
             if not self.may_fall_back:
-                raise RunError(f"key 'cuda_graphs': a pass cannot be captured: {reason}; set it to false") from error
-            logger.warning("cuda_graphs auto: a pass cannot be captured, so passes run without graphs: %s", reason)
+                raise RunError(
+                    f"key 'cuda_graphs': a pass cannot be captured: {reason}; set it to false"
+                ) from error
+            logger.warning(
+                "cuda_graphs auto: a pass cannot be captured, so passes run without graphs: %s", reason
+            )
             self.has_failed = True
         else:
             logger.info("ready after %.0f s", time.perf_counter() - start)
@@ -127,7 +141,8 @@ class _Replayed(torch.autograd.Function):
 
 
 def fill(into: Rows, masks: Any, rows: Rows, masks_of: Callable[[Rows], Any]) -> None:
-    """Write `rows` over the rows that a graph reads, and their masks, where packing makes them differ, likewise."""
+    """Write `rows` over the rows that a graph reads, and their
+    masks, where packing makes them differ, likewise."""
     for old, new in zip(into, rows, strict=True):
         if old is not None and new is not None:
             old.copy_(new)
@@ -158,11 +173,16 @@ def _capture(run: Pass, rows: Rows, flat_KF: Tensor, masks_of: Callable[[Rows], 
             del hidden_NTD
     torch.cuda.current_stream().wait_stream(aside)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    # Other threads, such as NCCL's watchdog or one that pins memory, may call CUDA meanwhile: not an error of ours.
-    with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own stream the current one
+    # Other threads, such as NCCL's watchdog or one that pins memory, may call CUDA meanwhile: not an error of
+    # ours.
+    with torch.cuda.stream(
+        torch.cuda.current_stream()
+    ):  # a capture that fails leaves its own stream the current one
         with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
             hidden_NTD = run(rows, flat_KF, masks)
         gradient_NTD = torch.zeros_like(hidden_NTD)
         with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
             (flat_gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, gradient_NTD)
-    return _Capture(forward, backward, rows, flat_KF, hidden_NTD.detach(), gradient_NTD, masks, flat_gradient_KF)
+    return _Capture(
+        forward, backward, rows, flat_KF, hidden_NTD.detach(), gradient_NTD, masks, flat_gradient_KF
+    )

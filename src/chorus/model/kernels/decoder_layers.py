@@ -1,4 +1,5 @@
-"""How decoder layers run in training, compiled, recomputed in backward, both or neither; and passes, recomputed."""
+"""How decoder layers run in training, compiled, recomputed in
+backward, both or neither; and passes, recomputed."""
 
 import logging
 import os
@@ -28,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 CACHE_KEY = "TORCHINDUCTOR_CACHE_DIR"  # torch's own environment variable
 
-# What selective recomputation keeps: the results of products with the base's weights, which take nearly all of a
-# forward pass's time. Those of attention's own products grow with the square of the length and are recomputed.
+# What selective recomputation keeps: the results of products with the base's weights, which take nearly all
+# of a forward pass's time. Those of attention's own products grow with the square of the length and are
+# recomputed.
 KEPT = frozenset(
     {ONE, SEVERAL, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 )  # the latter two: of linears without an adapter
@@ -40,7 +42,8 @@ class _Compilation:
     """Of one model's layers, as far as it has come.
 
     Attributes:
-        may_fall_back: a layer that cannot be compiled is a warning, and all layers run uncompiled from then on.
+        may_fall_back: a layer that cannot be compiled is a warning, and all layers run uncompiled from then
+        on.
     """
 
     may_fall_back: bool
@@ -55,14 +58,16 @@ def prepare_layers(
     compiled: bool | str,
     may_fall_back: bool = False,
 ) -> None:
-    """Have torch compile each decoder layer, and recompute it in backward under the context of its forward pass.
+    """Have torch compile each decoder layer, and recompute it in backward under the context of its forward
+    pass.
 
-    A layer is wrapped and not the model: equal layers are compiled once, for all of them. In evaluation mode the layers
-    run as they are: its shapes change with every batch. The recomputation is not transformers' own, which lies inside
-    of a layer's forward, where it would be compiled with it.
+    A layer is wrapped and not the model: equal layers are compiled once, for all of them. In evaluation mode
+    the layers run as they are: its shapes change with every batch. The recomputation is not transformers'
+    own, which lies inside of a layer's forward, where it would be compiled with it.
 
     Args:
-        recompute: none of a layer; selective: all but the results of its products with weights; full: all of it.
+        recompute: none of a layer; selective: all but the results of its products with weights; full: all of
+        it.
         may_fall_back: a layer that cannot be compiled is a warning and no error.
 
     Raises:
@@ -90,12 +95,15 @@ def prepare_layers(
 
 
 def _keep_what_is_compiled() -> None:
-    """Have inductor keep its code from run to run: by default it lies in a temporary folder, gone with the machine."""
+    """Have inductor keep its code from run to run: by default it
+    lies in a temporary folder, gone with the machine."""
     folder = os.environ.setdefault(CACHE_KEY, str(Path.home() / ".cache" / "chorus" / "compiled"))
     logger.info("compiled layers are kept in %s (%s names another folder)", folder, CACHE_KEY)
 
 
-def _in_training(plain: Callable, router: AdapterRouter, recompute: Recompute, compiled: bool | str) -> Callable:
+def _in_training(
+    plain: Callable, router: AdapterRouter, recompute: Recompute, compiled: bool | str
+) -> Callable:
     # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
     recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     backend = compiled if isinstance(compiled, str) else "inductor"
@@ -113,7 +121,9 @@ def _in_training(plain: Callable, router: AdapterRouter, recompute: Recompute, c
             return partial(recomputed, run, context_fn=router.checkpoint_contexts)
 
 
-def _selective_contexts(router: AdapterRouter | None = None) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _selective_contexts(
+    router: AdapterRouter | None = None,
+) -> tuple[AbstractContextManager, AbstractContextManager]:
     """`context_fn` for torch's checkpoint: what is in `KEPT` is kept, the rest is recomputed."""
     keeping, taking = create_selective_checkpoint_contexts(_policy)
     if router is None:
@@ -148,7 +158,8 @@ def _run(
         return in_training(*args, **kwargs)
     except FailOnRecompileLimitHit as error:
         raise RunError(
-            f"key 'compile': more than {torch._dynamo.config.recompile_limit} kinds of layers and lengths to compile; "
+            f"key 'compile': more than {torch._dynamo.config.recompile_limit} kinds of layers and lengths "
+            "to compile; "
             "set a larger pad_to_multiple_of, or compile to false"
         ) from error
     except (TorchDynamoException, InductorError) as error:
@@ -166,20 +177,27 @@ def _run(
     return uncompiled(*args, **kwargs)
 
 
-def recomputed(run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+def recomputed(
+    run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor, ...]:
     """`run()` without its activations: forward keeps the outputs alone, backward runs it again.
 
-    The parameters are arguments of one autograd node, so their gradients leave it as ordinary outputs: a single
-    backward serves all agents, and the hooks by which DDP and DeepSpeed reduce gradients see each of them once.
+    The parameters are arguments of one autograd node, so their gradients leave it as ordinary outputs: a
+    single backward serves all agents, and the hooks by which DDP and DeepSpeed reduce gradients see each of
+    them once.
     """
     return _Recomputed.apply(run, *parameters)  # pyright: ignore[reportReturnType]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Callable[[], tuple[Tensor, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, run: Callable[[], tuple[Tensor, ...]], *parameters: nn.Parameter
+    ) -> tuple[Tensor, ...]:
         ctx.run = run
-        ctx.set_materialize_grads(False)  # without the diversity term no gradient comes through the hidden states
+        ctx.set_materialize_grads(
+            False
+        )  # without the diversity term no gradient comes through the hidden states
         ctx.save_for_backward(*parameters)
         return run()
 
@@ -188,6 +206,10 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
         with torch.enable_grad():
             outputs = ctx.run()
-        due = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+        due = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None
+        ]
         outputs, gradients = zip(*due, strict=True)
         return None, *torch.autograd.grad(outputs, ctx.saved_tensors, gradients)

@@ -1,8 +1,9 @@
 """Attention over a KV cache, without the copy of keys and values that transformers' eager attention makes.
 
-With grouped queries (Ainslie et al. 2023) several query heads read one key head. Eager attention repeats the keys and
-values for each of them; while decoding that copy moves several times the bytes of the cache itself. Here the query
-heads of a group are rows of one product. The rest is eager attention's arithmetic: soft-cap, mask, softmax in fp32.
+With grouped queries (Ainslie et al. 2023) several query heads read one key head. Eager attention repeats the
+keys and values for each of them; while decoding that copy moves several times the bytes of the cache itself.
+Here the query heads of a group are rows of one product. The rest is eager attention's arithmetic: soft-cap,
+mask, softmax in fp32.
 """
 
 import sys
@@ -32,11 +33,21 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Eager attention of H query heads over G key heads, G dividing H. Returns the output, N x T x H x d.
 
-    With an argument of `OWN` the call is left to the model's own eager attention. The mask has the sliding window.
+    With an argument of `OWN` the call is left to the model's own eager attention. The mask has the sliding
+    window.
     """
     if any(kwargs.get(name) is not None for name in OWN):
         own = sys.modules[type(module).__module__].eager_attention_forward
-        return own(module, query_NHTd, key_NGLd, value_NGLd, attention_mask, scaling=scaling, softcap=softcap, **kwargs)
+        return own(
+            module,
+            query_NHTd,
+            key_NGLd,
+            value_NGLd,
+            attention_mask,
+            scaling=scaling,
+            softcap=softcap,
+            **kwargs,
+        )
     N, H, T, d = query_NHTd.shape
     G, L = key_NGLd.shape[1:3]
     grouped = query_NHTd.reshape(N, G, H // G * T, d)

@@ -1,7 +1,7 @@
 """Linears of one input, found in what torch.compile has traced of a layer and made one operator.
 
-Found there and not among the modules: whatever the architecture and its names, a trace tells which linears share their
-input, and the model's own code stays as it is.
+Found there and not among the modules: whatever the architecture and its names, a trace tells which linears
+share their input, and the model's own code stays as it is.
 """
 
 from collections import defaultdict
@@ -30,7 +30,8 @@ def joining(backend: str) -> Callable:
 
 
 def join_linears(trace: GraphModule) -> None:
-    """Put one operator in the place of every two or more LoRA linears of one input. Those with a bias stay alone."""
+    """Put one operator in the place of every two or more LoRA
+    linears of one input. Those with a bias stay alone."""
     found: defaultdict[Any, list[Node]] = defaultdict(list)
     for node in trace.graph.find_nodes(op="call_function", target=ONE):
         x_KNI, _, bias_O, _, _, scaling = node.args

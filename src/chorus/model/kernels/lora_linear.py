@@ -1,11 +1,12 @@
 """Frozen linear layers with the adapters of several agents: one call for all of them, forward and backward.
 
-Rows of the agents lie one after the other (agent-major), so the base's product is one large matrix product and LoRA's
-thin ones are batched over agents. The thin product is written first and the large one added to it: it has arithmetic
-enough to hide reading what it adds to, and the thin one has not.
+Rows of the agents lie one after the other (agent-major), so the base's product is one large matrix product
+and LoRA's thin ones are batched over agents. The thin product is written first and the large one added to it:
+it has arithmetic enough to hide reading what it adds to, and the thin one has not.
 
-A thin product takes as long as reading or writing its wide side. Linears of one input, as attention's q, k and v, are
-therefore one call where they can be (`shared_input`): x is read, and its gradient written, once for all of them.
+A thin product takes as long as reading or writing its wide side. Linears of one input, as attention's q, k
+and v, are therefore one call where they can be (`shared_input`): x is read, and its gradient written, once
+for all of them.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Registered operators, and not an autograd.Function alone: torch.compile takes them as they are. Traced through, the
-# addition in place would become a copy. Compiled code that is kept on disk is found by their names alone: an operator
-# whose backward is to be another needs another name.
+# Registered operators, and not an autograd.Function alone: torch.compile takes them as they are. Traced
+# through, the addition in place would become a copy. Compiled code that is kept on disk is found by their
+# names alone: an operator whose backward is to be another needs another name.
 
 
 @torch.library.custom_op("chorus::lora_linear", mutates_args=())
@@ -94,8 +95,8 @@ def lora_linear(
 ) -> Tensor:
     """y_KNO = x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ (Hu et al. 2021), agent k by A_RI and B_OR of its own.
 
-    All tensors have one dtype. Gradients reach x, A and B; W and bias are frozen. Kept for backward: x, its low-rank
-    image and the weights.
+    All tensors have one dtype. Gradients reach x, A and B; W and bias are frozen. Kept for backward: x, its
+    low-rank image and the weights.
     """
     return _forward(x_KNI, weight_OI, bias_O, A_KRI, B_KOR, scaling)[0]
 
@@ -104,10 +105,14 @@ def lora_linear(
 def _forward_of_several(
     x_KNI: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scaling: float
 ) -> list[Tensor]:
-    """What `_forward` gives of several layers without bias: every y_KNO, then the low-rank images side by side."""
+    """What `_forward` gives of several layers without bias:
+    every y_KNO, then the low-rank images side by side."""
     low_KNR = torch.bmm(x_KNI, torch.cat(list(As), dim=1).mT)
     layers = zip(low_KNR.split(_ranks(As), dim=2), weights, Bs, strict=True)
-    return [*(_product(x_KNI, low, weight_OI, None, B_KOR, scaling) for low, weight_OI, B_KOR in layers), low_KNR]
+    return [
+        *(_product(x_KNI, low, weight_OI, None, B_KOR, scaling) for low, weight_OI, B_KOR in layers),
+        low_KNR,
+    ]
 
 
 def _ranks(As: Sequence[Tensor]) -> list[int]:
@@ -149,7 +154,11 @@ def _backward_of_several(
 @_backward_of_several.register_fake
 def _(dys, x_KNI, low_KNR, weights, As, Bs, scaling, need_dx):
     dA_KRI = x_KNI.new_empty(len(x_KNI), low_KNR.shape[2], x_KNI.shape[2])
-    return [x_KNI.new_empty(x_KNI.shape if need_dx else 0), dA_KRI, *(B_KOR.new_empty(B_KOR.shape) for B_KOR in Bs)]
+    return [
+        x_KNI.new_empty(x_KNI.shape if need_dx else 0),
+        dA_KRI,
+        *(B_KOR.new_empty(B_KOR.shape) for B_KOR in Bs),
+    ]
 
 
 def _save_of_several(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:

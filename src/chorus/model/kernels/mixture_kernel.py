@@ -1,12 +1,13 @@
-"""What a mixture of K next-token distributions says: its entropy, its best token, and how much its members disagree.
+"""What a mixture of K next-token distributions says: its entropy, its best token, and how much its members
+disagree.
 
 The mixture is pooled in probability space and then, where it has a temperature, sharpened or flattened:
 
     p(v) = sum_k w_k p_k(v),    q(v) = p(v)^(1/T) / sum_u p(u)^(1/T)
 
-With a vocabulary of 256,000 the logits of K members are the largest tensors of a decoding step. They are read twice,
-as the head wrote them, and nothing of their size is written: one pass takes each member's normaliser and entropy, the
-other one pools.
+With a vocabulary of 256,000 the logits of K members are the largest tensors of a decoding step. They are read
+twice, as the head wrote them, and nothing of their size is written: one pass takes each member's normaliser
+and entropy, the other one pools.
 """
 
 from typing import NamedTuple
@@ -55,7 +56,8 @@ def mixture_statistics(
         logits_KNV: the head's output, of any floating-point dtype, before scale and soft-cap.
         weight_K: fp32, summing to 1; a weight may be 0.
         temperature: of the pooled distribution, above 0.
-        softcap, scale: logits are softcap * tanh(z / softcap) of z = scale * output, or z itself; see `base.Head`.
+        softcap, scale: logits are softcap * tanh(z / softcap) of z = scale * output, or z itself; see
+        `base.Head`.
         want_log_prob: also write log q, N x V numbers in fp32, to sample from.
     """
     how = {"temperature": temperature, "softcap": softcap, "scale": scale, "want_log_prob": want_log_prob}
@@ -135,7 +137,8 @@ def chosen_log_probs(
     softcap: float | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """log q of one token in each distribution, and each member's own log-probability of it: two tensors, N and K x N.
+    """log q of one token in each distribution, and each member's own log-probability of it: two tensors, N
+    and K x N.
 
     Computed in log space from K numbers a token: exact also where every member's probability underflows.
     """

@@ -1,6 +1,7 @@
 # pyright: reportIndexIssue=false
-"""The Triton kernels behind `mixture_kernel.mixture_statistics`: two passes over the logits, each with a small second
-kernel that joins what the parts of a row have found. A row is split over several programs, so that few rows fill a GPU.
+"""The Triton kernels behind `mixture_kernel.mixture_statistics`: two passes over the logits, each with a
+small second kernel that joins what the parts of a row have found. A row is split over several programs, so
+that few rows fill a GPU.
 """
 
 from typing import Any
@@ -72,7 +73,8 @@ def _pool_parts(
     stride_k, stride_n, K, N, V, per_part, scale, softcap, inverse_temperature,
     HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one part of one distribution: its best token, sum p log p, and with q = p^(1/T) sum q and sum q log p."""
+    """Of one part of one distribution: its best token, sum p
+    log p, and with q = p^(1/T) sum q and sum q log p."""
     n, part = tl.program_id(0), tl.program_id(1)
     start = logits + n.to(tl.int64) * stride_n
     best, token, plain, total, dot = -1.0, 0, 0.0, 0.0, 0.0
@@ -83,7 +85,9 @@ def _pool_parts(
         row = start
         for k in range(K):
             x = tl.load(row + column, inside, other=0.0)
-            p += tl.load(weight + k) * tl.exp(_capped(x, scale, softcap, HAS_CAP) - tl.load(log_norm + k * N + n))
+            p += tl.load(weight + k) * tl.exp(
+                _capped(x, scale, softcap, HAS_CAP) - tl.load(log_norm + k * N + n)
+            )
             row += stride_k
         p = tl.where(inside, p, 0.0)
         log_p = tl.log(tl.maximum(p, TINY))
@@ -161,8 +165,12 @@ def triton_statistics(
     parts, per_part = _parts(K * N, V)
     found = [number(K * N, parts) for _ in range(3)]
     log_norm_KN, member_entropy_KN = number(K, N), number(K, N)
-    _norms_of_parts[K * N, parts](logits_KNV, *found, *strides, N, V, per_part, scale, cap, has_cap, BLOCK, num_warps=8)
-    _join_norms[(K * N,)](*found, log_norm_KN, member_entropy_KN, parts, triton.next_power_of_2(parts), num_warps=1)
+    _norms_of_parts[K * N, parts](
+        logits_KNV, *found, *strides, N, V, per_part, scale, cap, has_cap, BLOCK, num_warps=8
+    )
+    _join_norms[(K * N,)](
+        *found, log_norm_KN, member_entropy_KN, parts, triton.next_power_of_2(parts), num_warps=1
+    )
 
     parts, per_part = _parts(N, V)
     found = [number(N, parts, dtype=torch.int32 if place == 1 else torch.float32) for place in range(5)]

@@ -1,7 +1,7 @@
 """The DeepSpeed JSON, the launcher and configs.yaml, brought to one answer or refused.
 
-DeepSpeed takes a misspelt key without a word, lets a number in its JSON beat the script's, and reads an absent
-`gradient_clipping` as 1.0. So the JSON is checked here, and what configs.yaml decides is filled in.
+DeepSpeed takes a misspelt key without a word, lets a number in its JSON beat the script's, and reads an
+absent `gradient_clipping` as 1.0. So the JSON is checked here, and what configs.yaml decides is filled in.
 """
 
 import copy
@@ -18,10 +18,35 @@ from chorus.config import Config
 from chorus.errors import InputError
 
 KNOWN_KEYS = {
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("bf16", "fp16", "communication_data_type", "data_types", "zero_optimization", "zero_allow_untested_optimizer"),
-    *("zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "timers"),
-    *("steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "comms_logger", "flops_profiler"),
+    *(
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ),
+    *(
+        "bf16",
+        "fp16",
+        "communication_data_type",
+        "data_types",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+    ),
+    *(
+        "zero_force_ds_cpu_optimizer",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "disable_allgather",
+        "timers",
+    ),
+    *(
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "dump_state",
+        "memory_breakdown",
+        "comms_logger",
+        "flops_profiler",
+    ),
 }
 NOT_OURS = {
     "optimizer": "the optimizer is AdamW with lr and weight_decay of configs.yaml",
@@ -30,7 +55,8 @@ NOT_OURS = {
     "activation_checkpointing": "it is gradient_checkpointing of configs.yaml",
 }
 BUILT_IN: dict[str, Any] = {
-    # deepspeed_config_file: null. Buckets are sized to adapters: DeepSpeed's default of 5e8 elements is a gigabyte.
+    # deepspeed_config_file: null. Buckets are sized to adapters: DeepSpeed's default of 5e8 elements is a
+    # gigabyte.
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 }
 
@@ -44,16 +70,18 @@ def deepspeed_wanted(config: Config, environment: Mapping[str, str] = os.environ
     launcher = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if launcher and config.use_deepspeed is False:
         raise InputError(
-            "key 'use_deepspeed' is false, but the launcher starts DeepSpeed; set it to auto or launch without"
+            "key 'use_deepspeed' is false, but the launcher starts DeepSpeed; set it to auto or "
+            "launch without"
         )
     return launcher or config.use_deepspeed is True
 
 
 def look_up_no_operators() -> None:
-    """Keep DeepSpeed from compiling, or looking up, its operator for inference on CPUs, which training does not call.
+    """Keep DeepSpeed from compiling, or looking up, its operator for inference on CPUs, which training does
+    not call.
 
-    It would do so at every start, under a lock that is a mere file: after a kill at that moment every later start waits
-    for it without end. For processes that have not begun to talk to each other.
+    It would do so at every start, under a lock that is a mere file: after a kill at that moment every later
+    start waits for it without end. For processes that have not begun to talk to each other.
     """
     import deepspeed.ops  # seconds of imports for those who use it
 
@@ -61,7 +89,8 @@ def look_up_no_operators() -> None:
 
 
 def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what the launcher says otherwise than configs.yaml. Accelerate would let one of the two win in silence.
+    """Refuse what the launcher says otherwise than configs.yaml. Accelerate would let one of the two win in
+    silence.
 
     Raises:
         InputError: names the key, both values and the remedy.
@@ -75,7 +104,8 @@ def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) 
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto", str(config.gradient_accumulation_steps)):
         raise InputError(
-            f"key 'gradient_accumulation_steps' is {config.gradient_accumulation_steps}, but the launcher says "
+            f"key 'gradient_accumulation_steps' is {config.gradient_accumulation_steps}, but the "
+            "launcher says "
             f"{accumulation}; leave it to configs.yaml and drop it from the launch"
         )
     clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
@@ -96,7 +126,8 @@ def deepspeed_json(
         num_processes: of the run.
 
     Raises:
-        InputError: an unreadable file, an unknown key, or a value that is not supported or contradicts configs.yaml.
+        InputError: an unreadable file, an unknown key, or a value that is not supported or contradicts
+        configs.yaml.
     """
     path = _json_path(config, environment)
     settings = copy.deepcopy(BUILT_IN) if path is None else _read(path)
@@ -106,7 +137,9 @@ def deepspeed_json(
             raise InputError(f"{path}: key '{key}' cannot be used: {NOT_OURS[key]}; remove it")
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, 1)
-            raise InputError(f"{path}: key '{key}' is not known" + (f"; did you mean '{near[0]}'?" if near else ""))
+            raise InputError(
+                f"{path}: key '{key}' is not known" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2, 3):  # true is not 1
@@ -115,7 +148,9 @@ def deepspeed_json(
     step_rows = config.batch_size * config.gradient_accumulation_steps * num_processes
     _settle(settings, "train_micro_batch_size_per_gpu", config.batch_size, path, "batch_size")
     _settle(settings, "gradient_accumulation_steps", config.gradient_accumulation_steps, path)
-    _settle(settings, "train_batch_size", step_rows, path, "batch_size x gradient_accumulation_steps x processes")
+    _settle(
+        settings, "train_batch_size", step_rows, path, "batch_size x gradient_accumulation_steps x processes"
+    )
     _settle(settings, "gradient_clipping", config.max_grad_norm, path, "max_grad_norm")
     # Where its state is on the CPU, DeepSpeed would have an AdamW of its own, which rounds otherwise.
     _settle(settings, "zero_force_ds_cpu_optimizer", False, path, "the optimizer is torch's AdamW")
@@ -129,17 +164,23 @@ def deepspeed_json(
 
 def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str]) -> None:
     """Let DeepSpeed itself check its section, before a model is loaded, and hold the launcher against it."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # two seconds of imports for those who use it
+    from deepspeed.runtime.zero.config import (
+        DeepSpeedZeroConfig,
+    )  # two seconds of imports for those who use it
 
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise InputError(f"{path}: key '{key}' is {first['input']!r}: {first['msg']}; correct or remove it") from error
+        raise InputError(
+            f"{path}: key '{key}' is {first['input']!r}: {first['msg']}; correct or remove it"
+        ) from error
     for name in ("offload_optimizer", "offload_param"):
         device = (zero.get(name) or {}).get("device", "none")
-        if device not in ("none", "cpu") or (name == "offload_param" and device == "cpu" and zero["stage"] < 3):
+        if device not in ("none", "cpu") or (
+            name == "offload_param" and device == "cpu" and zero["stage"] < 3
+        ):
             remedy = "give cpu or none" if device != "cpu" else "it needs stage 3"
             raise InputError(f"{path}: key 'zero_optimization.{name}.device' is {device!r}; {remedy}")
     launchers = {
@@ -158,11 +199,13 @@ def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str])
 
 
 def _json_path(config: Config, environment: Mapping[str, str]) -> str | None:
-    """The one JSON of the run: the launcher's and the configuration's must be the same file. None: the built-in one."""
+    """The one JSON of the run: the launcher's and the configuration's
+    must be the same file. None: the built-in one."""
     ours, launchers = config.deepspeed_config_file, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if launchers and ours and Path(launchers).resolve() != Path(ours).resolve():
         raise InputError(
-            f"key 'deepspeed_config_file' is {ours}, but the launcher uses {launchers}; name the same file in both, "
+            f"key 'deepspeed_config_file' is {ours}, but the launcher uses {launchers}; name the same file "
+            "in both, "
             "or set the key to null to follow the launcher"
         )
     return launchers or ours
@@ -173,7 +216,8 @@ def _read(path: str) -> dict[str, Any]:
         settings = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
     except OSError as error:
         raise InputError(
-            f"key 'deepspeed_config_file': {path} cannot be read: {error.strerror}; check the path, or set it to null"
+            f"key 'deepspeed_config_file': {path} cannot be read: {error.strerror}; check the path, or set "
+            "it to null"
         ) from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
@@ -191,7 +235,9 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _settle(section: dict[str, Any], key: str, ours: Any, path: str, our_name: str = "", prefix: str = "") -> None:
+def _settle(
+    section: dict[str, Any], key: str, ours: Any, path: str, our_name: str = "", prefix: str = ""
+) -> None:
     """Put our value where the JSON has none or "auto"; refuse another one."""
     theirs = section.get(key, "auto")
     is_number = isinstance(theirs, (int, float)) and isinstance(theirs, bool) == isinstance(ours, bool)

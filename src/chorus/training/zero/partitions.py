@@ -1,7 +1,7 @@
 """One process's share of each agent's gradient and AdamW state under DeepSpeed: at any stage, on GPU or CPU.
 
-Each agent is a parameter group (optimizer.py), and DeepSpeed partitions groups separately. `zero` is DeepSpeed's
-optimizer, `module.optimizer`. DeepSpeed has no public interface for any of this.
+Each agent is a parameter group (optimizer.py), and DeepSpeed partitions groups separately. `zero` is
+DeepSpeed's optimizer, `module.optimizer`. DeepSpeed has no public interface for any of this.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def partitions(zero: Any) -> list[tuple[int, Tensor]]:
-    """The flat fp32 weights that this process steps, each with the place of its agent, which may have several."""
+    """The flat fp32 weights that this process steps, each with
+    the place of its agent, which may have several."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):
-        owners = [zero.sub_group_to_group_id[place] for place in range(len(zero.fp32_partitioned_groups_flat))]
+        owners = [
+            zero.sub_group_to_group_id[place] for place in range(len(zero.fp32_partitioned_groups_flat))
+        ]
         return list(zip(owners, zero.fp32_partitioned_groups_flat, strict=True))
     return list(enumerate(zero.single_partition_of_fp32_groups))
 
 
 def make_state(zero: Any) -> None:
-    """AdamW's state before the first step. Otherwise it comes group by group, and stages 1 and 2 link it to the
-    adapters' tensors once: after the first group has stepped, when that of the others is not there yet."""
+    """AdamW's state before the first step. Otherwise it comes group by group, and stages 1 and 2 link it to
+    the adapters' tensors once: after the first group has stepped, when that of the others is not there yet."""
     for _, flat in partitions(zero):
         moments = {name: torch.zeros_like(flat) for name in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}

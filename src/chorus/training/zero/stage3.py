@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO stage 3: the frozen base in shards, a part of each matrix on every process.
 
-DeepSpeed gathers a module's own parameters while that module runs. Where Chorus reads parameters of another module, it
-registers them: a LoRA layer reads those of the linear layer inside of it, the loss those of the head. The adapters stay
-gathered, because a pass reads all of them at its start; their gradients and optimizer state are in shards, as under
-stage 2.
+DeepSpeed gathers a module's own parameters while that module runs. Where Chorus reads parameters of another
+module, it registers them: a LoRA layer reads those of the linear layer inside of it, the loss those of the
+head. The adapters stay gathered, because a pass reads all of them at its start; their gradients and optimizer
+state are in shards, as under stage 2.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,8 @@ from chorus.model.agents import Agents
 
 
 def register_reads(agents: Agents) -> None:
-    """Register with DeepSpeed, which already holds the agents, the weights that a module reads of another module."""
+    """Register with DeepSpeed, which already holds the agents, the
+    weights that a module reads of another module."""
     from deepspeed.runtime.zero import register_external_parameter
 
     for peft_model in agents.peft_models:
@@ -31,8 +32,8 @@ def register_reads(agents: Agents) -> None:
 def keep_gathered(zero: Any, adapters: Sequence[nn.Parameter]) -> None:
     """Have DeepSpeed's optimizer gather the adapters after every step, and shard them only for the step.
 
-    By itself it does so for all parameters below one number of elements, and most of a base's are smaller than an
-    adapter. A collective call.
+    By itself it does so for all parameters below one number of elements, and most of a base's are smaller
+    than an adapter. A collective call.
     """
     cut = [adapter_F for adapter_F in cast(Sequence[Any], adapters) if not adapter_F.ds_persist]
     for adapter_F in cut:
@@ -50,8 +51,8 @@ def gather_adapters(adapters: Sequence[nn.Parameter]) -> None:
 def unsharded(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
     """The context in which every process holds the whole base, and may run as many passes as it likes.
 
-    Evaluation needs it: processes have different numbers of batches and of tokens to generate. Entering and leaving it
-    are collective calls.
+    Evaluation needs it: processes have different numbers of batches and of tokens to generate. Entering and
+    leaving it are collective calls.
     """
     from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
