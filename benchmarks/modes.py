@@ -1,7 +1,7 @@
 """Time and memory of one optimiser step in every mode, and by switching adapters with stock PEFT.
 
-    python benchmarks/modes.py                                    # the headline rows: about ten minutes on an H200
-    python benchmarks/modes.py --only 4x4x512 --minutes 5         # those of them whose name has this in it
+    python benchmarks/modes.py                              # the headline rows: about ten minutes on an H200
+    python benchmarks/modes.py --only 4x4x512 --minutes 5   # those of them whose name has this in it
     python benchmarks/modes.py --model gemma-2-2b --shapes 4x1x512 --modes fused switching --recompute none full
 
 prints a table and writes modes.md and modes.json to --out, where a row that is measured again replaces the

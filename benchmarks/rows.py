@@ -171,8 +171,8 @@ def main() -> None:
             ]
             print(
                 f"{options.rows:,} rows, {when}: {seconds:.1f} s, {seconds - base_s:.1f} more; CPU-seconds "
-                f"{cpu:.1f}, "
-                f"{cpu - base_cpu:.1f} more; MiB grown, anonymous + mapped, a process: {', '.join(grown)}",
+                f"{cpu:.1f}, {cpu - base_cpu:.1f} more; MiB grown, anonymous + mapped, a process: "
+                f"{', '.join(grown)}",
                 flush=True,
             )
 

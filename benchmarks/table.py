@@ -162,8 +162,7 @@ def page(rows: Sequence[Row]) -> str:
     abouts = {tuple(row["about"].items()): row["about"] for row in rows if "about" in row}
     described = "\n".join(
         f"- {about['device']}, driver {about['driver']}, {about['dtype']}; torch {about['torch']}, "
-        "transformers "
-        f"{about['transformers']}, deepspeed {about['deepspeed']}; commit {about['commit']}: "
+        f"transformers {about['transformers']}, deepspeed {about['deepspeed']}; commit {about['commit']}: "
         f"`{about['command']}`"
         for about in abouts.values()
     )

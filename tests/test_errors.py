@@ -97,9 +97,8 @@ def led_to(cause: BaseException) -> BaseException:
 
 
 CUDA = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
-    "1.19 GiB is "
-    "free. Process 1 has 77.92 GiB memory in use."
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.19 "
+    "GiB is free. Process 1 has 77.92 GiB memory in use."
 )
 
 

@@ -32,7 +32,7 @@ SPECIAL = [
     "<unk>",
     "<mask>",
 ]  # Gemma's first five ids; its class adds <mask> where missing
-SHARDS = 32  # the text is made shard by shard, each from its own seed, so that the number of workers changes nothing
+SHARDS = 32  # the text is made shard by shard, each from its own seed, whatever the number of workers
 
 # Every part of Gemma-2's architecture at work: half the query heads for keys and values, soft-caps, and in
 # every other layer a window of 32 tokens, which is shorter than most problems.

@@ -97,8 +97,7 @@ def refuse_differences(own: Mapping[str, Any]) -> None:
             if own.get(name) != value:
                 raise InputError(
                     f"{name} is {own.get(name)}, but {value} on the first process; start every host with "
-                    "the same "
-                    "command, files and versions"
+                    "the same command, files and versions"
                 )
 
     on_every_process(compare)
@@ -160,9 +159,8 @@ def lost_processes_named(timeout_s: int) -> Iterator[None]:
         )
         raise LostProcess(
             f"process {os.environ.get('RANK', 0)}: another process {what} while this one waited for it in "
-            f"{place.name} "
-            f"({Path(place.filename).name}:{place.lineno}); see its last lines, then resume with "
-            "resume_from_checkpoint=auto"
+            f"{place.name} ({Path(place.filename).name}:{place.lineno}); see its last lines, then resume "
+            "with resume_from_checkpoint=auto"
         ) from error
 
 

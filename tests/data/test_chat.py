@@ -19,8 +19,11 @@ SYSTEM = {"role": "system", "content": "Answer with a number."}
 MORE = [{"role": "user", "content": "And 3 more?\n"}, {"role": "assistant", "content": " 5 "}]
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
 TOOL_TURNS = [
-    USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}, ANSWER,
-]  # fmt: skip
+    USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2"},
+    ANSWER,
+]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 CONVERSATIONS = [[USER, ANSWER], [SYSTEM, USER, ANSWER, *MORE], [USER, ANSWER, *MORE, USER], TOOL_TURNS]
 # As Gemma's: no mark of what is generated, and a line break after the token that ends a turn.
@@ -162,7 +165,8 @@ def test_a_template_that_closes_no_turn_gets_the_end_token(tmp_path: Path) -> No
 def test_marks_and_turns_that_disagree_are_refused(tmp_path: Path, marked: str, message: str) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A\n' }}" + marked +
-        "{% else %}{{ 'U\n' + m.content }}{% endif %}{% endfor " "%}{% if " "add_generation_prompt " "%}{{ 'A\n' " "}}{% endif %}"
+        "{% else %}{{ 'U\n' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A\n' }}{% endif %}"
     )  # fmt: skip
     with pytest.raises(InputError, match=rf"rows.jsonl:1: key 'chat_template': {{% generation %}} {message}"):
         samples_of_rows(tmp_path, [{"messages": [USER, ANSWER]}], with_template(template))

@@ -258,8 +258,13 @@ def test_one_process_of_a_host_tokenises_and_all_read_or_all_fail(tmp_path: Path
         paths = os.pathsep.join([str(HELPERS), str(ROOT / "src"), str(ROOT)])
         result = subprocess.run(
             [*ddp(2)[:-1], str(script), str(path), str(tmp_path / "kept")],
-            cwd=ROOT, env=environment(PYTHONPATH=paths), capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=environment(PYTHONPATH=paths),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
         assert result.returncode == 0, result.stderr[-3000:]
         return [json.loads((tmp_path / "kept" / f"told-{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -1,7 +1,7 @@
 """Kill runs at random moments, most of them inside a save, until it is clear what their checkpoints are
 worth.
 
-    python tests/helpers/soak.py --kills 300       # so many in each engine, of processes that are forked, imports done
+    python tests/helpers/soak.py --kills 300               # so many in each engine, of forked processes
     python tests/helpers/soak.py --kills 20 --launchers  # every life through the real launchers
 
 A run saves after every step, and every life of it ends by SIGKILL to all its process groups. After each kill:
@@ -206,9 +206,8 @@ def line_of(engine: str, tally: Tally) -> str:
     phases = ", ".join(f"{count} {phase}" for phase, count in sorted(tally.kills.items()))
     return (
         f"{time.strftime('%H:%M:%S')}  {engine}: {sum(tally.kills.values())} kills ({phases}); "
-        f"{tally.announced} "
-        f"checkpoints announced, {tally.lost} lost; {tally.finished} runs ended, all equal: "
-        f"{not tally.faults}"
+        f"{tally.announced} checkpoints announced, {tally.lost} lost; {tally.finished} runs ended, all "
+        f"equal: {not tally.faults}"
     )
 
 

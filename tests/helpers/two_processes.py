@@ -14,7 +14,8 @@ from toy import toy_agents
 from chorus.model.adapters import TensorId
 from chorus.training.state import TrainingState
 
-ROUNDING = 2e-5  # of a weight: AdamW divides by gradients near zero. A step that is wrongly taken or left out moves 1e-2
+# Of a weight: AdamW divides by gradients near zero. A step that is wrongly taken or left out moves 1e-2.
+ROUNDING = 2e-5
 
 
 def tensors_of(state: TrainingState, agent: int) -> dict[tuple, Tensor]:

@@ -16,14 +16,15 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from metric_keys import KEYS
 from rich.console import Console
+from rich.table import Table
 
-from chorus.ensemble.evaluate import Evaluation, Score, evaluation_table
 from chorus.errors import RunError
 from chorus.monitoring import run_log as run_log_module
 from chorus.monitoring.run_log import RunLog, WritingRunLog, open_run_log
 from chorus.monitoring.trackers import Trackers
 
 CHORUS = logging.getLogger("chorus")
+TABLE = Table("agent 1")
 
 
 def metrics(step: int, **more: Any) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def test_the_terminal_gets_each_log_line_whole_and_as_it_is(
     run_log = WritingRunLog(accelerator, tmp_path, Trackers([], tmp_path, {}))
     text = "agent 0 [bold]is not markup[/bold] and this line is longer than the terminal is wide"
     logging.getLogger("chorus.train").info(text)
-    run_log.table(evaluation_table(EVALUATION, EVALUATION))
+    run_log.table(TABLE)
     run_log.close()
     assert any(line.endswith(f" {text}") for line in shown.getvalue().splitlines())
     assert "agent 1" in shown.getvalue()
@@ -219,7 +220,7 @@ def test_a_log_line_that_the_disk_refuses_is_raised_with_the_next_collective_cal
         logging.getLogger("chorus.train").info("2 agents")
         run_log.advance(None)  # no collective call
     for call in (
-        lambda: run_log.table(evaluation_table(EVALUATION, EVALUATION)),
+        lambda: run_log.table(TABLE),
         lambda: run_log.profile(1, {}, ["half a second"]),
         lambda: run_log.training(3),
     ):
@@ -245,36 +246,9 @@ def test_the_journal_of_another_process_is_silent_and_writes_nothing(
     run_log = open_run_log(process, tmp_path, {"lr": 0.1}, ["tensorboard"])
     with run_log.training(2):
         run_log.advance(metrics(1))
-    run_log.table(evaluation_table(EVALUATION, EVALUATION))
+    run_log.table(TABLE)
     CHORUS.warning("cut 3 rows")  # the first process says it
     run_log.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
     assert all(isinstance(handler, logging.NullHandler) for handler in CHORUS.handlers)
-
-
-# ---- the table ----
-
-EVALUATION = Evaluation(
-    Score(0.0, 3.0), [Score(0.25, 2.0), Score(0.5, 1.5)], Score(0.75, 1.25), [0.25, 0.75], num_problems=40
-)
-
-
-def test_the_table_names_every_answerer_with_its_scores_before_and_after():
-    even = EVALUATION._replace(weights=[0.5, 0.5], base=Score(0.125, 4.0))
-    table = evaluation_table(even, EVALUATION)
-    rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert rows == [
-        ("base", "12.5%", "0.0%", "4.0000", "3.0000"),
-        ("agent 0", "25.0%", "25.0%", "2.0000", "2.0000"),
-        ("agent 1", "50.0%", "50.0%", "1.5000", "1.5000"),
-        ("mixture 0.25 0.75", "75.0%", "75.0%", "1.2500", "1.2500"),
-    ]
-    assert "40" in str(table.title)
-
-
-def test_without_problems_the_table_says_so():
-    nothing = EVALUATION._replace(num_problems=0)
-    table = evaluation_table(nothing, nothing)
-    assert "nothing scored" in str(table.columns[0].header)
-    assert table.row_count == 0

@@ -63,9 +63,14 @@ def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
     told = json.loads(result.stdout.splitlines()[-1])  # the launcher may say something of its own before
     assert set(checks_of(told).values()) == {"PASS"}
     assert {
-        "processes have one configuration", "an all-reduce gives the right sum", "processes see one output_dir",
-        "DeepSpeed is active", "modes agree", "a checkpoint gives back the agents", "stock PEFT reads the agents",
-    } <= checks_of(told).keys()  # fmt: skip
+        "processes have one configuration",
+        "an all-reduce gives the right sum",
+        "processes see one output_dir",
+        "DeepSpeed is active",
+        "modes agree",
+        "a checkpoint gives back the agents",
+        "stock PEFT reads the agents",
+    } <= checks_of(told).keys()
     assert told["plan"]["num_processes"] == 2
     assert not list(tmp_path.iterdir())
 

@@ -31,8 +31,7 @@ def refuse_non_finite(tensors: Mapping[TensorId, Tensor]) -> None:
         if not bool(torch.isfinite(tensor).all()):
             raise RunError(
                 f"agent {identity.agent}: {identity.path} ({identity.matrix}) is not finite (NaN or Inf) "
-                "and was not "
-                "saved; lower lr and start over with resume_from_checkpoint=null"
+                "and was not saved; lower lr and start over with resume_from_checkpoint=null"
             )
 
 
@@ -126,8 +125,7 @@ def _refuse_non_finite_weights(weights: Sequence[float]) -> None:
         if not math.isfinite(weight):
             raise RunError(
                 f"agent {agent}: its weight in the mixture is {weight}, so its answers are not finite; "
-                "lower lr, and "
-                "start over with resume_from_checkpoint=null"
+                "lower lr, and start over with resume_from_checkpoint=null"
             )
 
 

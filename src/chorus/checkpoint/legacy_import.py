@@ -155,8 +155,7 @@ def _read_agent(
         if tuple(tensor.shape) != wanted:
             raise InputError(
                 f"{file}: {name}: has shape {tuple(tensor.shape)}, and this base and rank want {wanted}; "
-                "correct "
-                f"model_name, or r in {META}"
+                f"correct model_name, or r in {META}"
             )
         if identity in tensors:
             raise InputError(f"{file}: {name}: is in it twice, under two names; remove one")

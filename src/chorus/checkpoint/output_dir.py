@@ -91,9 +91,8 @@ def refuse_unshared(token: Path) -> None:
     while not token.exists():
         if time.monotonic() > end:
             raise InputError(
-                f"key 'output_dir': {token.parent}: what the first process writes there is not seen; name "
-                "a folder "
-                "that all hosts share"
+                f"key 'output_dir': {token.parent}: what the first process writes there is not seen; name a "
+                "folder that all hosts share"
             )
         time.sleep(0.2)
 
@@ -126,8 +125,7 @@ def refuse_unusable(folder: Path, resumed: bool) -> None:
         if nearest == folder and not resumed and _foreign(folder):
             raise InputError(
                 f"key 'output_dir': {folder}: it holds {_foreign(folder)[0]!r}, and is not the folder of a "
-                "run; name a "
-                "folder for this run alone"
+                "run; name a folder for this run alone"
             )
 
 
@@ -166,13 +164,11 @@ def _lock(folder: Path) -> TextIO:
         if not isinstance(error, (BlockingIOError, PermissionError)):  # either, by POSIX, where it is locked
             raise InputError(
                 f"key 'output_dir': {folder}: it cannot be locked ({error.strerror}); name a folder on a "
-                "file system "
-                "that has locks"
+                "file system that has locks"
             ) from error
         raise InputError(
             f"key 'output_dir': {folder}: another run is at work in it ({holder or 'unnamed'}); wait for "
-            "its end, or "
-            "name another folder"
+            "its end, or name another folder"
         ) from error
     return file
 

@@ -80,12 +80,11 @@ class Start(NamedTuple):
     def finished_message(self, output_dir: str) -> str:
         """What to tell a user who starts a run that is done."""
         return (
-            f"{output_dir} holds this run, finished after {self.step} steps: nothing is left to do.\n"
-            f"  its agents:     {output_dir}/agents, scores in {output_dir}/ensemble.json\n"
-            "  to start over:  resume_from_checkpoint=null (the finished run then steps aside, nothing "
-            "is lost)\n"
-            f"  to train on:    output_dir=runs/another init_adapters_from={output_dir}\n"
-            f"  another run:    output_dir=runs/another"
+            f"{output_dir} holds this run, finished after {self.step} steps: nothing is left to do.\n  its "
+            f"agents:     {output_dir}/agents, scores in {output_dir}/ensemble.json\n  to start over:  "
+            "resume_from_checkpoint=null (the finished run then steps aside, nothing is lost)\n  to train "
+            f"on:    output_dir=runs/another init_adapters_from={output_dir}\n  another run:    "
+            "output_dir=runs/another"
         )
 
 
@@ -201,16 +200,14 @@ def _named(folder: Path, output_dir: Path) -> StateFile:
         example = next(iter(checkpoints(output_dir)), Path(output_dir, "checkpoints", "step_000100"))
         raise InputError(
             f"key 'resume_from_checkpoint': {folder} is not a checkpoint; name a folder such as {example}, "
-            "or auto, or "
-            "null for a fresh start"
+            "or auto, or null for a fresh start"
         )
     try:
         return _verified(folder)
     except Damaged as error:
         raise InputError(
-            f"{error}; name another checkpoint, or set resume_from_checkpoint=auto for the newest "
-            "whole one of "
-            f"{output_dir}"
+            f"{error}; name another checkpoint, or set resume_from_checkpoint=auto for the newest whole one "
+            f"of {output_dir}"
         ) from error
 
 

@@ -146,7 +146,6 @@ def _read(folder: Path, model: type[S]) -> S:
     if found != FORMAT:
         raise InputError(
             f"{folder}: has checkpoint format {found}, and this version of Chorus reads format {FORMAT}; "
-            "resume it "
-            "with the version that wrote it"
+            "resume it with the version that wrote it"
         )
     return parse(file, content, model)

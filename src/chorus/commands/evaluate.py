@@ -16,11 +16,11 @@ ALPHA = 1.0  # pseudo-counts an agent of the fitted mixture where dirichlet_alph
 EPILOG = """examples:
   chorus evaluate runs/default
   chorus evaluate runs/default --data problems.jsonl --ood others.jsonl --problems scored.jsonl
-  chorus evaluate adapters/a adapters/b --data problems.jsonl 'completion_template=" {label}"' eval_samples=1000
+  chorus evaluate adapters/a adapters/b --data problems.jsonl 'completion_template=" {label}"'
   torchrun --nproc_per_node 2 -m chorus evaluate runs/default --json
 
-Keys are those of configs.yaml; a run's own configuration is the default. A share of the problems (calibration_split) is
-used to fit temperatures and mixture weights, and is not scored."""
+Keys are those of configs.yaml; a run's own configuration is the default. A share of the problems
+(calibration_split) is used to fit temperatures and mixture weights, and is not scored."""
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -92,8 +92,7 @@ class DataSettings(Section):
         if not re.fullmatch(r"([^{}]|\{\{|\}\}|\{[^\W\d][\w -]*\})*", template):
             raise ValueError(
                 "braces must hold the plain name of a column, as {answer}; double others, as {{ or }}; "
-                "rows of turns "
-                "need no template, see row_format"
+                "rows of turns need no template, see row_format"
             )
         if info.field_name == "completion_template" and "{" not in template.replace("{{", ""):
             raise ValueError("it must have at least one {column}, such as {answer}")

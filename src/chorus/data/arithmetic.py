@@ -290,9 +290,8 @@ def problems(split: Split, count: int, seed: int, variant: Variant = "standard")
     while len(rows) < count:
         if not decks:
             raise InputError(
-                f"arithmetic: {count} problems asked for, but split {split!r} of variant {variant!r} "
-                "holds only "
-                f"{len(rows)}; ask for at most {len(rows)}"
+                f"arithmetic: {count} problems asked for, but split {split!r} of variant {variant!r} holds "
+                f"only {len(rows)}; ask for at most {len(rows)}"
             )
         story, deck = choice = rng.choice(decks)
         numbers = next(deck, None)

@@ -156,7 +156,7 @@ def training_steps(
         sampler=range(start_step, num_steps),
         num_workers=config.num_workers,
         worker_init_fn=_leave_the_process_group,
-        generator=torch.Generator(),  # the loader draws a seed, of which nothing here depends: not from the global one
+        generator=torch.Generator(),  # the loader draws a seed that nothing uses: not from the global one
     )
     # A worker is born with the signals blocked, and so outlives one that comes before it has left the group.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -167,9 +167,8 @@ def form_of(split: Split, settings: DataSettings, tokenizer: PreTrainedTokenizer
             if settings.row_format == "chat":
                 raise InputError(
                     f"key 'row_format': chat, but {split.name} holds no turns: neither messages, "
-                    "conversations, prompt "
-                    "and completion, nor the columns of the templates; correct prompt_template and "
-                    "completion_template"
+                    "conversations, prompt and completion, nor the columns of the templates; correct "
+                    "prompt_template and completion_template"
                 )
     return TextForm.of(settings)
 
@@ -329,8 +328,7 @@ def _disk_errors_named(root: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(
             f"key 'data_cache_dir': cannot write tokenised rows into {root}: {error.strerror or error}; "
-            "make room, or "
-            "name another folder"
+            "make room, or name another folder"
         ) from error
 
 

@@ -142,8 +142,8 @@ class ChatForm:
         else:
             raise InputError(
                 "key 'chat_template': the template renders a turn otherwise once others follow it, and "
-                "does not mark "
-                "the assistant's words; give a file whose template has {% generation %} around them"
+                "does not mark the assistant's words; give a file whose template has {% generation %} "
+                "around them"
             )
         end = chosen[-1][1]
         return Problem(text[:begin], text[begin:end], tuple(chosen), text[end:])
@@ -176,8 +176,8 @@ class ChatForm:
             )
             raise InputError(
                 f"key 'chat_template': {{% generation %}} marks {mark!r}, where the assistant's turn is "
-                f"{turn!r}; "
-                "correct the template: the mark must hold the whole turn and the token that ends it"
+                f"{turn!r}; correct the template: the mark must hold the whole turn and the token that ends "
+                "it"
             )
 
     def _render(
@@ -308,6 +308,6 @@ def chat_template_of(settings: DataSettings, tokenizer: PreTrainedTokenizerBase)
     except ValueError:
         raise InputError(
             "key 'chat_template': the rows hold turns, and the base's tokenizer has no chat template; name "
-            "a Jinja "
-            "file, take an instruction-tuned base, or flatten the turns into columns for prompt_template"
+            "a Jinja file, take an instruction-tuned base, or flatten the turns into columns for "
+            "prompt_template"
         ) from None

@@ -231,8 +231,7 @@ def _csv_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]
                 if len(record) != len(header):
                     raise InputError(
                         f"{path}:{first_line}: has {len(record)} cells, the header has {len(header)}; "
-                        "correct it, "
-                        "or put cells with separators or line breaks in quotes"
+                        "correct it, or put cells with separators or line breaks in quotes"
                     )
                 yield Row(f"{path}:{first_line}", dict(zip(header, record, strict=True)))
             first_line = reader.line_num + 1

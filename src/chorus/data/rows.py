@@ -234,16 +234,14 @@ def refuse_lost(samples: Samples, what: str, settings: DataSettings) -> None:
     if 2 * of_merging.sum() > len(lost):
         raise InputError(
             f"key 'completion_template': in {len(lost)} of {len(facts)} {what} rows no token of the answer "
-            "carries "
-            f"loss, because a token that begins in the prompt reaches into it ({first}); begin the "
-            "completion with a "
-            "space or a new line, or end the prompt with one"
+            f"carries loss, because a token that begins in the prompt reaches into it ({first}); begin the "
+            "completion with a space or a new line, or end the prompt with one"
         )
     limit = settings.max_seq_length
     raise InputError(
-        f"key 'max_seq_length': {limit} leaves no target token of the answer in {len(lost)} of "
-        f"{len(facts)} {what} "
-        f"rows ({first}, of {int(facts['length'][lost[0]])} tokens); raise it, or shorten prompt_template"
+        f"key 'max_seq_length': {limit} leaves no target token of the answer in {len(lost)} of {len(facts)} "
+        f"{what} rows ({first}, of {int(facts['length'][lost[0]])} tokens); raise it, or shorten "
+        "prompt_template"
     )
 
 
@@ -255,8 +253,7 @@ def warn_of_losses(samples: Samples, what: str, max_seq_length: int) -> None:
     if len(cut):
         logger.warning(
             "cut %d of %d %s rows to max_seq_length %d tokens; %d of them have no target token left and "
-            "are dropped; "
-            "first %s, of %d tokens",
+            "are dropped; first %s, of %d tokens",
             *(len(cut), len(facts), what, max_seq_length, int((facts["targets"] == 0).sum())),
             *(samples.place(int(cut[0])), int(facts["length"][cut[0]])),
         )
@@ -265,8 +262,7 @@ def warn_of_losses(samples: Samples, what: str, max_seq_length: int) -> None:
         first = int(merged[0])
         logger.warning(
             "%d characters at the beginning of the completion carry no loss, in %d of %d %s rows: their "
-            "token begins "
-            "in the prompt; first %s, where %r ends the prompt and %r begins the completion",
+            "token begins in the prompt; first %s, where %r ends the prompt and %r begins the completion",
             *(int(facts["merged"].sum()), len(merged), len(facts), what, samples.place(first)),
             *_boundary(samples, first),
         )

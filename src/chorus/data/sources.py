@@ -187,8 +187,8 @@ def _files_in(name: str, folder: Path, key: str) -> list[Path]:
     if not files:
         raise InputError(
             f"key '{key}': the folder {name!r} holds no data: neither files ending in "
-            f"{readable_suffixes()}, nor "
-            "what save_to_disk writes (state.json or dataset_dict.json); name a folder that does"
+            f"{readable_suffixes()}, nor what save_to_disk writes (state.json or dataset_dict.json); name a "
+            "folder that does"
         )
     return files
 

@@ -102,8 +102,7 @@ def read_config(folder: Path) -> LoraConfig:
     if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
         raise InputError(
             f"{file}: init_lora_weights is {start!r}, which changes the base's weights; convert it to a "
-            "plain LoRA "
-            "adapter with PEFT first"
+            "plain LoRA adapter with PEFT first"
         )
     known = {name: value for name, value in entries.items() if name in APPLIED}
     known.pop("peft_type")
@@ -196,8 +195,7 @@ def _refuse_other_layers(
     if missing:
         raise InputError(
             f"{file}: {len(missing)} of {len(targets)} layers that {CONFIG_FILE} targets have no tensor, "
-            "such as "
-            f"{missing[0]}; export the adapter again"
+            f"such as {missing[0]}; export the adapter again"
         )
     if extra:
         raise InputError(

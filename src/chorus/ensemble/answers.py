@@ -49,8 +49,7 @@ def warn_of_long_references(
     if count:
         logger.warning(
             "%d of %d held-out answers are longer than max_new_tokens_eval %d tokens, and so count as "
-            "wrong whatever "
-            "is written; the longest has %d",
+            "wrong whatever is written; the longest has %d",
             *(count, len(lengths), max_new_tokens, max(lengths)),
         )
     return count

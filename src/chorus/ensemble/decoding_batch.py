@@ -16,7 +16,7 @@ from chorus.model.kernels.decode_graphs import CapturedStep
 STEPS_AT_A_TIME = 16  # on a GPU, between two looks of the host at what has ended
 PROMPTS_ON_A_CPU = 64  # of one wave
 FREE_SHARE = 0.8  # of a GPU's free memory that caches and logits may fill
-SHRINK = 0.75  # the batch is made anew once it would have at most this share of its rows: it costs a copy of the caches
+SHRINK = 0.75  # the batch shrinks once this share of its rows is left: that costs a copy of the caches
 
 
 @dataclass

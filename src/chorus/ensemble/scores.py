@@ -1,13 +1,13 @@
 """Scores of answerers from what they did with every problem.
 
     cls/Acc                 share of exact matches, or of right choices
-    cls/NLL, cls/Brier      of a whole reference answer, nats; of a choice. cls/Brier for choices only
-    token/...               of the reference's tokens: NLL (nats), perplexity, Acc, Brier, ECE, aECE; for texts only
+    cls/NLL, cls/Brier      of a whole reference answer, nats; cls/Brier for choices only
+    token/...               of the reference's tokens, in texts: NLL (nats), perplexity, Acc, Brier, ECE, aECE
     cal/ECE, cal/aECE       calibration of the answer's probability against its being right
     sc/METRIC/UNCERTAINTY   telling wrong answers from right ones: AUROC, AURC, Risk@80Cov, PRR
     ood/METRIC/UNCERTAINTY  telling the second data set's problems from these: AUROC, FPR95
-    ens/...                 of a mixture: Ambiguity (mean NLL of its members less its own, nats), Disagreement (share
-                            of pairs of members that answer differently), MutualInformation (nats)
+    ens/...                 of a mixture: Ambiguity (mean NLL of its members less its own, nats), Disagreement
+                            (share of pairs of members that answer differently), MutualInformation (nats)
 
 UNCERTAINTY is max_p (1 less the answer's probability), entropy, and for mixtures mutual_information and
 disagreement.

@@ -189,8 +189,7 @@ def refuse_non_finite_answers(agents: Agents, samples: Sequence[Sample]) -> None
         if bad:
             raise RunError(
                 f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: the loss on training rows is not "
-                "finite (NaN "
-                "or Inf), so the agents were not exported; lower lr and start over with "
+                "finite (NaN or Inf), so the agents were not exported; lower lr and start over with "
                 "resume_from_checkpoint=null"
             )
 

@@ -57,10 +57,9 @@ def _caption(found: Evaluation) -> str | None:
     low, high = found.differences[best]["cls/Acc"]
     unit = "question" if found.is_choice else "token"
     return (
-        f"The mixture is right {gain:+.1%} more often than its best member (95 % interval {0 - high:+.1%} to "
-        f"{0 - low:+.1%}, paired bootstrap). NLL in nats a {unit}; errors are told by the answer's "
-        "probability, what "
-        "is out of distribution by entropy."
+        f"The mixture is right {gain:+.1%} more often than its best member (95 % interval {0 - high:+.1%} "
+        f"to {0 - low:+.1%}, paired bootstrap). NLL in nats a {unit}; errors are told by the answer's "
+        "probability, what is out of distribution by entropy."
     )
 
 

@@ -116,8 +116,7 @@ class LoraLinear(PeftLoraLinear):
         if len(A_KRI) > 1 and x.shape[:-1].numel() != turn.num_tokens:
             raise InputError(
                 f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts "
-                "are, so it "
-                "cannot tell the agents apart; set parallel_mode to parallel or sequential"
+                "are, so it cannot tell the agents apart; set parallel_mode to parallel or sequential"
             )
         x_KNI = x.reshape(len(A_KRI), -1, x.shape[-1])
         scaling: float = next(iter(self.scaling.values()))  # one for all agents

@@ -1,8 +1,8 @@
 """K agents over one frozen base, in one of three modes behind one interface.
 
 fused       one PeftModel with K adapters; all agents in one pass over K x B rows: the fastest. In groups of
-            `agents_per_pass`, backward recomputes a group's activations, so that only one group's are held at a time;
-            not with recompute "full", which already holds those of one layer only.
+            `agents_per_pass`, backward recomputes a group's activations, so that only one group's are held at
+            a time; not with recompute "full", which already holds those of one layer only.
 sequential  groups of one: the least memory, one forward pass more.
 parallel    K PeftModels whose frozen parameters and buffers are the same storage; all activations are held.
 

@@ -13,7 +13,8 @@ from chorus.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-LONG = 1024  # tokens of a row from which on attention's T x T scores cost more than what fused kernels lose elsewhere
+# From so many tokens a row, attention's T x T scores cost more than what fused kernels lose elsewhere.
+LONG = 1024
 
 
 def choose_attention(

@@ -318,9 +318,8 @@ def _check_head(model: PreTrainedModel, model_name: str) -> None:
     if not difference <= tolerance:
         raise InputError(
             f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits "
-            "than a linear "
-            f"layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus cannot train "
-            "it exactly"
+            f"than a linear layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus "
+            "cannot train it exactly"
         )
 
 

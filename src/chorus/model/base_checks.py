@@ -59,9 +59,8 @@ def _refuse_no_model(model_name: str) -> None:
         if (folder / CONFIG_NAME).is_file():
             raise InputError(
                 f"key 'model_name': {folder / ADAPTER_CONFIG_NAME}: the folder holds an adapter beside the "
-                "base, and "
-                "transformers would put it on; move the adapter to a folder of its own, or merge it into "
-                "the base"
+                "base, and transformers would put it on; move the adapter to a folder of its own, or merge "
+                "it into the base"
             )
         base = _base_of_adapter(folder / ADAPTER_CONFIG_NAME)
         raise InputError(
@@ -147,8 +146,7 @@ def check_report(report: Mapping[str, Collection[Any]], model: PreTrainedModel, 
     if missing:
         raise InputError(
             f"key 'model_name': {model_name}: {missing[0]} is not in the files{_and_more(missing)}, so it "
-            "would be "
-            f"drawn at random; {AGAIN}"
+            f"would be drawn at random; {AGAIN}"
         )
     # A tower that a text model lacks, such as one for images, stands apart; what lies among its own weights
     # was trained with them: a layer beyond the config's number, an adapter, the scale of a quantised weight.
@@ -157,8 +155,7 @@ def check_report(report: Mapping[str, Collection[Any]], model: PreTrainedModel, 
     if left_over:
         raise InputError(
             f"key 'model_name': {model_name}: {left_over[0]} is in the files and not in the model that "
-            "config.json "
-            f"describes{_and_more(left_over)}; {AGAIN}"
+            f"config.json describes{_and_more(left_over)}; {AGAIN}"
         )
 
 

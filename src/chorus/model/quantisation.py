@@ -54,8 +54,7 @@ def check_saved_quantisation(config: PretrainedConfig, model_name: str, asked_fo
     if method not in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
         raise InputError(
             f"key 'model_name': {model_name} was saved quantised ({method}), which Chorus cannot train "
-            "over; name the "
-            "base that it was made from, with load_in_4bit=true for as little memory"
+            "over; name the base that it was made from, with load_in_4bit=true for as little memory"
         )
     if asked_for:
         raise InputError(

@@ -90,9 +90,8 @@ def find_targets(
     if for_experts and wanted not in (AUTO, ALL_LINEAR):
         raise InputError(
             f"key 'lora_target_modules': {_some(sorted({_leaf(path) for path in for_experts}))}: in "
-            f"{type(model).__name__} PEFT takes these names to mean the experts, which are parameters "
-            "and get no "
-            "adapter here; leave them out, or set it to auto"
+            f"{type(model).__name__} PEFT takes these names to mean the experts, which are parameters and "
+            "get no adapter here; leave them out, or set it to auto"
         )
     paths = [path for path in paths if path not in for_experts]
     if not paths:

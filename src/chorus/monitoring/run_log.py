@@ -195,8 +195,8 @@ class WritingRunLog(RunLog):
         losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
         logger.info(
             f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr "
-            f"{metrics['lr']:.2e}  "
-            f"grad norm {metrics['grad_norm']:.2f}  {metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
+            f"{metrics['lr']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
+            f"{metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
         )
         if "peak_memory_gib" in metrics:
             logger.info(memory_line(metrics["step"], self._device, memory_usage(self._device)))

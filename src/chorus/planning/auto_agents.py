@@ -62,8 +62,7 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
     cap = " (auto takes no more; name a number to have them)" if num_agents == MOST_AGENTS else ""
     return with_agents(config, num_agents), (
         f"num_agents auto: {num_agents}{cap}; {taken}forecast {(first + num_agents * each) / GIB:.2f} GiB, "
-        "allowed "
-        f"{limit / GIB:.2f} (memory_fraction {config.memory_fraction:g} of the smallest device)"
+        f"allowed {limit / GIB:.2f} (memory_fraction {config.memory_fraction:g} of the smallest device)"
     )
 
 

@@ -234,8 +234,7 @@ def _check_rows(report: Report, config: RunConfig, rows: Rows, tokenizer: PreTra
         not merged.any(),
         found,
         "a token begins in the prompt and reaches into the completion: begin the completion with a space "
-        "or a new "
-        "line, or end the prompt with one",
+        "or a new line, or end the prompt with one",
     )
 
 

@@ -30,9 +30,8 @@ ROOM_TO_MAKE: tuple[dict[str, Any], ...] = (
     {"parallel_mode": "sequential", "gradient_checkpointing": "full"},
 )
 NOTHING_HELPS = (
-    "gradient_checkpointing=full, parallel_mode=sequential and batch_size=1 are not enough by "
-    "themselves; take a "
-    "smaller base, fewer agents, a smaller max_seq_length or a larger device"
+    "gradient_checkpointing=full, parallel_mode=sequential and batch_size=1 are not enough by themselves; "
+    "take a smaller base, fewer agents, a smaller max_seq_length or a larger device"
 )
 
 

@@ -108,12 +108,11 @@ def make_accelerator(config: Config) -> Accelerator:
         started = accelerator.distributed_type.value
         raise InputError(
             f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: "
-            "Accelerate started "
-            f"{started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or set use_deepspeed "
-            "to false"
+            f"Accelerate started {started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or "
+            "set use_deepspeed to false"
         )
     limit_waiting(config.collective_timeout_s)
-    unset_hf_deepspeed_config()  # under stage 3 transformers would shard the base while it loads, before it is checked
+    unset_hf_deepspeed_config()  # under stage 3 transformers would shard the base before it is checked
     return accelerator
 
 
@@ -320,8 +319,7 @@ def start_engine(accelerator: Accelerator, agents: Agents, settings: TrainingSet
         num_own = sum(flat.numel() for _, flat in partitions.partitions(module.optimizer))
         description = (
             f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), "
-            f"{accelerator.device}, "
-            f"{num_own:,} of {num_elements:,} optimizer elements on this process"
+            f"{accelerator.device}, {num_own:,} of {num_elements:,} optimizer elements on this process"
         )
     if stage == 3:
         stage3.register_reads(agents)

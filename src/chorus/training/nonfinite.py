@@ -61,9 +61,8 @@ class SkippedUpdates:
         self._since_taken += len(bad)
         if bad:
             self._latest = (
-                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: loss or gradient is not finite "
-                "at step "
-                f"{number} (gradient norm {', '.join(map(str, bad.values()))})"
+                f"agent{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}: loss or gradient is not finite at "
+                f"step {number} (gradient norm {', '.join(map(str, bad.values()))})"
             )
             logger.warning(
                 "%s; the update was skipped, and no other agent's (%d such steps in a row, "
@@ -73,8 +72,8 @@ class SkippedUpdates:
 
     def _error(self, step: int) -> RunError:
         return RunError(
-            f"{self._latest}; key 'max_skipped_steps' allows {self.max_skipped_steps} steps in a row with "
-            "a skipped "
-            f"update, and this was number {self.in_a_row}; {self.output_dir}/checkpoints/step_{step:06d} "
-            "holds every agent's last good state; lower lr, or look at the rows of that step"
+            f"{self._latest}; key 'max_skipped_steps' allows {self.max_skipped_steps} steps in a row with a "
+            f"skipped update, and this was number {self.in_a_row}; "
+            f"{self.output_dir}/checkpoints/step_{step:06d} holds every agent's last good state; lower lr, "
+            "or look at the rows of that step"
         )

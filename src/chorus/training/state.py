@@ -132,9 +132,7 @@ def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[Tenso
         shapes = [tuple(side[identity].shape) if identity in side else None for side in (ours, theirs)]
         if shapes[0] != shapes[1]:
             raise InputError(
-                f"key 'resume_from_checkpoint': agent {identity.agent}, {identity.path} "
-                f"({identity.matrix}) has shape "
-                f"{shapes[1]} in the checkpoint and {shapes[0]} in this run (None: it has no such tensor); "
-                "resume with "
-                "the base and the adapters of the checkpoint"
+                f"key 'resume_from_checkpoint': agent {identity.agent}, {identity.path} ({identity.matrix}) "
+                f"has shape {shapes[1]} in the checkpoint and {shapes[0]} in this run (None: it has no such "
+                "tensor); resume with the base and the adapters of the checkpoint"
             )

@@ -159,8 +159,7 @@ def _run(
     except FailOnRecompileLimitHit as error:
         raise RunError(
             f"key 'compile': more than {torch._dynamo.config.recompile_limit} kinds of layers and lengths "
-            "to compile; "
-            "set a larger pad_to_multiple_of, or compile to false"
+            "to compile; set a larger pad_to_multiple_of, or compile to false"
         ) from error
     except (TorchDynamoException, InductorError) as error:
         if out_of_memory(error) is not None:

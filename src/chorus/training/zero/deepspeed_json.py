@@ -104,9 +104,8 @@ def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) 
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto", str(config.gradient_accumulation_steps)):
         raise InputError(
-            f"key 'gradient_accumulation_steps' is {config.gradient_accumulation_steps}, but the "
-            "launcher says "
-            f"{accumulation}; leave it to configs.yaml and drop it from the launch"
+            f"key 'gradient_accumulation_steps' is {config.gradient_accumulation_steps}, but the launcher "
+            f"says {accumulation}; leave it to configs.yaml and drop it from the launch"
         )
     clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
     if clipping not in ("none", "auto") and float(clipping) != config.max_grad_norm:
@@ -205,8 +204,7 @@ def _json_path(config: Config, environment: Mapping[str, str]) -> str | None:
     if launchers and ours and Path(launchers).resolve() != Path(ours).resolve():
         raise InputError(
             f"key 'deepspeed_config_file' is {ours}, but the launcher uses {launchers}; name the same file "
-            "in both, "
-            "or set the key to null to follow the launcher"
+            "in both, or set the key to null to follow the launcher"
         )
     return launchers or ours
 

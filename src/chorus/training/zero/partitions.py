@@ -26,7 +26,7 @@ def partitions(zero: Any) -> list[tuple[int, Tensor]]:
 
 def make_state(zero: Any) -> None:
     """AdamW's state before the first step. Otherwise it comes group by group, and stages 1 and 2 link it to
-    the adapters' tensors once: after the first group has stepped, when that of the others is not there yet."""
+    the adapters' tensors once: after the first group has stepped, before the others have theirs."""
     for _, flat in partitions(zero):
         moments = {name: torch.zeros_like(flat) for name in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
