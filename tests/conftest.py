@@ -26,11 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start processes come first: they take longest, and one that came last would leave a core
-    idle.
+    """Skip tests marked `gpu` where there is none. Files that start processes come first: they take longest,
+    and one that came last would leave a core idle.
     """
     long = {item.path for item in items if item.get_closest_marker("launch")}
     items.sort(key=lambda item: item.path not in long)
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 @pytest.fixture(autouse=True)

@@ -290,4 +290,4 @@ def test_a_process_that_runs_out_of_memory_says_so_and_all_end_with_the_last_che
     assert other.startswith(f"error: process {1 - victim}: another process has ended")
     assert sorted(re.findall(r"exitcode +: (-?\d+) ", said)) == ["3", "3"], said[-3000:]
     announced = [2] if where == "save" else [4, 2]
-    assert [verify(folder)["step"] for folder in checkpoints(tmp_path / "run")] == announced
+    assert [verify(folder).step for folder in checkpoints(tmp_path / "run")] == announced

@@ -208,7 +208,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no model in it": ([f"model_name={folder}/empty"], "config.json"),
         "half a model": ([f"model_name={folder}/half"], "model.safetensors is incomplete or damaged"),
         "no such layer": (["lora_target_modules=[q_projj]", "max_train_steps=0"], "q_projj"),
-        "output is no run's": ([f"output_dir={folder}"], "no run's"),
+        "output is no run's": ([f"output_dir={folder}"], "is not the folder of a run"),
         "output is a file": ([f"output_dir={folder}/file/run"], "is a file"),
         "json": (
             ["use_deepspeed=true", f"deepspeed_config_file={folder}/ds.json"],

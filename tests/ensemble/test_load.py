@@ -201,7 +201,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (edit_config(of_a_later_peft={"x": 1}), "of_a_later_peft"),
     (edit_config(r=7), "has shape"),
     (edit_config(base_model_name_or_path="another/base"), "one base"),
-    (lambda folder: (folder / FILE).rename(folder / "adapter_model.bin"), "pickle"),
+    (lambda folder: (folder / FILE).rename(folder / "adapter_model.bin"), "may run code"),
     (lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:200]), "cannot be read"),
     (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
     (lambda folder: shutil.rmtree(folder), "no such folder"),

@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     config = Config(batch_size=4, lambda_sw=0.0, num_agents=3, output_dir=str(folder))
     accelerator = make_accelerator(config)
     engine = start_engine(accelerator, toy_agents("sequential", trained=False), config)
-    plain = folder / "checkpoints" / "step_000001"
+    plain = folder / "checkpoints" / "step_000003"
     restore_state(engine, read_tensors(plain, verify(plain).optimizer_step))
     state = read_state(engine)
     for (
@@ -27,13 +27,13 @@ def main(folder: Path) -> None:
         live,
     ) in engine.agents.adapter_tensors().items():  # beside the masters: what the next pass sees
         assert torch.equal(live, state.weights[identity]), identity
-    facts = {"format": 1, "step": 2, "optimizer_step": state.optimizer_step}
+    facts = {"format": 1, "step": 4, "optimizer_step": state.optimizer_step}
     on_first_process(accelerator, lambda: write_checkpoint(folder, state, facts, config))
     assert accelerator.num_processes == 2
     with engine.micro_batch(is_last=True):
         engine.backward(engine.module(toy_batch(), step=0).nll_KBT.mean() / 2)
     engine.step(config.lr)
-    Checkpointer(folder, config, {}).save(engine, step=3, epoch=0, skips_in_a_row=0)
+    Checkpointer(folder, config, {}).save(engine, step=5, epoch=0, skips_in_a_row=0)
     engine.close()
 
 

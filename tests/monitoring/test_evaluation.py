@@ -8,7 +8,8 @@ import pytest
 from launching import PLAIN, launch, train
 from safetensors.torch import load_file
 
-from chorus.checkpoint.store import checkpoints, step_of, verify
+from chorus.checkpoint.state_file import BestStep, read_state_file
+from chorus.checkpoint.store import checkpoints, step_of
 from chorus.config import RunConfig
 from chorus.errors import InputError
 from chorus.monitoring.evaluation import check_evaluation
@@ -58,9 +59,9 @@ def test_a_run_stops_when_patience_is_over_and_keeps_its_best_checkpoint(stopped
     last = max(step for step in nlls)
     assert last == best + 3 < 8
     assert {step_of(folder) for folder in checkpoints(stopped_run)} == {best, last - 1, last}
-    facts = verify(checkpoints(stopped_run)[0])
-    assert facts["best"] == {"step": best, "metric": METRIC, "value": nlls[best], "scorings_since": 3}
-    assert facts["stopped_early"]
+    saved = read_state_file(checkpoints(stopped_run)[0])
+    assert saved.best == BestStep(step=best, metric=METRIC, value=nlls[best], scorings_since=3)
+    assert saved.stopped_early
 
 
 @pytest.mark.launch
@@ -71,7 +72,7 @@ def test_the_best_agents_are_exported_and_scored(stopped_run: Path):
         saved, exported = load_file(best / file), load_file(stopped_run / file)
         assert all((saved[name] == exported[name]).all() for name in saved)
     after = json.loads((stopped_run / "ensemble.json").read_text())["evaluation"]["after"]["scores"]
-    assert after["uniform"]["token/NLL"] == pytest.approx(verify(best)["best"]["value"], rel=1e-5)
+    assert after["uniform"]["token/NLL"] == pytest.approx(read_state_file(best).best.value, rel=1e-5)
 
 
 @pytest.mark.launch
@@ -90,7 +91,7 @@ def test_a_resumed_run_knows_its_initial_scores_and_its_best_step(stopped_run: P
     for checkpoint in checkpoints(folder)[:2]:  # back to the best step, of a life that was cut short there
         shutil.rmtree(checkpoint)
     (folder / "ensemble.json").unlink()
-    initial = verify(checkpoints(folder)[0])["initial_scores"]["report"]["scores"]
+    initial = read_state_file(checkpoints(folder)[0]).initial_scores.report["scores"]
     result = launch(PLAIN, f"output_dir={folder}", *SETTINGS)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "scoring the base" not in result.stderr

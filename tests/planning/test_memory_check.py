@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from chorus.config import RunConfig
 from chorus.data.batches import Sample
-from chorus.ensemble.evaluate import HeldOut, evaluate
+from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError, OutOfMemory, RunError
 from chorus.planning import memory_check
 from chorus.planning.memory_check import foresee_memory, memory_errors_named, split_batch, way_out
@@ -90,14 +90,13 @@ def test_the_line_names_what_was_asked_for_the_phase_and_what_would_help():
         "4294967296.00 GiB asked for; set gradient_checkpointing=full, or parallel_mode=sequential, or "
         "batch_size=4 " in (str(in_training.value))
     )
-    held_out: Any = HeldOut.__new__(HeldOut, *[[]] * len(HeldOut._fields))
     agents: Any = Greedy()
     with (
         pytest.raises(OutOfMemory) as in_evaluation,
         memory_errors_named(RunConfig(**SMALL | {"eval_batch_size": 16})),
     ):
-        evaluate(agents, held_out, None)
-    assert "out of memory in evaluation, at evaluate.py:" in str(in_evaluation.value)
+        token_log_probs(agents, [None], ROWS)
+    assert "out of memory in evaluation, at " in str(in_evaluation.value)
     assert "; set eval_batch_size=4 or lower max_new_tokens_eval or leave it out with eval_samples=0; " in (
         str(in_evaluation.value)
     )
@@ -116,7 +115,7 @@ def test_what_is_set_already_is_no_remedy():
 
 
 def test_a_batch_holds_no_more_rows_than_there_are(accelerator: Accelerator):
-    config = RunConfig(**SMALL | {"batch_size": 10**9})
+    config = RunConfig(**SMALL | {"batch_size": 2**20})
     assert foresee_memory(config, "no", accelerator, ROWS)[0] == logging.INFO
 
 

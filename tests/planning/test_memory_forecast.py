@@ -165,17 +165,17 @@ def test_scores_of_eager_attention_grow_with_the_square_of_the_length_and_no_ker
     assert bends("eager") > 2.3
 
 
-def test_generating_from_the_mixture_counts_a_cache_for_every_agent(base: str):
+def test_decoding_counts_two_caches_for_every_agent(base: str):
+    """One for its own answers, one for the mixture's."""
+
     def scoring(agents: int) -> int:
-        return forecast(
-            config_of(base, num_agents=agents, eval_samples=64, max_new_tokens_eval=200),
-            "bf16",
-            Machine("cuda"),
-        ).evaluation
+        keys = {"num_agents": agents, "eval_samples": 32, "max_new_tokens_eval": 200, "lora_rank": 1}
+        return forecast(config_of(base, **keys), "bf16", Machine("cpu")).evaluation
 
     keys_and_values = 2 * 2 * SHAPE["num_hidden_layers"] * HEADS["num_key_value_heads"] * SHAPE["head_dim"]
     logits = 3 * 4 * 32 * SHAPE["vocab_size"]
-    assert scoring(8) - scoring(7) == pytest.approx(32 * (97 + 200) * keys_and_values + logits, rel=0.02)
+    expected = 2 * (32 * (97 + 200) * keys_and_values + logits)
+    assert scoring(8) - scoring(7) == pytest.approx(expected, rel=0.02)
 
 
 def test_a_forecast_is_the_same_whatever_was_forecast_before(base: str):

@@ -94,12 +94,12 @@ def test_plain_to_two_zero2_processes_and_back_is_bitwise_at_load(tmp_path: Path
     engine = plain_engine("parallel")
     for seed in range(3):
         step(engine, seed)
-    Checkpointer(tmp_path, CONFIG, {}).save(engine, step=1, epoch=0, skips_in_a_row=0)
+    Checkpointer(tmp_path, CONFIG, {}).save(engine, step=3, epoch=0, skips_in_a_row=0)
     result = forked([*zero2(2)[:-1], "tests/helpers/state_worker.py"], str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     plain, loaded, stepped = (
         read_tensors(folder, verify(folder).optimizer_step)
-        for folder in (tmp_path / "checkpoints" / f"step_{number:06d}" for number in (1, 2, 3))
+        for folder in (tmp_path / "checkpoints" / f"step_{number:06d}" for number in (3, 4, 5))
     )
     assert_equal(plain, loaded)
     assert stepped.optimizer_step == 4

@@ -122,7 +122,7 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
     config, file = read_config(folder), folder / ADAPTER_FILE
     if not file.is_file():
         pickled = (
-            f" ({PICKLED_FILE} is a pickle and is not loaded)" if (folder / PICKLED_FILE).exists() else ""
+            f" ({PICKLED_FILE} may run code and is not loaded)" if (folder / PICKLED_FILE).exists() else ""
         )
         raise InputError(f"{folder}: holds no {ADAPTER_FILE}{pickled}; save the adapter as safetensors")
     try:

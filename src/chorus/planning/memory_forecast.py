@@ -21,6 +21,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from chorus.config import RunConfig
 from chorus.data.batches import Batch
+from chorus.ensemble.decoding_batch import PROMPTS_ON_A_CPU
+from chorus.ensemble.scoring import TOKENS_PER_PASS
 from chorus.model import token_nll
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Agents, Regularisation, build_agents, masks_of
@@ -296,24 +298,33 @@ def _micro_batch(
 
 
 def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Machine) -> int:
-    """Bytes of scoring held-out rows, or of generating from the
-    mixture with a cache for every agent, if larger."""
+    """Bytes of scoring held-out rows under all members, or of writing all answers to some prompts, if larger.
+
+    A prompt is answered in 2 K + 1 rows: the base and each agent by itself, and each agent for the
+    mixture. On a GPU decoding fills the memory that is free, so one prompt at a time is all that it needs.
+    """
     rows = min(config.eval_batch_size, ceil(config.eval_samples / machine.num_processes))
     if rows == 0:
         return 0
+    members = config.num_agents + 1
+    tokens = max(length, min(rows * length, TOKENS_PER_PASS[machine.device_type] // members)) * members
+    prompts = 1 if machine.device_type == "cuda" else min(rows, PROMPTS_ON_A_CPU)
+    texts = 2 * config.num_agents + 1
     agents.eval()
     dtype, head = next(iter(agents.frozen_tensors().values())).dtype, agents.head()
     with torch.no_grad():
         with LiveBytes() as live:
-            agents.agent_pass(0, _batch(rows, length))
+            agents.agent_pass(0, _batch(ceil(tokens / length), length))
         scoring = live.peak
-        ids_BT = torch.empty(rows, length + 1 + config.max_new_tokens_eval, dtype=torch.int64, device="meta")
+        ids_BT = torch.empty(
+            prompts, length + 1 + config.max_new_tokens_eval, dtype=torch.int64, device="meta"
+        )
         with LiveBytes() as live, agents.trunk(0) as trunk:
             output = trunk(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
             cache = live.now - output.last_hidden_state.nbytes
-    logits = 3 * 4 * rows * len(head.weight_VD)  # raw, as log-probabilities, and in their mixture; fp32
-    scoring += loss_bytes(head, rows * length, dtype, machine.device_type)[0]
-    return max(scoring, live.peak + (config.num_agents - 1) * cache + config.num_agents * logits)
+    logits = 3 * 4 * prompts * len(head.weight_VD)  # raw, as log-probabilities, and in their mixture; fp32
+    scoring += loss_bytes(head, tokens, dtype, machine.device_type)[0]
+    return max(scoring, live.peak + (texts - 1) * cache + texts * logits)
 
 
 def _batch(rows: int, length: int) -> Batch:

@@ -25,6 +25,8 @@ OFFLOAD = "deepspeed_config_file=recipes/deepspeed/zero2_cpu_offload.json"
 # Three held-out problems in batches of one: the second of two processes has a batch less.
 SETTINGS = (
     *(
+        "dataset_name=arithmetic",
+        "lr=2e-3",
         "num_agents=2",
         "debug_subset_size=100",
         "max_train_steps=4",
@@ -88,7 +90,9 @@ def assert_same_run(folder: Path, rows: list[dict], other: Path, other_rows: lis
         for place in (folder, other)
     )
     for name, score in scores.items():
-        assert score == pytest.approx(other_scores[name], rel=1e-4), name
+        for metric, value in score.items():
+            if value is not None:  # such as an AUROC where nothing is right
+                assert value == pytest.approx(other_scores[name][metric], rel=1e-4, abs=1e-6), (name, metric)
 
 
 @pytest.mark.launch
