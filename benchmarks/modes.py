@@ -32,9 +32,8 @@ from chorus.model.kernels.decoder_layers import Recompute
 from chorus.training.engine import DTYPES, decide_precision
 
 MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
-SLOWEST_ROW_S = (
-    180  # a row that takes longer is abandoned: compiling and capturing takes 20 to 60 s, the steps a few
-)
+# A row that takes longer is abandoned: compiling and capturing takes 20 to 60 s, the steps a few.
+SLOWEST_ROW_S = 180
 SHORTEST_ROW_S = 20  # no row starts with less time left
 SAME_RUN = ("device", "dtype", "torch", "commit")  # rows that agree in these may be compared
 

@@ -107,9 +107,8 @@ _LACK = re.compile(
 
 def _exit(line: str, code: int) -> None:
     for number in SIGNALS:
-        if (
-            signal.getsignal(number) is _end
-        ):  # a launcher that sees another process end must not take the code away
+        # A launcher that sees another process end must not take the code away.
+        if signal.getsignal(number) is _end:
             signal.signal(number, signal.SIG_IGN)
     _say(line)
     raise SystemExit(code) from None

@@ -221,9 +221,8 @@ def test_any_file_deleted_truncated_unreadable_or_with_a_flipped_byte_is_noticed
         for damage in damages(file):
             with pytest.raises(Damaged) as caught:
                 verify(folder)
-            if (
-                file.name != "MANIFEST.json"
-            ):  # where a name or digest in it is flipped, another file is in question
+            # Where a name or digest in it is flipped, another file is in question.
+            if file.name != "MANIFEST.json":
                 assert str(caught.value).startswith(f"{file}: "), damage
             assert "\n" not in str(caught.value)
             count += 1

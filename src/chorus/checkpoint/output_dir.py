@@ -30,9 +30,8 @@ from chorus.errors import InputError
 LOCK_FILE = "run.lock"
 MARKS = ("metrics.jsonl", LOCK_FILE)  # a folder with one of these is a run's
 EARLIER = "earlier."  # begins the name of a folder of earlier runs, where they cannot stand beside
-SHARED_WITHIN_S = (
-    60.0  # a client of a network file system may believe for so long that a new file does not exist
-)
+# A client of a network file system may believe for so long that a new file does not exist.
+SHARED_WITHIN_S = 60.0
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def _find(config: Config, run: Mapping[str, Any]) -> Start:
 
 
 def has_stopped_early(saved: StateFile | None, config: Config) -> bool:
-    """Whether patience has ended the run of a checkpoint; without patience, it goes on from there."""
+    """Whether patience has ended the run of a checkpoint; without patience, it resumes from there."""
     return saved is not None and saved.stopped_early and config.early_stopping_patience > 0
 
 

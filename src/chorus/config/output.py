@@ -31,5 +31,5 @@ class OutputSettings(Section):
     others are trackio, mlflow, comet_ml, aim, clearml, dvclive and swanlab. auto: tensorboard where it is
     installed. none: no tracker."""
     resume_from_checkpoint: MayChange[Place | None] = "auto"
-    """auto: go on from the newest whole checkpoint of output_dir, if there is one. A folder: go on from that
-    checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""
+    """auto: resume from the newest whole checkpoint of output_dir, if there is one. A folder: resume from
+    that checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""

@@ -69,9 +69,8 @@ class Encoder:
         check_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.backend = cast(Tokenizer, tokenizer.backend_tokenizer)
-        if (
-            self.backend.truncation is not None or self.backend.padding is not None
-        ):  # a tokenizer.json may ask for both
+        # A tokenizer.json may ask for both.
+        if self.backend.truncation is not None or self.backend.padding is not None:
             self.backend = Tokenizer.from_str(self.backend.to_str())
             self.backend.no_truncation()
             self.backend.no_padding()

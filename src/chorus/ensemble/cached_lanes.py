@@ -21,9 +21,8 @@ from chorus.ensemble.lanes import Lane, Member, lanes_of
 from chorus.model.agents import Agents
 from chorus.model.kernels.grouped_attention import attention_over_caches
 
-PREFILL_TOKENS = (
-    32_768  # of one pass over prompts: 8 rows of 4,096; eager attention's scores grow with their square
-)
+# Of one pass over prompts: 8 rows of 4,096; eager attention's scores grow with their square.
+PREFILL_TOKENS = 32_768
 
 
 @dataclass

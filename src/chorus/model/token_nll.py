@@ -18,9 +18,8 @@ from chorus.model.base import Head
 CHUNK_ELEMENTS = (
     2**27
 )  # logits held at once: 512 rows of 256,000, in bf16 a quarter of a gigabyte; as fast as more
-SMALL_CAP = (
-    64.0  # up to it exp(logits) and their sum are far from both ends of fp32, without a maximum taken off
-)
+# Up to it exp(logits) and their sum are far from both ends of fp32, without a maximum taken off.
+SMALL_CAP = 64.0
 
 
 def token_nll(hidden_BTD: Tensor, target_BT: Tensor, target_rows_N: Tensor, head: Head) -> Tensor:

@@ -138,9 +138,8 @@ class RunEvaluation:
         found = self._evaluate(with_base="base" not in self.initial.scores)
         of_base = {name: own for name, own in self.initial.scores.items() if name.split("/")[0] == "base"}
         found.scores = of_base | found.scores
-        if (
-            found.num_problems and self.config.metric_for_best_model is None
-        ):  # otherwise their step has its row
+        # Otherwise their step has its row.
+        if found.num_problems and self.config.metric_for_best_model is None:
             self.run_log.scores(num_steps, found.flat())
         return found
 

@@ -31,9 +31,8 @@ from chorus.training.step import AfterStep, StepDone
 
 logger = logging.getLogger(__name__)
 
-TRACED_STEPS = (
-    2  # enough to see what a step does and what is between two of them; a trace of many is slow to open
-)
+# Enough to see what a step does and what is between two of them; a trace of many is slow to open.
+TRACED_STEPS = 2
 
 
 class ProfiledStep(NamedTuple):

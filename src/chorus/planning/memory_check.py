@@ -161,7 +161,7 @@ def memory_errors_named(config: Config) -> Iterator[None]:
         place, phase = _where(error)
         raise OutOfMemory(
             f"process {os.environ.get('RANK', 0)}: out of memory in {phase}, at {place}: {found}; "
-            f"{_remedy(config, phase)}; resume_from_checkpoint=auto goes on from the last checkpoint, if "
+            f"{_remedy(config, phase)}; resume_from_checkpoint=auto resumes from the last checkpoint, if "
             "there is one"
         ) from error
 

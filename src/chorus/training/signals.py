@@ -13,9 +13,8 @@ from chorus.errors import SIGNALS, Preempted
 from chorus.spans import span
 from chorus.training.step import StepDone
 
-ONE_REQUEST_S = (
-    3.0  # Ctrl-C reaches a process from the terminal and again from its launcher, which passes it on
-)
+# Ctrl-C reaches a process from the terminal and again from its launcher, which passes it on.
+ONE_REQUEST_S = 3.0
 
 
 class StopRequest:
@@ -47,9 +46,8 @@ class StopRequest:
         is_last = kind is not None and issubclass(kind, Preempted | RuntimeError | MemoryError)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
-        if (
-            self._received is not None and not self._is_told and kind is None
-        ):  # it came after the last step was saved
+        # It came after the last step was saved.
+        if self._received is not None and not self._is_told and kind is None:
             os.kill(os.getpid(), self._number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -14,9 +14,8 @@ from chorus.errors import InputError, RunError
 from chorus.model.adapters import AdapterRouter, lora_layers
 from chorus.model.kernels.decoder_layers import Recompute, prepare_layers
 
-QUICK = (
-    "aot_eager"  # all of torch.compile but its last part, which takes half a minute for a layer on two cores
-)
+# All of torch.compile but its last part, which takes half a minute for a layer on two cores.
+QUICK = "aot_eager"
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def joining(backend: str) -> Callable:
     compile_trace: Any = torch._dynamo.lookup_backend(backend)
 
     def join_and_compile(trace: GraphModule, example_inputs: list[Any]) -> Callable:
-        for part in trace.modules():  # what is made again in backward is a part of its own
+        for part in trace.modules():  # what backward recomputes is a part of its own
             if isinstance(part, GraphModule):
                 join_linears(part)
         return compile_trace(trace, example_inputs)
