@@ -114,14 +114,7 @@ def main(config: Config) -> None:
         evaluation_rows = read_evaluation_rows(held_out, config, tokenizer, accelerator)
         scored = [row.sample for row in held_out.rows]
         logger.log(*foresee_memory(config, precision, accelerator, rows.train, scored))
-        num_steps = config.max_train_steps
-        if num_steps is None:
-            rows_of_a_step = (
-                config.batch_size,
-                config.gradient_accumulation_steps,
-                accelerator.num_processes,
-            )
-            num_steps = config.epochs * steps_per_epoch(len(rows.train), *rows_of_a_step)
+        num_steps = steps_of_run(config, len(rows.train), accelerator.num_processes)
         steps = training_steps(
             rows.train,
             config,
@@ -151,13 +144,8 @@ def main(config: Config) -> None:
         start_from(agents, initial)
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
-        logger.info(
-            "%d agents, %s; %d rows, %d steps",
-            config.num_agents,
-            config.parallel_mode,
-            len(rows.train),
-            num_steps,
-        )
+        about = (config.num_agents, config.parallel_mode, len(rows.train), num_steps)
+        logger.info("%d agents, %s; %d rows, %d steps", *about)
 
         evaluation = RunEvaluation(engine, evaluation_rows, config, run_log)
         evaluation.start(begin.saved)
@@ -182,6 +170,14 @@ def main(config: Config) -> None:
         run_log.table(evaluation_table(after))
         logger.info("the agents are in %s", output_dir / "agents")
         accelerator.wait_for_everyone()
+
+
+def steps_of_run(config: RunConfig, num_rows: int, num_processes: int) -> int:
+    """Optimiser steps of the whole run: `max_train_steps`, or those of all epochs."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, num_processes)
+    return config.epochs * steps_per_epoch(num_rows, *rows_of_a_step)
 
 
 def train(

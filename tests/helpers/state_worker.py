@@ -1,4 +1,4 @@
-"""One of two ZeRO-2 processes: takes up a plain checkpoint,
+"""One of two ZeRO-2 processes: restores a plain checkpoint,
 reads the state back, steps, and writes it as its own."""
 
 import sys
