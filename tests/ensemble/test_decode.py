@@ -123,6 +123,28 @@ def test_a_text_has_at_most_the_tokens_it_may_have(agents: Agents, prompts: list
     assert short == [[text[:limit] for text in row] for row in longer]
 
 
+@pytest.mark.parametrize("limit", [9, 12])
+def test_steps_between_two_looks_add_nothing_to_an_answer(
+    agents: Agents, prompts: list[list[int]], limit: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A GPU looks every 16 steps at what has ended; four on a CPU reach beyond the limit in the same way."""
+    how: dict[str, Any] = {"max_new_tokens": limit, "end_ids": [NEVER], "tokenizer": word_tokenizer()}
+    one_by_one = generate(agents, EVERYBODY, prompts, **how)
+    late = one_by_one[0][0].text.split()[-1]  # a stop string that must end nothing beyond the limit
+    monkeypatch.setattr(decoding_batch, "steps_at_a_time", lambda device: 4)
+    several = generate(agents, EVERYBODY, prompts, **how)
+    assert tokens(several) == tokens(one_by_one)
+    for row, expected in zip(several, one_by_one, strict=True):
+        for answer, same in zip(row, expected, strict=True):
+            assert answer.ended == same.ended
+            assert len(answer.log_probs) == len(answer.entropies) == len(answer.token_ids)
+            assert answer.log_probs == pytest.approx(same.log_probs, abs=1e-5)
+    stopping = generate(agents, MEMBERS, prompts, **{**how, "stop": [late]})
+    monkeypatch.setattr(decoding_batch, "steps_at_a_time", lambda device: 1)
+    expected = generate(agents, MEMBERS, prompts, **{**how, "stop": [late]})
+    assert [[a.ended for a in row] for row in stopping] == [[a.ended for a in row] for row in expected]
+
+
 def test_a_stop_string_ends_an_answer_before_it(agents: Agents, prompts: list[list[int]]):
     how: dict[str, Any] = {"max_new_tokens": 8, "end_ids": [NEVER], "tokenizer": word_tokenizer()}
     free = generate(agents, MEMBERS, prompts, **how)

@@ -57,7 +57,12 @@ class Ending:
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def apply(self, answer: Answer) -> bool:
-        """Cut the answer where it ends, and say whether it has."""
+        """Cut the answer where it ends, and say whether it has.
+
+        A batch takes several steps between two looks, so an answer may be longer than its limit here. What
+        lies beyond the limit ends nothing: the limit comes first.
+        """
+        _cut(answer, self.max_new_tokens, self.max_new_tokens)
         end = next((n for n, token in enumerate(answer.token_ids) if token in self.end_ids), None)
         if end is not None:
             _cut(answer, end, end + 1)

@@ -58,7 +58,7 @@ class DecodingBatch:
         """Read the prompts and choose the first token of every text."""
         device = next(agents.parameters()).device
         seating = seat(rule.answerers, [range(len(prompts))] * len(rule.answerers))
-        steps = STEPS_AT_A_TIME if device.type == "cuda" else 1
+        steps = steps_at_a_time(device)
         room = -(-max_new_tokens // steps) * steps
         prompt_X = [prompt or 0 for row in seating.prompts_A for prompt in row]
         text_R = seating.text_of_row()
@@ -152,6 +152,11 @@ class DecodingBatch:
 
 def _as_sets(pair: tuple[Sequence[int | None], Sequence[int]]) -> tuple[Sequence[int | None], set[int]]:
     return pair[0], set(pair[1])
+
+
+def steps_at_a_time(device: torch.device) -> int:
+    """Steps between two looks at what has ended: a look makes a GPU wait for the host."""
+    return STEPS_AT_A_TIME if device.type == "cuda" else 1
 
 
 def is_capturable(agents: Agents) -> bool:
