@@ -128,10 +128,14 @@ DAMAGED_FILES = [
     ),
     (
         "rows.jsonl.gz",
-        gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99)[:-9],
+        gzip.compress(b'{"question": "q", "answer": "a"}\n' * 99, mtime=0)[:-9],
         ": is not a whole gzip file: ",
     ),
-    ("rows.csv.gz", gzip.compress(b"question,answer\nq,a\nq\n"), ":3: has 1 cells, the header has 2"),
+    (
+        "rows.csv.gz",
+        gzip.compress(b"question,answer\nq,a\nq\n", mtime=0),
+        ":3: has 1 cells, the header has 2",
+    ),
     ("rows.json", b"", ":1: is not valid JSON: "),
     ("rows.json", b" [ ] ", " (train) has no usable row: it is empty"),
     ("rows.csv", b"question,answer\nq,a\nq\n", ":3: has 1 cells, the header has 2"),
