@@ -173,7 +173,16 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
     agents = build_agents("sequential", model, 2, lora_shape(config), Regularisation(0.1, 0.1, 0))
     engine = start_engine(Accelerator(cpu=True), agents, config)
     samples = read_rows(config, config.seed, AutoTokenizer.from_pretrained(config.model_name)).train
-    steps = training_steps(samples, config, pad_id=0, process_index=0, num_processes=1, num_steps=3)
+    steps = training_steps(
+        samples,
+        config,
+        config,
+        points_per_row=config.swd_points_per_row,
+        pad_id=0,
+        process_index=0,
+        num_processes=1,
+        num_steps=3,
+    )
     initial = {identity: tensor.detach().clone() for identity, tensor in agents.adapter_tensors().items()}
     script.train(engine, steps, 0, 3, config, Checkpointer(tmp_path, config, {}), RunLog())
     assert all(

@@ -142,7 +142,7 @@ def main(folder: Path, json_file: str | None = None) -> None:
         )
         for kind in (None, *kinds):
             AcceleratorState._reset_state()
-            accelerator = make_accelerator(config)
+            accelerator = make_accelerator(config, config)
             dtype = torch.float32 if precision == "no" else torch.bfloat16
             engine = start_engine(accelerator, toy_agents(mode, dtype=dtype), config)
             assert accelerator.num_processes == 2

@@ -93,7 +93,7 @@ def run(
         save_steps=1,
         batch_size=1,
     )
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     config = config.model_copy(
         update={
             "batch_size": ROWS_OF_A_STEP // (accumulation * accelerator.num_processes),
@@ -114,6 +114,8 @@ def run(
     steps = training_steps(
         samples,
         config,
+        config,
+        points_per_row=config.swd_points_per_row,
         pad_id=0,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,

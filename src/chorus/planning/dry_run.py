@@ -27,15 +27,9 @@ from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
 from chorus.errors import InputError
 from chorus.model.adapters import lora_shape
-from chorus.model.base import (
-    check_base,
-    check_positions,
-    load_base,
-    load_skeleton,
-    load_tokenizer,
-    write_toy_like,
-)
+from chorus.model.base import load_base, write_toy_like
 from chorus.model.execution import decide_execution, with_padding
+from chorus.model.preflight import check_without_weights
 from chorus.monitoring.memory import memory_limit
 from chorus.monitoring.run_log import quiet_libraries
 from chorus.planning.auto_agents import decide_num_agents, machine_of
@@ -67,7 +61,7 @@ def dry_run(config: Config, loop: Loop, report: Report) -> int:
     try:
         with report.trying(SETTINGS):
             precision = decide_precision(config.mixed_precision)
-            accelerator = make_accelerator(config)
+            accelerator = make_accelerator(config, config)
             config = with_padding(config, accelerator.device, machine_of(accelerator).base_in_shards)
             report.add(SETTINGS, True, _deepspeed_settings(config, precision, accelerator))
         _try_all(report, config, precision, accelerator, loop)
@@ -91,7 +85,7 @@ def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator
         return f"no DeepSpeed, precision {precision}"
     num_processes = accelerator.num_processes
     try:
-        deepspeed_json(config, precision, num_processes)
+        deepspeed_json(config, config, precision, num_processes)
     except InputError:
         # It may be written for more processes than this launch has.
         rows = json.loads(Path(path).read_text(encoding="utf-8")).get("train_batch_size")
@@ -99,7 +93,7 @@ def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator
         if not isinstance(rows, int) or rows % own or rows == own * num_processes:
             raise
         num_processes = rows // own
-        deepspeed_json(config, precision, num_processes)
+        deepspeed_json(config, config, precision, num_processes)
     return (
         f"no DeepSpeed, precision {precision}; {path} would do, at {num_processes} x {config.batch_size} rows"
     )
@@ -110,11 +104,8 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
         if accelerator.num_processes > 1:
             _check_processes(report, config, accelerator, folder)
         with report.trying("data, tokenizer and target modules"):
-            tokenizer = load_tokenizer(config.model_name)
-            check_base(config.model_name)
-            skeleton = load_skeleton(config.model_name)
-            check_positions(skeleton.config, config.max_seq_length)
-            lora_shape(config).targets(skeleton)
+            checked = (config.model_name, config.max_seq_length, lora_shape(config))
+            tokenizer, skeleton = check_without_weights(*checked)
             rows = read_rows(config, config.seed, tokenizer, accelerator)
         with report.trying("num_agents auto"):
             config, note = decide_num_agents(config, precision, accelerator)

@@ -175,6 +175,8 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     steps = training_steps(
         setting.samples,
         config,
+        config,
+        points_per_row=config.swd_points_per_row,
         pad_id=setting.pad_id,
         process_index=engine.process_index,
         num_processes=engine.num_processes,
