@@ -124,8 +124,11 @@ def digest_of_end(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def uninterrupted(place: Path, engine: str, steps: int) -> Uninterrupted:
+def uninterrupted(
+    place: Path, engine: str, steps: int, forked: Sequence[Mapping[str, str]] = ()
+) -> Uninterrupted:
     run = run_in(place, f"{engine}-uninterrupted", engine, steps, "save_total_limit=null")
+    run = run._replace(forked=forked)
     code = Life(run, Pace()).until(None)
     assert code == 0, f"exit code {code}; {run.output}"
     by_step = {step_of(folder): digest_of(folder) for folder in checkpoints(run.folder)}
