@@ -30,13 +30,13 @@ from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ens
 from chorus.checkpoint.initial_adapters import initial_folders, start_from
 from chorus.checkpoint.output_dir import prepare_output_dir
 from chorus.checkpoint.resume import (
-    base_fingerprint,
     describe_run,
     find_start,
     has_stopped_early,
     load_best,
     refuse_another_base,
     restore_run,
+    with_base,
 )
 from chorus.checkpoint.saving import PeriodicCheckpoints
 from chorus.checkpoint.store import Checkpointer
@@ -49,10 +49,11 @@ from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import refuse_non_finite_answers
 from chorus.ensemble.tables import evaluation_table
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Regularisation, build_agents
+from chorus.model.agents import build_agents
 from chorus.model.base import load_base
 from chorus.model.execution import decide_execution, with_padding
 from chorus.model.preflight import check_without_weights
+from chorus.model.regularisation import Regularisation
 from chorus.monitoring.evaluation import RunEvaluation, check_evaluation
 from chorus.monitoring.metrics import LoggedMetrics
 from chorus.monitoring.profiler import profiling
@@ -127,20 +128,11 @@ def main(config: Config) -> None:
 
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
-        run = {
-            **run,
-            "num_steps": num_steps,
-            "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)},
-        }
+        run = with_base(run, model, num_steps)
         refuse_another_base(begin, run, config)
-        agents = build_agents(
-            config.parallel_mode,
-            model,
-            config.num_agents,
-            lora_shape(config),
-            Regularisation(config.dropconnect_p, config.lora_dropout, config.seed),
-            execution,
-        )
+        rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
+        how = (lora_shape(config), rates, execution)
+        agents = build_agents(config.parallel_mode, model, config.num_agents, *how)
         start_from(agents, initial)
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
