@@ -119,7 +119,7 @@ def test_two_zero2_processes_killed_and_then_stopped_through_one_of_them_end_as_
     with_workers = run._replace(settings=[*run.settings, "num_workers=1"])
     life = Life(with_workers, Pace())
     assert life.until(Plan("save", 1, 0.2), stop(signal.SIGINT, "worker", times=2)) is None, said(run)[-3000:]
-    assert life.went_on_from() == life.newest > 0
+    assert life.resumed_from() == life.newest > 0
     assert_stopped_at_one_step(run, announced | life.announced(), truth("zero2"))
     end(forks, truth("zero2"), announced | life.announced())
 

@@ -1,8 +1,7 @@
-"""Runs that are saved and taken up again in every way to carry them out, many in one process, without a
-launcher each.
+"""Runs that are saved and resumed in every mode, split and engine, many of them in one process.
 
 test_resume_matrix.py runs them alone; as one of two processes: `resume_matrix.py FOLDER ENGINE FROM,FROM`;
-what ENGINE itself saves is taken up the first time only.
+what ENGINE itself saves is resumed in the first call only.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Samples and steps of small made-up rows."""
 
 import random
 from collections.abc import Iterator

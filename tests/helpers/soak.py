@@ -166,8 +166,8 @@ def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, an
     with tally.lock:
         tally.lost += len(faults)
         tally.announced += len(announced - before)
-    if life.went_on_from() not in (None, life.newest):
-        faults.append(f"{run.folder}: went on from step {life.went_on_from()}, not from {life.newest}")
+    if life.resumed_from() not in (None, life.newest):
+        faults.append(f"{run.folder}: resumed from step {life.resumed_from()}, not from {life.newest}")
     if code is not None:
         if code != 0:
             faults.append(f"{run.folder}: exit code {code} without a kill; see {run.output}")

@@ -206,10 +206,12 @@ class Agents(nn.Module):
         self, agents: tuple[int, ...], flat_KF: Tensor | None, num_tokens: int, noise: Noise | None
     ) -> Iterator[nn.Module]:
         peft_model = self.peft_model(agents[0] if agents else self.agents[0])
-        turn = BASE_ALONE
+        context = BASE_ALONE
         if flat_KF is not None:
-            turn = adapter_context(self._layers[peft_model], self.layout, agents, flat_KF, num_tokens, noise)
-        with self.router.of(turn):
+            context = adapter_context(
+                self._layers[peft_model], self.layout, agents, flat_KF, num_tokens, noise
+            )
+        with self.router.of(context):
             yield trunk_of(causal_lm(peft_model))
 
     def head(self) -> Head:
