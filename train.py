@@ -30,17 +30,18 @@ from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ens
 from chorus.checkpoint.initial_adapters import initial_folders, start_from
 from chorus.checkpoint.output_dir import prepare_output_dir
 from chorus.checkpoint.resume import (
-    base_fingerprint,
     describe_run,
     find_start,
     has_stopped_early,
     load_best,
     refuse_another_base,
     restore_run,
+    with_base,
 )
 from chorus.checkpoint.saving import PeriodicCheckpoints
 from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
+from chorus.config.keys import LoopSettings
 from chorus.data.batches import StepBatch, steps_per_epoch, training_steps
 from chorus.data.rows import read_rows
 from chorus.ensemble.evaluation_rows import read_evaluation_rows
@@ -48,9 +49,11 @@ from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import refuse_non_finite_answers
 from chorus.ensemble.tables import evaluation_table
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Regularisation, build_agents
-from chorus.model.base import check_base, check_positions, load_base, load_skeleton, load_tokenizer
+from chorus.model.agents import build_agents
+from chorus.model.base import load_base
 from chorus.model.execution import decide_execution, with_padding
+from chorus.model.preflight import check_without_weights
+from chorus.model.regularisation import Regularisation
 from chorus.monitoring.evaluation import RunEvaluation, check_evaluation
 from chorus.monitoring.metrics import LoggedMetrics
 from chorus.monitoring.profiler import profiling
@@ -82,14 +85,10 @@ logger = logging.getLogger("chorus.train")
 def main(config: Config) -> None:
     quiet_libraries()
     # Everything the user gave is checked before the base is loaded.
-    tokenizer = load_tokenizer(config.model_name)
-    check_base(config.model_name)
-    skeleton = load_skeleton(config.model_name)
-    check_positions(skeleton.config, config.max_seq_length)
-    lora_shape(config).targets(skeleton)
+    tokenizer, _ = check_without_weights(config.model_name, config.max_seq_length, lora_shape(config))
     report_to = decide_trackers(config.report_to)
     precision = decide_precision(config.mixed_precision)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
     rows = read_rows(config, config.seed, tokenizer, accelerator)
     config, agents_note = decide_num_agents(config, precision, accelerator)
@@ -118,6 +117,8 @@ def main(config: Config) -> None:
         steps = training_steps(
             rows.train,
             config,
+            config,
+            points_per_row=config.swd_points_per_row,
             pad_id=cast(int, tokenizer.eos_token_id),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -127,20 +128,11 @@ def main(config: Config) -> None:
 
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
-        run = {
-            **run,
-            "num_steps": num_steps,
-            "fingerprints": {**run["fingerprints"], "base": base_fingerprint(model)},
-        }
+        run = with_base(run, model, num_steps)
         refuse_another_base(begin, run, config)
-        agents = build_agents(
-            config.parallel_mode,
-            model,
-            config.num_agents,
-            lora_shape(config),
-            Regularisation(config.dropconnect_p, config.lora_dropout, config.seed),
-            execution,
-        )
+        rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
+        how = (lora_shape(config), rates, execution)
+        agents = build_agents(config.parallel_mode, model, config.num_agents, *how)
         start_from(agents, initial)
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
@@ -185,7 +177,7 @@ def train(
     steps: Iterator[StepBatch],
     start_step: int,
     num_steps: int,
-    config: RunConfig,
+    settings: LoopSettings,
     checkpointer: Checkpointer,
     run_log: RunLog,
     evaluation: RunEvaluation | None = None,
@@ -198,20 +190,22 @@ def train(
         Preempted: SIGTERM or SIGINT has come, and the current step is saved.
         RunError: too many steps in a row skipped an agent's update; their state is saved.
     """
-    loss_fn = objective_of(config, config, engine.gather)
+    loss_fn = objective_of(settings, settings, engine.gather)
     scores = dict if evaluation is None else evaluation.entries
-    lr_at = learning_rate(config.lr_scheduler_type, config.lr, num_steps, config.num_warmup_steps_ratio)
-    skips = SkippedUpdates(config.max_skipped_steps, skips_in_a_row, config.output_dir)
+    lr_at = learning_rate(settings.lr_scheduler_type, settings.lr, num_steps, settings.num_warmup_steps_ratio)
+    skips = SkippedUpdates(settings.max_skipped_steps, skips_in_a_row, settings.output_dir)
     metrics = LoggedMetrics(
         *(run_log, engine, skips),
-        logging_steps=config.logging_steps,
-        lambda_sw=config.lambda_sw,
-        with_memory=config.log_memory_usage,
+        logging_steps=settings.logging_steps,
+        lambda_sw=settings.lambda_sw,
+        with_memory=settings.log_memory_usage,
     )
     with (
         run_log.training(num_steps, start_step),
-        StopRequest(engine.accelerator, config.collective_timeout_s) as stop,
-        profiling(config, engine, run_log, Path(config.output_dir), start_step, num_steps) as profile_step,
+        StopRequest(engine.accelerator, settings.collective_timeout_s) as stop,
+        profiling(
+            settings, engine, run_log, Path(settings.output_dir), start_step, num_steps
+        ) as profile_step,
     ):
         # Called after every step, in this order and on every process. A hook that may ask for a checkpoint,
         # or for the end of training, stands before the checkpoints. The profiler is last: it times the
@@ -221,7 +215,7 @@ def train(
             skips.after_step,
             metrics.after_step,
             *([] if evaluation is None else [evaluation.after_step]),
-            PeriodicCheckpoints(checkpointer, engine, skips, config.save_steps, scores).after_step,
+            PeriodicCheckpoints(checkpointer, engine, skips, settings.save_steps, scores).after_step,
             profile_step,
         ]
         take_steps(engine, steps, start_step, num_steps, loss_fn, lr_at, hooks)

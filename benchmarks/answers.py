@@ -30,10 +30,11 @@ from chorus.ensemble.decode import generate
 from chorus.ensemble.next_token import Answerer
 from chorus.ensemble.scoring import token_log_probs
 from chorus.model.adapters import LoraShape
-from chorus.model.agents import Agents, Regularisation, build_agents
+from chorus.model.agents import Agents, build_agents
 from chorus.model.execution import Execution
 from chorus.model.kernels.decode_graphs import CapturedStep
 from chorus.model.kernels.mixture_kernel import mixture_statistics, torch_statistics
+from chorus.model.regularisation import Regularisation
 from chorus.monitoring.flops import Work, work_of
 
 PARTS = ("kernel", "scoring", "evaluation", "decode", "stock")

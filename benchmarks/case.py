@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from chorus.config import Config
 from chorus.data.batches import Batch, Sample, collate
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Regularisation, build_agents
+from chorus.model.agents import build_agents
 from chorus.model.attention import choose_attention
 from chorus.model.execution import Execution
 from chorus.model.kernels.decoder_layers import Recompute
+from chorus.model.regularisation import Regularisation
 from chorus.training.engine import Engine, start_engine
 from chorus.training.objective import objective_of
 

@@ -34,8 +34,9 @@ from chorus.config import Config
 from chorus.data.batches import Batch
 from chorus.errors import input_errors_end_the_program
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Regularisation, build_agents, copy_sharing_storage
+from chorus.model.agents import build_agents, copy_sharing_storage
 from chorus.model.execution import decide_execution
+from chorus.model.regularisation import Regularisation
 from chorus.monitoring.flops import Work, work_of
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator, zero_stage
 
@@ -171,7 +172,7 @@ def write_profile(step: Callable[[], Any], path: Path, device: torch.device) -> 
 def measure_alone(case: Case, rank: int, **settings: Any) -> Row:
     """`measure` in this process alone. A switching baseline takes its adapters from `sequential` mode."""
     config = run_config(case._replace(mode="sequential") if "switching" in case.mode else case, rank)
-    return measure(case, make_accelerator(config), config, **settings)
+    return measure(case, make_accelerator(config, config), config, **settings)
 
 
 def measure_as_launched(row: Row, file: Path) -> None:
@@ -179,7 +180,7 @@ def measure_as_launched(row: Row, file: Path) -> None:
     launcher started. The first one writes the figures."""
     case = Case(**{field: row[field] for field in Case._fields})
     config = run_config(case, row["rank"], str(file.parent))
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     assert accelerator.num_processes == row["processes"], "the launcher started another number of processes"
     assert zero_stage(accelerator) == (2 if row["engine"] == "zero2" else 0), "another engine than the row's"
     figures = measure(case, accelerator, config, steps=row["steps"])

@@ -53,7 +53,16 @@ def test_the_first_losses_of_a_run_are_unchanged(mode: Mode, tmp_path: Path):
     agents = build_agents(mode, model, config.num_agents, lora_shape(config), rates)
     tokenizer = load_tokenizer(config.model_name)
     samples = read_rows(config, config.seed, tokenizer).train
-    steps = training_steps(samples, config, pad_id=1, process_index=0, num_processes=1, num_steps=NUM_STEPS)
+    steps = training_steps(
+        samples,
+        config,
+        config,
+        points_per_row=config.swd_points_per_row,
+        pad_id=1,
+        process_index=0,
+        num_processes=1,
+        num_steps=NUM_STEPS,
+    )
     engine, rows = start_engine(Accelerator(cpu=True), agents, config), Rows()
     script.train(engine, steps, 0, NUM_STEPS, config, NoCheckpoints(tmp_path, config, {}), rows)
     for row, losses, distance in zip(rows.rows, LOSSES, DISTANCES, strict=True):

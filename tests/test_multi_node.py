@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from launching import BIN, ROOT, environment, processes_of, wait_for
+from launching import BIN, ROOT, ZERO2, environment, processes_of, wait_for
+from preloaded import Workers, environments_once, preload
 
 from chorus.checkpoint.manifest import MANIFEST
 from chorus.checkpoint.store import checkpoints, step_of
@@ -170,10 +171,15 @@ def test_two_hosts_lose_one_go_on_together_and_are_the_run_of_one_host_bit_by_bi
     num_steps = newest(two)
     assert f"stopped and saved after step {num_steps}" in (tmp_path / "again" / "0.log").read_text()
 
-    with running(hosts[:1], tmp_path / "alone", one) as launchers:
-        wait_for(has_saved(one, num_steps, launchers, tmp_path / "alone"), PATIENCE)
-        stop_a_trainer(tmp_path / "alone" / "0")
-        assert launchers[0].wait(PATIENCE) != 0
+    preload()
+    environments = environments_once([*ZERO2, "--num_processes", "2", "train.py"])
+    alone = Workers(environments, [*SETTINGS, *SAVING, f"output_dir={one}"], tmp_path / "alone.log")
+    try:
+        wait_for(lambda: newest(one) >= num_steps or alone.poll() is not None, PATIENCE)
+        os.kill(alone.pids[1], signal.SIGTERM)
+        assert alone.wait(PATIENCE) == 4, (tmp_path / "alone.log").read_text()[-3000:]
+    finally:
+        alone.kill()
     assert losses(two, num_steps) == losses(one, num_steps)
     assert [row["step"] for row in losses(two, num_steps)] == list(range(1, num_steps + 1))
     in_both = [folder for folder in checkpoints(two) if (one / "checkpoints" / folder.name).exists()]

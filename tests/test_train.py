@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import PATIENCE_S, PLAIN, ROOT, ddp, environment, launch, processes_of, train, wait_for, zero2
+from folders import adapters
+from launching import PATIENCE_S, PLAIN, ROOT, environment, processes_of, train, wait_for, zero2
 from peft import PeftModel
 from preloaded import forked
 from preloaded import train as forked_train
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from chorus.checkpoint.store import verify
@@ -29,79 +29,6 @@ from chorus.model.base import load_model
 
 pytestmark = pytest.mark.launch
 SMALL = ("num_agents=3", "eval_samples=0", "logging_steps=1", "debug_subset_size=200")
-
-
-def adapters(output_dir: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{folder.name} {name}": tensor
-        for folder in sorted((output_dir / "agents").iterdir())
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
-    }
-
-
-def assert_same_run(
-    one: Path, other: Path, rows: list[dict], other_rows: list[dict], tolerance: float
-) -> None:
-    assert [row["step"] for row in rows] == [row["step"] for row in other_rows]
-    for row, other_row in zip(rows, other_rows, strict=True):
-        for key in ("loss", "lr", "grad_norm"):
-            assert row[key] == pytest.approx(other_row[key], rel=tolerance), (key, row, other_row)
-        assert row["task_loss_per_agent"] == pytest.approx(other_row["task_loss_per_agent"], rel=tolerance)
-        assert (row["swd"] or 0) == pytest.approx(other_row["swd"] or 0, rel=100 * tolerance, abs=1e-6)
-    weights, other_weights = adapters(one), adapters(other)
-    assert weights.keys() == other_weights.keys()
-    for name, tensor in weights.items():
-        assert torch.allclose(tensor, other_weights[name], rtol=0, atol=2e-4), name
-
-
-# ---- the same run, whatever carries it ----
-
-COUPLED = (*SMALL, "max_train_steps=6", "lambda_sw=0.2", "dropconnect_p=0.1", "gradient_accumulation_steps=2")
-
-
-@pytest.fixture(scope="module")
-def coupled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
-    """One process, 8 rows a micro-batch, two micro-batches, lambda > 0, DropConnect."""
-    folder = tmp_path_factory.mktemp("coupled")
-    return folder, forked_train(PLAIN, folder, *COUPLED, "batch_size=8", "parallel_mode=parallel")
-
-
-@pytest.mark.parametrize(
-    ("command", "settings"),
-    [
-        (PLAIN, ("batch_size=8", "parallel_mode=sequential")),
-        (PLAIN, ("batch_size=8", "use_deepspeed=true", "use_gradient_checkpointing=true")),
-        (ddp(2), ("batch_size=4", "parallel_mode=parallel")),
-        (zero2(2), ("batch_size=4", "parallel_mode=fused")),
-        (zero2(2), ("batch_size=4", "parallel_mode=sequential", "num_workers=1")),
-    ],
-    ids=[
-        "sequential",
-        "zero2-programmatic-checkpointing",
-        "ddp-2",
-        "zero2-2-fused",
-        "zero2-2-sequential-workers",
-    ],
-)
-def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
-    coupled_run: tuple[Path, list[dict]], tmp_path: Path, command: list[str], settings: tuple[str, ...]
-):
-    folder, rows = coupled_run
-    other_rows = forked_train(command, tmp_path, *COUPLED, *settings)
-    assert_same_run(folder, tmp_path, rows, other_rows, tolerance=2e-5)
-    if "--config_file" in command:
-        assert "DeepSpeed ZeRO-2 is active" in (tmp_path / "train.log").read_text()
-
-
-def test_one_process_accumulating_four_equals_four_processes_and_two_of_two(tmp_path: Path):
-    settings = (*SMALL, "max_train_steps=4", "lambda_sw=0", "batch_size=3", "max_grad_norm=0.5")
-    runs = {
-        "1x4": forked_train(PLAIN, tmp_path / "1x4", *settings, "gradient_accumulation_steps=4"),
-        "2x2": train(zero2(2), tmp_path / "2x2", *settings, "gradient_accumulation_steps=2"),
-        "4x1": forked_train(ddp(4), tmp_path / "4x1", *settings, "gradient_accumulation_steps=1"),
-    }
-    for name in ("2x2", "4x1"):
-        assert_same_run(tmp_path / "1x4", tmp_path / name, runs["1x4"], runs[name], tolerance=2e-5)
 
 
 def test_every_agent_learns_the_default_task(tmp_path: Path):
@@ -173,7 +100,16 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
     agents = build_agents("sequential", model, 2, lora_shape(config), Regularisation(0.1, 0.1, 0))
     engine = start_engine(Accelerator(cpu=True), agents, config)
     samples = read_rows(config, config.seed, AutoTokenizer.from_pretrained(config.model_name)).train
-    steps = training_steps(samples, config, pad_id=0, process_index=0, num_processes=1, num_steps=3)
+    steps = training_steps(
+        samples,
+        config,
+        config,
+        points_per_row=config.swd_points_per_row,
+        pad_id=0,
+        process_index=0,
+        num_processes=1,
+        num_steps=3,
+    )
     initial = {identity: tensor.detach().clone() for identity, tensor in agents.adapter_tensors().items()}
     script.train(engine, steps, 0, 3, config, Checkpointer(tmp_path, config, {}), RunLog())
     assert all(
@@ -237,7 +173,7 @@ def test_bad_input_gives_one_line_that_names_it_and_exit_code_2_and_loses_nothin
 
 
 def test_a_launcher_that_contradicts_configs_yaml_is_refused():
-    result = launch(zero2(1), "use_deepspeed=false", "output_dir=/nonexistent/run")
+    result = forked(zero2(1), "use_deepspeed=false", "output_dir=/nonexistent/run")
     assert result.returncode != 0
     assert "error: key 'use_deepspeed' is false, but the launcher starts DeepSpeed" in result.stderr
 

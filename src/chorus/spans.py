@@ -1,8 +1,8 @@
-"""Names for the parts of a training step, given where the part is: `with span("task_loss"):`.
+"""Named spans of a training step: `with span("task_loss"):`.
 
-A span without a listener costs an eighth of a microsecond. Code that names its parts does not know the
-listener: a `Stopwatch` (profiler.py), PyTorch's profiler (trace.py) or the memory forecast. There is no span
-inside of a compiled layer or a captured pass, where nothing could be timed.
+A span costs an eighth of a microsecond while nothing listens. Who listens is set by `listening`: a
+`Stopwatch` (profiler.py), PyTorch's profiler (trace.py) or the memory forecast. Compiled layers and captured
+passes contain no span, because nothing could be timed there.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,21 +16,19 @@ import torch
 T = TypeVar("T")
 Listener = Callable[[str], AbstractContextManager[Any]]
 
-# A plain variable, not a ContextVar: backward on a GPU runs in a thread of its own, where that would be
-# unset.
+# A plain variable, because a ContextVar would be unset in the thread that runs backward on a GPU.
 _listener: Listener | None = None
 _SILENT = nullcontext()
 _END = object()
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """The context of a named part of the step. A dot makes it a
-    detail of the part before: `forward_pass.agent_0`."""
+    """The context manager of a named part of the step. A dot names a detail: `forward_pass.agent_0`."""
     return _SILENT if _listener is None else _listener(name)
 
 
 def each_in_span(name: str, items: Iterator[T]) -> Iterator[T]:
-    """The items, each fetched within a span."""
+    """Yield the items; fetching each one is a span."""
     while True:
         with span(name):
             item = next(items, _END)
@@ -41,7 +39,7 @@ def each_in_span(name: str, items: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """The context in which `listener(name)` is the context of every span. Process-wide."""
+    """Within it, `listener(name)` is the context manager of every span of this process."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -60,17 +58,19 @@ class Span:
     inner: list["Span"] = field(default_factory=list)
 
     def seconds(self) -> float:
-        """From begin to end. On a GPU the device must have reached the end."""
+        """Duration. On a GPU the device must have reached the end."""
         if isinstance(self.begin, float):
             return self.end - self.begin
         return self.begin.elapsed_time(self.end) / 1000
 
     def own_seconds(self) -> float:
-        """Without the parts inside, so that the parts of a step add up to it. Details count as part of it."""
+        """Duration without the parts inside, so that the parts of a step add up to the step. Details are not
+        subtracted.
+        """
         return self.seconds() - _parts_inside(self)
 
     def everything_inside(self) -> Iterator["Span"]:
-        """Parts and details, each behind the one that holds it."""
+        """Parts and details, in depth-first order."""
         for inner in self.inner:
             yield inner
             yield from inner.everything_inside()
@@ -81,7 +81,7 @@ def _parts_inside(span: Span) -> float:
 
 
 class Stopwatch:
-    """Times spans by the host's clock, or by events on a GPU: then nothing waits until the times are read."""
+    """Times spans by the host's clock, or by events on a GPU, which wait only when they are read."""
 
     def __init__(self, device: torch.device):
         self._mark = _event if device.type == "cuda" else perf_counter

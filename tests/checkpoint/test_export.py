@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from folders import contents
-from launching import launch
 from peft import PeftModel
+from preloaded import forked
 from safetensors.torch import load_file
 from torch import Tensor
 from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, toy_batch
@@ -334,7 +334,7 @@ def test_a_weight_of_the_mixture_that_is_not_finite_is_refused(tmp_path: Path, w
 def test_agents_whose_answers_are_not_finite_are_not_exported(tmp_path: Path):
     """Their weights are finite, and too large for any forward pass."""
     few = ("num_agents=2", "batch_size=4", "debug_subset_size=20", "eval_samples=0")
-    ended = launch(
+    ended = forked(
         [sys.executable, "train.py"], *few, "lr=1e30", "max_train_steps=6", f"output_dir={tmp_path / 'run'}"
     )
     last = ended.stderr.splitlines()[-1]

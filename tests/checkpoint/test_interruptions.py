@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import soak
-from launching import PLAIN, ROOT, ddp, environment, train, wait_for
+from launching import ROOT, ddp, environment, train, wait_for
 from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, processes_of, start, worker_of
-from preloaded import Workers, environments, preload
+from preloaded import Workers, environments_once, preload
 from soak import (
     LIMIT,
     Tally,
@@ -36,13 +36,13 @@ soak.ENGINES["ddp"] = (ddp(2), ("batch_size=2",))
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Uninterrupted]:
+def truth(tmp_path_factory: pytest.TempPathFactory, forked) -> Callable[[str], Uninterrupted]:
     """The uninterrupted run of an engine, run once."""
     known: dict[str, Uninterrupted] = {}
 
     def of(engine: str) -> Uninterrupted:
         if engine not in known:
-            known[engine] = uninterrupted(tmp_path_factory.mktemp(engine), engine, STEPS)
+            known[engine] = uninterrupted(tmp_path_factory.mktemp(engine), engine, STEPS, forked(engine))
         return known[engine]
 
     return of
@@ -53,7 +53,7 @@ def forked() -> Callable[[str], Sequence[Mapping[str, str]]]:
     """For the many cases: an engine's processes are forked, but
     where it is the launcher that gets the signal."""
     preload()
-    return functools.cache(lambda engine: environments(soak.ENGINES[engine][0]))
+    return functools.cache(lambda engine: environments_once(soak.ENGINES[engine][0]))
 
 
 def stop(number: signal.Signals, target: str, times: int) -> Strike:
@@ -104,26 +104,28 @@ def end(run: Run, truth: Uninterrupted, announced: set[int]) -> None:
 
 
 def test_two_zero2_processes_killed_and_then_stopped_through_one_of_them_end_as_if_neither_had_been(
-    tmp_path: Path, truth
+    tmp_path: Path, truth, forked
 ):
-    """SIGKILL in a save; then SIGINT, twice, to the second worker, in a save, with DataLoader workers."""
+    """SIGKILL in a save; then SIGINT, twice, to the second worker, in a save, with DataLoader workers.
+    The second life is the real launcher's."""
     run, announced, tally = (
         run_in(tmp_path, "run", "zero2", STEPS, f"save_total_limit={LIMIT}"),
         set[int](),
         Tally(),
     )
-    assert not one_life(run, Plan("save", 2, 0.5), truth("zero2"), tally, announced)
+    forks = run._replace(forked=forked("zero2"))
+    assert not one_life(forks, Plan("save", 2, 0.5), truth("zero2"), tally, announced)
     assert announced
     with_workers = run._replace(settings=[*run.settings, "num_workers=1"])
     life = Life(with_workers, Pace())
     assert life.until(Plan("save", 1, 0.2), stop(signal.SIGINT, "worker", times=2)) is None, said(run)[-3000:]
-    assert life.went_on_from() == life.newest > 0
+    assert life.resumed_from() == life.newest > 0
     assert_stopped_at_one_step(run, announced | life.announced(), truth("zero2"))
-    end(run, truth("zero2"), announced | life.announced())
+    end(forks, truth("zero2"), announced | life.announced())
 
 
 def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_nothing_had_been(
-    tmp_path: Path, truth
+    tmp_path: Path, truth, forked
 ):
     """SIGKILL in a save and in a step; SIGTERM in the evaluation;
     then a byte of the newest checkpoint is flipped."""
@@ -132,8 +134,9 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
         set[int](),
         Tally(),
     )
+    forks = run._replace(forked=forked("python"))
     for plan in (Plan("save", 2, 0.5), Plan("step", 1, 0.5)):
-        assert not one_life(run, plan, truth("python"), tally, announced), said(run)[-3000:]
+        assert not one_life(forks, plan, truth("python"), tally, announced), said(run)[-3000:]
     assert sum(tally.kills.values()) == 2
     life = Life(evaluated(run), Pace())
     assert (
@@ -145,7 +148,7 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    end_of_damaged = Life(run, Pace())
+    end_of_damaged = Life(forks, Pace())
     assert end_of_damaged.until(None) == 0, said(run)[-3000:]
     assert (
         f"{file}: is not as it was written (size or SHA-256 differs); this checkpoint is passed over"
@@ -164,7 +167,9 @@ def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked
     compiled = tmp_path / "compiled"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
     settings = ("num_agents=1", "lambda_sw=0", "lora_rank=2", "eval_samples=0", "debug_subset_size=20")
-    train(PLAIN, tmp_path / "run", "use_deepspeed=true", "max_train_steps=1", *settings)
+    train(
+        [sys.executable, "train.py"], tmp_path / "run", "use_deepspeed=true", "max_train_steps=1", *settings
+    )
     assert not compiled.exists()
 
 

@@ -9,8 +9,8 @@ from runs import ROWS, config_of, run_of, save_run
 from saving import state_of
 from toy import tiny_gemma
 
+from chorus.checkpoint.fingerprints import base_fingerprint
 from chorus.checkpoint.resume import (
-    base_fingerprint,
     find_start,
     refuse_another_base,
 )

@@ -1,4 +1,4 @@
-"""Saved in one way, taken up in another: mode, processes, accumulation, engine, at any place in an epoch."""
+"""Saved in one way, resumed in another: mode, processes, accumulation, engine, at any place in an epoch."""
 
 from itertools import product
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_run_goes_on_in_any_mode_and_split(saved_way, way, position, saved, sa
 @pytest.mark.launch
 @pytest.mark.slow
 def test_a_run_goes_on_in_any_mode_split_number_of_processes_and_engine(saved, samples, tmp_path: Path):
-    """The whole product: each of plain, DDP and ZeRO-2 takes up what all three have saved."""
+    """The whole product: each of plain, DDP and ZeRO-2 resumes what all three have saved."""
     torch.save(saved, tmp_path / "plain.pt")
     for command, engine, others in (
         (TORCHRUN, "ddp", "plain"),

@@ -1,6 +1,7 @@
 """Runs that are stopped through the real launchers and resumed: the rest is the uninterrupted run."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from launching import PATIENCE_S, ROOT, environment, zero2
-from preloaded import forked, train
+from preloaded import Workers, environments_once, forked, preload, train
 from safetensors.torch import load_file
 
 from chorus.checkpoint.store import checkpoints
@@ -77,19 +78,29 @@ def assert_bitwise(one: Path, other: Path) -> None:
     assert [row["step"] for row in rows_of(one)] == list(range(1, STEPS + 1))
 
 
-def stop_after_some_steps(command: list[str], folder: Path, number: signal.Signals) -> tuple[int, str]:
-    """Send a signal to the launched process alone, once it has logged two steps."""
-    with (folder.parent / f"{folder.name}.log").open("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
-        end = time.monotonic() + 120
-        metrics = folder / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-            assert time.monotonic() < end
-            assert process.poll() is None, Path(log.name).read_text()[-3000:]
-            time.sleep(0.02)
-        process.send_signal(number)
-        code = process.wait(timeout=PATIENCE_S)
-    return code, Path(log.name).read_text()
+def stop_after_some_steps(
+    command: list[str], settings: tuple[str, ...], folder: Path, number: signal.Signals
+) -> tuple[int, str]:
+    """Send the signal once the run has logged two steps: to the real launcher, where there is one. Exit code,
+    and what the run said.
+    """
+    log = folder.parent / f"{folder.name}.log"
+    if command == [sys.executable, "train.py"]:
+        preload()
+        process = Workers(environments_once(command), settings, log)
+        pid = process.pids[0]
+    else:
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*command, *settings], cwd=ROOT, env=environment(), stdout=file, stderr=file
+            )
+        pid = process.pid
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+    os.kill(pid, number)
+    return process.wait(timeout=PATIENCE_S), log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +113,7 @@ def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(
     command, settings = KINDS[kind]
     folder = tmp_path / "run"
     code, said = stop_after_some_steps(
-        [*command, *SETTINGS, *settings, f"output_dir={folder}"], folder, number
+        command, (*SETTINGS, *settings, f"output_dir={folder}"), folder, number
     )
     newest = checkpoints(folder)[0]
     step = int(newest.name[5:])

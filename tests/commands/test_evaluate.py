@@ -3,13 +3,15 @@ checkpoint, and on adapters that stock PEFT has made alone."""
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import BIN, PLAIN, ROOT, environment, train
+from launching import PLAIN, ROOT, ddp, launch
 from peft import LoraConfig, PeftModel, get_peft_model
+from preloaded import forked, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chorus.checkpoint.store import checkpoints
@@ -23,14 +25,9 @@ FEW = ("max_new_tokens_eval=4", "ood_samples=3")
 
 
 def evaluate(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    starter = [str(BIN / "python")]
-    if processes > 1:
-        starter = [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={processes}"]
-    command = [*starter, "-m", "chorus", "evaluate", *map(str, arguments)]
-    more = {"PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=300
-    )
+    """`chorus evaluate ARGUMENTS`, in forked processes."""
+    starter = [sys.executable] if processes == 1 else ddp(processes)[:-1]
+    return forked([*starter, "src/chorus/__main__.py"], "evaluate", *map(str, arguments))
 
 
 def numbers(scores: dict[str, float | None]) -> dict[str, float]:
@@ -126,7 +123,9 @@ def test_a_run_is_scored_on_its_own_held_out_rows(run: Path):
 
 
 def test_a_checkpoint_gives_a_table_with_every_answerer(run: Path):
-    result = evaluate(checkpoints(run)[0], "eval_samples=4", *FEW)
+    """Started as its users start it."""
+    command = [sys.executable, "-m", "chorus", "evaluate", str(checkpoints(run)[0])]
+    result = launch(command, "eval_samples=4", *FEW)
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("base", "agent 0", "agent 1", "mixture", "fitted"):
         assert f"│ {name} " in result.stdout

@@ -94,7 +94,11 @@ def test_packing_changes_no_step(num_processes: int):
             "num_steps": 5,
             "start_step": start_step,
         }
-        return list(training_steps(SAMPLES, config, pad_id=0, **where))
+        return list(
+            training_steps(
+                SAMPLES, config, config, points_per_row=config.swd_points_per_row, pad_id=0, **where
+            )
+        )
 
     def learnt(batch: Batch) -> list[int]:
         return sorted(batch.target_BT[batch.mask_BT].tolist())

@@ -1,17 +1,16 @@
 """The rows of a run: which are held out, what is said of them, and what is kept of them on disk."""
 
 import json
-import os
 import pickle
 import random
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from files_made import GOOD, PROBLEMS, ROWS, write
-from launching import HELPERS, ROOT, ddp, environment
+from launching import ddp
+from preloaded import forked
 from rows import TOKENIZER, data_config, read_problems, read_rows, samples_of, texts_of
 from tokenizers_made import make_tokenizer
 
@@ -255,16 +254,8 @@ def test_one_process_of_a_host_tokenises_and_all_read_or_all_fail(tmp_path: Path
     def of_two(path: Path) -> list:
         script = tmp_path / "worker.py"
         script.write_text(WORKER)
-        paths = os.pathsep.join([str(HELPERS), str(ROOT / "src"), str(ROOT)])
-        result = subprocess.run(
-            [*ddp(2)[:-1], str(script), str(path), str(tmp_path / "kept")],
-            cwd=ROOT,
-            env=environment(PYTHONPATH=paths),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        command = [*ddp(2)[:-1], str(script)]
+        result = forked(command, str(path), str(tmp_path / "kept"))
         assert result.returncode == 0, result.stderr[-3000:]
         return [json.loads((tmp_path / "kept" / f"told-{rank}.json").read_text()) for rank in (0, 1)]
 

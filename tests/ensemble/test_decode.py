@@ -203,7 +203,7 @@ def test_no_flag_adapter_attention_or_global_random_state_is_left_behind(
 ):
     def state() -> list[Any]:
         flags = [parameter.requires_grad for parameter in agents.parameters()]
-        return [flags, agents.router.turn, agents.config._attn_implementation, torch.is_grad_enabled()]
+        return [flags, agents.router.context, agents.config._attn_implementation, torch.is_grad_enabled()]
 
     before, random_state = state(), torch.random.get_rng_state()
     generate(agents, EVERYBODY, prompts, max_new_tokens=3, end_ids=[NEVER], temperature=1.0)

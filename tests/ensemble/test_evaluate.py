@@ -389,14 +389,14 @@ def test_evaluation_leaves_no_trace(
         values = {name: tensor.clone() for name, tensor in agents.state_dict().items()}
         modes = [module.training for module in agents.modules()]
         flags = [parameter.requires_grad for parameter in agents.parameters()]
-        states, turn = (torch.random.get_rng_state(), random.getstate()), agents.router.turn
+        states, turn = (torch.random.get_rng_state(), random.getstate()), agents.router.context
         scored_by(agents, problems[:2], tokenizer, alpha=1.0, calibration_split=0.5)
         assert all(torch.equal(values[name], tensor) for name, tensor in agents.state_dict().items())
         assert modes == [module.training for module in agents.modules()]
         assert flags == [parameter.requires_grad for parameter in agents.parameters()]
         assert torch.equal(states[0], torch.random.get_rng_state())
         assert states[1] == random.getstate()
-        assert turn == agents.router.turn
+        assert turn == agents.router.context
         assert torch.is_grad_enabled()
         assert all(parameter.grad is None for parameter in agents.parameters())
 

@@ -42,7 +42,7 @@ def step_over(engine: Engine, micro_batches: int) -> tuple[dict[str, Tensor], fl
 def main(folder: Path) -> None:
     rows = NUM_ROWS // (MICRO_BATCHES * PROCESSES)
     config = Config(gradient_accumulation_steps=MICRO_BATCHES, batch_size=rows, max_grad_norm=0.0)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     assert accelerator.num_processes == PROCESSES
     engine = start_engine(accelerator, toy_agents("fused"), config)
     results = step_over(engine, MICRO_BATCHES)

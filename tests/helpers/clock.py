@@ -1,8 +1,8 @@
-"""Shared by several test files."""
+"""A clock that tests advance by hand."""
 
 
 class Clock:
-    """Stands still until it is told how much time was spent."""
+    """Its time changes only when a test advances it."""
 
     def __init__(self) -> None:
         self.now = 0.0

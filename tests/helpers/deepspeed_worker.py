@@ -35,7 +35,8 @@ def main(folder: Path) -> None:
     samples = toy_samples(8)
     own = samples[rank * 4 : rank * 4 + 4]
     # No clipping: the norm of all agents would come between an agent and its own gradient.
-    settings = deepspeed_json(Config(max_grad_norm=0.0, batch_size=4), "no", num_processes=2)
+    config = Config(max_grad_norm=0.0, batch_size=4)
+    settings = deepspeed_json(config, config, "no", num_processes=2)
     for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
         batch = collate(own, 0, points_per_row=3, packing=(20, 4) if packing else None)
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)

@@ -15,7 +15,7 @@ from chorus.training.engine import make_accelerator, start_engine
 
 def main(folder: Path) -> None:
     config = Config(batch_size=4, lambda_sw=0.0, max_grad_norm=0.5, lr=0.01, output_dir=str(folder))
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     engine = start_engine(accelerator, toy_agents("parallel"), config)
     zero = engine.module.optimizer
     loss = engine.module(toy_batch(without_targets=None), step=0).nll_KBT.mean()

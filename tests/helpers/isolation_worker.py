@@ -1,6 +1,6 @@
-"""Steps of an engine in which one agent's forward, loss or gradient is no number, on one process.
+"""Steps of an engine in which one agent's forward, loss or gradient is not finite, on one process.
 
-Run by test_isolation.py and test_partitions.py under the launchers, as one of two processes; writes the
+Run by test_nonfinite.py and test_partitions.py under the launchers, as one of two processes; writes the
 states of every run into a folder. A DeepSpeed JSON may follow.
 """
 
@@ -142,7 +142,7 @@ def main(folder: Path, json_file: str | None = None) -> None:
         )
         for kind in (None, *kinds):
             AcceleratorState._reset_state()
-            accelerator = make_accelerator(config)
+            accelerator = make_accelerator(config, config)
             dtype = torch.float32 if precision == "no" else torch.bfloat16
             engine = start_engine(accelerator, toy_agents(mode, dtype=dtype), config)
             assert accelerator.num_processes == 2

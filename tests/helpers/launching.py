@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HELPERS = Path(__file__).parent
 BIN = Path(sys.executable).parent
-PATIENCE_S = 1800.0  # what has not come about by then hangs; on a busy machine a start alone takes minutes
+PATIENCE_S = 1800.0  # after that it hangs; on a busy machine a start alone takes minutes
 PLAIN = [str(BIN / "accelerate"), "launch", "train.py"]
 ZERO2 = [
     str(BIN / "accelerate"),

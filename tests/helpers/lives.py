@@ -134,11 +134,11 @@ Strike = Callable[[Run, list[int], Any], None]
 
 class Life:
     """From a start of the run to its kill, or to its end. It
-    looks at the folder alone, as any onlooker could."""
+    looks at nothing but the output folder."""
 
     def __init__(self, run: Run, pace: Pace):
         self.run, self.pace = run, pace
-        self.found = entries(run)  # what earlier lives have left
+        self.found = entries(run)  # left by earlier lives
         self.newest = max((step_of(folder) for folder in checkpoints(run.folder)), default=0)
         self.log_file = run.folder / "train.log"
         self.log_offset = self._log_size()
@@ -191,9 +191,8 @@ class Life:
         self.look()
         return {int(step) for step in re.findall(r"saved \S+/step_(\d+)\n", self.said())} | self.done.keys()
 
-    def went_on_from(self) -> int | None:
-        """The step it has said that it goes on from, 0 for a fresh
-        start; None where it did not come to training."""
+    def resumed_from(self) -> int | None:
+        """The step from which it resumed, by its log; 0 for a fresh start, None before training."""
         if not self._came_to_training():
             return None
         from_step = re.search(r"resuming from \S+/step_(\d+),", self.said())

@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Configurations from text, and the errors that refuse them."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def load(text: str, *arguments: str) -> Config:
 
 
 def refusal(text: str, *arguments: str) -> str:
-    """The one line with which this is refused, after a look that it has its remedy."""
+    """The error of one line that refuses this text; it must name a remedy."""
     with pytest.raises(InputError) as caught:
         load(text, *arguments)
     message = str(caught.value)

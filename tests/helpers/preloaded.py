@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.exit()
 
 import launching
-from launching import PATIENCE_S, ROOT, environment, launch
+from launching import PATIENCE_S, ROOT, environment, launch, wait_for
 from torch.distributed import TCPStore
 
 MODULES = (
@@ -126,11 +126,20 @@ class Workers:
         """By rank."""
         return [process.pid for process in self._processes]
 
+    @property
+    def exit_codes(self) -> list[int | None]:
+        """By rank; None while the process lives."""
+        with LOCK:
+            return [process.exitcode for process in self._processes]
+
     def poll(self) -> int | None:
         """None while one of them lives; then the first exit code that is not 0."""
-        with LOCK:
-            codes = [process.exitcode for process in self._processes]
+        codes = self.exit_codes
         return None if None in codes else next(filter(None, codes), 0)
+
+    def wait(self, timeout: float = PATIENCE_S) -> int:
+        wait_for(lambda: self.poll() is not None, timeout)
+        return self.poll() or 0
 
     def kill(self) -> None:
         with LOCK:

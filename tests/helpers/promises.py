@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""What every mode promises, for the tests that hold a mode to it."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -63,10 +63,10 @@ def assert_every_agent_gets_the_gradient_of_a_lone_run(agents: Agents, *stock: A
 def assert_a_forward_leaves_no_trace(agents: Agents) -> None:
     state = {name: tensor.clone() for name, tensor in agents.state_dict().items()}
     flags = {name: parameter.requires_grad for name, parameter in agents.named_parameters()}
-    torch_state, python_state, turn = torch.random.get_rng_state(), random.getstate(), agents.router.turn
+    torch_state, python_state, turn = torch.random.get_rng_state(), random.getstate(), agents.router.context
     run(agents, toy_batch())
     assert all(torch.equal(state[name], tensor) for name, tensor in agents.state_dict().items())
     assert flags == {name: parameter.requires_grad for name, parameter in agents.named_parameters()}
     assert torch.equal(torch_state, torch.random.get_rng_state())
     assert python_state == random.getstate()
-    assert turn == agents.router.turn
+    assert turn == agents.router.context

@@ -1,8 +1,7 @@
-"""Runs that are saved and taken up again in every way to carry them out, many in one process, without a
-launcher each.
+"""Runs that are saved and resumed in every mode, split and engine, many of them in one process.
 
 test_resume_matrix.py runs them alone; as one of two processes: `resume_matrix.py FOLDER ENGINE FROM,FROM`;
-what ENGINE itself saves is taken up the first time only.
+what ENGINE itself saves is resumed in the first call only.
 """
 
 import os
@@ -93,7 +92,7 @@ def run(
         save_steps=1,
         batch_size=1,
     )
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     config = config.model_copy(
         update={
             "batch_size": ROWS_OF_A_STEP // (accumulation * accelerator.num_processes),
@@ -114,6 +113,8 @@ def run(
     steps = training_steps(
         samples,
         config,
+        config,
+        points_per_row=config.swd_points_per_row,
         pad_id=0,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,

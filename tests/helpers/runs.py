@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Configurations and checkpoints of a run that never took a step."""
 
 from pathlib import Path
 from typing import Any

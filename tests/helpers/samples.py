@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Samples and steps of small made-up rows."""
 
 import random
 from collections.abc import Iterator
@@ -42,4 +42,8 @@ def training_steps(
         "num_steps": num_steps,
         "start_step": start_step,
     }
-    return real_training_steps(samples, config(**keys), pad_id=PAD, **place)
+    settings = config(**keys)
+    points_per_row = settings.swd_points_per_row
+    return real_training_steps(
+        samples, settings, settings, points_per_row=points_per_row, pad_id=PAD, **place
+    )

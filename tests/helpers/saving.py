@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Small training states and checkpoints of them."""
 
 from pathlib import Path
 

@@ -37,12 +37,12 @@ def share_held(agents: Agents) -> float:
 def main(folder: Path) -> None:
     own = {"use_deepspeed": True, "deepspeed_config_file": JSON, "output_dir": str(folder)}
     config = Config(batch_size=4, lambda_sw=0.0, max_grad_norm=0.0, lr=0.01, **own)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     is_first = accelerator.is_main_process
     for mode, checkpointing in product(get_args(Mode), ("none", "full")):
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=0.4)
         adapters = list(agents.adapters().values())
-        settings = deepspeed_json(config, "no", num_processes=2)
+        settings = deepspeed_json(config, config, "no", num_processes=2)
         settings["zero_optimization"][PERSISTENCE] = (
             10 * agents.config.hidden_size
         )  # as Accelerate reads "auto"

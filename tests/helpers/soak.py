@@ -124,8 +124,11 @@ def digest_of_end(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def uninterrupted(place: Path, engine: str, steps: int) -> Uninterrupted:
+def uninterrupted(
+    place: Path, engine: str, steps: int, forked: Sequence[Mapping[str, str]] = ()
+) -> Uninterrupted:
     run = run_in(place, f"{engine}-uninterrupted", engine, steps, "save_total_limit=null")
+    run = run._replace(forked=forked)
     code = Life(run, Pace()).until(None)
     assert code == 0, f"exit code {code}; {run.output}"
     by_step = {step_of(folder): digest_of(folder) for folder in checkpoints(run.folder)}
@@ -163,8 +166,8 @@ def one_life(run: Run, plan: Plan | None, truth: Uninterrupted, tally: Tally, an
     with tally.lock:
         tally.lost += len(faults)
         tally.announced += len(announced - before)
-    if life.went_on_from() not in (None, life.newest):
-        faults.append(f"{run.folder}: went on from step {life.went_on_from()}, not from {life.newest}")
+    if life.resumed_from() not in (None, life.newest):
+        faults.append(f"{run.folder}: resumed from step {life.resumed_from()}, not from {life.newest}")
     if code is not None:
         if code != 0:
             faults.append(f"{run.folder}: exit code {code} without a kill; see {run.output}")

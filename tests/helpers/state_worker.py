@@ -17,7 +17,7 @@ from chorus.training.state import read_state, restore_state
 
 def main(folder: Path) -> None:
     config = Config(batch_size=4, lambda_sw=0.0, num_agents=3, output_dir=str(folder))
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     engine = start_engine(accelerator, toy_agents("sequential", trained=False), config)
     plain = folder / "checkpoints" / "step_000003"
     restore_state(engine, read_tensors(plain, verify(plain).optimizer_step))

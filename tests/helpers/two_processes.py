@@ -1,4 +1,4 @@
-"""Shared by several test files."""
+"""Runs of two processes in which one agent fails, and what must hold of them."""
 
 import json
 import math
@@ -83,9 +83,8 @@ def check_two_processes(command: list[str], folder: Path, json_file: str | None 
 
 
 def check_beside(folder: Path) -> None:
-    """What else the worker has looked at, of agreement.py, since it takes a launch: every process group has
-    the timeout that was asked for, and processes that do not hold the same are refused, on both with the same
-    words."""
+    """Further results of the worker, of collectives.py, to spare a start: every process group has the timeout
+    that was asked for, and processes with different tensors are refused, on both with the same words."""
     for process in (0, 1):
         timeouts = json.loads((folder / f"timeouts_{process}.json").read_text())
         assert (

@@ -128,7 +128,7 @@ def test_a_turn_ends_also_when_its_pass_fails():
     router = AdapterRouter()
     with pytest.raises(ZeroDivisionError), router.of(AdapterContext((2,), 0, {})):
         _ = 1 / 0
-    assert router.turn.agents == ()
+    assert router.context.agents == ()
 
 
 def test_the_base_alone_is_the_base():

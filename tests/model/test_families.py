@@ -9,8 +9,9 @@ from typing import Any, get_args
 import pytest
 import torch
 from families import AGENTS, FAMILIES, agents_of, of_family
-from launching import BIN, launch
+from launching import ddp
 from peft import LoraConfig, PeftModel, get_peft_model
+from preloaded import forked
 from promises import EXACT, MODES
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -186,8 +187,7 @@ def test_the_head_of_the_trunk_gives_the_models_own_logits(family: str):
 def test_two_ddp_processes_get_the_gradients_of_one(family: str, tmp_path: Path):
     """Twice in a row: a parameter that asks for a gradient and
     never gets one stops DDP at its second step."""
-    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", "tests/helpers/family_worker.py"]
-    result = launch(command, family, str(tmp_path))
+    result = forked([*ddp(2)[:-1], "tests/helpers/family_worker.py"], family, str(tmp_path))
     assert result.returncode == 0, result.stderr[-3000:]
     agents = agents_of(family)
     _, expected = run(agents, toy_batch(without_targets=None), lambda_sw=0)

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from launching import PLAIN, launch, train
+from launching import PLAIN
+from preloaded import forked, train
 from safetensors.torch import load_file
 
 from chorus.checkpoint.state_file import BestStep, read_state_file
@@ -78,7 +79,7 @@ def test_the_best_agents_are_exported_and_scored(stopped_run: Path):
 @pytest.mark.launch
 def test_a_run_that_has_stopped_is_finished(stopped_run: Path):
     before = (stopped_run / "metrics.jsonl").read_text()
-    result = launch(PLAIN, f"output_dir={stopped_run}", *SETTINGS)
+    result = forked(PLAIN, f"output_dir={stopped_run}", *SETTINGS)
     assert result.returncode == 0
     assert "nothing is left to do" in result.stdout
     assert (stopped_run / "metrics.jsonl").read_text() == before
@@ -92,7 +93,7 @@ def test_a_resumed_run_knows_its_initial_scores_and_its_best_step(stopped_run: P
         shutil.rmtree(checkpoint)
     (folder / "ensemble.json").unlink()
     initial = read_state_file(checkpoints(folder)[0]).initial_scores.report["scores"]
-    result = launch(PLAIN, f"output_dir={folder}", *SETTINGS)
+    result = forked(PLAIN, f"output_dir={folder}", *SETTINGS)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "scoring the base" not in result.stderr
     again = json.loads((folder / "ensemble.json").read_text())["evaluation"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from launching import PATIENCE_S, ROOT, ZERO2, environment
+from preloaded import forked
 from safetensors.torch import load_file, save_file
 
 import chorus.model.agents
@@ -25,6 +26,10 @@ from chorus.planning.dry_run import dry_run
 from train import train
 
 SMALL = ("num_agents=3", "batch_size=2", "debug_subset_size=40", "eval_samples=8", "max_seq_length=80")
+
+
+def tried_in_forks(command: list[str], *settings: str) -> subprocess.CompletedProcess[str]:
+    return forked([*command, "dry_run_sanity_check.py"], "--json", *SMALL, *settings)
 
 
 def started(command: list[str], *settings: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +45,7 @@ def checks_of(told: dict[str, Any]) -> dict[str, str]:
 
 @pytest.mark.launch
 def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
-    result = started([sys.executable], f"output_dir={tmp_path}/run")
+    result = tried_in_forks([sys.executable], f"output_dir={tmp_path}/run")
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout
     told = json.loads(result.stdout)  # and nothing else there
     assert told["passed"]
@@ -58,7 +63,7 @@ def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
 @pytest.mark.launch
 def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
     launcher = [*ZERO2, "--num_processes", "2"]
-    result = started(launcher, f"output_dir={tmp_path}/run", "parallel_mode=sequential")
+    result = tried_in_forks(launcher, f"output_dir={tmp_path}/run", "parallel_mode=sequential")
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout
     told = json.loads(result.stdout.splitlines()[-1])  # the launcher may say something of its own before
     assert set(checks_of(told).values()) == {"PASS"}

@@ -30,7 +30,8 @@ def test_auto_precision_is_fp32_without_a_gpu_and_fp16_is_refused_there(monkeypa
 
 def test_accumulation_is_that_of_configs_yaml_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
-    assert make_accelerator(Config(gradient_accumulation_steps=3)).gradient_accumulation_steps == 3
+    config = Config(gradient_accumulation_steps=3)
+    assert make_accelerator(config, config).gradient_accumulation_steps == 3
 
 
 def one_large_micro_batch() -> tuple[dict[str, torch.Tensor], float]:

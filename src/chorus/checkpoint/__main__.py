@@ -1,5 +1,4 @@
-"""`python -m chorus.checkpoint import OLD NEW`: adapters of the
-layout that came before, as ordinary PEFT folders."""
+"""`python -m chorus.checkpoint import OLD NEW`: adapters of the older layout become ordinary PEFT folders."""
 
 import sys
 
@@ -7,6 +6,6 @@ from chorus.errors import input_errors_end_the_program
 
 if __name__ == "__main__":
     with input_errors_end_the_program():
-        from chorus.checkpoint.legacy_import import main
+        from chorus.commands.import_older import main
 
         main(sys.argv[1:])

@@ -4,8 +4,6 @@ Everything is verified before anything is changed. What the run is (its objectiv
 be equal; how it is carried out (mode, engine, processes, logging) may change.
 """
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -18,11 +16,12 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE, refuse_unfinished
+from chorus.checkpoint.fingerprints import base_fingerprint, tokenizer_fingerprint
 from chorus.checkpoint.manifest import MANIFEST, num_agents_of, read_manifest, unexpected_files
 from chorus.checkpoint.state_file import STATE_FILE, BestStep, StateFile, read_state_file
 from chorus.checkpoint.store import checkpoints, read_tensors, set_aside_later, verify
 from chorus.checkpoint.untrusted_files import Damaged
-from chorus.collectives import on_every_process, on_first_process, refuse_differences, sampled
+from chorus.collectives import on_every_process, on_first_process, refuse_differences
 from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
 from chorus.errors import InputError
@@ -121,6 +120,12 @@ def describe_run(
         "fingerprints": fingerprints,
         "config": config.model_dump(),
     }
+
+
+def with_base(run: Mapping[str, Any], model: PreTrainedModel, num_steps: int) -> dict[str, Any]:
+    """The entries of `describe_run` with those that are known only once the base is loaded."""
+    fingerprints = {**run["fingerprints"], "base": base_fingerprint(model)}
+    return {**run, "num_steps": num_steps, "fingerprints": fingerprints}
 
 
 def find_start(config: Config, run: Mapping[str, Any], accelerator: Accelerator) -> Start:
@@ -317,27 +322,3 @@ def load_best(engine: Engine, output_dir: Path, best: BestStep | None) -> None:
     folder = output_dir / "checkpoints" / f"step_{best.step:06d}"
     restore_state(engine, read_tensors(folder, verify(folder).optimizer_step))
     logger.info("the agents of step %d are the best: %s %.4g", best.step, best.metric, best.value)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the content of `tokenizer.json`, or over the vocabulary of a tokenizer without one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    return hashlib.sha256(f"{tokenizer.eos_token_id}\n{text}".encode()).hexdigest()
-
-
-def base_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over every parameter's name, shape and 16 evenly spaced values, and the model's configuration.
-
-    Hashing all weights would read gigabytes; this is cheap. It notices another model, and a base that was
-    trained further, but not a change of a few weights.
-    """
-    # The path, the library version and the attention kernel say nothing about the model.
-    beside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
-    config = {key: value for key, value in model.config.to_dict().items() if key not in beside}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-    for values in sampled(list(model.parameters())):
-        digest.update(values)
-    return digest.hexdigest()

@@ -232,6 +232,6 @@ def set_aside_later(output_dir: Path, step: int) -> None:
 def _prune(output_dir: Path, limit: int | None, best_step: int | None) -> None:
     beyond = checkpoints(output_dir)[limit:] if limit is not None else []
     for folder in (one for one in beyond if step_of(one) != best_step):
-        condemned = folder.with_name(folder.name + HALF_DONE)
-        folder.rename(condemned)  # a checkpoint that is half removed must not look like a damaged one
-        shutil.rmtree(condemned)
+        half_removed = folder.with_name(folder.name + HALF_DONE)
+        folder.rename(half_removed)  # a checkpoint that is half removed must not look like a damaged one
+        shutil.rmtree(half_removed)

@@ -72,7 +72,7 @@ def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.
             name, options.split, key, "--split" if options.split else None
         )  # whether it is there at all, before the base is loaded
     dtype = DTYPES[decide_precision(config.mixed_precision)]
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, config)
     with lost_processes_named(config.collective_timeout_s):
         how = {"device": accelerator.device, "dtype": dtype, "base": base}
         ensemble = load_ensemble(runs, **how, attn_implementation=config.attn_implementation)

@@ -31,7 +31,12 @@ SECTIONS: tuple[type[Section], ...] = (
 )
 
 
+class LoopSettings(InstrumentSettings, EngineSettings, OutputSettings, TrainingSettings, ObjectiveSettings):
+    """The sections that the training loop reads, and what happens every so many of its steps."""
+
+
 class Config(  # the last section first: pydantic takes the keys of the last base first
+    LoopSettings,
     InstrumentSettings,
     EngineSettings,
     OutputSettings,

@@ -41,7 +41,7 @@ class OnResume(Enum):
     MUST_EQUAL = "the key shapes the run; of a key without a mark this is assumed"
     MAY_CHANGE = "how a run is carried out, or what is looked at beside it"
     COMPARED_BY_EFFECT = (
-        "compared by what it comes to: a base or data may have moved, a step may be split otherwise"
+        "its effect is compared: base or data may lie elsewhere, a step may be split otherwise"
     )
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from chorus.config import Config
+from chorus.config.data import DataSettings
+from chorus.config.training import TrainingSettings
 from chorus.data.packing import one_a_row, packed
 from chorus.data.samples import Sample, Samples
 from chorus.errors import SIGNALS
@@ -136,8 +137,10 @@ def step_rows(
 
 def training_steps(
     samples: Sequence[Sample],
-    config: Config,
+    data: DataSettings,
+    training: TrainingSettings,
     *,
+    points_per_row: int,
     pad_id: int,
     process_index: int,
     num_processes: int,
@@ -151,10 +154,10 @@ def training_steps(
     vocabulary: no token sees it, and no loss falls on it.
     """
     loader = DataLoader(
-        _Steps(samples, config, pad_id, process_index, num_processes),
+        _Steps(samples, data, training, points_per_row, pad_id, process_index, num_processes),
         batch_size=None,
         sampler=range(start_step, num_steps),
-        num_workers=config.num_workers,
+        num_workers=data.num_workers,
         worker_init_fn=_leave_the_process_group,
         generator=torch.Generator(),  # the loader draws a seed that nothing uses: not from the global one
     )
@@ -170,12 +173,21 @@ class _Steps(Dataset[StepBatch]):
     """`steps[17]` is the process's part of step 17."""
 
     def __init__(
-        self, samples: Sequence[Sample], config: Config, pad_id: int, process_index: int, num_processes: int
+        self,
+        samples: Sequence[Sample],
+        data: DataSettings,
+        training: TrainingSettings,
+        points_per_row: int,
+        pad_id: int,
+        process_index: int,
+        num_processes: int,
     ) -> None:
-        self.samples, self.config, self.pad_id, self.process_index = samples, config, pad_id, process_index
+        self.samples, self.data, self.seed = samples, data, training.seed
+        self.points_per_row, self.pad_id, self.process_index = points_per_row, pad_id, process_index
         is_table = isinstance(samples, Samples)  # which knows them without reading a token
         self.num_targets = samples.num_targets if is_table else [sample.num_targets for sample in samples]
-        self.global_batch = (config.batch_size, config.gradient_accumulation_steps, num_processes)
+        self.batch_size = training.batch_size
+        self.global_batch = (training.batch_size, training.gradient_accumulation_steps, num_processes)
         self.steps_per_epoch = steps_per_epoch(len(samples), *self.global_batch)
         self.epoch, self.order = -1, torch.empty(0)
 
@@ -183,7 +195,7 @@ class _Steps(Dataset[StepBatch]):
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:  # the order of a large data set takes longer than a step
             self.epoch = epoch
-            self.order = epoch_order(len(self.samples), self.config.seed, epoch, self.config.shuffle)
+            self.order = epoch_order(len(self.samples), self.seed, epoch, self.data.shuffle)
         rows = step_rows(self.order, step_in_epoch, *self.global_batch)
         rows_of_all = [row for micro_batch in rows for part in micro_batch for row in part]
         return StepBatch(
@@ -194,9 +206,9 @@ class _Steps(Dataset[StepBatch]):
         )
 
     def _collate(self, rows: Sequence[int]) -> Batch:
-        samples, config = [self.samples[row] for row in rows], self.config
-        packing = (config.max_seq_length, config.batch_size) if config.packing else None
-        return collate(samples, self.pad_id, config.padding, config.swd_points_per_row, packing)
+        samples, data = [self.samples[row] for row in rows], self.data
+        packing = (data.max_seq_length, self.batch_size) if data.packing else None
+        return collate(samples, self.pad_id, data.padding, self.points_per_row, packing)
 
 
 def _leave_the_process_group(worker: int) -> None:

@@ -7,6 +7,7 @@ Both are kept from training. Every process answers its part of them, and all kno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -14,7 +15,7 @@ from accelerate.utils import gather_object
 from chorus.config.evaluation import EvaluationSettings
 from chorus.data.rows import HeldOutRow
 from chorus.ensemble.answers import ANSWER_MARK, final_answer
-from chorus.ensemble.calibration import calibrate, fit_weights
+from chorus.ensemble.calibration import Calibrated, calibrate, fit_weights
 from chorus.ensemble.distributions import Chunks, choice_chunks, token_chunks
 from chorus.ensemble.evaluation_rows import EvaluationRows
 from chorus.ensemble.lanes import Member
@@ -135,24 +136,9 @@ def evaluate(
         calibrated = calibrate(chunks, members, answerers)
         progress("calibrated", len(rows.calibration))
 
-        def outcomes_of(own: list[HeldOutRow], task: str, with_references: bool) -> Outcomes:
-            if rows.choices:
-                found = choice_outcomes(agents, members, calibrated, own, rows.choices, text)
-                progress(task, len(own))
-                return found
-            return text_outcomes(
-                *(agents, calibrated, own, text),
-                end_ids=rows.end_ids,
-                max_new_tokens=settings.max_new_tokens_eval,
-                prompts_at_a_time=settings.eval_batch_size,
-                with_references=with_references,
-                advance=lambda count: progress(task, count),
-            )
-
-        scored, ood = (
-            outcomes_of(rows.scored, "scored", True),
-            outcomes_of(rows.ood, "out of distribution", False),
-        )
+        asked = (agents, members, calibrated, rows, settings)
+        scored = _outcomes(*asked, rows.scored, partial(progress, "scored"), with_references=True)
+        ood = _outcomes(*asked, rows.ood, partial(progress, "out of distribution"), with_references=False)
     names = [name for answerer in answerers for name in (answerer.name, f"{answerer.name}/{CALIBRATED}")]
     of_all = dict(zip(names, _joined(scored), strict=True))
     ood_of_all = dict(zip(names, _joined(ood), strict=True))
@@ -171,6 +157,31 @@ def evaluate(
         prompts, references, of_all, {one.name for one in answerers if len(one.members) > 1}
     )
     return found
+
+
+def _outcomes(
+    agents: Agents,
+    members: Sequence[Member],
+    calibrated: Calibrated,
+    rows: EvaluationRows,
+    settings: EvaluationSettings,
+    own: list[HeldOutRow],
+    advance: Callable[[int], None],
+    with_references: bool,
+) -> Outcomes:
+    """What every answerer makes of this process's own rows: a choice, or text."""
+    if rows.choices:
+        found = choice_outcomes(agents, members, calibrated, own, rows.choices, rows.text)
+        advance(len(own))
+        return found
+    return text_outcomes(
+        *(agents, calibrated, own, rows.text),
+        end_ids=rows.end_ids,
+        max_new_tokens=settings.max_new_tokens_eval,
+        prompts_at_a_time=settings.eval_batch_size,
+        with_references=with_references,
+        advance=advance,
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from chorus.checkpoint.resume import base_fingerprint
+from chorus.checkpoint.fingerprints import base_fingerprint
 from chorus.checkpoint.state_file import read_state_file
 from chorus.checkpoint.store import MANIFEST, checkpoints, verify
 from chorus.ensemble.adapter_files import CONFIG_FILE, AdapterFile, read_adapter, read_config
@@ -24,9 +24,10 @@ from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import hidden_states
 from chorus.errors import InputError
 from chorus.model.adapters import LoraShape, lora_layers
-from chorus.model.agents import Agents, Mode, Regularisation, build_agents
+from chorus.model.agents import Agents, Mode, build_agents
 from chorus.model.base import load_model, load_skeleton, load_tokenizer
 from chorus.model.flat_adapter import Matrix
+from chorus.model.regularisation import Regularisation
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,4 @@
-"""LoRA adapters of K agents: PEFT makes them and names them; which agent answers is said aloud, never left to
-a flag.
+"""LoRA adapters of K agents: PEFT makes and names them; a pass says explicitly which agents it is for.
 
 PEFT selects an adapter by mutating every layer (`set_adapter`), which flips `requires_grad` and lets a
 recomputed activation run under whatever adapter is active by then. Here a forward pass carries an
@@ -59,40 +58,42 @@ BASE_ALONE = AdapterContext(agents=(), num_tokens=0, weights={})
 
 @dataclass
 class AdapterRouter:
-    """The turn under way, for every LoRA layer of one set of agents."""
+    """Holds the adapter context of the current pass, for every LoRA layer of one set of agents."""
 
-    turn: AdapterContext = field(default=BASE_ALONE)
+    context: AdapterContext = field(default=BASE_ALONE)
 
     @contextmanager
-    def of(self, turn: AdapterContext) -> Iterator[None]:
-        """Run a pass under `turn`; the turn before it is back afterwards, also when the pass fails."""
-        before = self.turn
-        self._take(turn)
+    def of(self, context: AdapterContext) -> Iterator[None]:
+        """The context manager of a pass under `context`. Afterwards the one before is restored, also on an
+        error.
+        """
+        before = self.context
+        self._take(context)
         try:
             yield
         finally:
             self._take(before)
 
-    def _take(self, turn: AdapterContext) -> None:
+    def _take(self, context: AdapterContext) -> None:
         # Each layer holds its own pair, and does not look it up by a name of its own: to torch.compile the
         # decoder layers are then one piece of code. Past nn.Module's slow __setattr__: recomputed layers all
         # come through here.
-        for layer in self.turn.weights:
+        for layer in self.context.weights:
             vars(layer)["active_weights"] = None
-        for layer, pair in turn.weights.items():
+        for layer, pair in context.weights.items():
             vars(layer)["active_weights"] = pair
-        self.turn = turn
+        self.context = context
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """`context_fn` for torch's checkpoint: recompute under the turn of the forward pass.
+        """`context_fn` for torch's checkpoint: recompute under the context of the forward pass.
 
-        Without it the recomputation runs under the turn at backward: wrong gradients, and no error.
+        Without it the recomputation runs under the context at backward: wrong gradients, and no error.
         """
-        return nullcontext(), self.of(self.turn)
+        return nullcontext(), self.of(self.context)
 
 
 class LoraLinear(PeftLoraLinear):
-    """PEFT's LoRA linear, whose forward takes agents, their weights and noise from the routing.
+    """PEFT's LoRA linear, whose forward takes agents, weights and noise from the current context.
 
     y = base(x) + scaling · (drop(x) Aᵀ) Bᵀ, computed in the dtype of x (Hu et al. 2021), for each agent's
     rows of x.
@@ -112,8 +113,8 @@ class LoraLinear(PeftLoraLinear):
         if self.active_weights is None:
             return self.base_layer(x, *args, **kwargs)
         A_KRI, B_KOR = self.active_weights
-        turn, base = self.router.turn, self.base_layer
-        if len(A_KRI) > 1 and x.shape[:-1].numel() != turn.num_tokens:
+        context, base = self.router.context, self.base_layer
+        if len(A_KRI) > 1 and x.shape[:-1].numel() != context.num_tokens:
             raise InputError(
                 f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts "
                 "are, so it cannot tell the agents apart; set parallel_mode to parallel or sequential"
@@ -121,9 +122,9 @@ class LoraLinear(PeftLoraLinear):
         x_KNI = x.reshape(len(A_KRI), -1, x.shape[-1])
         scaling: float = next(iter(self.scaling.values()))  # one for all agents
         dropped_KNI = x_KNI
-        if turn.noise is not None and turn.noise.dropout_p > 0:
-            rows = zip(x_KNI, turn.agents, strict=True)
-            dropped_KNI = torch.stack([turn.noise.drop(x_NI, k, self.path) for x_NI, k in rows])
+        if context.noise is not None and context.noise.dropout_p > 0:
+            rows = zip(x_KNI, context.agents, strict=True)
+            dropped_KNI = torch.stack([context.noise.drop(x_NI, k, self.path) for x_NI, k in rows])
         elif self.has_weight:
             y_KNO = lora_linear(x_KNI, self.weight_OI, cast(Tensor | None, base.bias), A_KRI, B_KOR, scaling)
             return y_KNO.view(*x.shape[:-1], -1)
@@ -277,7 +278,7 @@ def adapter_context(
     num_tokens: int,
     noise: Noise | None,
 ) -> AdapterContext:
-    """The turn of a pass of `agents` together through `layers`,
+    """The context of a pass of `agents` together through `layers`,
     with their weights as the pass is to see them."""
     matrices = layout.stacked(flat_KF)
     pairs = {layer: (matrices[path, "A"], matrices[path, "B"]) for path, layer in layers.items()}

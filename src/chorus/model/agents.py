@@ -17,7 +17,7 @@ random state changed by a forward.
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ from chorus.model.execution import PLAIN, Execution
 from chorus.model.flat_adapter import Layout, stack
 from chorus.model.kernels.cuda_graphs import CapturedPasses, Pass, Rows
 from chorus.model.kernels.decoder_layers import prepare_layers, recomputed
-from chorus.model.regularisation import Noise, draw_keep_masks
+from chorus.model.regularisation import Noise, Regularisation, draw_noise
 from chorus.model.token_nll import token_nll
 from chorus.spans import span
 
@@ -65,22 +65,6 @@ class AgentOutput(NamedTuple):
 
     nll_KBT: Tensor
     hidden_KBTD: Tensor
-
-
-@dataclass(frozen=True)
-class Regularisation:
-    """How much randomness a training pass carries."""
-
-    dropconnect_p: float
-    dropout_p: float
-    seed: int
-
-
-def draw_noise(adapters: Mapping[int, Tensor], rates: Regularisation, step: int) -> Noise:
-    """The random draws of an optimiser step, for its first micro-batch. DropConnect masks are drawn here."""
-    masked = adapters if rates.dropconnect_p > 0 else {}
-    keep = draw_keep_masks(masked, rates.dropconnect_p, rates.seed, step)
-    return Noise(rates.seed, step, 0, keep, rates.dropconnect_p, rates.dropout_p)
 
 
 DrawNoise = Callable[[Mapping[int, Tensor], Regularisation, int], Noise]
@@ -123,9 +107,8 @@ def build_agents(
             groups = [agents[first : first + size] for first in range(0, len(agents), size)]
             is_recomputed = mode == "sequential" or execution.recompute != "full"
             peft_models = [attach_agents(model, agents, shape, router, targets.paths)]
-            built = GroupedAgents(
-                agents, peft_models, router, rates, shape, run_pass, draw, groups, is_recomputed=is_recomputed
-            )
+            parts = (agents, peft_models, router, rates, shape, run_pass, draw)
+            built = GroupedAgents(*parts, groups=groups, is_recomputed=is_recomputed)
         case "parallel":
             copies = [model, *(copy_sharing_storage(model) for _ in agents[1:])]
             own_agents = zip(copies, agents, strict=True)
@@ -223,10 +206,12 @@ class Agents(nn.Module):
         self, agents: tuple[int, ...], flat_KF: Tensor | None, num_tokens: int, noise: Noise | None
     ) -> Iterator[nn.Module]:
         peft_model = self.peft_model(agents[0] if agents else self.agents[0])
-        turn = BASE_ALONE
+        context = BASE_ALONE
         if flat_KF is not None:
-            turn = adapter_context(self._layers[peft_model], self.layout, agents, flat_KF, num_tokens, noise)
-        with self.router.of(turn):
+            context = adapter_context(
+                self._layers[peft_model], self.layout, agents, flat_KF, num_tokens, noise
+            )
+        with self.router.of(context):
             yield trunk_of(causal_lm(peft_model))
 
     def head(self) -> Head:
@@ -314,23 +299,13 @@ class GroupedAgents(Agents):
     """Groups of agents through one PeftModel, each group in one pass.
 
     Args:
+        parts: the arguments of `Agents`.
         groups: the agents in order, cut into groups.
         is_recomputed: backward recomputes the activations of several groups, one group at a time.
     """
 
-    def __init__(
-        self,
-        agents: Sequence[int],
-        peft_models: list[PeftModel],
-        router: AdapterRouter,
-        rates: Regularisation,
-        shape: LoraShape,
-        run_pass: RunPass | None,
-        draw: DrawNoise,
-        groups: Sequence[tuple[int, ...]],
-        is_recomputed: bool,
-    ):
-        super().__init__(agents, peft_models, router, rates, shape, run_pass, draw)
+    def __init__(self, *parts: Any, groups: Sequence[tuple[int, ...]], is_recomputed: bool):
+        super().__init__(*parts)
         self.groups, self.is_recomputed = groups, is_recomputed
 
     def peft_model(self, agent: int) -> PeftModel:

@@ -54,3 +54,19 @@ def draw_keep_masks(
         keep_F = torch.empty_like(adapter_F, dtype=torch.bool)
         keep[agent] = keep_F.bernoulli_(1 - dropconnect_p, generator=generator)
     return keep
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """How much randomness a training pass carries."""
+
+    dropconnect_p: float
+    dropout_p: float
+    seed: int
+
+
+def draw_noise(adapters: Mapping[int, Tensor], rates: Regularisation, step: int) -> Noise:
+    """The random draws of an optimiser step, for its first micro-batch, DropConnect masks included."""
+    masked = adapters if rates.dropconnect_p > 0 else {}
+    keep = draw_keep_masks(masked, rates.dropconnect_p, rates.seed, step)
+    return Noise(rates.seed, step, 0, keep, rates.dropconnect_p, rates.dropout_p)

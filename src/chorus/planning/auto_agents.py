@@ -19,9 +19,10 @@ from chorus.config import Config, RunConfig
 from chorus.data.batches import Sample, collate
 from chorus.errors import InputError, out_of_memory
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Regularisation, build_agents, copy_sharing_storage
+from chorus.model.agents import build_agents, copy_sharing_storage
 from chorus.model.base import load_base
 from chorus.model.execution import decide_execution
+from chorus.model.regularisation import Regularisation
 from chorus.monitoring.memory import memory_limit, peak_bytes, reset_peak
 from chorus.planning.memory_forecast import GIB, Machine, forecast, longest_batch, trained_bytes
 from chorus.training.engine import DTYPES

@@ -6,36 +6,24 @@ Each check says what was found and, where it fails, what to do. Every process ta
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import cast, get_args
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from chorus.checkpoint.output_dir import refuse_taken, refuse_unshared, refuse_unusable
-from chorus.collectives import on_every_process, on_first_process, refuse_differences
+from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
 from chorus.config.execution import Mode
 from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
 from chorus.errors import InputError
 from chorus.model.adapters import lora_shape
-from chorus.model.base import (
-    check_base,
-    check_positions,
-    load_base,
-    load_skeleton,
-    load_tokenizer,
-    write_toy_like,
-)
+from chorus.model.base import load_base, write_toy_like
 from chorus.model.execution import decide_execution, with_padding
+from chorus.model.preflight import check_without_weights
 from chorus.monitoring.memory import memory_limit
 from chorus.monitoring.run_log import quiet_libraries
 from chorus.planning.auto_agents import decide_num_agents, machine_of
@@ -43,6 +31,7 @@ from chorus.planning.checks import Report, Stopped, mode_table, sample_view
 from chorus.planning.memory_check import way_out
 from chorus.planning.memory_forecast import GIB, Forecast, forecast, in_words
 from chorus.planning.run_plan import Plan, plan, sample_tokens
+from chorus.planning.shared_ground import check_processes, folder_beside_output
 from chorus.planning.trial_run import STEPS, Loop, ModeRun, Setting, disagreement, rehearse
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator
 from chorus.training.zero.deepspeed_json import deepspeed_json, deepspeed_wanted
@@ -67,7 +56,7 @@ def dry_run(config: Config, loop: Loop, report: Report) -> int:
     try:
         with report.trying(SETTINGS):
             precision = decide_precision(config.mixed_precision)
-            accelerator = make_accelerator(config)
+            accelerator = make_accelerator(config, config)
             config = with_padding(config, accelerator.device, machine_of(accelerator).base_in_shards)
             report.add(SETTINGS, True, _deepspeed_settings(config, precision, accelerator))
         _try_all(report, config, precision, accelerator, loop)
@@ -91,7 +80,7 @@ def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator
         return f"no DeepSpeed, precision {precision}"
     num_processes = accelerator.num_processes
     try:
-        deepspeed_json(config, precision, num_processes)
+        deepspeed_json(config, config, precision, num_processes)
     except InputError:
         # It may be written for more processes than this launch has.
         rows = json.loads(Path(path).read_text(encoding="utf-8")).get("train_batch_size")
@@ -99,22 +88,19 @@ def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator
         if not isinstance(rows, int) or rows % own or rows == own * num_processes:
             raise
         num_processes = rows // own
-        deepspeed_json(config, precision, num_processes)
+        deepspeed_json(config, config, precision, num_processes)
     return (
         f"no DeepSpeed, precision {precision}; {path} would do, at {num_processes} x {config.batch_size} rows"
     )
 
 
 def _try_all(report: Report, config: Config, precision: str, accelerator: Accelerator, loop: Loop) -> None:
-    with _folder_beside_output(report, config, accelerator) as folder:
+    with folder_beside_output(report, config, accelerator) as folder:
         if accelerator.num_processes > 1:
-            _check_processes(report, config, accelerator, folder)
+            check_processes(report, config, accelerator, folder)
         with report.trying("data, tokenizer and target modules"):
-            tokenizer = load_tokenizer(config.model_name)
-            check_base(config.model_name)
-            skeleton = load_skeleton(config.model_name)
-            check_positions(skeleton.config, config.max_seq_length)
-            lora_shape(config).targets(skeleton)
+            checked = (config.model_name, config.max_seq_length, lora_shape(config))
+            tokenizer, skeleton = check_without_weights(*checked)
             rows = read_rows(config, config.seed, tokenizer, accelerator)
         with report.trying("num_agents auto"):
             config, note = decide_num_agents(config, precision, accelerator)
@@ -151,56 +137,6 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             config, accelerator, base, load, samples, cast(int, tokenizer.eos_token_id), loop, folder
         )
         _check_modes(report, setting, precision, is_real=fits)
-
-
-@contextmanager
-def _folder_beside_output(report: Report, config: Config, accelerator: Accelerator) -> Iterator[Path]:
-    """A folder on the disk of `output_dir`, gone at the end. Nothing is written into `output_dir` itself."""
-    output_dir = Path(config.output_dir)
-    with report.trying("output_dir can be written"):
-        on_every_process(partial(refuse_unusable, output_dir, resumed=False))
-        on_first_process(accelerator, partial(refuse_taken, output_dir))
-        beside = next(path for path in output_dir.absolute().parents if path.exists())
-        made = on_first_process(accelerator, lambda: _make_folder(beside))
-    report.add("output_dir can be written", True, f"{config.output_dir} itself is left alone")
-    try:
-        yield made
-    finally:
-        if accelerator.is_main_process:
-            shutil.rmtree(made, ignore_errors=True)
-
-
-def _make_folder(beside: Path) -> Path:
-    try:
-        return Path(tempfile.mkdtemp(prefix=".chorus-dry-run-", dir=beside))
-    except OSError as error:
-        raise InputError(f"key 'output_dir': no folder can be made in {beside}: {error.strerror}") from error
-
-
-def _check_processes(report: Report, config: Config, accelerator: Accelerator, folder: Path) -> None:
-    count = accelerator.num_processes
-    with report.trying("processes have one configuration"):
-        own = sha256(config.model_dump_json().encode()).hexdigest()
-        refuse_differences(
-            {"the digest of the configuration": own, "torch's version": str(torch.__version__)}
-        )
-        report.add(
-            "processes have one configuration", True, f"as has the first of {count}, and one version of torch"
-        )
-    with report.trying("processes see one output_dir"):
-        on_every_process(partial(refuse_unshared, folder))
-        report.add(
-            "processes see one output_dir", True, f"{count} of {count} see what the first one makes there"
-        )
-    summed = accelerator.reduce(
-        torch.tensor([accelerator.process_index + 1.0], device=accelerator.device), "sum"
-    )
-    report.add(
-        "an all-reduce gives the right sum",
-        float(cast(torch.Tensor, summed)) == count * (count + 1) / 2,
-        f"1 + ... + {count} = {float(cast(torch.Tensor, summed)):g}",
-        "look at the network between the processes: NCCL_DEBUG=INFO tells more",
-    )
 
 
 def _check_rows(report: Report, config: RunConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chorus.model.agents import Regularisation
 from chorus.model.kernels.cuda_graphs import Pass, Rows
-from chorus.model.regularisation import Noise
+from chorus.model.regularisation import Noise, Regularisation
 
 ALLOCATION = 512  # CUDA's allocator hands out multiples of it
 

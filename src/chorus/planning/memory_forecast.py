@@ -25,11 +25,12 @@ from chorus.ensemble.decoding_batch import PROMPTS_ON_A_CPU
 from chorus.ensemble.scoring import TOKENS_PER_PASS
 from chorus.model import token_nll
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Agents, Regularisation, build_agents, masks_of
+from chorus.model.agents import Agents, build_agents, masks_of
 from chorus.model.attention import choose_attention
 from chorus.model.base import Head, load_skeleton
 from chorus.model.execution import Execution, decide_execution
 from chorus.model.quantisation import bits_of_base, spared_bytes
+from chorus.model.regularisation import Regularisation
 from chorus.planning.live_bytes import CountedPasses, LiveBytes, bytes_of, fused_attention, undrawn_noise
 from chorus.spans import listening
 from chorus.training.engine import DTYPES

@@ -19,9 +19,10 @@ from chorus.config import RunConfig
 from chorus.data.batches import Batch, Sample, collate, training_steps
 from chorus.ensemble.mixture import dirichlet_weights, mixture_log_prob, uniform_weights
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
-from chorus.model.agents import Agents, Regularisation, build_agents, causal_lm, copy_sharing_storage
+from chorus.model.agents import Agents, build_agents, causal_lm, copy_sharing_storage
 from chorus.model.base import base_tensors
 from chorus.model.execution import Execution, decide_execution
+from chorus.model.regularisation import Regularisation
 from chorus.monitoring.memory import peak_bytes, reset_peak
 from chorus.monitoring.run_log import RunLog
 from chorus.planning.live_bytes import bytes_of
@@ -135,6 +136,16 @@ class _NoCheckpointer(Checkpointer):
         """Only the run's own mode is saved."""
 
 
+def trial_config(config: RunConfig, mode: str, folder: Path) -> RunConfig:
+    """The configuration of `STEPS` optimiser steps in `mode`, each of them logged."""
+    steps = {"max_train_steps": STEPS, "logging_steps": 1, "save_steps": 0, "max_skipped_steps": 0}
+    # Warm-up would give the first step a learning rate of 0, and all agents would still be the base after it.
+    schedule = {"num_warmup_steps_ratio": 0.0, "shuffle": False, "num_workers": 0}
+    unprofiled = {"profile_steps": 0, "profile_trace": False}
+    place = {"parallel_mode": mode, "output_dir": str(folder)}
+    return config.model_copy(update={**steps, **schedule, **unprofiled, **place})
+
+
 def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     """Take `STEPS` optimiser steps in `mode` by train.py's own loop. A collective call.
 
@@ -144,21 +155,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     Raises:
         InputError, RunError: as the run itself would.
     """
-    config = setting.config.model_copy(
-        update={
-            **{
-                "parallel_mode": mode,
-                "max_train_steps": STEPS,
-                "logging_steps": 1,
-                "save_steps": 0,
-                "shuffle": False,
-            },
-            # Without warm-up, which would make the first step one of lr 0, after which all agents are still
-            # the base.
-            **{"num_workers": 0, "output_dir": str(setting.folder), "num_warmup_steps_ratio": 0.0},
-            **{"profile_steps": 0, "profile_trace": False, "max_skipped_steps": 0},
-        }
-    )
+    config = trial_config(setting.config, mode, setting.folder)
     accelerator, device = setting.accelerator, setting.accelerator.device
     base = setting.base or setting.load_base()
     reset_peak(device)
@@ -175,6 +172,8 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     steps = training_steps(
         setting.samples,
         config,
+        config,
+        points_per_row=config.swd_points_per_row,
         pad_id=setting.pad_id,
         process_index=engine.process_index,
         num_processes=engine.num_processes,

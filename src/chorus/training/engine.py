@@ -31,7 +31,7 @@ from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from chorus.collectives import described, limit_waiting, refuse_differences
-from chorus.config import Config
+from chorus.config.engine import EngineSettings
 from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
 from chorus.model.adapters import TensorId
@@ -65,16 +65,16 @@ def decide_precision(mixed_precision: str) -> str:
     return mixed_precision
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(engine: EngineSettings, training: TrainingSettings) -> Accelerator:
     """The Accelerator of this run, plain or DeepSpeed. The launcher, DeepSpeed's JSON and configs.yaml must
     agree.
 
     Raises:
         InputError: they contradict each other.
     """
-    check_launcher(config)
-    with_deepspeed = deepspeed_wanted(config)
-    precision = decide_precision(config.mixed_precision)
+    check_launcher(engine, training)
+    with_deepspeed = deepspeed_wanted(engine)
+    precision = decide_precision(engine.mixed_precision)
     on_gpu = torch.cuda.is_available()
     handlers: list[Any] = [
         AutocastKwargs(enabled=False),  # every dtype in the forward is explicit; autocast would add casts
@@ -83,7 +83,7 @@ def make_accelerator(config: Config) -> Accelerator:
     # Unnamed, Accelerate sees one process where DeepSpeed sees several on CPUs. None leaves it to Accelerate.
     backend = "gloo" if with_deepspeed and not on_gpu else None
     handlers.append(
-        InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.collective_timeout_s))
+        InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=engine.collective_timeout_s))
     )
     plugin = None
     if with_deepspeed:
@@ -91,7 +91,7 @@ def make_accelerator(config: Config) -> Accelerator:
         _single_process_rendezvous()
         num_processes = int(os.environ["WORLD_SIZE"])
         plugin = DeepSpeedPlugin(
-            hf_ds_config=deepspeed_json(config, precision, num_processes), zero3_init_flag=False
+            hf_ds_config=deepspeed_json(engine, training, precision, num_processes), zero3_init_flag=False
         )
     accelerator = Accelerator(
         cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
@@ -100,18 +100,18 @@ def make_accelerator(config: Config) -> Accelerator:
         deepspeed_plugin=plugin,
         # A plugin, because an integer would give way to the launcher's environment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         kwargs_handlers=handlers,
     )
     if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
         started = accelerator.distributed_type.value
         raise InputError(
-            f"key 'use_deepspeed' is {config.use_deepspeed}: DeepSpeed is asked for and not active: "
+            f"key 'use_deepspeed' is {engine.use_deepspeed}: DeepSpeed is asked for and not active: "
             f"Accelerate started {started} in its place; launch without --cpu and ACCELERATE_USE_CPU, or "
             "set use_deepspeed to false"
         )
-    limit_waiting(config.collective_timeout_s)
+    limit_waiting(engine.collective_timeout_s)
     unset_hf_deepspeed_config()  # under stage 3 transformers would shard the base before it is checked
     return accelerator
 

@@ -36,7 +36,7 @@ def settled(
         file.write_text(content if isinstance(content, str) else json.dumps(content))
     keys = {"batch_size": 3, "gradient_accumulation_steps": 4, "max_grad_norm": 0.7, **keys}
     config = Config(deepspeed_config_file=None if file is None else str(file), **keys)
-    return deepspeed_json(config, precision, num_processes, environment or {})
+    return deepspeed_json(config, config, precision, num_processes, environment or {})
 
 
 def refusal(*arguments: Any, **keys: Any) -> str:
@@ -116,7 +116,8 @@ def test_null_uses_the_built_in_settings_and_never_changes_them():
 )
 def test_the_files_of_the_repository_are_accepted_with_the_configuration_of_the_repository(name: str):
     path = REPOSITORY / f"{name}.json"
-    result = deepspeed_json(Config(deepspeed_config_file=str(path)), "bf16", 4, {})
+    config = Config(deepspeed_config_file=str(path))
+    result = deepspeed_json(config, config, "bf16", 4, {})
     assert result["zero_optimization"] == json.loads(path.read_text())["zero_optimization"]
     result["zero_optimization"].pop(
         "stage3_param_persistence_threshold", None
@@ -325,8 +326,9 @@ def test_a_launcher_that_contradicts_the_configuration_is_refused(
     variable: str, theirs: str, key: str, ours: Any
 ):
     words = rf"^key '{key}' is {ours}, but the launcher (says|clips at) {theirs}; .*drop .*\Z"
+    config = Config(**{key: ours})
     with pytest.raises(InputError, match=words):
-        check_launcher(Config(**{key: ours}), {variable: theirs})
+        check_launcher(config, config, {variable: theirs})
 
 
 @pytest.mark.parametrize(
@@ -341,9 +343,8 @@ def test_a_launcher_that_contradicts_the_configuration_is_refused(
     ],
 )
 def test_a_launcher_that_agrees_or_says_nothing_is_accepted(environment: dict[str, str]):
-    check_launcher(
-        Config(mixed_precision="bf16", gradient_accumulation_steps=4, max_grad_norm=0.5), environment
-    )
+    config = Config(mixed_precision="bf16", gradient_accumulation_steps=4, max_grad_norm=0.5)
+    check_launcher(config, config, environment)
 
 
 def test_launcher_and_configuration_must_name_the_same_file(file: Path, tmp_path: Path):

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from chorus.config import Config
+from chorus.config.engine import EngineSettings
+from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
 
 KNOWN_KEYS = {
@@ -61,19 +62,19 @@ BUILT_IN: dict[str, Any] = {
 }
 
 
-def deepspeed_wanted(config: Config, environment: Mapping[str, str] = os.environ) -> bool:
+def deepspeed_wanted(settings: EngineSettings, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this run is under DeepSpeed: as the launcher says, or as `use_deepspeed` insists.
 
     Raises:
         InputError: the launcher asks for DeepSpeed and `use_deepspeed` is false.
     """
     launcher = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if launcher and config.use_deepspeed is False:
+    if launcher and settings.use_deepspeed is False:
         raise InputError(
             "key 'use_deepspeed' is false, but the launcher starts DeepSpeed; set it to auto or "
             "launch without"
         )
-    return launcher or config.use_deepspeed is True
+    return launcher or settings.use_deepspeed is True
 
 
 def look_up_no_operators() -> None:
@@ -88,7 +89,9 @@ def look_up_no_operators() -> None:
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
 
 
-def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) -> None:
+def check_launcher(
+    engine: EngineSettings, training: TrainingSettings, environment: Mapping[str, str] = os.environ
+) -> None:
     """Refuse what the launcher says otherwise than configs.yaml. Accelerate would let one of the two win in
     silence.
 
@@ -96,27 +99,31 @@ def check_launcher(config: Config, environment: Mapping[str, str] = os.environ) 
         InputError: names the key, both values and the remedy.
     """
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", config.mixed_precision):  # the launcher says "no" also when it was not asked
+    if precision not in ("no", engine.mixed_precision):  # the launcher says "no" also when it was not asked
         raise InputError(
-            f"key 'mixed_precision' is {config.mixed_precision}, but the launcher says {precision}; "
+            f"key 'mixed_precision' is {engine.mixed_precision}, but the launcher says {precision}; "
             "leave it to configs.yaml and drop --mixed_precision from the launch"
         )
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", "auto", str(config.gradient_accumulation_steps)):
+    if accumulation not in ("1", "auto", str(training.gradient_accumulation_steps)):
         raise InputError(
-            f"key 'gradient_accumulation_steps' is {config.gradient_accumulation_steps}, but the launcher "
+            f"key 'gradient_accumulation_steps' is {training.gradient_accumulation_steps}, but the launcher "
             f"says {accumulation}; leave it to configs.yaml and drop it from the launch"
         )
     clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-    if clipping not in ("none", "auto") and float(clipping) != config.max_grad_norm:
+    if clipping not in ("none", "auto") and float(clipping) != training.max_grad_norm:
         raise InputError(
-            f"key 'max_grad_norm' is {config.max_grad_norm}, but the launcher clips at {clipping}; "
+            f"key 'max_grad_norm' is {training.max_grad_norm}, but the launcher clips at {clipping}; "
             "leave it to configs.yaml and drop it from the launch"
         )
 
 
 def deepspeed_json(
-    config: Config, precision: str, num_processes: int, environment: Mapping[str, str] = os.environ
+    engine: EngineSettings,
+    training: TrainingSettings,
+    precision: str,
+    num_processes: int,
+    environment: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """The complete DeepSpeed configuration of this run.
 
@@ -128,7 +135,7 @@ def deepspeed_json(
         InputError: an unreadable file, an unknown key, or a value that is not supported or contradicts
         configs.yaml.
     """
-    path = _json_path(config, environment)
+    path = _json_path(engine.deepspeed_config_file, environment)
     settings = copy.deepcopy(BUILT_IN) if path is None else _read(path)
     path = path or "the launcher"
     for key in settings:
@@ -144,13 +151,13 @@ def deepspeed_json(
     if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2, 3):  # true is not 1
         raise InputError(f"{path}: key 'zero_optimization.stage' is {stage}; give 1, 2 or 3")
     _check_zero(zero, path, environment)
-    step_rows = config.batch_size * config.gradient_accumulation_steps * num_processes
-    _settle(settings, "train_micro_batch_size_per_gpu", config.batch_size, path, "batch_size")
-    _settle(settings, "gradient_accumulation_steps", config.gradient_accumulation_steps, path)
+    step_rows = training.batch_size * training.gradient_accumulation_steps * num_processes
+    _settle(settings, "train_micro_batch_size_per_gpu", training.batch_size, path, "batch_size")
+    _settle(settings, "gradient_accumulation_steps", training.gradient_accumulation_steps, path)
     _settle(
         settings, "train_batch_size", step_rows, path, "batch_size x gradient_accumulation_steps x processes"
     )
-    _settle(settings, "gradient_clipping", config.max_grad_norm, path, "max_grad_norm")
+    _settle(settings, "gradient_clipping", training.max_grad_norm, path, "max_grad_norm")
     # Where its state is on the CPU, DeepSpeed would have an AdamW of its own, which rounds otherwise.
     _settle(settings, "zero_force_ds_cpu_optimizer", False, path, "the optimizer is torch's AdamW")
     for name in ("bf16", "fp16"):
@@ -197,10 +204,10 @@ def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str])
             )
 
 
-def _json_path(config: Config, environment: Mapping[str, str]) -> str | None:
+def _json_path(ours: str | None, environment: Mapping[str, str]) -> str | None:
     """The one JSON of the run: the launcher's and the configuration's
     must be the same file. None: the built-in one."""
-    ours, launchers = config.deepspeed_config_file, environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    launchers = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if launchers and ours and Path(launchers).resolve() != Path(ours).resolve():
         raise InputError(
             f"key 'deepspeed_config_file' is {ours}, but the launcher uses {launchers}; name the same file "

@@ -1,12 +1,11 @@
-"""Take over the adapters of the layout that came before: `agent0_weights.pth`, ... and
-`ci_llm_meta_config.json`.
+"""Import adapters of the older layout: `agent0_weights.pth`, ... and `ci_llm_meta_config.json`.
 
     python -m chorus.checkpoint import OLD NEW [model_name=BASE]
 
-OLD holds what `torch.save` made of each agent's adapter, in PEFT's names, and the numbers they share. NEW
-becomes a folder as a run leaves it: `agents/agent_k/` for any PEFT tool, `ensemble.json` and `config.yaml`.
-Nothing is believed: a file is read without running code from it, and every tensor must be one that PEFT makes
-for this base, rank and targets.
+OLD holds each agent's adapter as `torch.save` wrote it, under PEFT's names, and one JSON file of settings.
+NEW becomes a folder like that of a run: `agents/agent_k/` for any PEFT tool, `ensemble.json` and
+`config.yaml`. No code from a file is run, and every tensor must have a name and shape that PEFT makes for
+this base, rank and targets.
 """
 
 import json
@@ -29,15 +28,12 @@ from chorus.model.adapters import TensorId, lora_shape
 from chorus.model.base import load_skeleton
 
 META = "ci_llm_meta_config.json"
-KEYS = {  # of its own, and ours
+KEYS = {  # the older layout's name of a key, and ours
     **{"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     **{"target_modules": "lora_target_modules", "K_agents": "num_agents"},
     **{"parallel_mode": "parallel_mode", "model_name": "model_name"},
 }
-ALWAYS = {
-    "bias": "none",
-    "task_type": "CAUSAL_LM",
-}  # what else it may say, and the only value that it may have
+FIXED = {"bias": "none", "task_type": "CAUSAL_LM"}  # further keys, and the only value each may have
 NOT_CARRIED_OVER = ["optimizer moments", "step and position in the data", "how the run was trained"]
 TENSOR = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<adapter>\w+))?\.weight"
@@ -45,19 +41,20 @@ TENSOR = re.compile(
 
 
 def import_older(old: Path, new: Path, model_name: str | None = None) -> list[str]:
-    """Write the adapters of folder `old` to `new`, which must not be there yet, or be empty; remarks on what
-    was found.
+    """Write the adapters of folder `old` to `new`, which must be absent or empty.
 
     Args:
-        model_name: the base, of which the configuration is read. None where `ci_llm_meta_config.json` names
-        it.
+        model_name: the base; only its configuration is read. None: `ci_llm_meta_config.json` names it.
+
+    Returns:
+        Remarks for the user, such as an agent that was never trained.
 
     Raises:
-        InputError: something is missing, is not what it should be, or would run code.
-        RunError: the disk is full. In either case `new` is as it was.
+        InputError: a file is missing, damaged, does not fit the base, or would run code.
+        RunError: the disk is full. `new` is unchanged in either case.
     """
     if new.exists() and (not new.is_dir() or any(new.iterdir())):
-        raise InputError(f"{new}: is there already; name a folder that is not, or an empty one")
+        raise InputError(f"{new}: exists and is not empty; name a new folder")
     config = _read_meta(old, model_name)
     shapes = _expected(config)
     unknown = {file.name for file in old.glob("agent*_weights.pth")} - {
@@ -65,7 +62,7 @@ def import_older(old: Path, new: Path, model_name: str | None = None) -> list[st
     }
     if unknown:
         raise InputError(
-            f"{old / min(unknown)}: {META} speaks of {config.num_agents} agents (K_agents); correct it"
+            f"{old / min(unknown)}: {META} says {config.num_agents} agents (K_agents); correct one of them"
         )
     tensors: dict[TensorId, Tensor] = {}
     for agent in range(config.num_agents):
@@ -95,16 +92,14 @@ def _read_meta(old: Path, model_name: str | None) -> RunConfig:
             f"{file}: cannot be read ({error.strerror}); name the folder that holds it"
         ) from error
     except ValueError as error:
-        raise InputError(f"{file}: is no JSON: {error}") from error
+        raise InputError(f"{file}: is not valid JSON: {error}") from error
     if not isinstance(meta, dict):
-        raise InputError(f"{file}: is no JSON object, but {json.dumps(meta)[:80]}")
+        raise InputError(f"{file}: holds {json.dumps(meta)[:80]}; give a JSON object")
     for key, value in meta.items():
-        if key not in KEYS.keys() | ALWAYS.keys():
-            raise InputError(
-                f"{file}: key {key!r} is not known; the layout has {', '.join((*KEYS, *ALWAYS))}"
-            )
-        if key in ALWAYS and value != ALWAYS[key]:
-            raise InputError(f"{file}: key {key!r} is {value!r}, and Chorus knows {ALWAYS[key]!r} only")
+        if key not in KEYS.keys() | FIXED.keys():
+            raise InputError(f"{file}: key {key!r} is not known; the layout has {', '.join((*KEYS, *FIXED))}")
+        if key in FIXED and value != FIXED[key]:
+            raise InputError(f"{file}: key {key!r} is {value!r}; only {FIXED[key]!r} can be imported")
     for key in ("r", "lora_alpha", "target_modules", "K_agents"):
         if key not in meta:
             raise InputError(f"{file}: key {key!r} is missing; add it, as it was in training")
@@ -112,7 +107,7 @@ def _read_meta(old: Path, model_name: str | None) -> RunConfig:
     if model_name is not None:
         ours["model_name"] = model_name
     if "model_name" not in ours:
-        raise InputError(f"{file}: says nothing of the base; add model_name=BASE to the command")
+        raise InputError(f"{file}: does not name the base; add model_name=BASE to the command")
     try:
         return RunConfig(**{"lambda_sw": 0.0, **ours})
     except ValidationError as error:
@@ -142,7 +137,7 @@ def _read_agent(
     for name, tensor in _unpickle(file).items():
         match = TENSOR.fullmatch(name) if isinstance(name, str) else None
         if match is None or match["adapter"] not in (None, "default", f"agent{agent}", f"agent_{agent}"):
-            raise InputError(f"{file}: {str(name)[:200]!r} is no LoRA tensor of agent {agent}; remove it")
+            raise InputError(f"{file}: {str(name)[:200]!r} is not a LoRA tensor of agent {agent}; remove it")
         identity = TensorId(agent, _path(match), "A" if match["matrix"] == "A" else "B")
         wanted = shapes.get(identity[1:])
         if wanted is None:
@@ -151,14 +146,14 @@ def _read_agent(
             )
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{file}: {name}: is {what}, and no tensor of floating-point numbers")
+            raise InputError(f"{file}: {name}: is {what}; a floating-point tensor is needed")
         if tuple(tensor.shape) != wanted:
             raise InputError(
-                f"{file}: {name}: has shape {tuple(tensor.shape)}, and this base and rank want {wanted}; "
+                f"{file}: {name}: has shape {tuple(tensor.shape)}; this base and rank need {wanted}; "
                 f"correct model_name, or r in {META}"
             )
         if identity in tensors:
-            raise InputError(f"{file}: {name}: is in it twice, under two names; remove one")
+            raise InputError(f"{file}: {name}: stands in the file twice, under two names; remove one")
         tensors[identity] = tensor.detach().float().contiguous()
         if not bool(torch.isfinite(tensors[identity]).all()):
             raise InputError(f"{file}: {name}: holds a NaN or an infinity; take an earlier save")
@@ -171,21 +166,20 @@ def _read_agent(
 
 
 def _unpickle(file: Path) -> dict[Any, Any]:
-    """What `torch.save` wrote, unless it is more than tensors and
-    plain containers: then nothing of it is run."""
+    """The state dict in a file of `torch.save`. A file of more than tensors and plain containers is refused,
+    and no code of it is run.
+    """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(
-            f"{file}: cannot be read ({error.strerror}); {META} speaks of it (K_agents)"
+            f"{file}: cannot be read ({error.strerror}); {META} asks for it (K_agents)"
         ) from error
-    except Exception as error:  # whatever a foreign file does to its reader
+    except Exception as error:  # a damaged file raises errors of many types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-        raise InputError(
-            f"{file}: holds more or less than saved tensors, and was not loaded ({reason})"
-        ) from error
+        raise InputError(f"{file}: does not hold plain tensors and was not loaded ({reason})") from error
     if not isinstance(state, dict):
-        raise InputError(f"{file}: holds a {type(state).__name__} where a state dict was expected")
+        raise InputError(f"{file}: holds a {type(state).__name__}; a state dict was expected")
     return state
 
 

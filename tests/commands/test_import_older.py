@@ -1,4 +1,6 @@
-"""The layout that came before, made here as its writer made it: PEFT's state dicts, saved by torch."""
+"""The import of the older layout, whose files are made here as its writer made them: PEFT state dicts, saved
+by torch.
+"""
 
 import json
 import os
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from chorus.checkpoint.legacy_import import META, import_older
+from chorus.commands.import_older import META, import_older
 from chorus.config import load_config
 from chorus.errors import InputError
 
@@ -157,14 +159,14 @@ def cut(old: Path) -> None:
 IN_AGENT_1 = "agent1_weights.pth: "
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no meta": (lambda old: (old / META).unlink(), f"{META}: cannot be read (No such file"),
-    "meta is no JSON": (lambda old: (old / META).write_text("{"), f"{META}: is no JSON"),
-    "meta is a list": (lambda old: (old / META).write_text("[1]"), f"{META}: is no JSON object, but [1]"),
+    "meta is not valid JSON": (lambda old: (old / META).write_text("{"), f"{META}: is not valid JSON"),
+    "meta is a list": (lambda old: (old / META).write_text("[1]"), f"{META}: holds [1]; give a JSON object"),
     "meta without rank": (meta(r="absent"), f"{META}: key 'r' is missing"),
     "rank is a word": (meta(r="3"), f"{META}: key 'r' is '3'; "),
     "rank is true": (meta(r=True), f"{META}: key 'r' is True; "),
     "another kind of LoRA": (meta(use_dora=True), f"{META}: key 'use_dora' is not known"),
     "biases": (meta(bias="all"), f"{META}: key 'bias' is 'all'"),
-    "another rank": (meta(r=4), "has shape (3, 160), and this base and rank want (4, 160); correct"),
+    "another rank": (meta(r=4), "has shape (3, 160); this base and rank need (4, 160); correct"),
     "another target": (
         meta(target_modules=["q_proj"]),
         "down_proj.lora_A.weight: the base has no such target",
@@ -172,22 +174,22 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one target more": (meta(target_modules=[*TARGETS, "k_proj"]), "k_proj.lora_A.weight is missing"),
     "no such target": (meta(target_modules=["q_projj"]), "'q_projj' cannot carry an adapter"),
     "one agent more": (meta(K_agents=3), "agent2_weights.pth: cannot be read (No such file"),
-    "one agent less": (meta(K_agents=1), "agent1_weights.pth: ci_llm_meta_config.json speaks of 1 agents"),
+    "one agent less": (meta(K_agents=1), "agent1_weights.pth: ci_llm_meta_config.json says 1 agents"),
     "no agents": (meta(K_agents=0), f"{META}: key 'K_agents' is 0; "),
     "a tensor less": (edited(lambda state: state.pop(A_TENSOR)), f"{IN_AGENT_1}{A_TENSOR} is missing"),
     "a tensor of the base": (
         edited(lambda state: state.update({"base_model.model.lm_head.weight": torch.zeros(2)})),
-        f"{IN_AGENT_1}'base_model.model.lm_head.weight' is no LoRA tensor of agent 1",
+        f"{IN_AGENT_1}'base_model.model.lm_head.weight' is not a LoRA tensor of agent 1",
     ),
     "another agent's tensor": (
         edited(
             lambda state: state.update({A_TENSOR.replace(".weight", ".agent0.weight"): state.pop(A_TENSOR)})
         ),
-        ".lora_B.agent0.weight' is no LoRA tensor of agent 1",
+        ".lora_B.agent0.weight' is not a LoRA tensor of agent 1",
     ),
     "a tensor twice": (
         edited(lambda state: state.update({A_TENSOR.replace(".weight", ".default.weight"): state[A_TENSOR]})),
-        "is in it twice",
+        "stands in the file twice",
     ),
     "transposed": (
         edited(lambda state: state.update({A_TENSOR: state[A_TENSOR].T})),
@@ -197,11 +199,14 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tensor": (edited(lambda state: state.update({A_TENSOR: 1.0})), "is float"),
     "a NaN": (edited(lambda state: state[A_TENSOR].fill_(torch.nan)), f"{A_TENSOR}: holds a NaN"),
     "a list": (lambda old: torch.save([1], old / "agent1_weights.pth"), f"{IN_AGENT_1}holds a list"),
-    "cut short": (cut, f"{IN_AGENT_1}holds more or less than saved tensors"),
-    "empty": (lambda old: (old / "agent1_weights.pth").write_bytes(b""), f"{IN_AGENT_1}holds more or less"),
+    "cut short": (cut, f"{IN_AGENT_1}does not hold plain tensors"),
+    "empty": (
+        lambda old: (old / "agent1_weights.pth").write_bytes(b""),
+        f"{IN_AGENT_1}does not hold plain tensors",
+    ),
     "a whole model": (
         lambda old: torch.save(torch.nn.Linear(1, 1), old / "agent1_weights.pth"),
-        f"{IN_AGENT_1}holds more or less than saved tensors",
+        f"{IN_AGENT_1}does not hold plain tensors",
     ),
 }
 
@@ -222,9 +227,9 @@ def test_what_is_not_whole_and_of_this_base_is_refused_in_one_line_and_nothing_i
 
 def test_a_folder_that_is_not_empty_and_a_base_that_nobody_names_are_refused(tmp_path: Path, before):
     old = write_older(tmp_path / "old", before[0])
-    with pytest.raises(InputError, match=f"^{old}: is there already"):
+    with pytest.raises(InputError, match=f"^{old}: exists and is not empty"):
         import_older(old, old, BASE)
-    with pytest.raises(InputError, match="says nothing of the base; add model_name=BASE"):
+    with pytest.raises(InputError, match="does not name the base; add model_name=BASE"):
         import_older(old, tmp_path / "new")
     with pytest.raises(InputError, match=r"folder \./nowhere does not exist"):
         import_older(old, tmp_path / "new", "./nowhere")
@@ -243,7 +248,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(zipped: bool, tmp
     old, marker = write_older(tmp_path / "old", before[0]), tmp_path / "marker"
     state = before[0][1] | {A_TENSOR: Bomb(marker)}
     torch.save(state, old / "agent1_weights.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"agent1_weights\.pth: holds more or less than saved tensors"):
+    with pytest.raises(InputError, match=r"agent1_weights\.pth: does not hold plain tensors"):
         import_older(old, tmp_path / "new", BASE)
     assert not marker.exists()
     torch.load(old / "agent1_weights.pth", weights_only=False)

@@ -1,0 +1,75 @@
+"""The same run, whatever carries it: mode, engine, number of processes, accumulation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from folders import adapters
+from launching import PLAIN, ddp, zero2
+from preloaded import train
+
+pytestmark = pytest.mark.launch
+SMALL = ("num_agents=3", "eval_samples=0", "logging_steps=1", "debug_subset_size=200")
+
+
+def assert_same_run(
+    one: Path, other: Path, rows: list[dict], other_rows: list[dict], tolerance: float
+) -> None:
+    assert [row["step"] for row in rows] == [row["step"] for row in other_rows]
+    for row, other_row in zip(rows, other_rows, strict=True):
+        for key in ("loss", "lr", "grad_norm"):
+            assert row[key] == pytest.approx(other_row[key], rel=tolerance), (key, row, other_row)
+        assert row["task_loss_per_agent"] == pytest.approx(other_row["task_loss_per_agent"], rel=tolerance)
+        assert (row["swd"] or 0) == pytest.approx(other_row["swd"] or 0, rel=100 * tolerance, abs=1e-6)
+    weights, other_weights = adapters(one), adapters(other)
+    assert weights.keys() == other_weights.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, other_weights[name], rtol=0, atol=2e-4), name
+
+
+COUPLED = (*SMALL, "max_train_steps=6", "lambda_sw=0.2", "dropconnect_p=0.1", "gradient_accumulation_steps=2")
+
+
+@pytest.fixture(scope="module")
+def coupled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """One process, 8 rows a micro-batch, two micro-batches, lambda > 0, DropConnect."""
+    folder = tmp_path_factory.mktemp("coupled")
+    return folder, train(PLAIN, folder, *COUPLED, "batch_size=8", "parallel_mode=parallel")
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        (PLAIN, ("batch_size=8", "parallel_mode=sequential")),
+        (PLAIN, ("batch_size=8", "use_deepspeed=true", "use_gradient_checkpointing=true")),
+        (ddp(2), ("batch_size=4", "parallel_mode=parallel")),
+        (zero2(2), ("batch_size=4", "parallel_mode=fused")),
+        (zero2(2), ("batch_size=4", "parallel_mode=sequential", "num_workers=1")),
+    ],
+    ids=[
+        "sequential",
+        "zero2-programmatic-checkpointing",
+        "ddp-2",
+        "zero2-2-fused",
+        "zero2-2-sequential-workers",
+    ],
+)
+def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
+    coupled_run: tuple[Path, list[dict]], tmp_path: Path, command: list[str], settings: tuple[str, ...]
+):
+    folder, rows = coupled_run
+    other_rows = train(command, tmp_path, *COUPLED, *settings)
+    assert_same_run(folder, tmp_path, rows, other_rows, tolerance=2e-5)
+    if "--config_file" in command:
+        assert "DeepSpeed ZeRO-2 is active" in (tmp_path / "train.log").read_text()
+
+
+def test_one_process_accumulating_four_equals_four_processes_and_two_of_two(tmp_path: Path):
+    settings = (*SMALL, "max_train_steps=4", "lambda_sw=0", "batch_size=3", "max_grad_norm=0.5")
+    runs = {
+        "1x4": train(PLAIN, tmp_path / "1x4", *settings, "gradient_accumulation_steps=4"),
+        "2x2": train(zero2(2), tmp_path / "2x2", *settings, "gradient_accumulation_steps=2"),
+        "4x1": train(ddp(4), tmp_path / "4x1", *settings, "gradient_accumulation_steps=1"),
+    }
+    for name in ("2x2", "4x1"):
+        assert_same_run(tmp_path / "1x4", tmp_path / name, runs["1x4"], runs[name], tolerance=2e-5)
