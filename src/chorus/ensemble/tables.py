@@ -15,7 +15,7 @@ def evaluation_table(found: Evaluation) -> Table:
         return Table("no held-out problems, nothing scored")
     nll = "cls/NLL" if found.is_choice else "token/NLL"
     columns = [
-        ("accuracy" if found.is_choice else "right", lambda plain, fitted: _percent(plain["cls/Acc"])),
+        ("right", lambda plain, fitted: _percent(plain["cls/Acc"])),
         ("NLL", lambda plain, fitted: f"{plain[nll]:.4f}"),
     ]
     if found.num_calibration:
