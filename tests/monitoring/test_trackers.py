@@ -59,3 +59,75 @@ def test_a_tracker_that_does_not_start_is_the_users_to_mend_in_one_line(tmp_path
     ) as error:
         Trackers([NotLoggedIn()], tmp_path, {})
     assert "\n" not in str(error.value)
+
+
+class Remembering(GeneralTracker):
+    """A tracker of the user's own."""
+
+    requires_logging_directory = False
+
+    def __init__(self, name: str, fails: Exception | None = None):
+        self.name, self.fails = name, fails  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.rows: list[dict[str, float]] = []
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict) -> None:
+        pass
+
+    def log(self, values: dict, step: int | None, **kwargs: object) -> None:
+        if self.fails is not None:
+            raise self.fails
+        self.rows.append(values)
+
+
+def test_a_tracker_that_fails_is_left_out_with_a_warning_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    PartialState()
+    lost, kept = Remembering("wandb", RuntimeError("no answer\nfrom the server")), Remembering("other")
+    trackers = Trackers([lost, kept], tmp_path, {})
+    for step in (1, 2):
+        trackers.log({"loss": 2.0}, step)
+    trackers.close()
+    assert kept.rows == [{"loss": 2.0}] * 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "wandb failed and gets no more numbers: no answer from the server"
+
+
+def test_a_full_disk_under_a_tracker_ends_the_run(tmp_path: Path):
+    PartialState()
+    trackers = Trackers([Remembering("tensorboard", OSError(28, "No space left"))], tmp_path, {})
+    with pytest.raises(OSError, match="No space left"):
+        trackers.log({"loss": 2.0}, 1)
+
+
+def test_mlflow_gets_names_that_it_takes(tmp_path: Path):
+    PartialState()
+    mlflow, other = Remembering("mlflow"), Remembering("wandb")
+    trackers = Trackers([mlflow, other], tmp_path, {})
+    trackers.log({"eval/base/sc/Risk@80Cov/max_p": 0.5}, 1)
+    assert mlflow.rows == [{"eval/base/sc/Risk_80Cov/max_p": 0.5}]
+    assert other.rows == [{"eval/base/sc/Risk@80Cov/max_p": 0.5}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_a_real_tracker_takes_every_name_without_a_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    for key, value in {
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }.items():
+        monkeypatch.setenv(key, value)
+    pytest.importorskip(name)  # trackio reads its folder while it is imported
+    PartialState()
+    trackers = Trackers([name], tmp_path, {"lr": 0.5, "mode": "x"})
+    trackers.log({"loss": 2.0, "eval/mixture/sc/Risk@80Cov/max_p": 0.5}, 1)
+    trackers.close()
+    assert not caplog.records
+    assert any(tmp_path.iterdir())

@@ -1,7 +1,10 @@
 """Experiment trackers, as Accelerate has them: TensorBoard,
 Weights & Biases and others. The first process alone."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +13,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from chorus.config.output import TrackerName
 from chorus.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 PROJECT = "chorus"
+REFUSED_BY_MLFLOW = re.compile(r"[^\w\-. :/]")  # such as the @ of Risk@80Cov
 Plain = bool | int | float | str
 
 
@@ -53,25 +59,49 @@ class Trackers:
                 tracker.start()
                 tracker.store_init_configuration(dict(settings))
             except Exception as error:  # each library has its own errors, and the other processes are waiting
-                line = " ".join(str(error).split())
+                line = " ".join(str(error).split()).rstrip(".")
                 raise InputError(
                     f"key 'report_to': {name} does not start: {line}; or leave it out"
                 ) from error
             self._trackers.append(tracker)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log(dict(numbers), step=step)
+        """Hand numbers to every tracker. One that fails is left out from here on, with a warning: a server
+        that does not answer must not end a run. A full disk does, as it does under the run's own files.
+
+        Raises:
+            OSError: a tracker could not write its file.
+        """
+        for tracker in list(self._trackers):
+            names = {_name(tracker, name): value for name, value in numbers.items()}
+            self._attempt(tracker, lambda tracker=tracker, names=names: tracker.log(names, step=step))
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        for tracker in list(self._trackers):
+            self._attempt(tracker, tracker.finish)
+
+    def _attempt(self, tracker: GeneralTracker, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError:
+            raise
+        except Exception as error:  # each library has its own errors
+            self._trackers.remove(tracker)
+            logger.warning(
+                "%s failed and gets no more numbers: %s", tracker.name, " ".join(str(error).split())
+            )
 
     def abandon(self) -> None:
         """Drop the trackers without their last words: they would hide the error that ends the run."""
         self._trackers.clear()
 
 
+def _name(tracker: GeneralTracker, name: str) -> str:
+    return REFUSED_BY_MLFLOW.sub("_", name) if tracker.name == "mlflow" else name
+
+
 def _tracker(name: str, output_dir: Path) -> GeneralTracker:
     kind = LOGGER_TYPE_TO_CLASS[name]
+    if name == "wandb" and "WANDB_DIR" not in os.environ:  # its own choice is the working directory
+        return kind(PROJECT, dir=str(output_dir))
     return kind(PROJECT, str(output_dir)) if kind.requires_logging_directory else kind(PROJECT)
