@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from launching import environment, processes_of, wait_for
+from preloaded import forked
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -22,27 +23,28 @@ ALL = ["fused", "sequential", "parallel", "switching", "tuned switching"]
 
 
 def bench(out: Path, *options: str) -> dict:
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "modes.py"),
+    forked(
+        [sys.executable, "benchmarks/modes.py"],
         "--model",
         "tiny",
         "--steps",
         "1",
         "--out",
         str(out),
-    ]
-    subprocess.run([*command, *options], capture_output=True, text=True, timeout=900, check=False)
+        *options,
+    )
     return json.loads((out / "modes.json").read_text())
 
 
 @pytest.mark.parametrize(
-    "modes", [["fused", "switching"], pytest.param(ALL, marks=pytest.mark.slow)], ids=["two", "all"]
+    ("modes", "more"),
+    [(["fused", "switching"], ()), pytest.param(ALL, ("--mixed",), marks=pytest.mark.slow)],
+    ids=["two", "all"],
 )
 def test_every_row_is_measured_where_its_losses_agree_and_one_that_fails_takes_no_other_with_it(
-    modes: list[str], tmp_path: Path
+    modes: list[str], more: tuple[str, ...], tmp_path: Path
 ):
-    written = bench(tmp_path, "--shapes", "2x4x32", "--mixed", "--modes", *modes)
+    written = bench(tmp_path, "--shapes", "2x4x32", "--modes", *modes, *more)
     apart, packed = (
         [row for row in written["rows"] if row["mixed"] and row["packing"] == value] for value in (0, 1)
     )
@@ -55,6 +57,7 @@ def test_every_row_is_measured_where_its_losses_agree_and_one_that_fails_takes_n
         assert row["agent_tokens_per_second"] * row["ms_per_step"] == pytest.approx(1000 * 2 * 4 * 32)
     table = (tmp_path / "modes.md").read_text()
     assert all(f"| tiny | {mode} | 2 | 4 x 32 |" in table for mode in modes)
+    assert len(apart) == len(packed) == (3 if more else 0)
     for one, other in zip(apart, packed, strict=True):
         assert (one["rows_of_the_batch"], other["rows_of_the_batch"]) == ([4, 32], [3, 32])
         assert other["loss_differs"] < 1e-5
