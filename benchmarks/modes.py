@@ -28,10 +28,11 @@ from conditions import conditions
 from measure import measure_alone
 from results import Results, Row, gib_cell, markdown_table, recompute_cell
 
+from chorus.config.execution import MODES
 from chorus.model.kernels.decoder_layers import Recompute
 from chorus.training.engine import DTYPES, decide_precision
 
-MODES = ("fused", "sequential", "parallel", "switching", "tuned switching")
+MEASURED = (*MODES, "switching", "tuned switching")
 # A row that takes longer is abandoned: compiling and capturing takes 20 to 60 s, the steps a few.
 SLOWEST_ROW_S = 180
 SHORTEST_ROW_S = 20  # no row starts with less time left
@@ -222,7 +223,7 @@ def arguments() -> argparse.Namespace:
         "--minutes", type=float, default=60.0, help="end after this time; the rows left out are named"
     )
     parser.add_argument("--model", nargs="+", default=None)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=MEASURED, default=list(MEASURED))
     parser.add_argument("--recompute", nargs="+", choices=get_args(Recompute), default=["none"])
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--compile", choices=["no", "yes", "both"], default="yes" if on_gpu else "no")

@@ -28,7 +28,9 @@ import timing
 import torch
 from case import Case
 from results import Results, Row, gib_cell, markdown_table, recompute_cell
-from verdicts import ENGINES, MODES, checks, key_of, name_of, with_ratios
+from verdicts import ENGINES, checks, key_of, name_of, with_ratios
+
+from chorus.config.execution import MODES
 
 ROOT = Path(__file__).parents[1]
 # model, K, B, T, recompute

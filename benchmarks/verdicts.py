@@ -7,7 +7,6 @@ from typing import NamedTuple
 from case import Case
 from results import Row
 
-MODES = ("sequential", "parallel", "fused")
 ENGINES = ("plain", "zero2")
 KEY = (*Case._fields, "rank", "engine", "processes")
 

@@ -27,7 +27,7 @@ def assert_same_run(
         assert torch.allclose(tensor, other_weights[name], rtol=0, atol=2e-4), name
 
 
-COUPLED = (*SMALL, "max_train_steps=6", "lambda_sw=0.2", "dropconnect_p=0.1", "gradient_accumulation_steps=2")
+COUPLED = (*SMALL, "max_train_steps=4", "lambda_sw=0.2", "dropconnect_p=0.1", "gradient_accumulation_steps=2")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
 
 
 def test_one_process_accumulating_four_equals_four_processes_and_two_of_two(tmp_path: Path):
-    settings = (*SMALL, "max_train_steps=4", "lambda_sw=0", "batch_size=3", "max_grad_norm=0.5")
+    settings = (*SMALL, "max_train_steps=3", "lambda_sw=0", "batch_size=3", "max_grad_norm=0.5")
     runs = {
         "1x4": train(PLAIN, tmp_path / "1x4", *settings, "gradient_accumulation_steps=4"),
         "2x2": train(zero2(2), tmp_path / "2x2", *settings, "gradient_accumulation_steps=2"),

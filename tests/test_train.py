@@ -28,7 +28,7 @@ from chorus.model.agents import Regularisation, build_agents
 from chorus.model.base import load_model
 
 pytestmark = pytest.mark.launch
-SMALL = ("num_agents=3", "eval_samples=0", "logging_steps=1", "debug_subset_size=200")
+SMALL = ("num_agents=3", "batch_size=2", "eval_samples=0", "logging_steps=1", "debug_subset_size=200")
 
 
 def test_every_agent_learns_the_default_task(tmp_path: Path):

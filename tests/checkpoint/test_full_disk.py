@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launching import PATIENCE_S, ROOT, ddp, environment
+from preloaded import train
 
 from chorus.checkpoint.store import checkpoints, step_of, verify
 
@@ -114,21 +115,16 @@ def test_a_disk_full_at_the_first_save_leaves_no_checkpoint(tmp_path: Path):
     assert not checkpoints(tmp_path / "kept" / "run")
 
 
+# Of two settings of one key the later one holds.
+ONE_SMALL_AGENT = (*SETTINGS, "num_agents=1", "lambda_sw=0", "lora_rank=1", "lora_target_modules=[q_proj]")
+
+
 def run_with_small_files(
     command: list[str], output_dir: Path, *settings: str
 ) -> subprocess.CompletedProcess[str]:
     """A run in which no file can grow beyond 16,000 bytes: a checkpoint's are smaller."""
-    of_all = (
-        *SETTINGS,
-        "num_agents=1",
-        "lambda_sw=0",
-        "lora_rank=1",
-        "lora_target_modules=[q_proj]",
-        *settings,
-    )
-    last_of_each_key = {setting.split("=")[0]: setting for setting in of_all}
     return subprocess.run(
-        [*command, *last_of_each_key.values(), f"output_dir={output_dir}"],
+        [*command, *ONE_SMALL_AGENT, *settings, f"output_dir={output_dir}"],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -153,8 +149,7 @@ def test_a_log_line_beside_the_steps_that_the_disk_refuses_ends_every_process_al
     """The first line of a run that goes on, which the first
     process alone writes, before the model is there."""
     run, steps = tmp_path / "run", ("max_train_steps=4", "save_steps=2")
-    first = run_with_small_files([sys.executable, "train.py"], run, *steps, "batch_size=4")
-    assert first.returncode == 0, first.stderr[-3000:]
+    train([sys.executable, "train.py"], run, *ONE_SMALL_AGENT, *steps, "batch_size=4")
     shutil.rmtree(run / "checkpoints" / "step_000004")
     log = run / "train.log"
     log.write_text(log.read_text().ljust(15_990))

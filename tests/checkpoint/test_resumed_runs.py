@@ -30,12 +30,12 @@ SETTINGS = (
     *("save_steps=5", "save_total_limit=null", "dropconnect_p=0.1", "lambda_sw=0.2"),
 )
 KINDS = {
-    "plain-parallel": ([sys.executable, "train.py"], ("batch_size=8", "parallel_mode=parallel")),
+    "plain-parallel": ([sys.executable, "train.py"], ("batch_size=4", "parallel_mode=parallel")),
     "plain-sequential": (
         [sys.executable, "train.py"],
-        ("batch_size=8", "parallel_mode=sequential", "num_workers=1"),
+        ("batch_size=4", "parallel_mode=sequential", "num_workers=1"),
     ),
-    "zero2": (zero2(2), ("batch_size=4", "parallel_mode=fused")),
+    "zero2": (zero2(2), ("batch_size=2", "parallel_mode=fused")),
 }
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ from toy import (
     toy_batch,
 )
 
+from chorus.config.execution import MODES
 from chorus.data.batches import Batch
 from chorus.model.adapters import TensorId
-from chorus.model.agents import Agents, Mode
+from chorus.model.agents import Agents
 
-MODES = get_args(Mode)
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
 # fp32 rounding: sums of a few hundred terms in another order
 EXACT = 2e-5

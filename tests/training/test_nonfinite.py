@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -16,13 +15,12 @@ from toy import toy_agents
 from two_processes import ROUNDING, are_equal, check_isolated, check_two_processes, lone_run
 
 from chorus.config import Config
-from chorus.config.execution import Mode
+from chorus.config.execution import MODES
 from chorus.training.engine import Engine, start_engine
 from chorus.training.nonfinite import SkippedUpdates
 from chorus.training.state import read_state, restore_state
 from chorus.training.step import StepDone
 
-MODES = get_args(Mode)
 FAULTS = ["forward", "loss", "gradient"]
 
 

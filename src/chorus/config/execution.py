@@ -1,6 +1,6 @@
 """Execution: how passes are carried out. No key here changes a result, beyond rounding."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import ValidationInfo, field_validator
 from pydantic.types import PositiveInt
@@ -8,6 +8,7 @@ from pydantic.types import PositiveInt
 from chorus.config.section import MayChange, Section
 
 Mode = Literal["fused", "sequential", "parallel"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 Recompute = Literal["none", "selective", "full"]
 
 

@@ -203,6 +203,11 @@ def _calibration_chunks(agents: Agents, members: Sequence[Member], rows: Evaluat
     return choice_chunks(agents, members, [row.prompt for row in rows.calibration], rows.choices, targets)
 
 
+def mixture_names(alpha: float | None) -> list[str]:
+    """The names of the mixtures that `evaluate` scores."""
+    return [UNIFORM] if alpha is None else [UNIFORM, FITTED]
+
+
 def _mixtures(
     agents: Agents,
     chunks: Chunks,

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from chorus.checkpoint.state_file import BestStep, StateFile
 from chorus.config import RunConfig
 from chorus.config.evaluation import EvaluationSettings
-from chorus.ensemble.evaluate import CALIBRATED, FITTED, UNIFORM, Evaluation, evaluate
+from chorus.ensemble.evaluate import CALIBRATED, Evaluation, evaluate, mixture_names
 from chorus.ensemble.evaluation_rows import EvaluationRows
 from chorus.ensemble.scores import is_lower_better, score_names
 from chorus.errors import InputError
@@ -34,7 +34,7 @@ def check_evaluation(config: RunConfig) -> None:
         return
     if config.eval_steps == 0:
         raise InputError("key 'metric_for_best_model': nothing is scored while training; set eval_steps")
-    mixtures = {UNIFORM, *({FITTED} if config.dirichlet_alpha_aggregator else ())}
+    mixtures = mixture_names(config.dirichlet_alpha_aggregator)
     answerers = [*mixtures, *(f"agent_{agent}" for agent in range(config.num_agents))]
     known = [
         f"{answerer}{more}/{score}"

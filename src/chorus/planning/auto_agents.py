@@ -78,6 +78,7 @@ def lower_until_a_step_fits(
     """
     machine, device = machine_of(accelerator), accelerator.device
     execution = decide_execution(config, device, machine.base_in_shards)
+    # Loaded for these steps alone: the run's memory is forecast next, against a device without a base.
     model = load_base(config, DTYPES[precision], device, compiled=execution.compiled)
     while True:
         tried = with_agents(config, num_agents)

@@ -8,7 +8,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
-from chorus.config.execution import Mode
+from chorus.config.execution import MODES
 from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
 from chorus.errors import InputError
@@ -36,7 +36,6 @@ from chorus.planning.trial_run import STEPS, Loop, ModeRun, Setting, disagreemen
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator
 from chorus.training.zero.deepspeed_json import deepspeed_json, deepspeed_wanted
 
-MODES = get_args(Mode)
 SETTINGS = "settings agree"
 # Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of
 # it.
