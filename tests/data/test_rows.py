@@ -133,7 +133,7 @@ def test_held_out_rows_are_those_that_training_would_keep(
     scored = rows.held_out(TOKENIZER, 10)
     assert [row.sample.ids.tolist() for row in scored.rows] == [sample.ids.tolist() for sample in rows.train]
     assert all(row.prompt == row.sample.ids[: len(row.prompt)].tolist() for row in scored.rows)
-    assert all(TOKENIZER.decode(row.answer) == " b c" for row in scored.rows)
+    assert all(TOKENIZER.decode(row.answer) == " b c<eos>" for row in scored.rows)
     assert max(len(row.prompt) for row in scored.rows) < 38
     assert (
         f"{4 - len(scored.rows)} of them have no target token left and are dropped; first {held_out}:"

@@ -81,7 +81,7 @@ def foresee_memory(
 
 def longest_of(config: RunConfig, samples: Sequence[Sample]) -> int:
     """T of the longest batch of these rows."""
-    if config.packing or not samples:
+    if config.packs or not samples:
         return longest_batch(config)
     tokens = max(len(sample.ids) for sample in samples) - 1
     return -(-tokens // config.padding) * config.padding
