@@ -281,7 +281,7 @@ def _columns(
     """A batch of the Arrow file, and its FACTS."""
     facts, ids, marks = np.zeros(len(problems), FACTS), [], []
     for number, row in enumerate(rows):
-        marks_T = np.array(row.marks[:max_seq_length], dtype=np.int8)
+        marks_T = np.frombuffer(bytes(row.marks[:max_seq_length]), np.int8)  # faster than from a list
         is_lost = not 0 < row.answer <= max_seq_length and (row.merged > 0 or len(row.ids) > max_seq_length)
         # The first token has none before it to be predicted from.
         targets = row.marks[1:max_seq_length].count(LEARNT)

@@ -231,8 +231,8 @@ def _refuse_doubles(place: str, folder: Path, files: Sequence[Path]) -> None:
         name = (file.with_suffix("") if file.suffix.lower() == ".gz" else file).with_suffix("")
         if name in seen:
             raise InputError(
-                f"{place} twice, as it seems: in {seen[name]} and {file.name}; remove one of them, or name one "
-                f"kind by a glob, such as '{folder / '**' / '*'}{''.join(file.suffixes)}'"
+                f"{place} twice, as it seems: in {seen[name]} and {file.name}; remove one of them, or name "
+                f"one kind by a glob, such as '{folder / '**' / '*'}{''.join(file.suffixes)}'"
             )
         seen[name] = file
 

@@ -168,10 +168,10 @@ class Encoder:
         """Ids, and for each whether the tokenizer added it by itself, with exactly one beginning token."""
         ids, added = encoding.ids, encoding.special_tokens_mask
         if self.bos is not None:
-            count = next((place for place, one in enumerate(ids) if one != self.bos), len(ids))
-            if count > 1:
-                return ids[count - 1 :], added[count - 1 :]
-            if is_chat and self.adds_bos and not count:
+            if ids[:2] == [self.bos, self.bos]:
+                last = next((place for place, one in enumerate(ids) if one != self.bos), len(ids)) - 1
+                return ids[last:], added[last:]
+            if is_chat and self.adds_bos and ids[:1] != [self.bos]:
                 return [self.bos, *ids], [1, *added]
         return ids, added
 
@@ -202,10 +202,9 @@ class Encoder:
         self, ids: list[int], marks: list[int], added: list[int], merged: int, is_chat: bool
     ) -> Tokenised:
         """With one end, and with a token before a first one that is learnt."""
-        texts = zip(ids, marks, strict=True)
-        answer = next(
-            (n for n, (one, mark) in enumerate(texts, 1) if mark == LEARNT and one not in self.special), 0
-        )
+        start = marks.index(LEARNT) if LEARNT in marks else len(marks)
+        places = (place for place in range(start, len(ids)) if marks[place] == LEARNT)
+        answer = next((place + 1 for place in places if ids[place] not in self.special), 0)
         ids, marks = self._ended(ids, marks, added, is_chat)
         if marks[0] == LEARNT and ids[0] == self.bos:
             marks = [NOT_LEARNT, *marks[1:]]
