@@ -83,6 +83,13 @@ def test_an_optional_column_may_be_empty_in_any_row_of_any_format(
         read_problems(data_config(path, **ALPACA_KEYS, optional_columns=[]))
 
 
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+def test_whatever_holds_nothing_is_an_empty_optional_column(tmp_path: Path, nothing: object) -> None:
+    path = write(tmp_path / "rows.jsonl", [{**ALPACA[0], "input": nothing}, ALPACA[1]])
+    train, _ = read_problems(data_config(path, **ALPACA_KEYS))
+    assert train[0] == ("Add one to 4.\n\nA:", " 5")
+
+
 def test_which_columns_may_be_empty_is_the_keys_word(tmp_path: Path) -> None:
     rows = [{"question": "q", "hint": "h", "answer": "a"}, {"question": "q", "answer": "a"}]
     path = write(tmp_path / "rows.jsonl", rows)

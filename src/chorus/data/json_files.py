@@ -30,6 +30,8 @@ def _json_errors_named(path: Path, line: int, column: int = 1) -> Iterator[None]
     from there."""
     try:
         yield
+    except InputError:  # of reading on
+        raise
     except (ValueError, RecursionError) as error:
         why = str(error)
         if isinstance(error, json.JSONDecodeError):

@@ -139,6 +139,13 @@ class Rows:
                     about["source"],
                     about["first_skipped"],
                 )
+        for key in ("prompt_template", "completion_template"):
+            if "\\n" in getattr(self.settings, key):
+                logger.warning(
+                    "key '%s' holds a backslash and an n, and no line break; for a line break on the command "
+                    "line put the text in quotes of its own: '%s=\"...\\n\"'",
+                    *(key, key),
+                )
         if self.trains_on_held_out:
             logger.warning(
                 "held-out rows are the training rows: scores do not tell how new rows are answered; name "

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple, cast
 from chorus.errors import InputError
 
 CHUNK = 2**20  # bytes that are read at a time, where lines do not matter
+NEW_LINE = b"\n"
 HOLDS_NUL = "holds a NUL character; the file is damaged, is not text, or is UTF-16: save it as UTF-8"
 
 
@@ -46,24 +47,26 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def text_chunks(path: Path) -> Iterator[str]:
     """The same text in parts of up to `CHUNK` bytes, so that a line may be of any length."""
-    decoder, lines, kept = codecs.getincrementaldecoder("utf-8")(), 1, b""
+    decoder, is_first = codecs.getincrementaldecoder("utf-8")(), True
+    line, in_line = 1, 0  # of what is read next, and how many bytes of that line were read
     with _reading_errors_named(path), _opened(path) as file:
         while True:
-            raw = file.read(CHUNK)
+            raw, left_over = file.read(CHUNK), len(decoder.getstate()[0])
             try:
                 text = decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:  # of what was left over from the part before, and this one
-                line = lines + error.object[: error.start].count(b"\n")
-                begin = error.object.rfind(b"\n", 0, error.start) + 1
-                raise InputError(
-                    f"{path}:{line}: {_not_utf_8(error.object[begin:], error.start - begin)}"
-                ) from None
+            except UnicodeDecodeError as error:
+                before = error.object[: error.start]
+                begin = before.rfind(b"\n") + 1
+                at = error.start - begin + (0 if begin else in_line - left_over)
+                said = _not_utf_8(error.object[begin:], at)
+                raise InputError(f"{path}:{line + before.count(NEW_LINE)}: {said}") from None
             if "\0" in text:
-                raise InputError(f"{path}:{lines + text[: text.index(chr(0))].count(chr(10))}: {HOLDS_NUL}")
-            if not kept:
-                kept, text = raw, text.removeprefix("\ufeff")
-            lines += text.count("\n")
-            yield text
+                number = line + text.partition("\0")[0].count("\n")
+                raise InputError(f"{path}:{number}: {HOLDS_NUL}")
+            in_line = len(raw) - raw.rfind(b"\n") - 1 if NEW_LINE in raw else in_line + len(raw)
+            line += text.count("\n")
+            yield text.removeprefix("\ufeff") if is_first else text
+            is_first = is_first and not text
             if not raw:
                 return
 

@@ -81,7 +81,8 @@ class Encoder:
         self.special = special_ids(tokenizer)
         # A stray one is not told where the end token serves as it.
         self.stray = None if self.bos == self.eos else self.bos
-        unknown = cast(int | None, tokenizer.unk_token_id)
+        name = tokenizer.unk_token or getattr(self.backend.model, "unk_token", None)
+        unknown = None if name is None else self.backend.token_to_id(str(name))
         self.unknown = None if unknown in (self.bos, self.eos) else unknown
         self.joined: dict[str, int] = {}
         self.is_space: dict[int, bool] = {}
