@@ -91,8 +91,8 @@ def assert_equal(samples: list[Sample], theirs: list[tuple[list[int], list[bool]
 
 
 def test_turns_get_the_tokens_and_the_loss_of_trl(tmp_path: Path) -> None:
-    rows = [{"messages": turns} for turns in CONVERSATIONS]
-    rows.append({"messages": [SYSTEM, *TOOL_TURNS, *MORE], "tools": json.dumps(TOOLS)})
+    rows: list[dict] = [{"messages": turns, "tools": None} for turns in CONVERSATIONS]
+    rows.append({"messages": [SYSTEM, *TOOL_TURNS, *MORE], "tools": TOOLS})
     theirs = of_trl(tmp_path, rows, copy.deepcopy(TOKENIZER), assistant_only_loss=True)
     assert_equal(samples_of_rows(tmp_path, rows), theirs)
 
@@ -101,12 +101,12 @@ def test_turns_get_the_tokens_and_the_loss_of_trl(tmp_path: Path) -> None:
 def test_prompts_and_completions_of_turns_get_the_tokens_and_the_loss_of_trl(
     tmp_path: Path, template: str | None
 ) -> None:
-    rows = [
-        {"prompt": [USER], "completion": [ANSWER]},
+    rows: list[dict] = [
+        {"prompt": [USER], "completion": [ANSWER], "tools": None},
         {"prompt": [USER, ANSWER, MORE[0]], "completion": [MORE[1]]},  # the first answer is given, not learnt
     ]
     if template is None:
-        rows.append({"prompt": [SYSTEM, USER], "completion": TOOL_TURNS[1:], "tools": json.dumps(TOOLS)})
+        rows.append({"prompt": [SYSTEM, USER, *TOOL_TURNS[1:3]], "completion": [ANSWER], "tools": TOOLS})
     tokenizer = copy.deepcopy(TOKENIZER) if template is None else with_template(template)
     theirs = of_trl(tmp_path, rows, copy.deepcopy(tokenizer))
     assert_equal(samples_of_rows(tmp_path, rows, tokenizer), theirs)
