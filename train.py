@@ -86,7 +86,7 @@ logger = logging.getLogger("chorus.train")
 def main(config: Config) -> None:
     quiet_libraries()
     # Everything the user gave is checked before the base is loaded.
-    tokenizer, _ = check_without_weights(config.model_name, config.max_seq_length, lora_shape(config))
+    tokenizer, skeleton = check_without_weights(config.model_name, config.max_seq_length, lora_shape(config))
     report_to = decide_trackers(config.report_to)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config, config)
