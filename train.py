@@ -60,6 +60,7 @@ from chorus.monitoring.profiler import profiling
 from chorus.monitoring.run_log import RunLog, open_run_log, quiet_libraries
 from chorus.monitoring.trackers import decide_trackers
 from chorus.planning.auto_agents import decide_num_agents
+from chorus.planning.auto_packing import decide_packing
 from chorus.planning.memory_check import foresee_memory, memory_errors_named
 from chorus.spans import each_in_span, span
 from chorus.training.engine import (
@@ -85,12 +86,13 @@ logger = logging.getLogger("chorus.train")
 def main(config: Config) -> None:
     quiet_libraries()
     # Everything the user gave is checked before the base is loaded.
-    tokenizer, _ = check_without_weights(config.model_name, config.max_seq_length, lora_shape(config))
+    tokenizer, skeleton = check_without_weights(config.model_name, config.max_seq_length, lora_shape(config))
     report_to = decide_trackers(config.report_to)
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config, config)
     config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
     rows = read_rows(config, config.seed, tokenizer, accelerator)
+    config, packing_note = decide_packing(config, rows.train.lengths, skeleton.config, accelerator)
     config, agents_note = decide_num_agents(config, precision, accelerator)
     check_evaluation(config)
     run = describe_run(config, rows.fingerprint, tokenizer, precision, accelerator)
@@ -106,8 +108,8 @@ def main(config: Config) -> None:
             closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to))
         )
         begin.log()
-        if agents_note:
-            logger.info(agents_note)
+        for note in filter(None, (agents_note, packing_note)):
+            logger.info(note)
         rows.log()
         held_out = rows.held_out(tokenizer, config.eval_samples)
         evaluation_rows = read_evaluation_rows(held_out, config, tokenizer, accelerator)

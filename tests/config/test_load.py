@@ -10,6 +10,7 @@ from loading import load, refusal
 from pydantic import ValidationError
 
 from chorus.config import Config, load_config, render
+from chorus.config.load import config_over
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -170,7 +171,18 @@ def test_a_template_with_more_than_plain_columns_is_refused(key, template):
 
 
 @pytest.mark.parametrize(
-    "key", ["output_dir", "model_name", "dataset_name", "deepspeed_config_file", "resume_from_checkpoint"]
+    "key",
+    [
+        "output_dir",
+        "model_name",
+        "dataset_name",
+        "validation_dataset_name",
+        "ood_dataset_name",
+        "chat_template",
+        "data_cache_dir",
+        "deepspeed_config_file",
+        "resume_from_checkpoint",
+    ],
 )
 def test_a_path_is_what_a_shell_would_make_of_it(key: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/home/someone")
@@ -351,3 +363,17 @@ def test_a_recipe_is_a_whole_configuration_with_the_comments_of_today(recipe: Pa
     assert first.startswith("#")
     assert f"--config recipes/{recipe.name}" in first
     assert rest == render(load_config(["--config", str(recipe)])).partition("\n\n")[2].join(["\n", ""])
+
+
+@pytest.mark.parametrize("value", ["yes", "1e3", "# {a}", "Query: {a}", "{a}", "[{a}]", "null {a}", "- {a}"])
+def test_a_text_key_means_what_it_says_over_a_saved_configuration_too(value: str):
+    """As `chorus evaluate RUN key=value` reads it."""
+    for config in (
+        load("seed: 0", f"prompt_template={value}"),
+        config_over({}, [f"prompt_template={value}"], "a run"),
+    ):
+        assert config.prompt_template == value
+    twice = config_over(
+        {"lr": 1.0}, ["lr=2.0", "prompt_template=a", "lr=3.0", "prompt_template=b: #"], "a run"
+    )
+    assert (twice.lr, twice.prompt_template) == (3.0, "b: #")

@@ -91,7 +91,8 @@ def assert_equal(samples: list[Sample], theirs: list[tuple[list[int], list[bool]
 
 
 def test_turns_get_the_tokens_and_the_loss_of_trl(tmp_path: Path) -> None:
-    rows = [{"messages": turns} for turns in CONVERSATIONS]
+    rows: list[dict] = [{"messages": turns, "tools": None} for turns in CONVERSATIONS]
+    rows.append({"messages": [SYSTEM, *TOOL_TURNS, *MORE], "tools": TOOLS})
     theirs = of_trl(tmp_path, rows, copy.deepcopy(TOKENIZER), assistant_only_loss=True)
     assert_equal(samples_of_rows(tmp_path, rows), theirs)
 
@@ -100,10 +101,12 @@ def test_turns_get_the_tokens_and_the_loss_of_trl(tmp_path: Path) -> None:
 def test_prompts_and_completions_of_turns_get_the_tokens_and_the_loss_of_trl(
     tmp_path: Path, template: str | None
 ) -> None:
-    rows = [
-        {"prompt": [USER], "completion": [ANSWER]},
+    rows: list[dict] = [
+        {"prompt": [USER], "completion": [ANSWER], "tools": None},
         {"prompt": [USER, ANSWER, MORE[0]], "completion": [MORE[1]]},  # the first answer is given, not learnt
     ]
+    if template is None:
+        rows.append({"prompt": [SYSTEM, USER, *TOOL_TURNS[1:3]], "completion": [ANSWER], "tools": TOOLS})
     tokenizer = copy.deepcopy(TOKENIZER) if template is None else with_template(template)
     theirs = of_trl(tmp_path, rows, copy.deepcopy(tokenizer))
     assert_equal(samples_of_rows(tmp_path, rows, tokenizer), theirs)
@@ -232,6 +235,22 @@ def test_plain_columns_become_turns_where_they_are_asked_to(tmp_path: Path) -> N
     assert TOKENIZER.decode(sample.ids) == "<bos># User\nWhat is 1 plus 1?\n# Assistant\n2<eos>"
     [sample] = samples_of_rows(tmp_path, rows, **keys)
     assert TOKENIZER.decode(sample.ids) == "<bos>What is 1 plus 1? 2<eos>"
+
+
+def test_a_table_fills_no_arguments_of_other_calls_in(tmp_path: Path) -> None:
+    """Arrow gives all objects of a column all keys, with nulls for those that a row has not."""
+    call = {"type": "function", "function": {"name": "city", "arguments": {"name": "x"}}}
+    other = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, ANSWER]
+    rows = [{"messages": TOOL_TURNS}, {"messages": other}]
+    expected = [sample.ids.tolist() for sample in samples_of_rows(tmp_path, rows)]
+    for name in ("rows.parquet", "folder"):
+        found = read_rows(data_config(write(tmp_path / name, rows))).train
+        assert [sample.ids.tolist() for sample in found] == expected
+
+
+def test_an_end_token_that_the_answer_brings_is_not_doubled(tmp_path: Path) -> None:
+    turns = [USER, {"role": "assistant", "content": "2<eos>\n"}, *MORE]
+    assert learnt_texts(samples_of_rows(tmp_path, [{"messages": turns}])[0]) == ["2<eos>", "5<eos>"]
 
 
 def test_tools_are_left_in_place(tmp_path: Path) -> None:

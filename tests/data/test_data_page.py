@@ -1,5 +1,6 @@
 """docs/data.md: every example is read as it stands there."""
 
+import gzip
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +12,20 @@ from ruamel.yaml import YAML
 from chorus.config import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
-BLOCK = re.compile(r"```(text (?P<name>\S+)|yaml)\n(?P<body>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(text (?P<name>\S+)|(?P<python>python)|yaml)\n(?P<body>.*?)```", re.DOTALL)
+KEEPS = {"data", "rows.parquet"}  # sources whose files the example after theirs reads, too
 
 
 def examples() -> Iterator[tuple[dict[str, str], dict]]:
     """(files, keys) of each example: files, and then the keys that read them."""
     files: dict[str, str] = {}
     for block in BLOCK.finditer(PAGE.read_text()):
-        if block["name"]:
-            files[block["name"]] = block["body"]
+        if block["name"] or block["python"]:
+            files[block["name"] or "make.py"] = block["body"]
         else:
             keys = YAML(typ="safe").load(block["body"])
             yield dict(files), keys
-            files = (
-                files if keys["dataset_name"] == "data" else {}
-            )  # whose files the example after it reads, too
+            files = files if keys["dataset_name"] in KEEPS else {}
 
 
 EXAMPLES = list(examples())
@@ -38,8 +38,10 @@ def test_an_example_is_read_to_the_last_row(
     monkeypatch.chdir(tmp_path)
     for name, body in files.items():
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(body)
+        Path(name).write_bytes(gzip.compress(body.encode()) if name.endswith(".gz") else body.encode())
         assert len(body.splitlines()) <= 5
+        if name == "make.py":
+            exec(body, {})
     rows = read_rows(Config.model_validate({"validation_split": 0.0, **keys}))
     answers = [TOKENIZER.decode(sample.ids[sample.is_target]).strip() for sample in rows.train]
     held_out = [
@@ -52,10 +54,15 @@ def test_an_example_is_read_to_the_last_row(
 
 
 def test_every_format_that_is_read_has_its_example() -> None:
-    assert {Path(name).suffix for files, _ in EXAMPLES for name in files} >= {
-        ".jsonl",
-        ".json",
-        ".csv",
-        ".tsv",
-    }
-    assert len(EXAMPLES) >= 12
+    shown = {"".join(Path(name).suffixes) for files, _ in EXAMPLES for name in files}
+    sources = {keys["dataset_name"] for _, keys in EXAMPLES}
+    assert shown >= {".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz"}
+    assert sources >= {
+        "rows.parquet",
+        "folder",
+        "data",
+        "data/train-*.jsonl",
+    }  # the last two: a folder, a glob
+    whole = PAGE.read_text()
+    for word in ('"messages"', '"conversations"', '"prompt": [', '"system"', '"tools"', '"instruction"'):
+        assert word in whole

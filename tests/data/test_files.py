@@ -5,12 +5,15 @@ import json
 import logging
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from files_made import GOOD, PROBLEMS, ROWS, write
 from rows import data_config, read_problems
 
+from chorus.data import json_files, text_files
+from chorus.data.files import rows_of_file
 from chorus.errors import InputError
 
 
@@ -101,6 +104,16 @@ DAMAGED_FILES = [
     ),
     ("rows.json", b'[{"question": "q", "answer": "a"},]', ":1: is not valid JSON: "),
     ("rows.json", b'{"data": []}', ": must be a list of objects"),
+    (
+        "rows.jsonl",
+        b'[{"question": "q", "answer": "a"}]',
+        ":1: holds a list of rows, and not one; name such a",
+    ),
+    (
+        "rows.tsv",
+        b"instruction\tother\nq, r\ta\n",
+        "must have one column 'question', has 'instruction', 'other'",
+    ),
     (
         "rows.json",
         b'{"question": "q",\n"answer": "a"}\n{"question": "q"}',
@@ -194,6 +207,83 @@ def test_json_lines_under_the_name_json_are_read_with_their_lines(tmp_path: Path
         json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
     )
     assert len(read_problems(data_config(path))[0]) == 1
+
+
+BROKEN_LISTS = [
+    '[{"a": 1},\n {"a": }]',
+    '[{"a": 1}\n {"a": 2}]',
+    '[{"a": 1},\n]',
+    '[{"a": 1}, {"a": "b\n"}]',
+    '[{"a": 1}, {"a": "\\x"}]',
+    '[{"a": 1},\n {"a": 1',
+    '[{"a": 1},\n {"a": "never closed}]',
+    '[{"a": 1}',
+    '[',
+    '[{"a": 1}]\n ]',
+    '\n[{"a": 1}\n]  \n{}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 2**20])
+@pytest.mark.parametrize("text", BROKEN_LISTS)
+def test_a_broken_json_list_is_told_as_the_parser_of_the_whole_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, chunk: int
+) -> None:
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(json.JSONDecodeError) as whole:
+        json.loads(text)
+    error = whole.value
+    with pytest.raises(InputError) as found:
+        list(rows_of_file(path))
+    expected = f"{path}:{error.lineno}: is not valid JSON: {error.msg} at column {error.colno}"
+    assert str(found.value).startswith(expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_a_json_list_is_read_alike_in_chunks_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(text_files, "CHUNK", chunk)
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
+    rows = [{"question": "é🙂\u2028\\", "answer": {"a": [1, -2.5e3, True, None, "]},{"]}}] * 5
+    for indent in (None, 1):
+        path = tmp_path / f"rows{indent}.json"
+        path.write_text("\ufeff\n" + json.dumps(rows, indent=indent, ensure_ascii=indent is None))
+        found = list(rows_of_file(path))
+        assert [row.fields for row in found] == rows
+        lines = [int(row.place.rpartition(":")[2]) for row in found]
+        text = path.read_text().split("\n")
+        assert lines == [2] * 5 if indent is None else [text[line - 1] for line in lines] == [" {"] * 5
+
+
+def test_a_json_list_takes_no_more_memory_than_a_chunk_and_an_entry(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"question": "q" * 1_000, "answer": "a"}] * 20_000))
+    tracemalloc.start()
+    assert sum(1 for _ in rows_of_file(path)) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**20 < path.stat().st_size
+
+
+def test_what_is_no_utf_8_is_named_with_its_line_in_a_list_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "CHUNK", 4)
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"question": "q", "answer": "a"},\n{"question": "\xff"}]')
+    with pytest.raises(InputError, match=r"rows.json:2: is not UTF-8 at byte 15 of the line; save"):
+        list(rows_of_file(path))
+    path.write_bytes(b'[{"question": "q"},\n{"question": "\0"}]')
+    with pytest.raises(InputError, match=r"rows.json:2: holds a NUL character; the file is damaged"):
+        list(rows_of_file(path))
+    for name in ("rows.json", "rows.jsonl", "rows.csv"):
+        (tmp_path / name).write_text("[]", encoding="utf-16")
+        with pytest.raises(InputError, match=rf"{name}:1: is UTF-16 text; save the file as UTF-8"):
+            list(rows_of_file(tmp_path / name))
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])

@@ -133,13 +133,53 @@ def test_held_out_rows_are_those_that_training_would_keep(
     scored = rows.held_out(TOKENIZER, 10)
     assert [row.sample.ids.tolist() for row in scored.rows] == [sample.ids.tolist() for sample in rows.train]
     assert all(row.prompt == row.sample.ids[: len(row.prompt)].tolist() for row in scored.rows)
-    assert all(TOKENIZER.decode(row.answer) == " b c" for row in scored.rows)
+    assert all(TOKENIZER.decode(row.answer) == " b c<eos>" for row in scored.rows)
     assert max(len(row.prompt) for row in scored.rows) < 38
     assert (
         f"{4 - len(scored.rows)} of them have no target token left and are dropped; first {held_out}:"
         in caplog.text
     )
     assert len(rows.held_out(TOKENIZER, 1).rows) == 1
+
+
+def test_a_conversation_whose_last_answer_is_cut_off_is_not_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its earlier answers are trained; asked after the cut, agents would read more than training shows."""
+    short = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "2"}]
+    rows = [
+        {"messages": turns} for turns in (short, [*short, {"role": "user", "content": "a " * 60}, short[1]])
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    read = read_rows(data_config(path, validation_dataset_name=str(path), max_seq_length=40))
+    scored = read.held_out(TOKENIZER, 10)
+    assert (len(read.train), len(scored.rows)) == (2, 1)
+    assert len(scored.rows[0].prompt) < 40
+    assert "left 1 of 2 held-out rows out: what stands before their last answer has more than" in caplog.text
+
+
+def test_held_out_rows_that_are_the_training_rows_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, other = write(tmp_path / "a.jsonl", LONG[:1]), write(tmp_path / "b.jsonl", LONG[:1])
+    read_problems(data_config(path, validation_dataset_name=str(other)))
+    assert "held-out rows are the training rows" not in caplog.text
+    same = f"{tmp_path}/../{tmp_path.name}/a.jsonl"
+    read_problems(data_config(path, validation_dataset_name=same))
+    assert "held-out rows are the training rows" in caplog.text
+
+
+def test_stray_beginnings_and_a_backslash_for_a_line_break_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": "q", "answer": "a"}, {"question": "<bos>q", "answer": "a"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    read_problems(data_config(path, prompt_template="Q: {question}\\nA:"))
+    assert (
+        f"1 beginning tokens stand behind the beginning, in 1 of 2 training rows, first {path}:2"
+        in caplog.text
+    )
+    assert "key 'prompt_template' holds a backslash and an n, and no line break" in caplog.text
 
 
 # ---- what is kept on disk ----

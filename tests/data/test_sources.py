@@ -48,6 +48,28 @@ def test_a_folder_or_a_glob_of_shards_is_one_source_in_the_order_of_names(
     assert read_problems(data_config(f"{tmp_path}/data" + "/**/*.*" * is_glob))[0] == PROBLEMS
 
 
+def test_folders_in_a_glob_may_be_wild(tmp_path: Path) -> None:
+    shards(tmp_path, ["a/x/part-0.jsonl", "b/x/part-0.jsonl", "c/x/part-0.jsonl"])
+    assert read_problems(data_config(f"{tmp_path}/*/x/part-*.jsonl"))[0] == PROBLEMS
+
+
+@pytest.mark.parametrize("other", ["rows.csv", "rows.jsonl.gz"])
+def test_rows_that_lie_there_in_two_formats_are_not_trained_on_twice(tmp_path: Path, other: str) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / other, ROWS)
+    write(tmp_path / "data" / "rows.jsonl", ROWS)
+    with pytest.raises(
+        InputError, match=r"holds the split 'train' twice, as it seems: in .*rows.*remove one"
+    ):
+        read_problems(data_config(tmp_path / "data"))
+
+
+def test_what_tools_write_about_data_is_not_data(tmp_path: Path) -> None:
+    shards(tmp_path / "data", ["train-0.jsonl", "train-1.jsonl", "train-2.jsonl"])
+    (tmp_path / "data" / "dataset_info.json").write_text('{"features": {}}')
+    assert read_problems(data_config(tmp_path / "data"))[0] == PROBLEMS
+
+
 @pytest.mark.parametrize(
     "names", [["train.jsonl", "validation.jsonl", "test.jsonl"], ["train/0.csv", "dev/0.csv", "test/0.csv"]]
 )

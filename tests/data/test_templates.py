@@ -13,8 +13,8 @@ from chorus.errors import InputError
 BAD_ROWS = [
     ({"question": "q"}, "field 'answer' is missing (the row has 'question')"),
     ({"question": None, "answer": "a"}, "field 'question' is null"),
-    ({"question": "q", "answer": 7.5}, "field 'answer' must be text or a whole number, is float"),
-    ({"question": "q", "answer": True}, "field 'answer' must be text or a whole number, is bool"),
+    ({"question": "q", "answer": 7.5}, "field 'answer' must be text or a whole number, is float (7.5)"),
+    ({"question": "q", "answer": True}, "field 'answer' must be text or a whole number, is bool (True)"),
     ({"question": ["q"], "answer": "a"}, "field 'question' must be text or a whole number, is list"),
     ({"question": "q", "answer": ""}, "field 'answer' is empty"),
     ({"question": " \n\t", "answer": "a"}, "field 'question' is empty"),
@@ -35,7 +35,9 @@ def test_a_bad_json_row_is_named_by_file_and_line(tmp_path: Path, suffix: str, b
     path.write_text(lines if suffix == ".jsonl" else "[" + lines.replace("}\n{", "},\n{") + "]")
     with pytest.raises(InputError) as error:
         read_problems(data_config(path))
-    assert str(error.value).startswith(f"{path}:3: {fault}; correct the row")
+    is_number = "float" in fault or "bool" in fault
+    remedy = "write such values as text" if is_number else "correct the row"
+    assert str(error.value).startswith(f"{path}:3: {fault}; {remedy}")
     assert str(error.value).endswith(", or set skip_bad_rows: true to skip and count such rows")
 
 
@@ -79,6 +81,13 @@ def test_an_optional_column_may_be_empty_in_any_row_of_any_format(
     assert "3 rows of text, input is empty in 2 rows" in caplog.text
     with pytest.raises(InputError, match=r"field 'input' is (empty|null)"):
         read_problems(data_config(path, **ALPACA_KEYS, optional_columns=[]))
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+def test_whatever_holds_nothing_is_an_empty_optional_column(tmp_path: Path, nothing: object) -> None:
+    path = write(tmp_path / "rows.jsonl", [{**ALPACA[0], "input": nothing}, ALPACA[1]])
+    train, _ = read_problems(data_config(path, **ALPACA_KEYS))
+    assert train[0] == ("Add one to 4.\n\nA:", " 5")
 
 
 def test_which_columns_may_be_empty_is_the_keys_word(tmp_path: Path) -> None:

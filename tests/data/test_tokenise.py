@@ -127,6 +127,47 @@ def test_there_is_one_beginning_whoever_writes_it(adds: str, prompt: str) -> Non
     assert row.ids[: row.marks.index(1)] == encoder.prompt(problem)
 
 
+@pytest.mark.parametrize("adds", ["<bos> $A", "<bos> $A <eos>", "$A"])
+def test_a_beginning_written_twice_or_by_the_completion_is_one_that_is_not_learnt(adds: str) -> None:
+    encoder = Encoder(make_tokenizer(adds))
+    for problem in (Problem("<bos><bos>ab:", "c"), Problem("", "<bos>c")):
+        [row] = encoder.rows([problem])
+        assert (row.ids.count(BOS), row.ids[0], row.marks[0], row.strays) == (1, BOS, 0, 0)
+        assert encoder.prompt(problem) == row.ids[: row.marks.index(1)]
+
+
+def test_beginnings_in_the_midst_of_a_row_and_unknown_characters_are_counted() -> None:
+    encoder = Encoder(make_tokenizer())
+    problems = [
+        Problem("<bos>ab:", "c"),
+        Problem("ab <bos>:", "c"),
+        Problem("ab:", "<bos>c"),
+        Problem("é", "c"),
+    ]
+    rows = list(encoder.rows(problems))
+    assert [(row.strays, row.unknown) for row in rows] == [(0, 0), (1, 0), (1, 0), (0, 0)]
+    [row] = Encoder(make_tokenizer(has_bytes=False)).rows([Problem("a", "éc")])
+    assert (row.strays, row.unknown) == (0, 1)
+
+
+def test_white_space_behind_the_end_brings_no_second_end() -> None:
+    problem = Problem("Question: 3 + 4?\nAnswer:", " 7<eos>\n")
+    [row] = Encoder(TOKENIZER).rows([problem])
+    assert TOKENIZER.decode(row.ids) == TOKENIZER.bos_token + problem.text
+    assert row.marks[-3:] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("end", ["", "<eos>"])
+def test_a_right_answer_is_what_training_has_behind_the_prompt(end: str) -> None:
+    encoder = Encoder(TOKENIZER)
+    problems = [Problem("Thing:", f" apples{end}"), Problem("Thing: ", f"apples{end}")]
+    for problem, row in zip(problems, encoder.rows(problems), strict=True):
+        assert encoder.prompt(problem) + encoder.answer(problem) == row.ids
+        assert TOKENIZER.decode(encoder.answer(problem)) == " apples<eos>"
+    joined = Encoder(make_tokenizer())  # the token "bc" begins in the prompt: the answer is "c" all the same
+    assert joined.answer(Problem("ab", "c")) == joined.answer(Problem("a:", "c"))
+
+
 @pytest.mark.parametrize("completion", ["c", "c<eos>"])
 @pytest.mark.parametrize("adds", ["$A", "<bos> $A <eos>"])
 def test_there_is_one_end_and_it_is_learnt(adds: str, completion: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rows import held_out_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -331,6 +332,20 @@ def test_few_answers_to_many_rows_are_choices(problems: list[Problem], tokenizer
     assert choices(5, eval_choices="auto") == choices(1, eval_choices="auto") == 0
     assert choices(20, eval_choices=True) == 20
     assert choices(4, eval_choices=False) == 0
+
+
+@pytest.mark.parametrize("end", ["", "<eos>", "<eos>\n"])
+@pytest.mark.parametrize("space", [("A:", " "), ("A: ", "")])
+def test_choices_are_the_tokens_that_training_has_through_the_first_end(
+    space: tuple[str, str], end: str, tokenizer: PreTrainedTokenizerBase
+):
+    (prompt, begin), names = space, ("apples", "eggs")
+    problems = [Problem(f"row {n}\n{prompt}", begin + names[n % 2] + end) for n in range(4)]
+    rows = held_out_of(problems, tokenizer)
+    found = divided(rows, [], tokenizer, settings(eval_choices=True), 0)
+    assert [tokenizer.decode(ids) for ids in found.choices] == [" apples<eos>", " eggs<eos>"]
+    for row, ids in zip(rows.rows, found.choices * 2, strict=True):
+        assert row.sample.ids[len(row.prompt) :][: len(ids)].tolist() == ids
 
 
 # ---- out of distribution ----

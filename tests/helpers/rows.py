@@ -56,7 +56,6 @@ def samples_of(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) 
 
 def held_out_of(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> HeldOutRows:
     encoder = Encoder(tokenizer)
-    answers = [tokenizer(problem.completion, add_special_tokens=False)["input_ids"] for problem in problems]
-    prompts = [encoder.prompt(problem) for problem in problems]
+    prompts, answers = map(encoder.prompt, problems), map(encoder.answer, problems)
     rows = map(HeldOutRow, prompts, answers, samples_of(problems, tokenizer))
     return HeldOutRows(list(rows), [tokenizer.eos_token_id])

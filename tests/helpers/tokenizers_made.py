@@ -7,14 +7,16 @@ PAD, EOS, BOS, UNK = range(4)
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
-def make_tokenizer(adds: str = "<bos> $A", eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
-    """Gemma's kind: BPE over whole texts with a visible space and
-    bytes for unknown characters; joins b with c."""
+def make_tokenizer(
+    adds: str = "<bos> $A", eos: str | None = "<eos>", has_bytes: bool = True
+) -> PreTrainedTokenizerFast:
+    """Gemma's kind: BPE over whole texts with a visible space and, if it `has_bytes`, bytes for unknown
+    characters; joins b with c."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefgh:0123456789", "bc", "▁a"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [("b", "c"), ("▁", "a")]
-    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=has_bytes, fuse_unk=True))
     bpe.normalizer = normalizers.Replace(" ", "▁")
     bpe.add_special_tokens(special)
     bpe.post_processor = processors.TemplateProcessing(

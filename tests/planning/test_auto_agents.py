@@ -16,11 +16,11 @@ from chorus.model.base import load_model
 from chorus.planning.auto_agents import (
     MOST_AGENTS,
     OUT_OF_MEMORY,
-    agents_of_checkpoint,
     decide_num_agents,
     lower_until_a_step_fits,
     measured_step,
     most_that_fit,
+    newest_state,
     with_agents,
 )
 from chorus.planning.memory_forecast import Machine, forecast
@@ -102,10 +102,10 @@ def test_a_run_that_goes_on_keeps_its_number(tmp_path: Path, accelerator: Accele
     named = config.model_copy(
         update={"resume_from_checkpoint": str(tmp_path / "checkpoints" / "step_000001")}
     )
-    assert agents_of_checkpoint(named) == 3
+    assert decide_num_agents(named, "no", accelerator)[0].num_agents == 3
     (tmp_path / "checkpoints" / "step_000002" / "state.json").write_text("half a fi")
-    assert agents_of_checkpoint(config) == 3
-    assert agents_of_checkpoint(AUTO) is None
+    assert decide_num_agents(config, "no", accelerator)[0].num_agents == 3
+    assert newest_state(AUTO) is None
 
 
 @pytest.mark.launch

@@ -164,11 +164,12 @@ def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_t
 def test_a_completion_of_which_a_part_is_not_learnt_is_caught(tried, tmp_path: Path):
     """The bundled tokenizer knows "How" as one token."""
     file = tmp_path / "rows.jsonl"
-    rows = [{"question": "Two", "answer": " 2"}, {"question": "Ho", "answer": "w many?"}] * 2
+    rows = [{"question": "Two<bos>", "answer": " 2"}, {"question": "Ho", "answer": "w many?"}] * 2
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"prompt_template": "{question}", "completion_template": "{answer}"}
     code, checks = tried(dataset_name=str(file), validation_split=0.0, **keys)
-    assert (code, failed(checks)) == (3, ["all of a completion is learnt"])
+    assert (code, failed(checks)) == (3, ["all of a completion is learnt", "one beginning token a row"])
+    assert checks["one beginning token a row"].found == f"2 tokens of 2 rows are not so, the first {file}:1"
     check = checks["all of a completion is learnt"]
     assert check.found == f"2 characters of 2 rows are not, the first {file}:2"
     assert "begin the completion with a space" in check.remedy

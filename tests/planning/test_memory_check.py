@@ -1,18 +1,21 @@
 """What is said of memory before the base is loaded, and when it runs out."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from rows import data_config, read_rows, write_lines
 
 from chorus.config import RunConfig
 from chorus.data.batches import Sample
+from chorus.data.cache import TokenTable
 from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError, OutOfMemory, RunError
 from chorus.planning import memory_check
-from chorus.planning.memory_check import foresee_memory, memory_errors_named, split_batch, way_out
+from chorus.planning.memory_check import foresee_memory, longest_of, memory_errors_named, split_batch, way_out
 from chorus.planning.memory_forecast import Machine, forecast
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
@@ -33,6 +36,17 @@ def test_what_fits_is_said_in_one_line_with_what_is_free(accelerator: Accelerato
     assert line.startswith("memory: by forecast training needs ")
     assert "are free" in line
     assert "\n" not in line
+
+
+def test_the_longest_row_is_told_without_reading_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A million rows would be a gigabyte in every process, and seconds at every start."""
+    lines = [{"question": "a " * count, "answer": "b"} for count in (3, 40, 90)]
+    config = data_config(write_lines(tmp_path / "rows.jsonl", lines), max_seq_length=64)
+    rows, run = read_rows(config).train, RunConfig(**config.model_dump() | SMALL)
+    longest = max(len(row.ids) for row in rows)
+    monkeypatch.setattr(TokenTable, "tokens", None)
+    assert longest_of(run, rows, []) == longest - 1
+    assert longest_of(run, rows[:0], []) == longest_of(run, rows, ROWS) == 63
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(

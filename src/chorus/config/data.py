@@ -22,7 +22,7 @@ class DataSettings(Section):
     """Configuration name of a hub dataset, such as main; null for none."""
     dataset_split: ComparedByEffect[Text] = "train"
     """The split of dataset_name to train on."""
-    validation_dataset_name: ComparedByEffect[Text | None] = None
+    validation_dataset_name: ComparedByEffect[Place | None] = None
     """Where held-out rows come from, in any form that dataset_name takes. null: from dataset_name."""
     validation_dataset_split: ComparedByEffect[Text | None] = None
     """The split that is held out. null: `validation` where the source has one, or the only split of
@@ -33,7 +33,7 @@ class DataSettings(Section):
     chat template renders, with loss on the assistant's turns. auto: text, unless the templates' columns are
     missing or hold turns, and the row has `messages`, `conversations`, `prompt` and `completion` as turns, or
     `instruction` and `output`."""
-    chat_template: ComparedByEffect[Text | None] = None
+    chat_template: ComparedByEffect[Place | None] = None
     """A Jinja file to render turns with. null: the chat template of the base's tokenizer."""
     prompt_template: Annotated[str, Field(min_length=0)] = "Question: {question}\nAnswer:"
     """The prompt of a row, in which {column} stands for the row's text in that column. It carries no loss. Of
@@ -50,10 +50,11 @@ class DataSettings(Section):
     """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row.
     auto: on a GPU an eighth of max_seq_length, so that at most 8 shapes are compiled and captured; elsewhere
     1. At most max_seq_length."""
-    packing: MayChange[bool] = False
+    packing: MayChange[Literal["auto"] | bool] = "auto"
     """true: put several samples into one row of max_seq_length tokens, each with positions of its own and
-    without sight of the others. batch_size still counts samples; losses and gradients are the same. It pays
-    where most samples are much shorter than max_seq_length."""
+    without sight of the others. batch_size still counts samples; losses and gradients are the same. auto: on
+    a GPU, where the base keeps samples apart and batches of the rows' measured lengths then have at most 80 %
+    of the tokens. The log says what was decided, and why."""
     validation_split: Probability = 0.05
     """Fraction of the rows held out from training, where the
     data bring no held-out rows; from 0 to below 1."""
@@ -67,7 +68,7 @@ class DataSettings(Section):
     num_workers: MayChange[Annotated[int, Field(ge=0, le=1024)]] = 0
     """Processes that prepare batches beside each training process;
     0 prepares them in the training process itself."""
-    data_cache_dir: MayChange[Text | None] = None
+    data_cache_dir: MayChange[Place | None] = None
     """Folder for tokenised rows, from which a second start reads them. null: chorus/ in the cache folder of
     the `datasets` library (HF_DATASETS_CACHE). It may be deleted at any time between runs."""
 
@@ -75,6 +76,11 @@ class DataSettings(Section):
     def padding(self) -> int:
         """`pad_to_multiple_of` as a number; an auto that nothing has decided pads to the longest row."""
         return 1 if self.pad_to_multiple_of == "auto" else self.pad_to_multiple_of
+
+    @property
+    def packs(self) -> bool:
+        """`packing` as true or false; an auto that nothing has decided does not pack."""
+        return self.packing is True
 
     @field_validator("pad_to_multiple_of")
     @classmethod

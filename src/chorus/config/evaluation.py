@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic.types import NonNegativeInt, PositiveFloat
 
-from chorus.config.section import Count, MayChange, Probability, Section, Text
+from chorus.config.section import Count, MayChange, Place, Probability, Section, Text
 
 
 class EvaluationSettings(Section):
@@ -32,7 +32,7 @@ class EvaluationSettings(Section):
     mixture_observations: MayChange[Literal["sequence", "token"]] = "sequence"
     """What the weights are fitted to. sequence: whole answers, each one observation. token: tokens, which are
     not independent within an answer, so that the weights become extreme sooner."""
-    ood_dataset_name: MayChange[Text | None] = "auto"
+    ood_dataset_name: MayChange[Place | None] = "auto"
     """A second data set, in any form that dataset_name takes, whose problems uncertainty should tell from the
     held-out ones. auto: arithmetic_harder beside the built-in arithmetic_hard, otherwise none. null: none."""
     ood_samples: MayChange[Count] = 40

@@ -46,7 +46,7 @@ def config_over(entries: Mapping[str, object], arguments: Sequence[str], place: 
     """
     saved = {key: value for key, value in entries.items() if key in Config.model_fields}
     settings = {key: Setting(value, as_yaml(value), f"{place}: key {key!r}") for key, value in saved.items()}
-    return _validated(settings | settings_of_command_line(arguments), place)
+    return _validated(settings | _given(arguments), place)
 
 
 def render(config: Config) -> str:
@@ -99,11 +99,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _resolve(options: argparse.Namespace) -> Config:
     """The file's keys, the command line's over them, the defaults under them, all of them checked."""
+    return _validated(settings_of_file(options.config) | _given(options.settings), options.config)
+
+
+def _given(arguments: Sequence[str]) -> dict[str, Setting]:
+    """The `key=value` arguments, the values of text keys as they stand."""
     text_keys = [key for key in Config.model_fields if is_text(key)]
-    nullable_keys = [key for key in text_keys if is_nullable(key)]
-    of_command_line = settings_of_command_line(options.settings, text_keys, nullable_keys)
-    settings = settings_of_file(options.config) | of_command_line
-    return _validated(settings, options.config)
+    return settings_of_command_line(arguments, text_keys, [key for key in text_keys if is_nullable(key)])
 
 
 def _validated(settings: dict[str, Setting], file: str) -> Config:

@@ -207,7 +207,7 @@ class _Steps(Dataset[StepBatch]):
 
     def _collate(self, rows: Sequence[int]) -> Batch:
         samples, data = [self.samples[row] for row in rows], self.data
-        packing = (data.max_seq_length, self.batch_size) if data.packing else None
+        packing = (data.max_seq_length, self.batch_size) if data.packs else None
         return collate(samples, self.pad_id, data.padding, self.points_per_row, packing)
 
 

@@ -116,8 +116,15 @@ class ChatForm:
         ]
         if not learnt:
             raise BadRow("no turn of the assistant's is to be learnt")
-        turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
-        return self._problem(turns, tools, learnt)
+        return self._problem([self._as_rendered(turn) for turn in turns], tools, learnt)
+
+    def _as_rendered(self, turn: Turn) -> Turn:
+        """Without its weight, and without an end token that the assistant's text brings: the template writes
+        one."""
+        turn, end = {key: value for key, value in turn.items() if key != "weight"}, self.tokenizer.eos_token
+        if turn["role"] == "assistant" and end and turn["content"].rstrip().endswith(end):
+            turn["content"] = turn["content"].rstrip().removesuffix(cast(str, end))
+        return turn
 
     def write_turns(self, turns: Sequence[Turn]) -> Problem:
         """As `write`, of turns that are well formed, with loss on every turn of the assistant's."""

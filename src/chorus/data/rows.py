@@ -29,13 +29,19 @@ from chorus.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
+# What else is wrong with tokens, by the column of FACTS that counts it.
+STRAY = {
+    "strays": ("beginning tokens stand behind the beginning", "take them out of the templates or the data"),
+    "unknown": ("tokens stand for characters that the tokenizer does not know", "no agent can learn those"),
+}
+
 
 class HeldOutRow(NamedTuple):
     """A row that agents are scored on.
 
     Attributes:
         prompt: the token ids that they are asked.
-        answer: the token ids of the right answer, without an end token that the run adds.
+        answer: the token ids of the right answer as training has them, with the end token.
         sample: prompt and answer as in training, for the NLL.
     """
 
@@ -58,11 +64,13 @@ class Prepared(NamedTuple):
         train: cache folder of the training split.
         validation: that of the split that is held out; None where the training split gives up some rows.
         fingerprint: SHA-256 over the text of every training row, in order.
+        trains_on_held_out: both are the same rows of the same source.
     """
 
     train: Path
     validation: Path | None
     fingerprint: str
+    trains_on_held_out: bool
 
 
 @announced("reading the rows")
@@ -73,12 +81,12 @@ def prepare_rows(settings: DataSettings, seed: int, tokenizer: PreTrainedTokeniz
         InputError: a source that cannot be used, a bad row, or no usable row.
     """
     splits = open_splits(settings)
-    train = cached_rows(splits.train, settings, tokenizer)
-    validation = None if splits.validation is None else cached_rows(splits.validation, settings, tokenizer)
+    train, validation = cached_rows(splits.train, settings, tokenizer), None
+    is_trained_on = splits.validation is not None and splits.validation.identity == splits.train.identity
+    if splits.validation is not None:
+        validation = cached_rows(splits.validation, settings, tokenizer).folder
     rows, _ = chosen_rows(len(train), validation is not None, settings, seed)
-    return Prepared(
-        train.folder, None if validation is None else validation.folder, _fingerprint(train, rows)
-    )
+    return Prepared(train.folder, validation, _fingerprint(train, rows), is_trained_on)
 
 
 class Rows:
@@ -89,6 +97,7 @@ class Rows:
         train: the same without those that keep no target within max_seq_length.
         held_out_samples: all that are held out.
         fingerprint: SHA-256 over the text of every training row, in order.
+        trains_on_held_out: both are the same rows of the same source.
     """
 
     def __init__(self, prepared: Prepared, settings: DataSettings, seed: int) -> None:
@@ -96,6 +105,7 @@ class Rows:
         self.settings, self.fingerprint = settings, prepared.fingerprint
         table = TokenTable(prepared.train)
         has_own = prepared.validation is not None
+        self.trains_on_held_out = prepared.trains_on_held_out
         chosen, held_out = chosen_rows(len(table), has_own, settings, seed)
         self.chosen = Samples(table, chosen)
         self.train = _with_targets(self.chosen)
@@ -129,6 +139,18 @@ class Rows:
                     about["source"],
                     about["first_skipped"],
                 )
+        for key in ("prompt_template", "completion_template"):
+            if "\\n" in getattr(self.settings, key):
+                logger.warning(
+                    "key '%s' holds a backslash and an n, and no line break; for a line break on the command "
+                    "line put the text in quotes of its own: '%s=\"...\\n\"'",
+                    *(key, key),
+                )
+        if self.trains_on_held_out:
+            logger.warning(
+                "held-out rows are the training rows: scores do not tell how new rows are answered; name "
+                "others in validation_dataset_name or validation_dataset_split"
+            )
         warn_of_losses(self.chosen, "training", self.settings.max_seq_length)
 
     def held_out(self, tokenizer: PreTrainedTokenizerBase, count: int) -> HeldOutRows:
@@ -177,9 +199,16 @@ def _held_out_rows(asked: Samples, tokenizer: PreTrainedTokenizerBase, settings:
     warn_of_losses(asked, "held-out", settings.max_seq_length)
     kept, encoder = _with_targets(asked), Encoder(tokenizer)
     problems = [kept.table.problem(int(row)) for row in kept.rows]
-    answers = [tokenizer(one.completion, add_special_tokens=False)["input_ids"] for one in problems]
-    rows = map(HeldOutRow, [encoder.prompt(one) for one in problems], answers, kept)
-    return HeldOutRows(list(rows), kept.table.about["end_ids"])
+    prompts, answers = map(encoder.prompt, problems), map(encoder.answer, problems)
+    rows = [HeldOutRow(*parts) for parts in zip(prompts, answers, kept, strict=True)]
+    fitting = [row for row in rows if len(row.prompt) < settings.max_seq_length]
+    if len(fitting) < len(rows):  # of turns, the last answer may be cut off while an earlier one is left
+        logger.warning(
+            "left %d of %d held-out rows out: what stands before their last answer has more than "
+            "max_seq_length %d tokens, and training never sees that answer",
+            *(len(rows) - len(fitting), len(rows), settings.max_seq_length),
+        )
+    return HeldOutRows(fitting, kept.table.about["end_ids"])
 
 
 def read_rows(
@@ -257,6 +286,14 @@ def warn_of_losses(samples: Samples, what: str, max_seq_length: int) -> None:
             *(len(cut), len(facts), what, max_seq_length, int((facts["targets"] == 0).sum())),
             *(samples.place(int(cut[0])), int(facts["length"][cut[0]])),
         )
+    for column, (fault, remedy) in STRAY.items():
+        found = np.flatnonzero(facts[column])
+        if len(found):
+            logger.warning(
+                "%d %s, in %d of %d %s rows, first %s; %s",
+                *(int(facts[column].sum()), fault, len(found), len(facts), what),
+                *(samples.place(int(found[0])), remedy),
+            )
     merged = np.flatnonzero(facts["merged"])
     if len(merged):
         first = int(merged[0])

@@ -9,12 +9,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import glob, has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from chorus.config.data import DataSettings
 from chorus.data import arithmetic
-from chorus.data.files import Row, check_columns, kind_of, listed, readable_suffixes, rows_of_file
+from chorus.data.files import (
+    Row,
+    check_columns,
+    kind_of,
+    listed,
+    readable_suffixes,
+    rows_of_file,
+    without_filled,
+)
 from chorus.errors import InputError
 
 
@@ -51,6 +60,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 # `test/0.csv`.
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 SPLIT_WORDS |= {"val": "validation", "dev": "validation", "test": "test", "testing": "test"}
+# What other tools write about data, beside them.
+ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 READ_AT_A_TIME = 1_000
 
 
@@ -144,11 +155,11 @@ def open_source(name: str, subset: str | None, key: str = "dataset_name") -> dic
                 f"key '{key}': {name!r} must be a file ending in {readable_suffixes()}, or a folder; "
                 "convert it"
             )
-        return _files_by_split(name, path.parent, [path])
+        return _files_by_split(name, path.parent, [path], key)
     if path.is_dir():
         if any((path / marker).exists() for marker in ("state.json", "dataset_dict.json")):
             return _datasets_by_split(name, _load_folder(path, key))
-        return _files_by_split(name, path, _files_in(name, path, key))
+        return _files_by_split(name, path, _files_in(name, path, key), key)
     if from_hub:
         return _datasets_by_split(name, _load_from_hub(name, subset, key))
     found = sorted(Path(one) for one in glob(name, recursive=True) if Path(one).is_file())
@@ -158,8 +169,8 @@ def open_source(name: str, subset: str | None, key: str = "dataset_name") -> dic
         raise InputError(
             f"key '{key}': {name!r} matches {what}; give a glob of files ending in {readable_suffixes()}"
         )
-    fixed = Path(*[part for part in path.parts if not has_magic(part)])
-    return _files_by_split(name, fixed, readable)
+    fixed = Path(*takewhile(lambda part: not has_magic(part), path.parts))
+    return _files_by_split(name, fixed, readable, key)
 
 
 def _built_in(name: str, split: str) -> Split:
@@ -182,6 +193,7 @@ def _files_in(name: str, folder: Path, key: str) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and kind_of(path)
+        and path.name not in ABOUT_DATA
         and not any(p.startswith(".") for p in path.relative_to(folder).parts)
     ]
     if not files:
@@ -193,9 +205,12 @@ def _files_in(name: str, folder: Path, key: str) -> list[Path]:
     return files
 
 
-def _files_by_split(name: str, folder: Path, files: Sequence[Path]) -> dict[str, Split]:
-    """Files by the split that their names tell. A file that
-    tells none, or the only split, is for training."""
+def _files_by_split(name: str, folder: Path, files: Sequence[Path], key: str) -> dict[str, Split]:
+    """Files by the split that their names tell. A file that tells none, or the only split, is for training.
+
+    Raises:
+        InputError: a file is there in two formats.
+    """
     by_split: dict[str, list[Path]] = {}
     for file in files:
         words = re.split(r"[^A-Za-z]+", str(file.relative_to(folder)).lower())
@@ -204,7 +219,22 @@ def _files_by_split(name: str, folder: Path, files: Sequence[Path]) -> dict[str,
         ).append(file)
     if len(by_split) == 1:
         by_split = {"train": list(files)}
+    for split, parts in by_split.items():
+        _refuse_doubles(f"key '{key}': {name!r} holds the split {split!r}", folder, parts)
     return {split: _split_of_files(f"{name} ({split})", parts) for split, parts in by_split.items()}
+
+
+def _refuse_doubles(place: str, folder: Path, files: Sequence[Path]) -> None:
+    """Refuse two files that are likely the same rows, in two formats or compressed."""
+    seen: dict[Path, Path] = {}
+    for file in files:
+        name = (file.with_suffix("") if file.suffix.lower() == ".gz" else file).with_suffix("")
+        if name in seen:
+            raise InputError(
+                f"{place} twice, as it seems: in {seen[name]} and {file.name}; remove one of them, or name "
+                f"one kind by a glob, such as '{folder / '**' / '*'}{''.join(file.suffixes)}'"
+            )
+        seen[name] = file
 
 
 def _split_of_files(name: str, files: Sequence[Path]) -> Split:
@@ -213,9 +243,8 @@ def _split_of_files(name: str, files: Sequence[Path]) -> Split:
             yield from rows_of_file(file, columns, optional)
 
     states = [(str(file.resolve()), file.stat()) for file in files]
-    return Split(
-        name, rows, "\n".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)
-    )
+    identity = "\n".join(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)
+    return Split(name if len(files) == 1 else f"{name}, {len(files)} files", rows, identity)
 
 
 def _is_in_a_folder(path: Path) -> bool:
@@ -273,7 +302,7 @@ def _split_of_dataset(name: str, dataset: Any) -> Split:
         for batch in taken.iter(READ_AT_A_TIME):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                row = dict(zip(batch, values, strict=True))
+                row = without_filled(dict(zip(batch, values, strict=True)))
                 for key in labels.keys() & row.keys():
                     row[key] = None if row[key] is None or row[key] < 0 else labels[key].int2str(row[key])
                 yield Row(f"{name} row {number}", row)

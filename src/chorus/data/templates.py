@@ -60,12 +60,15 @@ def text_of(row: Mapping[str, Any], column: str, is_optional: bool = False) -> s
     value = row.get(column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if is_optional and (value is None or value == ""):
+    if is_optional and (value is None or value in ("", [], {})):
         return ""
     if column not in row:
         raise BadRow(f"field {column!r} is missing (the row has {listed(row)})")
     if value is None:
         raise BadRow(f"field {column!r} is null")
+    if isinstance(value, float | bool):  # which text stands for it is not ours to say: 0.10, 1e-1, yes?
+        kind = type(value).__name__
+        raise BadRow(f"field {column!r} must be text or a whole number, is {kind} ({value})")
     if not isinstance(value, str):
         raise BadRow(f"field {column!r} must be text or a whole number, is {type(value).__name__}")
     if not value.strip() and not is_optional:

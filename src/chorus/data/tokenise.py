@@ -16,11 +16,8 @@ from chorus.data.chat import ChatForm
 from chorus.data.templates import BadRow, Problem
 from chorus.errors import InputError
 
-NOT_LEARNT, LEARNT, MERGED = (
-    0,
-    1,
-    2,
-)  # marks of a token; MERGED begins before what is to be learnt, and reaches into it
+# Marks of a token. MERGED: it begins before what is to be learnt, and reaches into it.
+NOT_LEARNT, LEARNT, MERGED = 0, 1, 2
 END_PROBE = "7"  # an answer that no template writes by itself
 
 
@@ -32,13 +29,17 @@ class Tokenised(NamedTuple):
         marks: of each token NOT_LEARNT, LEARNT or MERGED.
         merged: characters to be learnt that carry no loss, because their token begins before them.
         answer: how many tokens it takes until the first is learnt that stands for text; 0 where there is
-        none.
+            none.
+        strays: beginning tokens that stand behind the beginning.
+        unknown: tokens that stand for characters unknown to the tokenizer.
     """
 
     ids: list[int]
     marks: list[int]
     merged: int
     answer: int
+    strays: int = 0
+    unknown: int = 0
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -59,10 +60,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 class Encoder:
     """Tokenises rows for training and prompts for generation, alike in all that they share.
 
-    One beginning token: where both the text and the tokenizer write it, the tokenizer's is left out; where a
-    chat template does not write it and the tokenizer would, it is added. A text that would begin with a
-    learnt token gets the beginning token, or without one the end token, before it: nothing else could predict
-    its first token. One end token: where the tokenizer or the template writes it, none is added.
+    One beginning token: of several in front of a text, written by the text, the tokenizer or both, one is
+    kept; where a chat template does not write it and the tokenizer would, it is added. A text that would
+    begin with a learnt token gets the beginning token, or without one the end token, before it: nothing else
+    could predict its first token. One end token: where the tokenizer or the template writes it, also with
+    white space behind it, none is added.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -77,7 +79,13 @@ class Encoder:
         self.bos, self.eos = cast(int | None, tokenizer.bos_token_id), cast(int, tokenizer.eos_token_id)
         self.beginning = self.eos if self.bos is None else self.bos
         self.special = special_ids(tokenizer)
+        # A stray one is not told where the end token serves as it.
+        self.stray = None if self.bos == self.eos else self.bos
+        name = tokenizer.unk_token or getattr(self.backend.model, "unk_token", None)
+        unknown = None if name is None else self.backend.token_to_id(str(name))
+        self.unknown = None if unknown in (self.bos, self.eos) else unknown
         self.joined: dict[str, int] = {}
+        self.is_space: dict[int, bool] = {}
         [probe] = self._encode(["a"], add_special_tokens=True)
         self.adds_bos = (
             self.bos is not None and probe.ids[:1] == [self.bos] and probe.special_tokens_mask[0] == 1
@@ -120,6 +128,17 @@ class Encoder:
             ids = ids[:-1]
         return ids or [self.beginning]
 
+    def answer(self, problem: Problem) -> list[int]:
+        """The tokens of the completion behind `prompt`, as training has them, with the end token."""
+        prompt = self.prompt(problem)
+        [row] = self.rows([problem._replace(rest="")])
+        if row.ids[: len(prompt)] == prompt and len(row.ids) > len(prompt):
+            return row.ids[len(prompt) :]
+        # A token of the prompt reaches into the completion, which then is written otherwise than it was
+        # learnt.
+        [alone] = self._encode([problem.completion], add_special_tokens=False)
+        return [*alone.ids, self.eos]
+
     def asked(self, prompt: str) -> str:
         """The prompt without the spaces at its end that the tokenizer joins to a following word.
 
@@ -150,8 +169,9 @@ class Encoder:
         """Ids, and for each whether the tokenizer added it by itself, with exactly one beginning token."""
         ids, added = encoding.ids, encoding.special_tokens_mask
         if self.bos is not None:
-            if ids[:2] == [self.bos, self.bos] and added[0]:
-                return ids[1:], added[1:]
+            if ids[:2] == [self.bos, self.bos]:
+                last = next((place for place, one in enumerate(ids) if one != self.bos), len(ids)) - 1
+                return ids[last:], added[last:]
             if is_chat and self.adds_bos and ids[:1] != [self.bos]:
                 return [self.bos, *ids], [1, *added]
         return ids, added
@@ -183,14 +203,17 @@ class Encoder:
         self, ids: list[int], marks: list[int], added: list[int], merged: int, is_chat: bool
     ) -> Tokenised:
         """With one end, and with a token before a first one that is learnt."""
-        texts = zip(ids, marks, strict=True)
-        answer = next(
-            (n for n, (one, mark) in enumerate(texts, 1) if mark == LEARNT and one not in self.special), 0
-        )
+        start = marks.index(LEARNT) if LEARNT in marks else len(marks)
+        places = (place for place in range(start, len(ids)) if marks[place] == LEARNT)
+        answer = next((place + 1 for place in places if ids[place] not in self.special), 0)
         ids, marks = self._ended(ids, marks, added, is_chat)
-        if marks[0] == LEARNT:
+        if marks[0] == LEARNT and ids[0] == self.bos:
+            marks = [NOT_LEARNT, *marks[1:]]
+        elif marks[0] == LEARNT:
             ids, marks, answer = [self.beginning, *ids], [NOT_LEARNT, *marks], answer and answer + 1
-        return Tokenised(ids, marks, merged, answer)
+        strays = 0 if self.stray is None else ids.count(self.stray) - (ids[0] == self.stray)
+        unknown = 0 if self.unknown is None else ids.count(self.unknown)
+        return Tokenised(ids, marks, merged, answer, strays, unknown)
 
     def _ended(
         self, ids: list[int], marks: list[int], added: list[int], is_chat: bool
@@ -201,11 +224,18 @@ class Encoder:
             last = len(marks) - marks[::-1].index(LEARNT) if LEARNT in marks else 0
             is_closed = any(ids[place] in self.special for place in range(max(last - 2, 0), last))
             return (ids, marks) if is_closed or last < len(ids) else ([*ids, self.eos], [*marks, LEARNT])
-        if ids[-2:] == [self.eos, self.eos] and added[-1]:
+        if added and added[-1] and ids[-1] == self.eos:  # as if the tokenizer had added none
             ids, marks = ids[:-1], marks[:-1]
         if ids[-1:] == [self.eos]:
             return ids, [*marks[:-1], LEARNT]
+        if ids[-2:-1] == [self.eos] and self._stands_for_space(ids[-1]):
+            return ids, [*marks[:-2], LEARNT, marks[-1]]
         return [*ids, self.eos], [*marks, LEARNT]
+
+    def _stands_for_space(self, token: int) -> bool:
+        if token not in self.is_space:
+            self.is_space[token] = cast(str, self.tokenizer.decode([token])).isspace()
+        return self.is_space[token]
 
 
 def _places(offsets: Sequence[tuple[int, int]], text: str) -> tuple[np.ndarray, np.ndarray]:

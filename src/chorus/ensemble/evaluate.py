@@ -142,7 +142,7 @@ def evaluate(
     names = [name for answerer in answerers for name in (answerer.name, f"{answerer.name}/{CALIBRATED}")]
     of_all = dict(zip(names, _joined(scored), strict=True))
     ood_of_all = dict(zip(names, _joined(ood), strict=True))
-    prompts = _interleaved(gather_object([[text(row.prompt) for row in rows.scored]]))
+    prompts = _interleaved(gather_object([[rows.prompt_text(row.prompt) for row in rows.scored]]))
     references = _interleaved(gather_object([[text(row.answer) for row in rows.scored]]))
     found = _scored(answerers, of_all, ood_of_all, references, bool(rows.choices))
     found.num_problems, found.num_calibration, found.num_ood = counts

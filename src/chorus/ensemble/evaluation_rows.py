@@ -40,8 +40,12 @@ class EvaluationRows(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of an answer, or of a prompt."""
+        """The text of an answer."""
         return answer_text(ids, self.tokenizer, self.end_ids)
+
+    def prompt_text(self, ids: Sequence[int]) -> str:
+        """The text of a prompt, with all of its turns."""
+        return answer_text(ids, self.tokenizer, ())
 
 
 def read_evaluation_rows(
@@ -92,9 +96,15 @@ def divided(
 def _choices(
     rows: Sequence[HeldOutRow], settings: EvaluationSettings, found: EvaluationRows
 ) -> list[list[int]]:
-    """The different answers of all rows, in a fixed order; empty where answers are to be written."""
+    """The different answers of all rows, each through its first end token, in a fixed order; empty where
+    answers are to be written."""
     answers = {found.text(row.answer): row.answer for row in rows}
     is_task_of_labels = 2 <= len(answers) <= min(MOST_CHOICES, len(rows) // ROWS_OF_A_CHOICE)
     if settings.eval_choices is False or (settings.eval_choices == "auto" and not is_task_of_labels):
         return []
-    return [[*answers[name], found.end_ids[0]] for name in sorted(answers)]
+    return [_through_end(answers[name], found.end_ids) for name in sorted(answers)]
+
+
+def _through_end(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
+    return [*ids, end_ids[0]] if end is None else list(ids[: end + 1])

@@ -185,7 +185,7 @@ def load_base(
         config.attn_implementation,
         length=config.max_seq_length,
         compiled=bool(compiled),
-        packing=config.packing,
+        packing=config.packs,
         quantisation=quantisation_of(config, dtype),
     )
 
@@ -201,8 +201,14 @@ def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a base of the same architecture and vocabulary, with a few narrow random layers, and its
-    tokenizer.
+    """Write `toy_like` and its tokenizer."""
+    toy_like(model_name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def toy_like(model_name: str) -> PreTrainedModel:
+    """A base of the same architecture and vocabulary on the CPU, in fp32, with a few narrow random layers:
+    always the same ones.
 
     Raises:
         InputError: no such model, or one with custom code.
@@ -219,9 +225,9 @@ def write_toy_like(model_name: str, tokenizer: PreTrainedTokenizerBase, folder: 
                 setattr(config, name, toy)
             elif isinstance(value, PretrainedConfig) and hasattr(value, "num_hidden_layers"):
                 value.num_hidden_layers = 1  # of a tower, through which no text passes
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
 
 
 def _narrow(text: PretrainedConfig) -> PretrainedConfig:

@@ -50,7 +50,7 @@ def with_padding(config: C, device: torch.device, base_in_shards: bool = False) 
     """
     if config.pad_to_multiple_of != "auto":
         return config
-    is_fast = device.type == "cuda" and not (config.packing or config.lora_dropout > 0 or base_in_shards)
+    is_fast = device.type == "cuda" and not (config.packs or config.lora_dropout > 0 or base_in_shards)
     multiple = 1
     if is_fast and (config.compile is not False or config.cuda_graphs is not False):
         multiple = min(config.max_seq_length, 8 * ceil(config.max_seq_length / (8 * MAX_CAPTURES)))
@@ -81,7 +81,7 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
             f"key 'cuda_graphs' is true, which needs a CUDA GPU, and this is {device}; set it to auto"
         )
     shapes = ceil(config.max_seq_length / config.padding)
-    if config.packing:
+    if config.packs:
         shapes = MAX_SHAPES
     because = ""
     if device.type != "cuda":
@@ -96,7 +96,7 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
     compiled, captured = (
         not because if key == "auto" else key for key in (config.compile, config.cuda_graphs)
     )
-    rows = "packed" if config.packing else f"padded to a multiple of {config.padding}"
+    rows = "packed" if config.packs else f"padded to a multiple of {config.padding}"
     logger.info("layers compiled: %s; passes captured: %s; rows %s%s", compiled, captured, rows, because)
     may_fall_back = "auto" in (config.compile, config.cuda_graphs)
     return Execution(config.recomputation, config.agents_per_pass, compiled, captured, may_fall_back)

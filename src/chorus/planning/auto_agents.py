@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chorus.checkpoint.state_file import read_state_file
+from chorus.checkpoint.state_file import StateFile, read_state_file
 from chorus.checkpoint.store import checkpoints
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
@@ -46,8 +46,9 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
     """
     if config.num_agents != "auto":
         return with_agents(config, config.num_agents), ""
-    kept = on_first_process(accelerator, lambda: agents_of_checkpoint(config))
-    if kept is not None:
+    state = on_first_process(accelerator, lambda: newest_state(config))
+    if state is not None:
+        kept = state.config.num_agents
         return with_agents(config, kept), f"num_agents auto: {kept}, as in the checkpoint"
     machine = machine_of(accelerator)
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
@@ -120,8 +121,8 @@ def with_agents(config: Config, num_agents: int) -> RunConfig:
     return RunConfig.model_validate({**config.model_dump(), "num_agents": num_agents})
 
 
-def agents_of_checkpoint(config: Config) -> int | None:
-    """K of the checkpoint from which this run may resume.
+def newest_state(config: Config) -> StateFile | None:
+    """The state of the checkpoint from which this run may resume.
     `resume` checks later that it is whole and of this run."""
     if config.resume_from_checkpoint is None:
         return None
@@ -129,7 +130,7 @@ def agents_of_checkpoint(config: Config) -> int | None:
     folders = checkpoints(Path(config.output_dir)) if named == "auto" else [Path(named)]
     for folder in folders:
         try:
-            return read_state_file(folder).config.num_agents
+            return read_state_file(folder)
         except InputError:  # damaged: `resume` will pass over it or refuse it
             continue
     return None

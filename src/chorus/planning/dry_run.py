@@ -27,6 +27,7 @@ from chorus.model.preflight import check_without_weights
 from chorus.monitoring.memory import memory_limit
 from chorus.monitoring.run_log import quiet_libraries
 from chorus.planning.auto_agents import decide_num_agents, machine_of
+from chorus.planning.auto_packing import decide_packing
 from chorus.planning.checks import Report, Stopped, mode_table, sample_view
 from chorus.planning.memory_check import way_out
 from chorus.planning.memory_forecast import GIB, Forecast, forecast, in_words
@@ -101,6 +102,9 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             checked = (config.model_name, config.max_seq_length, lora_shape(config))
             tokenizer, skeleton = check_without_weights(*checked)
             rows = read_rows(config, config.seed, tokenizer, accelerator)
+            config, note = decide_packing(config, rows.train.lengths, skeleton.config, accelerator)
+        if note:
+            report.add("packing auto", True, note.partition(": ")[2])
         with report.trying("num_agents auto"):
             config, note = decide_num_agents(config, precision, accelerator)
         if note:
@@ -171,6 +175,17 @@ def _check_rows(report: Report, config: RunConfig, rows: Rows, tokenizer: PreTra
         "a token begins in the prompt and reaches into the completion: begin the completion with a space "
         "or a new line, or end the prompt with one",
     )
+    for name, column, remedy in (
+        ("one beginning token a row", "strays", "take the others out of the templates or the data"),
+        ("every character is known", "unknown", "take another base, or take such characters out"),
+    ):
+        counts = chosen.facts[column]
+        found = f"in all of {len(lengths):,} rows"
+        if counts.any():
+            places = counts.nonzero()[0]
+            first = chosen.place(int(places[0]))
+            found = f"{int(counts.sum()):,} tokens of {len(places):,} rows are not so, the first {first}"
+        report.add(name, not counts.any(), found, remedy)
 
 
 def _check_disk(report: Report, planned: Plan, folder: Path) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
-from chorus.data.batches import Sample
+from chorus.data.samples import Sample, Samples
 from chorus.errors import InputError, OutOfMemory, Preempted, RunError, out_of_memory
 from chorus.monitoring.memory import memory_limit
 from chorus.planning.auto_agents import machine_of
@@ -57,7 +57,7 @@ def foresee_memory(
     if config.memory_check == "off":
         return logging.NOTSET, ""
     config = config.model_copy(update={"batch_size": max(1, min(config.batch_size, len(samples)))})
-    length = longest_of(config, [*samples, *held_out])
+    length = longest_of(config, samples, held_out)
     free = min(gather_object([memory_limit(accelerator.device, 1.0)]))
     needs, phase, way = on_first_process(
         accelerator,
@@ -79,12 +79,18 @@ def foresee_memory(
     return logging.WARNING, f"memory: {said}: it may not fit; {way}"
 
 
-def longest_of(config: RunConfig, samples: Sequence[Sample]) -> int:
+def longest_of(config: RunConfig, samples: Sequence[Sample], held_out: Sequence[Sample]) -> int:
     """T of the longest batch of these rows."""
-    if config.packing or not samples:
+    if config.packs or not samples:
         return longest_batch(config)
-    tokens = max(len(sample.ids) for sample in samples) - 1
+    tokens = max(_longest(config, part) for part in (samples, held_out)) - 1
     return -(-tokens // config.padding) * config.padding
+
+
+def _longest(config: RunConfig, samples: Sequence[Sample]) -> int:
+    if isinstance(samples, Samples):  # which knows lengths without reading a token of millions of rows
+        return int(samples.lengths.clip(max=config.max_seq_length).max(initial=1))
+    return max((len(sample.ids) for sample in samples), default=1)
 
 
 def _forecast_and_way_out(

@@ -252,7 +252,7 @@ def _agents_without_values(
         dtype,
         length=config.max_seq_length,
         compiled=bool(execution.compiled),
-        packing=config.packing,
+        packing=config.packs,
     )
     if attention != "eager":
         AttentionInterface.register(FUSED_ATTENTION, fused_attention)

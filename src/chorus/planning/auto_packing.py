@@ -1,0 +1,101 @@
+"""`packing: auto`: several samples in a row where that is exact, known to be faster, and saves padding."""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import PretrainedConfig
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from chorus.collectives import on_first_process
+from chorus.config import Config
+from chorus.data.batches import epoch_order
+from chorus.data.packing import one_a_row, packed
+from chorus.errors import InputError
+from chorus.model.attention import LONG, check_packing
+from chorus.model.base import toy_like
+from chorus.planning.auto_agents import machine_of, newest_state
+
+C = TypeVar("C", bound=Config)
+
+# A step of gemma-2-2b with 62 % of the tokens took 72 % of the time (benchmarks/LOG.md, 8 samples of 64 to
+# 512 tokens on an H200): a packed token costs 1.15 times what another does, so at 80 % nearly a tenth is won.
+WORTH_IT = 0.8
+BATCHES = 64  # that are looked at
+
+
+def decide_packing(
+    config: C, lengths: np.ndarray, base: PretrainedConfig, accelerator: Accelerator
+) -> tuple[C, str]:
+    """The configuration with true or false for `packing`, and the reason, for the log ("" if it was given).
+
+    A resumed run stays what its checkpoint is. A collective call: all processes agree.
+
+    Args:
+        lengths: tokens of every training row.
+        base: configuration of the base.
+    """
+    if config.packing != "auto":
+        return config, ""
+    state = on_first_process(accelerator, lambda: newest_state(config))
+    if state is not None:  # one from before there was the key has none
+        packs, why = state.config.model_dump().get("packing") is True, "as in the checkpoint"
+    else:
+        in_shards = machine_of(accelerator).base_in_shards
+        packs, why = on_first_process(
+            accelerator, lambda: packs_by_itself(config, lengths, base, accelerator.device, in_shards)
+        )
+    return config.model_copy(update={"packing": packs}), f"packing auto: {'on' if packs else 'off'}; {why}"
+
+
+def packs_by_itself(
+    config: Config, lengths: np.ndarray, base: PretrainedConfig, device: torch.device, in_shards: bool
+) -> tuple[bool, str]:
+    """Whether `auto` packs, and why."""
+    against = _against(config, base, device, in_shards)
+    if against is not None:
+        return False, against
+    share = share_of_tokens(config, np.minimum(lengths, config.max_seq_length) - 1)
+    found = f"batches of these rows would have {share:.0%} of the tokens"
+    if share > WORTH_IT:
+        return False, f"{found}, and it pays from {WORTH_IT:.0%} on"
+    try:
+        check_packing(toy_like(config.model_name))
+    except InputError as error:
+        return False, f"{found}, but {str(error).partition(': ')[2].partition(';')[0]}"
+    return True, found
+
+
+def _against(config: Config, base: PretrainedConfig, device: torch.device, in_shards: bool) -> str | None:
+    """What packing would change, or where it was never measured to be faster."""
+    has_softcap = bool(getattr(base.get_text_config(), "attn_logit_softcapping", None))
+    wanted = config.attn_implementation
+    by_flash = is_flash_attn_2_available() and (wanted == "auto" and has_softcap)
+    by_flex = wanted == "flex_attention" or (wanted == "auto" and has_softcap and config.compile is not False)
+    if device.type != "cuda":
+        return f"no GPU ({device})"
+    if in_shards:
+        return "ZeRO stage 3, under which it was not measured"
+    if config.lora_dropout > 0:
+        return "lora_dropout is above 0, and draws by places in a row"
+    if wanted == "flash_attention_2":
+        return "flash_attention_2 would let the samples of a row see each other"
+    if config.max_seq_length >= LONG and (by_flash or not by_flex):
+        return f"rows of {LONG} tokens or more, whose attention is faster without a mask"
+    if config.batch_size == 1:
+        return "batch_size is 1, so there is nothing to put together"
+    return None
+
+
+def share_of_tokens(config: Config, lengths: np.ndarray) -> float:
+    """Tokens of packed batches, padding included, for each of batches with one sample a row."""
+    order = epoch_order(len(lengths), config.seed, 0, config.shuffle).numpy()
+    apart = together = 0
+    for start in range(0, min(len(order), BATCHES * config.batch_size), config.batch_size):
+        own = lengths[order[start : start + config.batch_size]].tolist()
+        rows, length, _ = one_a_row(own, config.padding)
+        apart += rows * length
+        rows, length, _ = packed(own, config.max_seq_length - 1, config.padding, config.batch_size)
+        together += rows * length
+    return together / apart
