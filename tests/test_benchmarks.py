@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import environment, processes_of, wait_for
+from launching import PATIENCE_S, environment, processes_of, wait_for
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -32,7 +32,7 @@ def bench(out: Path, *options: str) -> dict:
         "--out",
         str(out),
     ]
-    subprocess.run([*command, *options], capture_output=True, text=True, timeout=900, check=False)
+    subprocess.run([*command, *options], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     return json.loads((out / "modes.json").read_text())
 
 
@@ -76,7 +76,7 @@ def test_a_row_of_the_table_is_measured_once_by_the_launcher_and_the_engine_it_n
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert result.returncode == 0, result.stderr[-3000:]
