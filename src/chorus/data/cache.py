@@ -214,7 +214,7 @@ def _remedy(fault: BadRow, rows: Iterator[Any], form: Form, usable: int) -> str:
     if " is float" in str(fault) or " is bool" in str(fault):
         words = "write such values as text"
     is_of_column = any(word in str(fault) for word in ("empty", "null", "missing"))
-    if is_of_column and (is_text or form.kind == "templates"):
+    if is_of_column and (isinstance(form, TextForm) or form.kind == "templates"):
         words += ", name the column in optional_columns if it may be empty"
     for _, row in () if usable else islice(rows, LOOKED_AT):
         try:

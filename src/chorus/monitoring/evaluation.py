@@ -32,8 +32,11 @@ def check_evaluation(config: RunConfig) -> None:
             if getattr(config, key):
                 raise InputError(f"key '{key}': no score says which step is best; set metric_for_best_model")
         return
-    if config.eval_steps == 0:
-        raise InputError("key 'metric_for_best_model': nothing is scored while training; set eval_steps")
+    for key in ("eval_steps", "eval_samples"):
+        if getattr(config, key) == 0:
+            raise InputError(
+                f"key 'metric_for_best_model': nothing is scored while training, as {key} is 0; set it"
+            )
     mixtures = mixture_names(config.dirichlet_alpha_aggregator)
     answerers = [*mixtures, *(f"agent_{agent}" for agent in range(config.num_agents))]
     known = [
@@ -146,7 +149,8 @@ class RunEvaluation:
     def _evaluate(self, *, with_base: bool, with_agents: bool = True) -> Evaluation:
         who = "the base" if not with_agents else f"{len(self.engine.agents.agents)} agents and their mixture"
         logger.info("scoring %s on held-out problems", who)
-        with span("evaluation"), self.engine.unsharded():
+        own = sum(map(len, self.rows[:3]))
+        with span("evaluation"), self.engine.unsharded(), self.run_log.scoring(own) as progress:
             return evaluate(
                 self.engine.agents,
                 self.rows,
@@ -155,4 +159,5 @@ class RunEvaluation:
                 alpha=self.config.dirichlet_alpha_aggregator,
                 with_base=with_base,
                 with_agents=with_agents,
+                progress=progress,
             )

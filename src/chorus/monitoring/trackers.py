@@ -88,7 +88,7 @@ class Trackers:
         except Exception as error:  # each library has its own errors
             self._trackers.remove(tracker)
             logger.warning(
-                "%s failed and gets no more numbers: %s", tracker.name, " ".join(str(error).split())
+                "%s failed and gets no more numbers: %s", _label(tracker), " ".join(str(error).split())
             )
 
     def abandon(self) -> None:
@@ -96,8 +96,12 @@ class Trackers:
         self._trackers.clear()
 
 
+def _label(tracker: GeneralTracker) -> str:
+    return getattr(tracker, "name", type(tracker).__name__)  # Accelerate's trackers have one, undeclared
+
+
 def _name(tracker: GeneralTracker, name: str) -> str:
-    return REFUSED_BY_MLFLOW.sub("_", name) if tracker.name == "mlflow" else name
+    return REFUSED_BY_MLFLOW.sub("_", name) if _label(tracker) == "mlflow" else name
 
 
 def _tracker(name: str, output_dir: Path) -> GeneralTracker:

@@ -29,8 +29,9 @@ from chorus.monitoring.run_log import quiet_libraries
 from chorus.planning.auto_agents import decide_num_agents, machine_of
 from chorus.planning.auto_packing import decide_packing
 from chorus.planning.checks import Report, Stopped, mode_table, sample_view
+from chorus.planning.forecast import GIB, Forecast, in_words
 from chorus.planning.memory_check import way_out
-from chorus.planning.memory_forecast import GIB, Forecast, forecast, in_words
+from chorus.planning.memory_forecast import forecast
 from chorus.planning.run_plan import Plan, plan, sample_tokens
 from chorus.planning.shared_ground import check_processes, folder_beside_output
 from chorus.planning.trial_run import STEPS, Loop, ModeRun, Setting, disagreement, rehearse
@@ -127,7 +128,11 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
                 toy = folder / "toy"
                 on_first_process(accelerator, lambda: write_toy_like(config.model_name, tokenizer, toy))
                 config = config.model_copy(
-                    update={"model_name": str(toy), "batch_size": min(2, config.batch_size)}
+                    update={
+                        "model_name": str(toy),
+                        "batch_size": min(2, config.batch_size),
+                        "num_agents": min(4, config.num_agents),
+                    }
                 )
             in_shards = machine_of(accelerator).base_in_shards
             compiled = decide_execution(config, accelerator.device, in_shards).compiled
