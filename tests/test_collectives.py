@@ -58,24 +58,58 @@ print("goes on")
     assert ended.stderr == "stopped by SIGTERM: no step is lost, and resume_from_checkpoint=auto goes on\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(number: signal.Signals):
-    code = f"""
-import os, time
+TWO_SIGNALS = """
+import hashlib, os, threading, time
 from chorus.training import signals
-signals.ONE_REQUEST_S = 0.1
 class One: num_processes = 1
-with signals.StopRequest(One(), timeout_s=60) as stop:
-    os.kill(os.getpid(), {int(number)})
-    time.sleep(0.3)
-    print("lives", flush=True)
-    os.kill(os.getpid(), {int(number)})
-    time.sleep(0.3)
-    print("survives", flush=True)
+
+def work(rounds):
+    # A call that takes seconds and lets no handler run.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", rounds)
+
+def ask():
+    os.kill(os.getpid(), {})
+
+with signals.StopRequest(One(), timeout_s=600) as stop:
+    ask()
 """
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_whatever_the_process_waits_for(number: signal.Signals):
+    code = (
+        TWO_SIGNALS.format(int(number))
+        + """
+    signals.ONE_REQUEST_S = 0.2
+    def ask_again():
+        while True:
+            time.sleep(0.3)
+            ask()
+    threading.Thread(target=ask_again, daemon=True).start()
+    work(20_000_000)
+    print("goes on")
+"""
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.stdout == "lives\n", ended.stderr
-    assert ended.returncode == -number
+    assert (ended.returncode, ended.stdout) == (130, ""), ended.stderr
+    assert ended.stderr == (
+        f"ended at once by a second {number.name}: resume_from_checkpoint=auto resumes from the "
+        "last checkpoint, if there is one\n"
+    )
+
+
+def test_two_signals_of_one_request_are_one_although_the_second_is_handled_much_later():
+    code = (
+        TWO_SIGNALS.format(int(signal.SIGINT))
+        + """
+    signals.ONE_REQUEST_S = 1.0
+    threading.Timer(0.1, ask).start()
+    work(4_000_000)
+    print("saved", stop.is_agreed(), flush=True)
+"""
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "saved True\n"), ended.stderr
 
 
 @pytest.mark.parametrize("error", [InputError("bad key"), RunError("disk full")])

@@ -59,6 +59,25 @@ def test_the_line_is_one_write_so_that_no_other_process_comes_between_it_and_its
     os.close(reading)
 
 
+def test_a_signal_amid_a_write_to_stderr_has_its_line_all_the_same():
+    code = """
+import os, signal, sys
+from chorus.errors import end_on_signals
+end_on_signals()
+class AmidAWrite:
+    def write(self, text):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+    def isatty(self): return False
+    def flush(self): pass
+sys.stderr = AmidAWrite()
+sys.stderr.write("a line of the log")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 4
+    assert ended.stderr.startswith("stopped by SIGTERM: ")
+
+
 @pytest.mark.parametrize(
     "statement", ["raise ValueError('ours')", "raise RuntimeError('ours')", "assert False, 'ours'"], ids=str
 )

@@ -1,6 +1,7 @@
 """What went wrong, said in one line, and the exit codes.
 
-2 bad input; 3 a fault of the run; 4 stopped by SIGTERM or SIGINT, with every step saved; 130 interrupted.
+2 bad input; 3 a fault of the run; 4 stopped by SIGTERM or SIGINT, with every step saved; 130 ended at once,
+by a second signal or an interrupt.
 """
 
 import errno
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a run to stop
 
@@ -129,12 +131,18 @@ def end_on_signals() -> None:
 def _end(number: int, _: FrameType | None) -> None:
     for other in SIGNALS:  # a launcher passes on what a terminal has sent already
         signal.signal(other, signal.SIG_IGN)
-    if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
-    _say(
-        f"stopped by {signal.Signals(number).name}: no step is lost, and resume_from_checkpoint=auto goes on"
+    end_now(
+        f"stopped by {signal.Signals(number).name}: no step is lost, and resume_from_checkpoint=auto goes on",
+        4,
     )
-    os._exit(4)
+
+
+def end_now(line: str, code: int) -> NoReturn:
+    """End this process with one line, whatever it is doing; from any thread, or a signal's handler."""
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+    _say(line)
+    os._exit(code)
 
 
 def _say(line: str, is_consequence: bool = False) -> None:
@@ -147,9 +155,13 @@ def _say(line: str, is_consequence: bool = False) -> None:
     """
     _tell_torchrun(line, is_consequence)
     is_bold = sys.stderr.isatty() and line.startswith("error: ")
-    sys.stdout.flush()  # what was printed before comes first
-    sys.stderr.write(f"\x1b[1m{line}\x1b[0m\n" if is_bold else f"{line}\n")
-    sys.stderr.flush()
+    shown = f"\x1b[1m{line}\x1b[0m\n" if is_bold else f"{line}\n"
+    try:
+        sys.stdout.flush()  # what was printed before comes first
+        sys.stderr.write(shown)
+        sys.stderr.flush()
+    except RuntimeError:  # a signal has come amid a write, which Python does not let another one enter
+        os.write(2, shown.encode())
 
 
 def _tell_torchrun(line: str, is_consequence: bool) -> None:

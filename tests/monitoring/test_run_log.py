@@ -174,6 +174,29 @@ def test_the_terminal_gets_each_log_line_whole_and_as_it_is(
     assert "agent 1" in shown.getvalue()
 
 
+def test_an_evaluation_has_a_bar_on_a_terminal_before_and_in_training(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    terminal = io.StringIO()
+    shown = Console(file=terminal, force_terminal=True, force_interactive=True, width=100)
+    monkeypatch.setattr(run_log_module, "Console", lambda **_: shown)
+    run_log = open_run_log(accelerator, tmp_path, {}, [])
+
+    def score() -> None:
+        with run_log.scoring(30) as advance:
+            advance("calibrated", 10)
+            advance("scored", 7)
+
+    score()
+    assert re.search(r"scored .*17/30", terminal.getvalue())
+    with run_log.training(4, start_step=1):
+        terminal.truncate(0)
+        score()
+    run_log.close()
+    assert re.search(r"scored .*17/30", terminal.getvalue())
+    assert re.search(r"training .*1/4", terminal.getvalue())
+
+
 def test_a_tracker_gets_the_settings_and_every_number_of_a_logged_step(run_log: RunLog, recorder: Recorder):
     with run_log.training(2):
         run_log.advance(metrics(1))

@@ -23,7 +23,8 @@ from chorus.planning.auto_agents import (
     newest_state,
     with_agents,
 )
-from chorus.planning.memory_forecast import Machine, forecast
+from chorus.planning.forecast import Machine
+from chorus.planning.memory_forecast import forecast
 
 AUTO = Config(
     num_agents="auto",

@@ -15,8 +15,9 @@ from chorus.data.cache import TokenTable
 from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError, OutOfMemory, RunError
 from chorus.planning import memory_check
+from chorus.planning.forecast import Machine
 from chorus.planning.memory_check import foresee_memory, longest_of, memory_errors_named, split_batch, way_out
-from chorus.planning.memory_forecast import Machine, forecast
+from chorus.planning.memory_forecast import forecast
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
 CPU = Machine("cpu")

@@ -3,6 +3,7 @@
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from chorus.config import Config
 from chorus.data.batches import Sample, collate
 from chorus.errors import InputError
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import Regularisation, build_agents
+from chorus.model.agents import Agents, Regularisation, build_agents
 from chorus.model.base import load_model
 from chorus.model.execution import decide_execution
+from chorus.planning import counted_passes
+from chorus.planning.forecast import GIB, Forecast, Machine
 from chorus.planning.live_bytes import bytes_of
-from chorus.planning.memory_forecast import GIB, Forecast, Machine, forecast, longest_batch, trained_bytes
+from chorus.planning.memory_forecast import forecast, longest_batch, trained_bytes
 from chorus.training.engine import DTYPES
+from chorus.training.objective import objective_of
 from chorus.training.optimizer import adamw
 
 SHAPE = {
@@ -65,11 +69,12 @@ def allocated_by_a_step(config: Config, precision: str, folder: Path) -> int:
     row = Sample(
         torch.arange(longest_batch(config) + 1), torch.ones(longest_batch(config) + 1, dtype=torch.bool)
     )
-    batch = collate([row] * config.batch_size, pad_id=0)
+    batch = collate([row] * config.batch_size, 0, config.padding, config.swd_points_per_row)
     gc.collect()  # what earlier tests left must not go while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = agents(batch, step=0)
-        (output.nll_KBT.sum() + output.hidden_KBTD.sum().float()).backward()
+        loss_fn = objective_of(config, config, gather=lambda own: own)
+        loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=0).share.backward()
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
@@ -77,6 +82,7 @@ def allocated_by_a_step(config: Config, precision: str, folder: Path) -> int:
     return max(totals) - (totals[0] - changes[0])
 
 
+COMPARING = {"swd_num_projections": 20_000}  # so many that the distance between agents decides
 CASES = [  # each mode, each kind of recomputation, both precisions
     ("no", {"parallel_mode": "fused"}),
     ("bf16", {"parallel_mode": "fused", "gradient_checkpointing": "full"}),
@@ -87,6 +93,10 @@ CASES = [  # each mode, each kind of recomputation, both precisions
     ("no", {"parallel_mode": "sequential", "gradient_checkpointing": "full"}),
     ("bf16", {"parallel_mode": "parallel"}),
     ("no", {"parallel_mode": "parallel", "gradient_checkpointing": "full"}),
+    ("bf16", {"lambda_sw": 0}),
+    ("bf16", {**COMPARING, "swd_points_per_row": 96}),
+    ("bf16", {**COMPARING, "parallel_mode": "sequential", "gradient_checkpointing": "full"}),
+    ("no", {**COMPARING, "swd_representation": "mean"}),
 ]
 
 
@@ -96,7 +106,7 @@ def test_a_step_allocates_what_is_forecast_in_every_mode(
 ):
     config = config_of(base, **how)
     told = forecast(config, precision, Machine("cpu"))
-    step = told.activations + max(told.loss, told.backward)
+    step = told.training - sum(told.standing.values())
     assert step == pytest.approx(allocated_by_a_step(config, precision, tmp_path), rel=0.04)
 
 
@@ -176,6 +186,39 @@ def test_decoding_counts_two_caches_for_every_agent(base: str):
     logits = 3 * 4 * 32 * SHAPE["vocab_size"]
     expected = 2 * (32 * (97 + 200) * keys_and_values + logits)
     assert scoring(8) - scoring(7) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"parallel_mode": "fused"},
+        {"parallel_mode": "fused", "agents_per_pass": 7},
+        {"parallel_mode": "fused", "agents_per_pass": 2, "gradient_checkpointing": "full"},
+        {"parallel_mode": "sequential"},
+        {"parallel_mode": "parallel"},
+    ],
+    ids=str,
+)
+def test_of_many_agents_a_few_are_built_and_the_forecast_is_that_of_all(
+    base: str, how: dict, monkeypatch: pytest.MonkeyPatch
+):
+    config, built = config_of(base, num_agents=14, eval_samples=8, **how), []
+
+    def build(mode: Any, model: Any, num_agents: int, *more: Any, **keys: Any) -> Agents:
+        built.append(num_agents)
+        return build_agents(mode, model, num_agents, *more, **keys)
+
+    monkeypatch.setattr(counted_passes, "build_agents", build)
+    told = forecast(config, "bf16", Machine("cpu"))
+    assert max(built) <= 12
+    monkeypatch.setattr(counted_passes, "MOST_COUNTED", 14)
+    of_all = forecast(config, "bf16", Machine("cpu"))
+    assert built[-1] == 14
+    assert told.trainable == of_all.trainable
+    assert told[1:-1] == pytest.approx(of_all[1:-1], rel=0.01, abs=2**16)
+    monkeypatch.undo()
+    huge = forecast(config.model_copy(update={"num_agents": 4096}), "bf16", Machine("cpu"))
+    assert huge.standing["adapters"] == 4 * 4096 * (of_all.trainable // 14)
 
 
 def test_a_forecast_is_the_same_whatever_was_forecast_before(base: str):

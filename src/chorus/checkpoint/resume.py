@@ -25,6 +25,7 @@ from chorus.collectives import on_every_process, on_first_process, refuse_differ
 from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
 from chorus.errors import InputError
+from chorus.progress import announced
 from chorus.training.engine import Engine, zero_stage
 from chorus.training.state import TrainingState, restore_state
 
@@ -128,6 +129,7 @@ def with_base(run: Mapping[str, Any], model: PreTrainedModel, num_steps: int) ->
     return {**run, "num_steps": num_steps, "fingerprints": fingerprints}
 
 
+@announced("looking for a checkpoint")
 def find_start(config: Config, run: Mapping[str, Any], accelerator: Accelerator) -> Start:
     """Where `resume_from_checkpoint` says that this run begins. A collective call; it changes nothing.
 
@@ -294,6 +296,7 @@ def _refuse_other_fingerprint(
     )
 
 
+@announced("restoring the checkpoint")
 def restore_run(engine: Engine, start: Start, output_dir: Path) -> None:
     """Put the engine into the state of the checkpoint. A collective call.
 

@@ -12,6 +12,7 @@ from chorus.config import Config
 from chorus.config.evaluation import EvaluationSettings
 from chorus.data.rows import HeldOutRow, HeldOutRows, read_held_out
 from chorus.ensemble.answers import answer_text, warn_of_long_references
+from chorus.progress import announced
 from chorus.seeding import derive_seed
 
 MOST_CHOICES = 32  # that eval_choices auto takes for a task of labels
@@ -48,6 +49,7 @@ class EvaluationRows(NamedTuple):
         return answer_text(ids, self.tokenizer, ())
 
 
+@announced("reading the rows of the evaluation")
 def read_evaluation_rows(
     held_out: HeldOutRows, config: Config, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> EvaluationRows:

@@ -16,6 +16,7 @@ from chorus.errors import RunError
 from chorus.model.agents import Agents
 from chorus.model.base import Head
 from chorus.model.token_nll import CHUNK_ELEMENTS, token_nll
+from chorus.progress import announced
 
 TOKENS_PER_PASS = {"cuda": 32_768, "cpu": 2_048}  # over the rows of all members; padding counts
 
@@ -169,6 +170,7 @@ def _device(agents: Agents) -> torch.device:
     return next(agents.parameters()).device
 
 
+@announced("checking the agents' answers")
 def refuse_non_finite_answers(agents: Agents, samples: Sequence[Sample]) -> None:
     """Refuse agents whose NLL of these rows is not finite. A collective call.
 

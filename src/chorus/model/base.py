@@ -66,6 +66,7 @@ class Head:
         return logits_BTV if self.softcap is None else self.softcap * torch.tanh(logits_BTV / self.softcap)
 
 
+@announced("reading the tokenizer")
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     """The base's own tokenizer. Cheap: it tells a wrong `model_name` before any weight is read.
 
@@ -80,6 +81,7 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@announced("reading the headers of the base's files")
 def check_base(model_name: str) -> None:
     """Look whether the base's files hold the model that its config.json describes. Reads headers, and no
     weight.

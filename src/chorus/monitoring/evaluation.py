@@ -146,7 +146,8 @@ class RunEvaluation:
     def _evaluate(self, *, with_base: bool, with_agents: bool = True) -> Evaluation:
         who = "the base" if not with_agents else f"{len(self.engine.agents.agents)} agents and their mixture"
         logger.info("scoring %s on held-out problems", who)
-        with span("evaluation"), self.engine.unsharded():
+        own = sum(map(len, self.rows[:3]))
+        with span("evaluation"), self.engine.unsharded(), self.run_log.scoring(own) as progress:
             return evaluate(
                 self.engine.agents,
                 self.rows,
@@ -155,4 +156,5 @@ class RunEvaluation:
                 alpha=self.config.dirichlet_alpha_aggregator,
                 with_base=with_base,
                 with_agents=with_agents,
+                progress=progress,
             )

@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,13 @@ class RunLog:
         """
         self._on_first_process(partial(self._write_scores, step, scores))
 
+    def scoring(self, num_problems: int) -> AbstractContextManager[Callable[[str, int], None]]:
+        """The context of an evaluation: a progress bar over this process's problems on a terminal.
+
+        It yields what to call when some are done, with what was done of them and their number.
+        """
+        return nullcontext(lambda what, count: None)
+
     def table(self, table: Table) -> None:
         """Print a table. A collective call; raises as `advance` does."""
         self._on_first_process(partial(self._print, table))
@@ -143,8 +150,7 @@ class WritingRunLog(RunLog):
         self._trackers, self._device = trackers, accelerator.device
         self._console = Console(stderr=True)
         self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
+        self._progress = self._new_progress()
         to_terminal = _ConsoleHandler(self._console)
         self._log = _LogFile(output_dir / LOG_FILE, encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -164,6 +170,21 @@ class WritingRunLog(RunLog):
         except RunError:
             self._trackers.abandon()
             raise
+
+    def _new_progress(self, is_transient: bool = False) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        remaining = TimeRemainingColumn()
+        return Progress(*columns, remaining, console=self._console, transient=is_transient)
+
+    @contextmanager
+    def scoring(self, num_problems: int) -> Iterator[Callable[[str, int], None]]:
+        with ExitStack() as at_exit:
+            progress = self._progress
+            if not progress.live.is_started:  # before and after training; a terminal has one live display
+                progress = at_exit.enter_context(self._new_progress(is_transient=True))
+            task = progress.add_task("scoring", total=num_problems)
+            at_exit.callback(progress.remove_task, task)
+            yield lambda what, count: progress.update(task, description=what, advance=count, refresh=True)
 
     @contextmanager
     def _bar(self, num_steps: int, start_step: int) -> Iterator[None]:

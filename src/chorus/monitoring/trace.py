@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from chorus.errors import RunError
 from chorus.monitoring.flame_graph import Stack, flame_graph
+from chorus.progress import announced
 from chorus.spans import listening
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def tracing(device: torch.device) -> Iterator[Trace]:
             torch.cuda.synchronize(device)
 
 
+@announced("writing the trace")
 def write_trace(trace: Trace, folder: Path) -> None:
     """Write the files of a trace into `folder`.
 

@@ -24,7 +24,9 @@ from chorus.model.base import load_base
 from chorus.model.execution import decide_execution
 from chorus.model.regularisation import Regularisation
 from chorus.monitoring.memory import memory_limit, peak_bytes, reset_peak
-from chorus.planning.memory_forecast import GIB, Machine, forecast, longest_batch, trained_bytes
+from chorus.planning.forecast import GIB, Machine
+from chorus.planning.memory_forecast import forecast, longest_batch, trained_bytes
+from chorus.progress import announced
 from chorus.training.engine import DTYPES
 from chorus.training.objective import objective_of
 from chorus.training.optimizer import adamw, clip_and_step
@@ -34,6 +36,7 @@ OUT_OF_MEMORY = sys.maxsize
 WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller batch_size or max_seq_length"
 
 
+@announced("finding how many agents fit")
 def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[RunConfig, str]:
     """The configuration with a number for `num_agents`, and the reason, for the log ("" if it was a number).
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from chorus.errors import InputError, RunError, out_of_memory
 from chorus.planning.auto_agents import WAYS_OUT
-from chorus.planning.memory_forecast import in_words
+from chorus.planning.forecast import in_words
 from chorus.planning.trial_run import ModeRun
 
 STYLE = {"PASS": "green", "FAIL": "bold red", "skip": "yellow"}

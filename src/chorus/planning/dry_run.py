@@ -29,8 +29,9 @@ from chorus.monitoring.run_log import quiet_libraries
 from chorus.planning.auto_agents import decide_num_agents, machine_of
 from chorus.planning.auto_packing import decide_packing
 from chorus.planning.checks import Report, Stopped, mode_table, sample_view
+from chorus.planning.forecast import GIB, Forecast, in_words
 from chorus.planning.memory_check import way_out
-from chorus.planning.memory_forecast import GIB, Forecast, forecast, in_words
+from chorus.planning.memory_forecast import forecast
 from chorus.planning.run_plan import Plan, plan, sample_tokens
 from chorus.planning.shared_ground import check_processes, folder_beside_output
 from chorus.planning.trial_run import STEPS, Loop, ModeRun, Setting, disagreement, rehearse

@@ -19,7 +19,8 @@ from chorus.data.samples import Sample, Samples
 from chorus.errors import InputError, OutOfMemory, Preempted, RunError, out_of_memory
 from chorus.monitoring.memory import memory_limit
 from chorus.planning.auto_agents import machine_of
-from chorus.planning.memory_forecast import Machine, forecast, in_words, longest_batch
+from chorus.planning.forecast import Machine, in_words
+from chorus.planning.memory_forecast import forecast, longest_batch
 from chorus.progress import announced
 
 # From the cheapest in time to the dearest.

@@ -25,8 +25,8 @@ from chorus.model.execution import Execution, decide_execution
 from chorus.model.regularisation import Regularisation
 from chorus.monitoring.memory import peak_bytes, reset_peak
 from chorus.monitoring.run_log import RunLog
+from chorus.planning.forecast import GIB
 from chorus.planning.live_bytes import bytes_of
-from chorus.planning.memory_forecast import GIB
 from chorus.training.engine import Engine, start_engine, zero_stage
 
 STEPS = 2

@@ -36,6 +36,7 @@ from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
+from chorus.progress import announced
 from chorus.spans import span
 from chorus.training.optimizer import adamw, clip_and_step, skip_non_finite
 from chorus.training.step import StepResult
@@ -65,6 +66,7 @@ def decide_precision(mixed_precision: str) -> str:
     return mixed_precision
 
 
+@announced("starting the processes")
 def make_accelerator(engine: EngineSettings, training: TrainingSettings) -> Accelerator:
     """The Accelerator of this run, plain or DeepSpeed. The launcher, DeepSpeed's JSON and configs.yaml must
     agree.
@@ -293,6 +295,7 @@ class Engine:
         self.accelerator.free_memory()
 
 
+@announced("starting the engine")
 def start_engine(accelerator: Accelerator, agents: Agents, settings: TrainingSettings) -> Engine:
     """Wrap the agents and their optimizer for training, and check that the engine is the one asked for.
 

@@ -71,8 +71,8 @@ def objective(
         )  # so that other processes see it
         slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
         if points_KNH.is_cuda:
-            # Without waiting for the forward.
-            slices_HP = slices_HP.pin_memory().to(points_KNH.device, non_blocking=True)
+            slices_HP = slices_HP.pin_memory()  # copied without waiting for the forward
+        slices_HP = slices_HP.to(points_KNH.device, non_blocking=True)
         projected_NKP = gather((points_KNH @ slices_HP).transpose(0, 1).contiguous())
         distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N))
     num_agents = nll_KBT.shape[0]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from datetime import timedelta
 from types import FrameType
@@ -9,7 +10,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from chorus.errors import SIGNALS, Preempted
+from chorus.errors import SIGNALS, Preempted, end_now
 from chorus.spans import span
 from chorus.training.step import StepDone
 
@@ -18,16 +19,15 @@ ONE_REQUEST_S = 3.0
 
 
 class StopRequest:
-    """Within its context, the first SIGTERM or SIGINT is remembered; a second one, seconds later, ends the
-    process.
+    """Within its context, the first SIGTERM or SIGINT is remembered, and training ends after the current
+    step. A second one, `ONE_REQUEST_S` seconds later or more, ends the process at once with code 130.
 
     When Preempted, a RunError or a lost process ends the context, the process has only its last line left to
     print: signals are then ignored to the end of the process.
     """
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
-        self._received: float | None = None
-        self._number = 0
+        self._received: int | None = None
         self._is_told = False
         self._group = None
         self._has_others = accelerator.num_processes > 1
@@ -37,6 +37,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        arrivals, self._to_watcher = os.pipe()
+        os.set_blocking(self._to_watcher, False)
+        self._fd_before = signal.set_wakeup_fd(self._to_watcher, warn_on_full_buffer=False)
+        threading.Thread(target=_end_at_a_second_signal, args=(arrivals,), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -46,17 +50,14 @@ class StopRequest:
         is_last = kind is not None and issubclass(kind, Preempted | RuntimeError | MemoryError)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._to_watcher)
         # It came after the last step was saved.
         if self._received is not None and not self._is_told and kind is None:
-            os.kill(os.getpid(), self._number)
+            os.kill(os.getpid(), self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._received is None:
-            self._received, self._number = now, number
-        elif now - self._received > ONE_REQUEST_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        self._received = self._received or number
 
     def after_step(self, step: StepDone) -> None:
         """End training after this step if any process has received a signal. A collective call."""
@@ -77,3 +78,25 @@ class StopRequest:
         with span("communication"):
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(received)
+
+
+def _end_at_a_second_signal(arrivals: int) -> None:
+    """The work of a thread: end the process when a second request arrives at the other end of this pipe.
+
+    Python handles a signal between two instructions of the main thread. That may be in a call that takes
+    seconds, such as a save on a slow disk or the wait for another process. There the two signals of one
+    Ctrl-C would seem to lie far apart, and a second request would not end the process before the call does.
+    """
+    first: float | None = None
+    while numbers := os.read(arrivals, 512):
+        asked = [signal.Signals(number) for number in numbers if number in SIGNALS]
+        now = time.monotonic()
+        if asked and first is None:
+            first = now
+        elif asked and first is not None and now - first > ONE_REQUEST_S:
+            end_now(
+                f"ended at once by a second {asked[0].name}: resume_from_checkpoint=auto resumes from "
+                "the last checkpoint, if there is one",
+                130,
+            )
+    os.close(arrivals)
