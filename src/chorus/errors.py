@@ -161,7 +161,7 @@ def _say(line: str, is_consequence: bool = False) -> None:
         sys.stderr.write(shown)
         sys.stderr.flush()
     except RuntimeError:  # a signal has come amid a write, which Python does not let another one enter
-        os.write(2, shown.encode())
+        os.write(2, shown.encode(errors="backslashreplace"))
 
 
 def _tell_torchrun(line: str, is_consequence: bool) -> None:

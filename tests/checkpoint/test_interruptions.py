@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import preloaded
 import pytest
 import soak
-from launching import ROOT, ddp, environment, train, wait_for
+from launching import HELPERS, ROOT, ddp, environment, train, wait_for
 from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, processes_of, start, worker_of
 from preloaded import Workers, environments_once, preload
 from soak import (
@@ -190,27 +191,43 @@ def test_a_signal_amid_the_imports_is_one_line_and_code_4(number: signal.Signals
 
 
 @pytest.mark.parametrize(
-    ("engine", "when", "number"),
+    ("engine", "when", "number", "target"),
     [
-        ("python", "attention: ", signal.SIGTERM),  # said before the base is read
-        ("python", "scoring the base", signal.SIGINT),
-        ("ddp", "scoring the base", signal.SIGTERM),
+        ("python", "attention: ", signal.SIGTERM, "all"),  # said before the base is read
+        ("python", "scoring the base", signal.SIGINT, "all"),
+        ("ddp", "scoring the base", signal.SIGTERM, "all"),
+        ("ddp", "attention: ", signal.SIGINT, "one"),
+        ("ddp", "scoring the base", signal.SIGTERM, "one"),
     ],
 )
 def test_a_signal_outside_of_training_is_one_line_and_code_4_and_leaves_no_process(
-    engine: str, when: str, number: signal.Signals, tmp_path: Path, forked
+    engine: str, when: str, number: signal.Signals, target: str, tmp_path: Path, forked
 ):
+    """A process whose only other one was asked to end has lost it: it says that, with code 3."""
     run = evaluated(run_in(tmp_path, "run", engine, STEPS))._replace(forked=forked(engine))
     workers = start(run)
     assert isinstance(workers, Workers)
     wait_for(lambda: run.output.exists() and when in said(run), PATIENCE_S)
-    for pid in workers.pids:
+    asked = [pid for pid in workers.pids if pid is not None][-1 if target == "one" else 0 :]
+    for pid in asked:
         os.kill(pid, number)
     wait_for(lambda: workers.poll() is not None, PATIENCE_S)
-    assert workers.poll() == 4, said(run)[-3000:]
-    assert said(run).count(LINE.format(number.name)) == len(workers.pids)
+    assert workers.poll() == (3 if target == "one" else 4), said(run)[-3000:]
+    assert said(run).count(LINE.format(number.name)) == len(asked), said(run)[-3000:]
+    lost = "error: process 0: another process has ended"
+    assert said(run).count(lost) == len(workers.pids) - len(asked), said(run)[-3000:]
     assert "Traceback" not in said(run)
     assert not processes_of(run)
+
+
+def test_a_signal_amid_the_export_leaves_no_agents_and_loses_nothing(tmp_path: Path, truth, forked):
+    run = run_in(tmp_path, "run", "python", STEPS)
+    script = str(HELPERS / "fault_worker.py")
+    ended = preloaded.forked([sys.executable, script], "export", "ask", *run.settings)
+    assert ended.returncode == 4, ended.stderr[-3000:]
+    assert ended.stderr.endswith(f"\n{LINE.format('SIGTERM')}\n"), ended.stderr[-3000:]
+    assert not (run.folder / "agents").exists()
+    end(run._replace(forked=forked("python")), truth("python"), set(range(1, STEPS + 1)))
 
 
 # ---- the whole product, in `make soak` ----

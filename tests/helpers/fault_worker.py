@@ -1,8 +1,8 @@
 """train.py, in which one process meets its end: `fault_worker.py WHERE ACT settings`.
 
-WHERE: forward or backward, of process 1 in step 5; or save, of process 0, which writes, after step 4. ACT:
-kill, exit, stop; `stop soon`, too, but from step 5 on the others wait for 5 seconds only; `memory`: it asks
-for more than any host has.
+WHERE: forward or backward, of process 1 in step 5; save, of process 0, which writes, after step 4; or
+export, of process 0, amid the first agent. ACT: kill, exit, stop; `stop soon`, too, but from step 5 on the
+others wait for 5 seconds only; `memory`: it asks for more than any host has; `ask`: SIGTERM.
 
 WHERE may also be `last words`, and ACT ask or kill: the last process is asked to stop, or killed, in step 5.
 Every one is asked as it closes the engine, before its last line, and again after that line, as Python takes
@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import train
-from chorus.checkpoint import store
+from chorus.checkpoint import export, store
 from chorus.collectives import limit_waiting, lost_processes_named
 from chorus.config import load_config
-from chorus.errors import SIGNALS, input_errors_end_the_program
+from chorus.errors import SIGNALS, end_on_signals, input_errors_end_the_program
 from chorus.planning.memory_check import memory_errors_named
 from chorus.training.engine import Engine
 
@@ -62,8 +62,9 @@ def arrange_last_words(act: str) -> None:
 
 
 def arrange(where: str, act: str) -> None:
-    is_victim = int(os.environ["RANK"]) == (0 if where == "save" else 1)
+    is_victim = int(os.environ.get("RANK", "0")) == (0 if where in ("save", "export") else 1)
     write, run_backward, steps = store.save_file, Engine.backward, itertools.count(1)
+    write_adapter = export.save_file
 
     def end() -> None:
         Path(os.environ["CHORUS_TEST_FAULT"]).write_text(str(os.getpid()))
@@ -73,6 +74,11 @@ def arrange(where: str, act: str) -> None:
         if where == "save" and "step_000004" in str(file):
             end()
         write(tensors, file, *arguments, **more)
+
+    def save_adapter(tensors: Any, file: Path, *arguments: Any, **more: Any) -> None:
+        if where == "export" and "agents.new" in file.parts:
+            ENDS[act]()
+        write_adapter(tensors, file, *arguments, **more)
 
     def backward(self: Engine, share: Any) -> None:
         if next(steps) == 5:
@@ -84,11 +90,12 @@ def arrange(where: str, act: str) -> None:
                 share.register_hook(lambda _gradient: end())
         run_backward(self, share)
 
-    store.save_file, Engine.backward = save_file, backward
+    store.save_file, export.save_file, Engine.backward = save_file, save_adapter, backward
 
 
 if __name__ == "__main__":
     where, act, *settings = sys.argv[1:]
+    end_on_signals()
     with input_errors_end_the_program():
         config = load_config(settings)
         if where == "last words":

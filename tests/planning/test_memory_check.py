@@ -8,7 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rows import data_config, read_rows, write_lines
+from runs import config_of, run_of, save_run
 
+from chorus.checkpoint.resume import find_start
 from chorus.config import RunConfig
 from chorus.data.batches import Sample
 from chorus.data.cache import TokenTable
@@ -16,7 +18,14 @@ from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError, OutOfMemory, RunError
 from chorus.planning import memory_check
 from chorus.planning.forecast import Machine
-from chorus.planning.memory_check import foresee_memory, longest_of, memory_errors_named, split_batch, way_out
+from chorus.planning.memory_check import (
+    as_settings,
+    foresee_memory,
+    longest_of,
+    memory_errors_named,
+    split_batch,
+    way_out,
+)
 from chorus.planning.memory_forecast import forecast
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
@@ -116,6 +125,20 @@ def test_the_line_names_what_was_asked_for_the_phase_and_what_would_help():
         str(in_evaluation.value)
     )
     assert "\n" not in str(in_training.value) + str(in_evaluation.value)
+
+
+@pytest.mark.parametrize(("lambda_sw", "more"), [(0.1, "resume_from_checkpoint=null"), (0.0, "")])
+def test_a_remedy_that_a_resumed_run_would_refuse_comes_with_a_fresh_start(
+    accelerator: Accelerator, tmp_path: Path, lambda_sw: float, more: str
+):
+    config = config_of(tmp_path, lambda_sw=lambda_sw, batch_size=8, max_train_steps=4)
+    assert "resume" not in as_settings(split_batch(config, 2))
+    save_run(config, accelerator, 2)
+    change = split_batch(config, 2)
+    assert as_settings(change) == f"batch_size=4 gradient_accumulation_steps=2 {more}".strip()
+    smaller = config.model_copy(update=change)
+    begin = find_start(smaller, run_of(smaller, accelerator), accelerator)
+    assert begin.step == (0 if more else 2)
 
 
 def test_what_is_set_already_is_no_remedy():

@@ -104,7 +104,8 @@ def load_ensemble(
     model = load_model(base_name, dtype, torch.device(device), attn_implementation)
     if source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
         raise InputError(
-            f"{base_name}: its weights or architecture differ from those the agents were trained on"
+            f"{base_name}: its weights or architecture differ from those the agents were trained on; restore "
+            "it, or name its new place with model_name=BASE"
         )
     weights = tuple(source.weights or [1 / len(adapters)] * len(adapters))
     agents = _build(model, adapters)
@@ -176,7 +177,7 @@ def _common_base(source: _Source) -> str:
     named = {folder: read_config(folder).base_model_name_or_path for folder in source.folders}
     (first, name), *others = named.items()
     if not name:
-        raise InputError(f"{first}: names no base (base_model_name_or_path); say which one it was trained on")
+        raise InputError(f"{first}: names no base (base_model_name_or_path); add model_name=BASE")
     for folder, other in others:
         if other != name:
             raise InputError(f"{folder}: is of base {other}, but {first} of {name}; an ensemble has one base")

@@ -278,7 +278,8 @@ def head_of(model: PreTrainedModel) -> Head:
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         raise InputError(
-            f"key 'model_name': {type(model).__name__} has no linear output layer, so no token loss"
+            f"key 'model_name': {type(model).__name__} has no linear output layer, so no token "
+            "loss; take a causal language model"
         )
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
@@ -327,7 +328,7 @@ def _check_head(model: PreTrainedModel, model_name: str) -> None:
         raise InputError(
             f"key 'model_name': {model_name}: {type(model).__name__} does more between trunk and logits "
             f"than a linear layer, a scale and a soft-cap (relative difference {difference:.1e}); Chorus "
-            "cannot train it exactly"
+            "cannot train it exactly; take another base"
         )
 
 

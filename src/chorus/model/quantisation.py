@@ -112,4 +112,4 @@ def _stored_bytes(weight_OI: torch.Tensor, bits: int) -> int:
 
 def _refuse_without_package(what: str) -> None:
     if find_spec("bitsandbytes") is None:
-        raise InputError(f"{what} needs the package bitsandbytes; pip install 'chorus[quantised]'")
+        raise InputError(f"{what} needs the package bitsandbytes; pip install bitsandbytes")

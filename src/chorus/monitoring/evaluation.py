@@ -32,8 +32,11 @@ def check_evaluation(config: RunConfig) -> None:
             if getattr(config, key):
                 raise InputError(f"key '{key}': no score says which step is best; set metric_for_best_model")
         return
-    if config.eval_steps == 0:
-        raise InputError("key 'metric_for_best_model': nothing is scored while training; set eval_steps")
+    for key in ("eval_steps", "eval_samples"):
+        if getattr(config, key) == 0:
+            raise InputError(
+                f"key 'metric_for_best_model': nothing is scored while training, as {key} is 0; set it"
+            )
     mixtures = mixture_names(config.dirichlet_alpha_aggregator)
     answerers = [*mixtures, *(f"agent_{agent}" for agent in range(config.num_agents))]
     known = [

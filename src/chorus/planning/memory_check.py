@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from chorus.checkpoint.store import checkpoints
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
 from chorus.data.samples import Sample, Samples
@@ -147,11 +148,21 @@ def split_batch(config: Config, parts: int) -> dict[str, Any]:
     if parts == 1:
         return {}
     accumulation = config.gradient_accumulation_steps * parts
-    return {"batch_size": config.batch_size // parts, "gradient_accumulation_steps": accumulation}
+    change = {"batch_size": config.batch_size // parts, "gradient_accumulation_steps": accumulation}
+    if config.lambda_sw > 0 and config.resume_from_checkpoint is not None and _may_resume(config):
+        # The distance compares the rows of a micro-batch, so that a resumed run may not change them.
+        return {**change, "resume_from_checkpoint": None}
+    return change
+
+
+def _may_resume(config: Config) -> bool:
+    return config.resume_from_checkpoint != "auto" or bool(checkpoints(Path(config.output_dir)))
 
 
 def as_settings(change: dict[str, Any]) -> str:
-    return " ".join(f"{key}={str(value).lower()}" for key, value in change.items())
+    return " ".join(
+        f"{key}={'null' if value is None else str(value).lower()}" for key, value in change.items()
+    )
 
 
 @contextmanager

@@ -74,6 +74,6 @@ class SkippedUpdates:
         return RunError(
             f"{self._latest}; key 'max_skipped_steps' allows {self.max_skipped_steps} steps in a row with a "
             f"skipped update, and this was number {self.in_a_row}; "
-            f"{self.output_dir}/checkpoints/step_{step:06d} holds every agent's last good state; lower lr, "
-            "or look at the rows of that step"
+            f"{self.output_dir}/checkpoints/step_{step:06d} holds every agent's last good state; look at "
+            "the rows of that step, and start over with a lower lr and resume_from_checkpoint=null"
         )

@@ -14,6 +14,7 @@ from toy import tiny_gemma
 from chorus.data.batches import Sample, collate
 from chorus.errors import RunError
 from chorus.model.agents import masks_of
+from chorus.model.kernels import cuda_graphs
 from chorus.model.kernels.cuda_graphs import MAX_CAPTURES, CapturedPasses, Rows, fill
 
 ROWS = Rows(torch.ones(2, 3), None, None)
@@ -106,3 +107,21 @@ def test_a_pass_that_cannot_be_captured_is_one_line_or_runs_without_a_graph():
     )
     assert torch.equal(hidden_NTD, torch.full((2, 3, 1), 4.0, device="cuda"))
     assert len(again.captures) == 1
+
+
+def test_a_capture_that_ends_for_lack_of_memory_is_no_reason_to_run_without_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """It ends with an error of its own, on top of the cause."""
+
+    def capture(*_: Any) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+
+    monkeypatch.setattr(cuda_graphs, "_capture", capture)
+    passes = CapturedPasses(lambda rows: None, may_fall_back=True)
+    with pytest.raises(RuntimeError, match="a previous error"):
+        passes("key", times_weights, ROWS, torch.ones(1, 4))
+    assert not passes.has_failed

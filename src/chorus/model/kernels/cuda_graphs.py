@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
-from chorus.errors import RunError
+from chorus.errors import RunError, out_of_memory
 from chorus.spans import span
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,11 @@ class CapturedPasses:
         try:
             with span("recording"):
                 self.captures[key] = _capture(run, rows.repeated(1), flat_KF, self.masks_of, pool)
-        except (torch.OutOfMemoryError, RunError):
+        except RunError:
             raise
         except RuntimeError as error:
+            if out_of_memory(error) is not None:  # a capture that it ends raises an error of its own on top
+                raise
             reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
             if not self.may_fall_back:
                 raise RunError(

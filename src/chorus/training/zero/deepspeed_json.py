@@ -102,19 +102,20 @@ def check_launcher(
     if precision not in ("no", engine.mixed_precision):  # the launcher says "no" also when it was not asked
         raise InputError(
             f"key 'mixed_precision' is {engine.mixed_precision}, but the launcher says {precision}; "
-            "leave it to configs.yaml and drop --mixed_precision from the launch"
+            "leave it to configs.yaml and drop it from the launcher's options and its config file"
         )
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", "auto", str(training.gradient_accumulation_steps)):
         raise InputError(
             f"key 'gradient_accumulation_steps' is {training.gradient_accumulation_steps}, but the launcher "
-            f"says {accumulation}; leave it to configs.yaml and drop it from the launch"
+            f"says {accumulation}; leave it to configs.yaml and drop it from the launcher's options and its "
+            "config file"
         )
     clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
     if clipping not in ("none", "auto") and float(clipping) != training.max_grad_norm:
         raise InputError(
             f"key 'max_grad_norm' is {training.max_grad_norm}, but the launcher clips at {clipping}; "
-            "leave it to configs.yaml and drop it from the launch"
+            "leave it to configs.yaml and drop it from the launcher's options and its config file"
         )
 
 
@@ -144,7 +145,8 @@ def deepspeed_json(
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, 1)
             raise InputError(
-                f"{path}: key '{key}' is not known" + (f"; did you mean '{near[0]}'?" if near else "")
+                f"{path}: key '{key}' is not known; "
+                + (f"did you mean '{near[0]}'?" if near else "remove it")
             )
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
@@ -200,7 +202,7 @@ def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str])
         if theirs not in (None, ours):
             raise InputError(
                 f"{path}: key 'zero_optimization.{name}' is {ours}, but the launcher says {theirs}; "
-                "leave it to the JSON and drop it from the launch"
+                "leave it to the JSON and drop it from the launcher's options and its config file"
             )
 
 
@@ -225,7 +227,7 @@ def _read(path: str) -> dict[str, Any]:
             "it to null"
         ) from error
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+        raise InputError(f"{path}: not valid JSON: {error}; correct it") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path}: holds a {type(settings).__name__}; give a JSON object")
     return settings
