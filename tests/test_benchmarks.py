@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import environment, processes_of, wait_for
+from launching import PATIENCE_S, environment, processes_of, wait_for
 from preloaded import forked
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -82,7 +82,7 @@ def test_a_row_of_the_table_is_measured_once_by_the_launcher_and_the_engine_it_n
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert result.returncode == 0, result.stderr[-3000:]

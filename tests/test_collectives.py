@@ -41,20 +41,24 @@ def test_a_signal_is_remembered_and_ends_nothing():
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def test_a_signal_after_the_last_step_is_not_lost():
-    """It comes when no step will ask for it any more; all is saved by then."""
+@pytest.mark.parametrize("is_after_a_step", [False, True])
+def test_a_signal_in_the_first_step_or_after_the_last_one_ends_the_run(is_after_a_step: bool):
+    """In the first one there is nothing to save yet, and after the last one all is saved."""
     code = """
 import os, signal
 from chorus.errors import end_on_signals
 from chorus.training.signals import StopRequest
 class One: num_processes = 1
 end_on_signals()
-with StopRequest(One(), timeout_s=60):
+with StopRequest(One(), timeout_s=60) as stop:
+    {}
     os.kill(os.getpid(), signal.SIGTERM)
+    print("ends the step")
 print("goes on")
 """
+    code = code.format("stop.is_agreed()" if is_after_a_step else "pass  # compiles")
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (4, ""), ended.stderr
+    assert (ended.returncode, ended.stdout) == (4, "ends the step\n" if is_after_a_step else ""), ended.stderr
     assert ended.stderr == "stopped by SIGTERM: no step is lost, and resume_from_checkpoint=auto goes on\n"
 
 
@@ -71,6 +75,7 @@ def ask():
     os.kill(os.getpid(), {})
 
 with signals.StopRequest(One(), timeout_s=600) as stop:
+    stop.is_agreed()
     ask()
 """
 

@@ -120,8 +120,8 @@ def end_on_signals() -> None:
     """From here on SIGTERM or SIGINT ends this process at once, with one line and code 4, also amid an
     import.
 
-    Training replaces these handlers by its own (`training.signals.StopRequest`), which end the step first.
-    Everything else may end at any moment: what it writes is whole or absent, and a run that is started again
+    From its first step on training replaces these handlers by its own (`training.signals.StopRequest`), which
+    end the step first. Everything else may end at any moment: what it writes is whole or absent, and a run that is started again
     goes on.
     """
     for number in SIGNALS:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from folders import contents
+from launching import PATIENCE_S
 
 from chorus import collectives
 from chorus.checkpoint import output_dir
@@ -159,7 +160,7 @@ def test_a_folder_that_cannot_step_aside_is_refused(
 def hold(folder: Path, accelerator: Accelerator, barrier: Any, outcomes: Any) -> None:
     """In a process of its own: take the folder once all others are
     there, and keep it until the process is killed."""
-    barrier.wait(60)
+    barrier.wait(PATIENCE_S)
     try:
         with prepare_output_dir(str(folder), accelerator):
             outcomes.put("taken")
@@ -177,7 +178,7 @@ def at_work(folder: Path, accelerator: Accelerator, count: int = 1) -> Iterator[
     for other in others:
         other.start()
     try:
-        yield others, [outcomes.get(timeout=60) for _ in others]
+        yield others, [outcomes.get(timeout=PATIENCE_S) for _ in others]
     finally:
         for other in others:
             other.kill()

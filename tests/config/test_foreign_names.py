@@ -37,7 +37,7 @@ def test_a_foreign_name_is_answered_with_our_key_or_with_what_to_do():
         *(("bf16", "mixed_precision"), ("lora_r", "lora_rank"), ("max_length", "max_seq_length")),
         *(
             ("warmup_ratio", "num_warmup_steps_ratio"),
-            ("eval_strategy", "eval_samples"),
+            ("eval_strategy", "eval_steps"),
             ("optimizer.lr", "lr"),
         ),
         *(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import PATIENCE_S
 from loading import load, refusal
 from pydantic import ValidationError
 
@@ -316,7 +317,7 @@ def test_no_comment_is_wider_than_100_columns():
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *code.split(" ", 1), *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, *code.split(" ", 1), *arguments], capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

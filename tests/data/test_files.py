@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from files_made import GOOD, PROBLEMS, ROWS, write
+from launching import PATIENCE_S
 from rows import data_config, read_problems
 
 from chorus.data import json_files, text_files
@@ -325,4 +326,4 @@ def test_text_files_are_checked_without_a_model_library(tmp_path: Path) -> None:
         "for row in open_splits(config).train.rows(None, ()): TextForm.of(config).write(row.fields)\n"
         "assert not {'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

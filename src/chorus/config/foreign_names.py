@@ -57,6 +57,27 @@ FOREIGN_NAMES: dict[str, Answer] = {
             "use_bnb_nested_quant",
         ),
     ),
+    **_none(
+        "adapters are plain LoRA on linear layers, and nothing else is trained; leave it out",
+        *(
+            "use_dora",
+            "modules_to_save",
+            "lora_modules_to_save",
+            "additional_target",
+            "trainable_token_indices",
+        ),
+    ),
+    **_same(
+        "init_adapters_from",
+        *(
+            "adapter_name_or_path",
+            "lora_model_dir",
+            "resume_lora_training",
+            "adapter_path",
+            "lora_weights_path",
+        ),
+        note="a run's output_dir, or a list of PEFT LoRA folders, one for each agent",
+    ),
     # precision and execution
     **_same(
         "mixed_precision", "bf16", "bf16_full_eval", "use_bf16", note=f"{PRECISION}: mixed_precision=bf16"
@@ -72,7 +93,26 @@ FOREIGN_NAMES: dict[str, Answer] = {
         "sdp_attention",
     ),
     **_same("gradient_checkpointing", "activation_checkpointing", "enable_activation_checkpointing", "gc"),
+    **_none(
+        "recomputation is that of torch without reentry; leave it out, and set gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+    ),
     **_same("compile", "torch_compile"),
+    **_none(
+        "the kernels of adapters and loss are built in; leave it out",
+        *("use_liger_kernel", "liger_kernel", "use_liger", "enable_liger_kernel", "liger_kernel_config"),
+        *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "padding_free"),
+    ),
+    **_none(
+        "torch decides it; leave it out",
+        *(
+            "tf32",
+            "ddp_find_unused_parameters",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "jit_mode_eval",
+        ),
+    ),
     **_same(
         "deepspeed_config_file",
         "deepspeed",
@@ -148,6 +188,17 @@ FOREIGN_NAMES: dict[str, Answer] = {
         "the loss is that of the completion alone; leave it out, or set prompt_template to empty text",
         *("completion_only_loss", "train_on_inputs", "train_on_prompt", "assistant_only_loss", "mask_inputs"),
     ),
+    **_none(
+        "rows come in a random order, or as they are with shuffle=false; leave it out",
+        *("group_by_length", "length_column_name", "curriculum_sampling"),
+    ),
+    **_none(
+        "columns that no template names are not read; leave it out", "remove_unused_columns", "label_names"
+    ),
+    **_none(
+        "the tokenizer is the base's own; name a base whose files hold the right one",
+        *("tokenizer_type", "tokenizer_name", "tokenizer_config", "eos_token", "pad_token", "special_tokens"),
+    ),
     # training
     **_same("lr", "learning_rate", "max_lr", "peak_lr"),
     **_same("lr_scheduler_type", "lr_scheduler", "lr_schedule", "scheduler"),
@@ -198,14 +249,30 @@ FOREIGN_NAMES: dict[str, Answer] = {
         "AdamW's betas and epsilon are those of PyTorch; leave it out",
         *("adam_beta1", "adam_beta2", "adam_epsilon", "betas", "eps"),
     ),
+    **_none(
+        "the loss is cross-entropy on the completion; leave it out",
+        *("loss_type", "label_smoothing_factor", "neftune_noise_alpha", "noisy_embedding_alpha"),
+    ),
+    **_none(
+        "before the base is loaded a line says which batch_size would fit; leave it out",
+        "auto_find_batch_size",
+    ),
+    **_none("a resumed run goes on at its place in the rows; leave it out", "ignore_data_skip"),
+    **_none("train.py trains; leave it out", "do_train"),
     # evaluation
     **_same("eval_samples", "max_eval_samples", "num_eval_samples"),
     **_same("max_new_tokens_eval", "max_new_tokens", "generation_max_length", "eval_max_new_tokens"),
     **_same(
         "eval_samples",
-        *("do_eval", "eval_strategy", "evaluation_strategy", "eval_steps", "run_validation_every_n_steps"),
+        *("do_eval", "do_predict"),
         note="so many held-out rows are scored before and after training; 0 is no evaluation",
     ),
+    **_same(
+        "eval_steps",
+        *("eval_strategy", "evaluation_strategy", "run_validation_every_n_steps", "evals_per_epoch"),
+        note="every so many optimiser steps; 0 is before and after training alone",
+    ),
+    **_none("scores are kept on the CPU; leave it out", "eval_accumulation_steps"),
     # output
     **_same("output_dir", "out_dir", "save_dir", "checkpoint_dir"),
     **_same(

@@ -6,6 +6,7 @@ import threading
 import time
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,14 +20,19 @@ ONE_REQUEST_S = 3.0
 
 
 class StopRequest:
-    """Within its context, the first SIGTERM or SIGINT is remembered, and training ends after the current
-    step. A second one, `ONE_REQUEST_S` seconds later or more, ends the process at once with code 130.
+    """Within its context, from the end of the first step on, a first SIGTERM or SIGINT is remembered, and
+    training ends after the current step. A second one, `ONE_REQUEST_S` seconds later or more, ends the
+    process at once with code 130.
+
+    Until then signals do what they did before, which is to end the process: in the first step, which may
+    compile for minutes, there is nothing to save.
 
     When Preempted, a RunError or a lost process ends the context, the process has only its last line left to
     print: signals are then ignored to the end of the process.
     """
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
+        self._before: dict[int, Any] = {}
         self._received: int | None = None
         self._is_told = False
         self._group = None
@@ -36,22 +42,25 @@ class StopRequest:
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def __enter__(self) -> "StopRequest":
+        return self
+
+    def _begin_to_remember(self) -> None:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         arrivals, self._to_watcher = os.pipe()
         os.set_blocking(self._to_watcher, False)
         self._fd_before = signal.set_wakeup_fd(self._to_watcher, warn_on_full_buffer=False)
         threading.Thread(target=_end_at_a_second_signal, args=(arrivals,), daemon=True).start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # torchrun passes on both of two signals, and sends one when another process has ended. None may take
         # away the last line and the exit code. SIG_IGN and no handler of Python's: Python removes those
         # before it ends. Libraries raise RuntimeError for a lost process.
         is_last = kind is not None and issubclass(kind, Preempted | RuntimeError | MemoryError)
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if is_last else handler)
-        signal.set_wakeup_fd(self._fd_before)
-        os.close(self._to_watcher)
+        if self._before:
+            signal.set_wakeup_fd(self._fd_before)
+            os.close(self._to_watcher)
+        for number in SIGNALS if is_last else self._before:
+            signal.signal(number, signal.SIG_IGN if is_last else self._before[number])
         # It came after the last step was saved.
         if self._received is not None and not self._is_told and kind is None:
             os.kill(os.getpid(), self._received)
@@ -70,7 +79,12 @@ class StopRequest:
             )
 
     def is_agreed(self) -> bool:
-        """Whether any process has received a signal: the same answer on all. A collective call."""
+        """Whether any process has received a signal: the same answer on all. A collective call.
+
+        From the first call on signals are remembered.
+        """
+        if not self._before:
+            self._begin_to_remember()
         self._is_told = self._received is not None
         if not self._has_others:
             return self._is_told
