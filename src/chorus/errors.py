@@ -121,8 +121,8 @@ def end_on_signals() -> None:
     import.
 
     From its first step on training replaces these handlers by its own (`training.signals.StopRequest`), which
-    end the step first. Everything else may end at any moment: what it writes is whole or absent, and a run that is started again
-    goes on.
+    end the step first. Everything else may end at any moment: what it writes is whole or absent, and a run
+    that is started again goes on.
     """
     for number in SIGNALS:
         signal.signal(number, _end)
