@@ -107,7 +107,8 @@ def test_a_resumed_run_knows_its_initial_scores_and_its_best_step(stopped_run: P
     [
         ({"early_stopping_patience": 2}, "early_stopping_patience.*set metric_for_best_model"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end.*set metric_for_best_model"),
-        ({"metric_for_best_model": METRIC}, "set eval_steps"),
+        ({"metric_for_best_model": METRIC}, "eval_steps is 0; set it"),
+        ({"metric_for_best_model": METRIC, "eval_steps": 1, "eval_samples": 0}, "eval_samples is 0; set it"),
         ({"metric_for_best_model": "uniform/token/NL", "eval_steps": 1}, "did you mean 'uniform/token/NLL'"),
         ({"metric_for_best_model": "agent_9/token/NLL", "eval_steps": 1}, "did you mean 'agent_"),
         ({"metric_for_best_model": "fitted/cls/Acc", "eval_steps": 1}, "is not scored"),
