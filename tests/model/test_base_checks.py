@@ -3,12 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chorus.errors import InputError
 from chorus.model.base import check_base, load_model, load_tokenizer
@@ -190,3 +191,25 @@ def test_a_tokenizer_that_is_not_the_bases_is_refused(
     with pytest.raises(InputError, match=rf"key 'model_name': .*: its tokenizer {words}") as refused:
         load_tokenizer(str(base))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("same", ["eos_token", "pad_token"])
+def test_one_token_may_stand_for_the_unknown_and_for_the_end_or_padding(same: str, base: Path):
+    """GPT-2 has one token for the end and the unknown, some of Llama-2 one for padding and the unknown."""
+    settings(base, "tokenizer_config.json", **{same: "<unk>"})
+    assert load_tokenizer(str(base)).special_tokens_map[same] == "<unk>"
+
+
+@pytest.mark.parametrize("is_in_template", [False, True])
+def test_a_special_token_beyond_the_embedding_is_refused_where_it_would_be_written(
+    is_in_template: bool, base: Path
+):
+    """Gemma 3 1B has such a token, for images; a template with tokens of another model would write them."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    if is_in_template:
+        tokenizer.chat_template = "<image_soft_token>{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(base)
+    words = "has '<image_soft_token>' at id 1024, beyond the 1024 rows"
+    with pytest.raises(InputError, match=words) if is_in_template else nullcontext():
+        load_tokenizer(str(base))
