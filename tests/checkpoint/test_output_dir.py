@@ -296,9 +296,12 @@ def test_a_lock_file_that_is_not_a_plain_file_is_refused_and_not_waited_for(
     run = tmp_path / "run"
     run.mkdir()
     lock = run / LOCK_FILE
-    make = {"fifo": os.mkfifo, "link": lambda path: path.symlink_to("/dev/full"), "folder": Path.mkdir}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("kept")
+    make = {"fifo": os.mkfifo, "link": lambda path: path.symlink_to(elsewhere), "folder": Path.mkdir}
     make[kind](lock)
     refusal(str(run), accelerator)
+    assert elsewhere.read_text() == "kept"
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])

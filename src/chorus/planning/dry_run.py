@@ -128,7 +128,11 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
                 toy = folder / "toy"
                 on_first_process(accelerator, lambda: write_toy_like(config.model_name, tokenizer, toy))
                 config = config.model_copy(
-                    update={"model_name": str(toy), "batch_size": min(2, config.batch_size)}
+                    update={
+                        "model_name": str(toy),
+                        "batch_size": min(2, config.batch_size),
+                        "num_agents": min(4, config.num_agents),
+                    }
                 )
             in_shards = machine_of(accelerator).base_in_shards
             compiled = decide_execution(config, accelerator.device, in_shards).compiled
