@@ -60,7 +60,6 @@ def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None 
             folder.mkdir(parents=True, exist_ok=True)
             locks.append(_lock(folder))
             print(f"process {os.getpid()} on {socket.gethostname()}", file=locks[0], flush=True)
-            refuse_unusable(folder, begin.in_place)
             _refuse_changed(folder, begin)
             if begin.in_place:
                 _refuse_special_files(folder)
