@@ -9,7 +9,7 @@ if __name__ == "__main__":
     end_on_signals()  # before all that takes time
 
 from chorus.config import Config, RunConfig, load_config
-from chorus.progress import say
+from chorus.progress import announced, say
 
 if __name__ == "__main__":
     # Before the heavy imports: a misspelt key is answered at once, not after ten seconds of loading
@@ -134,8 +134,9 @@ def main(config: Config) -> None:
         refuse_another_base(begin, run, config)
         rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
         how = (lora_shape(config), rates, execution)
-        agents = build_agents(config.parallel_mode, model, config.num_agents, *how)
-        start_from(agents, initial)
+        with announced("building the agents"):
+            agents = build_agents(config.parallel_mode, model, config.num_agents, *how)
+            start_from(agents, initial)
         engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
         logger.info("%s; precision %s", engine.description, precision)
         about = (config.num_agents, config.parallel_mode, len(rows.train), num_steps)

@@ -48,7 +48,6 @@ from chorus.model.kernels.cuda_graphs import CapturedPasses, Pass, Rows
 from chorus.model.kernels.decoder_layers import prepare_layers, recomputed
 from chorus.model.regularisation import Noise, Regularisation, draw_noise
 from chorus.model.token_nll import token_nll
-from chorus.progress import announced
 from chorus.spans import span
 
 # Carries out `pass(rows, flat_KF, masks)` of a key; passes of equal keys do the same. `CapturedPasses` is
@@ -77,7 +76,6 @@ def held_agents(num_agents: int) -> tuple[int, ...]:
     return tuple(range(num_agents))
 
 
-@announced("building the agents")
 def build_agents(
     mode: Mode,
     model: PreTrainedModel,
