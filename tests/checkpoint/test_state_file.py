@@ -43,6 +43,12 @@ BAD = {
     "config.num_agents": [0, 3, -1, "2", "auto", None],
     "config.batch_size": [0, -4, "16", None, True],
     "config.gradient_accumulation_steps": [0, 1.0, None],
+    "best": [
+        {"step": 1, "metric": "uniform/token/NLL", "value": float("nan")},
+        {"step": 1, "metric": "uniform/token/NLL", "value": float("inf")},
+        {"step": 0, "metric": "uniform/token/NLL", "value": 1.0},
+        [],
+    ],
     "format": ["1", 1.0, None, [1], True],
 }
 
