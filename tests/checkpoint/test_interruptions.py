@@ -196,7 +196,7 @@ def test_a_signal_amid_the_imports_is_one_line_and_code_4(number: signal.Signals
         ("python", "attention: ", signal.SIGTERM, "all"),  # said before the base is read
         ("python", "scoring the base", signal.SIGINT, "all"),
         ("ddp", "scoring the base", signal.SIGTERM, "all"),
-        ("ddp", "attention: ", signal.SIGINT, "one"),
+        pytest.param("ddp", "attention: ", signal.SIGINT, "one", marks=pytest.mark.slow),
         ("ddp", "scoring the base", signal.SIGTERM, "one"),
     ],
 )

@@ -43,6 +43,12 @@ BAD = {
     "config.num_agents": [0, 3, -1, "2", "auto", None],
     "config.batch_size": [0, -4, "16", None, True],
     "config.gradient_accumulation_steps": [0, 1.0, None],
+    "best": [
+        {"step": 1, "metric": "uniform/token/NLL", "value": float("nan")},
+        {"step": 1, "metric": "uniform/token/NLL", "value": float("inf")},
+        {"step": 0, "metric": "uniform/token/NLL", "value": 1.0},
+        [],
+    ],
     "format": ["1", 1.0, None, [1], True],
 }
 
@@ -109,3 +115,24 @@ def test_the_typed_entries_are_keys_of_the_configuration_and_its_own_dump_is_acc
         "config",
         "fingerprints",
     } <= StateFile.model_fields.keys()
+
+
+def test_a_step_beyond_the_end_of_the_run_is_damage(tmp_path: Path, accelerator: Accelerator):
+    config = config_of(tmp_path, max_train_steps=None)
+    edited = save_run(config, accelerator, 2)
+    edit_state(edited, lambda state: set_entry(state, "num_steps", 1))
+    start = find_start(config, run_of(config, accelerator), accelerator)
+    assert start.folder is None
+    assert "step is 2, beyond num_steps 1" in start.notes[0]
+
+
+@pytest.mark.parametrize("step", [0, 10**18])
+def test_a_step_out_of_range_is_damage_also_in_a_folder_of_another_name(
+    step: int, tmp_path: Path, accelerator: Accelerator
+):
+    config = config_of(tmp_path / "run")
+    copy = save_run(config, accelerator, 2).rename(tmp_path / "copy")
+    edit_state(copy, lambda state: state.update(step=step, optimizer_step=0))
+    named = config.model_copy(update={"resume_from_checkpoint": str(copy)})
+    with pytest.raises(InputError, match=r"entry 'step' .* should be (greater|less) than or equal to"):
+        find_start(named, run_of(config, accelerator), accelerator)

@@ -193,9 +193,9 @@ def test_decoding_counts_two_caches_for_every_agent(base: str):
     [
         {"parallel_mode": "fused"},
         {"parallel_mode": "fused", "agents_per_pass": 7},
-        {"parallel_mode": "fused", "agents_per_pass": 2, "gradient_checkpointing": "full"},
         {"parallel_mode": "sequential"},
-        {"parallel_mode": "parallel"},
+        pytest.param({"agents_per_pass": 2, "gradient_checkpointing": "full"}, marks=pytest.mark.slow),
+        pytest.param({"parallel_mode": "parallel"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -222,9 +222,9 @@ def _never_written(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Special tokens that neither the tokenizer nor the chat template writes. Gemma 3 1B has one for images,
     which its embedding lacks."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = map(str, (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token))
+    written = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token]
     template = str(tokenizer.chat_template or "")
-    return {token for token in special.difference(ends) if token not in template}
+    return {token for token in special if token not in written and token not in template}
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(file: Path, key: s
 
 
 def test_an_unknown_key_like_no_other_is_refused_without_a_guess(file: Path):
-    assert refusal(file, {**ZERO, "qqqq": 1}) == f"{file}: key 'qqqq' is not known"
+    assert refusal(file, {**ZERO, "qqqq": 1}) == f"{file}: key 'qqqq' is not known; remove it"
 
 
 @pytest.mark.parametrize(
