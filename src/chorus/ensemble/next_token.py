@@ -96,9 +96,7 @@ class NextTokenRule:
                 continue
             logits_KNV = logits_RV[row : row + K * texts].unflatten(0, (K, texts))
             own = None if draws is None else draws.part(slice(text, text + texts))
-            parts.append(
-                self._choose(logits_KNV, self.weights[index], answerer.temperature, own, num_tops)
-            )
+            parts.append(self._choose(logits_KNV, self.weights[index], answerer.temperature, own, num_tops))
             row, text = row + K * texts, text + texts
         return Choice(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -125,7 +123,9 @@ class NextTokenRule:
         if draws is not None:
             assert statistics.log_prob_NV is not None
             is_drawn_N = draws.temperature_X > 0
-            drawn_N = draw(statistics.log_prob_NV, draws._replace(temperature_X=draws.temperature_X.where(is_drawn_N, 1)))
+            drawn_N = draw(
+                statistics.log_prob_NV, draws._replace(temperature_X=draws.temperature_X.where(is_drawn_N, 1))
+            )
             token_N = drawn_N.where(is_drawn_N, token_N)
             norms = (statistics.log_norm_KN, statistics.log_partition_N)
             log_prob_N, member_KN = chosen_log_probs(logits_KNV, token_N, weight_K, *norms, **how)

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+HALF = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+
 
 @dataclass
 class Answer:
@@ -83,12 +85,25 @@ class Ending:
 
         The last character may be half of one, and the last characters may be the beginning of a stop string.
         """
-        text = self.text_of(answer).rstrip("\ufffd")
+        text = self.text_of(answer).rstrip(HALF)
         longest = max(map(len, self.stop), default=0)
         for count in range(min(longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-count:]) for stop in self.stop):
                 return text[:-count]
         return text
+
+    def ends_of_tokens(self, answer: Answer, first: int = 0) -> list[int]:
+        """How many characters the answer's text has after each token, from `first` on."""
+        counts = range(first + 1, len(answer.token_ids) + 1)
+        return [len(self._decoded(answer.token_ids[:count]).rstrip(HALF)) for count in counts]
+
+    def pieces(self, answer: Answer) -> list[str]:
+        """What each token adds to the answer's text: together they are the text."""
+        whole = self.text_of(answer)
+        ends = [min(end, len(whole)) for end in self.ends_of_tokens(answer)]
+        ends[-1:] = [len(whole)] if ends else []
+        starts = [0, *ends[:-1]]
+        return [whole[start : max(start, end)] for start, end in zip(starts, ends, strict=True)]
 
     def _stopped_after(self, token_ids: list[int]) -> int | None:
         """The fewest first tokens whose text holds a stop string."""
