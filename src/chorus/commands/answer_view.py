@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.text import Text as Line
@@ -90,3 +91,26 @@ def explained(asked: Asked) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else f"{share:.1e}"
+
+
+def show(console: Console, asked: Sequence[Asked], steps: Iterator[None]) -> None:
+    """Print the answers in order: the first one that has not ended as it comes."""
+    place, stream = 0, None
+    for _ in steps:
+        while place < len(asked):
+            one = asked[place]
+            if stream is None:
+                if len(asked) > 1 and console.is_terminal:
+                    console.print(f"> {one.prompt}", style="bold")
+                text = one.texts[0]
+                stream = Stream(console, text, len(text.answer.member_log_probs[0]))
+            if len(one.texts) == 1:
+                stream.show(one.is_done)
+            if not one.is_done:
+                break
+            if len(one.texts) > 1:
+                Stream(console, one.texts[one.chosen], 1).show(is_done=True)
+            console.print()
+            if console.is_terminal or len(one.texts) > 1:
+                console.print(explained(one), style="dim", soft_wrap=True)
+            place, stream = place + 1, None

@@ -3,16 +3,10 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chorus.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from chorus.commands.asking import Asked
 
 EPILOG = """examples:
   chorus generate runs/default "Ada has 212 apples. Ben gives Ada 30 more. How many apples has Ada?"
@@ -82,6 +76,7 @@ def _generate(options: argparse.Namespace, prompts: list[str]) -> None:
     from rich.console import Console
 
     from chorus.commands.answer_page import write_page
+    from chorus.commands.answer_view import show
     from chorus.commands.asking import ask, described, open_of, write
     from chorus.monitoring.run_log import quiet_libraries
 
@@ -98,31 +93,6 @@ def _generate(options: argparse.Namespace, prompts: list[str]) -> None:
         about = {"run": options.run, "base": opened.ensemble.base_name, "agents": opened.ensemble.names}
         print(json.dumps({**about, "answers": [described(one) for one in asked]}, ensure_ascii=False))
     else:
-        _show(Console(highlight=False, markup=False), asked, write(opened, asked))
+        show(Console(highlight=False, markup=False), asked, write(opened, asked))
     if options.html is not None:
         write_page(Path(options.html), opened, asked)
-
-
-def _show(console: "Console", asked: "Sequence[Asked]", steps: Iterator[None]) -> None:
-    """Print the answers in order: the first one that has not ended as it comes."""
-    from chorus.commands.answer_view import Stream, explained
-
-    place, stream = 0, None
-    for _ in steps:
-        while place < len(asked):
-            one = asked[place]
-            if stream is None:
-                if len(asked) > 1 and console.is_terminal:
-                    console.print(f"> {one.prompt}", style="bold")
-                text = one.texts[0]
-                stream = Stream(console, text, len(text.answer.member_log_probs[0]))
-            if len(one.texts) == 1:
-                stream.show(one.is_done)
-            if not one.is_done:
-                break
-            if len(one.texts) > 1:
-                Stream(console, one.texts[one.chosen], 1).show(is_done=True)
-            console.print()
-            if console.is_terminal or len(one.texts) > 1:
-                console.print(explained(one), style="dim", soft_wrap=True)
-            place, stream = place + 1, None
