@@ -1,4 +1,4 @@
-"""What `chorus generate` and `chorus chat` share: their options, who answers, and the answers as they come."""
+"""What `chorus generate` and `chorus chat` share: their options, who answers, and the answers."""
 
 import argparse
 from collections import Counter

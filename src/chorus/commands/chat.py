@@ -18,8 +18,8 @@ EPILOG = """in the conversation:
   /reset   forget the earlier turns
   /quit    leave, as do Ctrl-D and a second Ctrl-C; the first one ends an answer
 
-RUN is an output folder, a checkpoint, or PEFT LoRA folders. Agents that were trained on single questions, and not
-on turns, are asked each question by itself."""
+RUN is an output folder, a checkpoint, or PEFT LoRA folders. Agents that were trained on single questions, and
+not on turns, are asked each question by itself."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -104,7 +104,7 @@ def _answer(
         console.print(f"error: {error}", style="bold")
         return None
     try:
-        show(console, [asked], write(opened, asked))
+        show(console, [asked], write(opened, [asked]))
     except KeyboardInterrupt:
         console.print(" (ended)", style="dim")
         answer = asked.texts[0].answer

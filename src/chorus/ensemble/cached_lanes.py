@@ -101,16 +101,16 @@ class CachedLanes:
                     use_cache=True,
                 ).last_hidden_state
             outputs.append(self.agents.head().linear(hidden_L1D[:, -1]))
-            # A text that has ended goes on until its row is used again; it must not leave the base's positions.
+            # A text that has ended goes on until its row is used again; it must not leave the positions.
             state.position_L1.add_(1).clamp_(max=state.seen_LC.shape[1] - 1)
         self.step_1.add_(1)
         logits_RV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return logits_RV if self.order_R is None else logits_RV[self.order_R]
 
     def move_to(self, column: int) -> None:
-        """Move all texts so that their next tokens stand in `column`, in the same tensors; static caches only.
+        """Move all texts so that their next tokens stand in `column`, in the same tensors.
 
-        No text may be longer than `column`.
+        Static caches only. No text may be longer than `column`.
         """
         shift, self.column = column - self.column, column
         for state in self.states if shift else []:

@@ -1,4 +1,4 @@
-"""How the tokens of a batch of texts are drawn: the numbers that decide, temperatures and top-p of each text."""
+"""How the tokens of a batch of texts are drawn: each text's numbers that decide, temperature and top-p."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -146,7 +146,7 @@ def next_token_rule(agents: Agents, answerers: Sequence[Answerer]) -> NextTokenR
     """The rule for these answerers.
 
     Raises:
-        ValueError: weights that are not one a member or do not sum to 1, or a temperature that is not above 0.
+        ValueError: weights that are not one a member or do not sum to 1, or a temperature not above 0.
     """
     for answerer in answerers:
         if len(answerer.weights) != len(answerer.members) or abs(sum(answerer.weights) - 1) > 1e-4:

@@ -61,10 +61,7 @@ class PromptForm:
     def _filled(self, question: str) -> str:
         columns = template_fields(self.template)
         needed = [column for column in columns if column not in self.optional] or columns[:1]
-        if len(needed) == 1:
-            row = {needed[0]: question}
-        else:
-            row = _columns_of(question, needed)
+        row = {needed[0]: question} if len(needed) == 1 else _columns_of(question, needed)
         texts = {column: text_of(row, column, column in self.optional) for column in columns}
         return self.template.format_map(texts)
 

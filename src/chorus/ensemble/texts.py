@@ -133,6 +133,9 @@ class Sampling(NamedTuple):
     number: int = 0
 
 
+GREEDY = Sampling()
+
+
 @dataclass
 class Text:
     """A text to be written.
@@ -146,7 +149,7 @@ class Text:
     answerer: int
     prompt: tuple[int, ...]
     ending: Ending
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     num_tops: int = 0
     answer: Answer = field(default_factory=Answer)
 
