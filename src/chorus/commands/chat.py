@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         InputError: what is named is no ensemble.
     """
-    from chorus.commands.asking import Parser, add_options, open_of
+    from chorus.commands.options import Parser, add_options
 
     parser = Parser(
         "chorus chat",
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
+    from chorus.commands.asking import open_of
     from chorus.monitoring.run_log import quiet_libraries
 
     quiet_libraries()

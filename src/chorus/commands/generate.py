@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         InputError: what is named is no ensemble, or a prompt that cannot be asked.
     """
-    from chorus.commands.asking import Parser, add_options
+    from chorus.commands.options import Parser, add_options
 
     parser = Parser(
         "chorus generate",

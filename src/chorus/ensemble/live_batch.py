@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from chorus.ensemble.cached_lanes import static_cache
 from chorus.ensemble.decoding_batch import DecodingBatch, is_capturable, steps_at_a_time
 from chorus.ensemble.next_token import Answerer, next_token_rule
 from chorus.ensemble.texts import Text
-from chorus.model.agents import Agents
+from chorus.model.agents import Agents, causal_lm
 
 
 class LiveBatch:
@@ -34,6 +35,7 @@ class LiveBatch:
         """
         self.agents, self.length = agents, length
         self.rule = next_token_rule(agents, answerers)
+        self.is_static = static_cache(causal_lm(agents.peft_model(agents.agents[0])), 2) is not None
         self.texts: dict[int, Text] = {}  # under way
         self._captured = is_capturable(agents) if captured is None else captured
         self._batch: DecodingBatch | None = None
@@ -48,8 +50,7 @@ class LiveBatch:
     @property
     def can_join(self) -> bool:
         """Whether texts may join now."""
-        is_growing = self._batch is not None and self._batch.lanes.is_static and self.length is not None
-        return not self.texts or is_growing
+        return not self.texts or (self.is_static and self.length is not None)
 
     @torch.no_grad()
     def join(self, texts: Iterable[Text]) -> None:
@@ -75,7 +76,7 @@ class LiveBatch:
         """Whether the batch, in which no text is under way, has seats for these."""
         assert self._batch is not None
         sizes = zip(self._batch.seating.slots_A, new.seating.slots_A, strict=True)
-        return self._batch.lanes.is_static and all(own >= needed for own, needed in sizes)
+        return self.is_static and all(own >= needed for own, needed in sizes)
 
     def drop(self, text: Text) -> None:
         """Stop writing a text: its seat is free."""
@@ -89,7 +90,7 @@ class LiveBatch:
         assert self._batch is not None
         self._batch.leave(self.texts.keys(), spare=self.length is not None)
         lanes = self._batch.lanes
-        if self.length is not None and lanes.is_static and lanes.column + self._batch.steps > self.length:
+        if self.length is not None and self.is_static and lanes.column + self._batch.steps > self.length:
             lanes.move_to(max(text.num_read for text in self.texts.values()))
         self._batch.advance()
         live = _append(self._batch, self.texts)
@@ -117,7 +118,7 @@ def _append(batch: DecodingBatch, texts: dict[int, Text]) -> list[int]:
             tops = [list(zip(ids, own, strict=True))[: text.num_tops] for ids, own in pairs]
             answer.tops += tops
         if text.ending.apply(answer):
-            answer.text = text.ending.text_of(answer)
+            answer.text, text.has_ended = text.ending.text_of(answer), True
         else:
             live.append(number)
     return live

@@ -3,17 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from chorus.config.data import DataSettings
 from chorus.data.chat import ChatForm, Turn
-from chorus.data.templates import BadRow, Problem, template_fields, text_of
+from chorus.data.templates import BadRow, Form, Problem, template_fields, text_of
 from chorus.data.tokenise import Encoder, end_ids
 from chorus.ensemble.load import Ensemble
 from chorus.errors import InputError
-
-Form = Literal["chat", "template", "plain"]
-FORMS: tuple[Form, ...] = ("chat", "template", "plain")
 
 
 @dataclass(frozen=True)

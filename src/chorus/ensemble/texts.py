@@ -152,6 +152,7 @@ class Text:
     sampling: Sampling = GREEDY
     num_tops: int = 0
     answer: Answer = field(default_factory=Answer)
+    has_ended: bool = False
 
     def __post_init__(self) -> None:
         temperature, top_p, *_ = self.sampling

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from chorus.data.templates import Form
 from chorus.ensemble.load import Ensemble, load_ensemble
 from chorus.ensemble.next_token import Answerer
-from chorus.ensemble.prompts import Form, PromptForm, prompt_form
+from chorus.ensemble.prompts import PromptForm, prompt_form
 from chorus.errors import InputError
 from chorus.training.engine import DTYPES, decide_precision
 
