@@ -52,11 +52,12 @@ def test_texts_that_join_later_are_written_as_transformers_writes_them_alone(
 ):
     moves: list[int] = []
     move = CachedLanes.move_to
-    monkeypatch.setattr(
-        CachedLanes,
-        "move_to",
-        lambda lanes, column: (moves.append(column - lanes.column), move(lanes, column)),
-    )
+
+    def noted(lanes: CachedLanes, column: int) -> None:
+        moves.append(column - lanes.column)
+        move(lanes, column)
+
+    monkeypatch.setattr(CachedLanes, "move_to", noted)
     asked = prompts(5, 1, 23, 6, 7, 14, 2, 3, 9, 4)
     limits = [14, 30, 12, 9, 14, 20, 30, 3, 1, 30]
     who = [4, 1, 4, 2, 0, 4, 3, 4, 4, 1]
@@ -139,7 +140,7 @@ def test_a_seat_that_is_dropped_is_used_again_without_a_new_batch():
 
 
 def test_a_base_without_static_caches_takes_texts_in_only_between_batches():
-    agents = agents_of("recurrent-gemma", "fused").eval()
+    agents = agents_of("qwen3.5", "fused").eval()
     batch = LiveBatch(agents, MEMBERS[:2], LENGTH)
     first, second = (Text(1, prompt, Ending(4, frozenset())) for prompt in prompts(5, 6))
     assert batch.can_join

@@ -134,8 +134,8 @@ class Guard:
 def _refused(request: HttpRequest, api_key: str | None) -> JSONResponse | None:
     """The answer to a request without the key, or that is too large."""
     if api_key is not None and request.url.path != "/health":
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not secrets.compare_digest(given.encode(), api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), api_key.encode()):
             content = error_object("incorrect API key", "invalid_request_error", "invalid_api_key")
             return JSONResponse(content, 401)
     if request.method == "POST":
