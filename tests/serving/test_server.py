@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from peft import PeftModel
 from stock_adapters import BASE, base, stock_text, write_adapters
 from transformers import AutoTokenizer
 
+from chorus.commands.ask import main as ask
 from chorus.ensemble.decode import generate
 from chorus.ensemble.next_token import Answerer
+from chorus.errors import InputError
 from chorus.serving.opened import Opened, open_ensemble
 
 pytestmark = pytest.mark.launch
@@ -275,6 +278,65 @@ def test_clients_that_hang_up_free_their_seats_and_a_full_queue_says_so(server: 
             stream.own_connection.close()  # pyright: ignore[reportAttributeAccessIssue]
         assert all(isinstance(one.result(), str) for one in waiting)
     assert server.health() == {"status": "ok", "running": 0, "waiting": 0}
+
+
+def test_ask_mixes_the_agents_answers_by_their_probabilities_under_stock_peft(
+    server: Served, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    weights = tmp_path / "ensemble.json"
+    entries = {"weights": [0.7, 0.3], "base_model": BASE, "config": {"prompt_template": "Q: {question}\nA:"}}
+    weights.write_text(json.dumps(entries))
+    url = f"http://127.0.0.1:{server.port}/v1"
+    options = ["--max-new-tokens", "40", "--api-key", KEY, "--json", "--samples", "2", "--temperature", "0.7"]
+    ask([url, "2 + 3?", "--weights", str(weights), *options])
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] == "Q: 2 + 3?\nA:"
+    assert found["models"] == ["agent_0", "agent_1"]
+    assert sum(one["count"] for one in found["answers"]) == 4
+    assert any(one["is_whole"] for one in found["answers"])
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    models = [PeftModel.from_pretrained(base(), str(folder)).eval() for folder in adapters]
+    first = len(tokenizer(found["prompt"])["input_ids"])
+    mixed = []
+    for one in found["answers"]:
+        end = [tokenizer.eos_token_id] if one["is_whole"] else []
+        ids = [*tokenizer(found["prompt"] + one["text"])["input_ids"], *end]
+        own = []
+        for model in models:
+            with torch.no_grad():
+                log_prob_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            own.append(sum(float(log_prob_TV[n - 1, ids[n]]) for n in range(first, len(ids))))
+        assert list(one["log_probs"].values()) == pytest.approx(own, abs=1e-3)
+        mixed.append(math.log(0.7 * math.exp(own[0]) + 0.3 * math.exp(own[1])))
+        assert one["mixed_log_prob"] == pytest.approx(mixed[-1], abs=1e-3)
+    assert mixed == sorted(mixed, reverse=True)
+    assert sum(one["share"] for one in found["answers"]) == pytest.approx(1)
+    ask([url, "2 + 3?", "--weights", str(weights), *[one for one in options if one != "--json"]])
+    assert capsys.readouterr().out == found["text"].strip() + "\n"
+
+
+def test_ask_refuses_in_one_line_what_cannot_be_mixed(server: Served, tmp_path: Path):
+    url = f"http://127.0.0.1:{server.port}"
+    weights = tmp_path / "ensemble.json"
+    weights.write_text(json.dumps({"weights": [1.0], "base_model": BASE}))
+    known = ["--api-key", KEY, "--end", "<eos>"]
+    cases = {
+        "no end token": ([url, "a"], "--end"),
+        "no server": (["http://127.0.0.1:1", "a", *known], "is the server running there"),
+        "no such model": ([url, "a", "--models", "agent_7", *known], "answers 404"),
+        "no key": ([url, "a", "--end", "<eos>", "--api-key", "x"], "answers 401"),
+        "other weights": ([url, "a", "--weights", str(weights), *known], "2 agents"),
+        "no URL": (["localhost", "a", *known], "http"),
+        "twice": ([url, "a", "--models", "agent_0,agent_0", *known], "twice"),
+        "columns": ([url, "a", "--template", "{a} {b}", *known], "exactly one"),
+        "empty": ([url, " ", *known], "empty"),
+    }
+    for name, (arguments, word) in cases.items():
+        with pytest.raises(InputError) as caught:
+            ask(arguments)
+        message = str(caught.value)
+        assert word in message, (name, message)
+        assert len(message.splitlines()) == 1, name
 
 
 def test_sigterm_finishes_what_is_under_way_and_ends_with_code_0(server: Served):

@@ -23,6 +23,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--member", metavar="K", type=int, help="agent K alone")
     one.add_argument("--base", action="store_true", help="the base without an adapter")
     one.add_argument("--vote", action="store_true", help="every agent alone, and the answer of the most")
+    add_answer_options(parser)
+    add_place_options(parser)
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """The options of how an answer is written."""
     how = parser.add_argument_group("how")
     how.add_argument(
         "--temperature",
@@ -41,7 +47,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="ends an answer; may be given several times",
     )
-    add_place_options(parser)
 
 
 def add_place_options(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +69,14 @@ def _at_least_0(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def above_0(text: str) -> float:
+    """A number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
