@@ -20,7 +20,7 @@ EPILOG = """examples:
   vllm serve BASE --enable-lora --lora-modules agent_0=RUN/agents/agent_0 agent_1=RUN/agents/agent_1
   chorus ask http://127.0.0.1:8000 "Ada has 2 apples and ..." --weights RUN/ensemble.json
 
-Each agent answers; each different answer is scored under every agent (/v1/completions with echo and logprobs);
+Each agent answers; each different answer is scored under every agent (echo and logprobs of /v1/completions);
 the scores are mixed: p(answer) = sum_k w_k p_k(answer)."""
 
 
