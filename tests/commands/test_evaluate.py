@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import PLAIN, ROOT, ddp, launch
+from launching import PLAIN, ddp, launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from preloaded import forked, train
 from stock_adapters import BASE, base, write_adapters

@@ -93,7 +93,7 @@ class DecodingBatch:
 
     def leave(self, live: Collection[int], spare: bool = False) -> None:
         """Let texts that have ended leave the batch, once that makes it enough smaller: only `live` go on."""
-        live_A = [[text for text in texts if text in live] for texts in self.seating.texts_A]
+        live_A = [[text for text in texts if text is not None] for texts in self.seating.kept(live).texts_A]
         seating = seat(self.seating.answerers, live_A, spare)
         if len(seating.slot_of_row()) > SHRINK * len(self.text_R):
             self.seating = self.seating.kept(live)
@@ -194,7 +194,7 @@ def _without_gaps(numbers: Sequence[int | None]) -> list[int]:
 
 
 def steps_at_a_time(device: torch.device) -> int:
-    """Between two looks of the host at what has ended."""
+    """Steps between two looks at what has ended: a look makes a GPU wait for the host."""
     return STEPS_AT_A_TIME if device.type == "cuda" else 1
 
 

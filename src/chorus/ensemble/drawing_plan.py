@@ -87,7 +87,9 @@ class DrawingPlan:
         tensors = self._tensors()
         if other is not None:
             tensors = [torch.cat(pair) for pair in zip(tensors, other._tensors(), strict=True)]
-        return DrawingPlan(*(one[index_X] for one in tensors), self.is_drawn, self.is_cut, self.num_tops)
+        uniform_XN, temperature_X, top_p_X, drawn_X = (one[index_X] for one in tensors)
+        needs = (self.is_drawn, self.is_cut, self.num_tops)
+        return DrawingPlan(uniform_XN, temperature_X, top_p_X, drawn_X, *needs)
 
     def _tensors(self) -> list[Tensor]:
         return [self.uniform_XN, self.temperature_X, self.top_p_X, self.drawn_X]

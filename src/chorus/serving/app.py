@@ -329,8 +329,8 @@ def _about(asked: Asked, kind: str = "") -> dict[str, Any]:
 
 def _chunk(asked: Asked, delta: Delta) -> dict[str, Any]:
     """One choice of an event."""
-    text = asked.texts[delta.index]
-    choice: dict[str, Any] = {"index": delta.index, "finish_reason": None}
+    text = asked.texts[delta.place]
+    choice: dict[str, Any] = {"index": delta.place, "finish_reason": None}
     if isinstance(asked.request, ChatRequest):
         choice["delta"] = {"content": delta.content}
         logprobs = chat_logprobs(text, delta.pieces, delta.first) if asked.has_tokens else None

@@ -12,13 +12,13 @@ class Delta(NamedTuple):
     """New characters of one text.
 
     Attributes:
-        index: of the text in its job.
+        place: of the text in its job.
         pieces: what each new token adds; empty where nobody asked for tokens.
         first: the first of these tokens.
         offset: characters that came before.
     """
 
-    index: int
+    place: int
     content: str
     pieces: list[str]
     first: int
