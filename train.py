@@ -21,10 +21,10 @@ if __name__ == "__main__":
 gc.disable()  # the libraries make a million objects, and all of them stay: looking for garbage costs a second
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from chorus.checkpoint.export import refuse_non_finite, save_ensemble, write_ensemble
 from chorus.checkpoint.initial_adapters import initial_folders, start_from
@@ -156,11 +156,13 @@ def main(config: Config) -> None:
             load_best(engine, output_dir, evaluation.best)
         with engine.unsharded():
             refuse_non_finite_answers(agents, rows.train[: config.batch_size])
-        save(engine, config, output_dir)  # before the evaluation: nothing that follows can lose it
+        about_rows = {"row_form": rows.chosen.table.about["form"]}  # in which form agents are to be asked
+        # Before the evaluation: nothing that follows can lose it.
+        save(engine, config, output_dir, about_rows)
         after = evaluation.final(num_steps)
         mixture = after.mixture or Mixture.uniform(config.num_agents)
         scores = {"before": evaluation.initial.report(), "after": after.report()}
-        more = {**mixture.to_json(), "evaluation": scores}
+        more = {**mixture.to_json(), **about_rows, "evaluation": scores}
         on_first_process(accelerator, lambda: write_ensemble(output_dir, mixture.weights, config, more))
         run_log.table(evaluation_table(after))
         logger.info("the agents are in %s", output_dir / "agents")
@@ -262,12 +264,12 @@ def take_steps(
             return
 
 
-def save(engine: Engine, config: RunConfig, output_dir: Path) -> None:
+def save(engine: Engine, config: RunConfig, output_dir: Path, more: Mapping[str, Any]) -> None:
     """Write the adapters and `ensemble.json`. Every process takes part; the first one writes."""
     tensors = engine.adapter_values()
     refuse_non_finite(tensors)
     weights = Mixture.uniform(config.num_agents).weights
-    on_first_process(engine.accelerator, lambda: save_ensemble(output_dir, tensors, weights, config, {}))
+    on_first_process(engine.accelerator, lambda: save_ensemble(output_dir, tensors, weights, config, more))
 
 
 if __name__ == "__main__":

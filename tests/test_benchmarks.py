@@ -204,3 +204,14 @@ def test_the_large_base_fits_where_its_fullest_row_does():
     above = figures("fused", "plain", 1, 1.0, "gemma-2-9b", 4, 40.1 * gb)
     assert verdict([*below, above], "under 40 GB") is False
     assert verdict([above | {"model": "gemma-2-2b"}], "under 40 GB") is None
+
+
+def test_served_clients_and_stock_generation_are_measured_side_by_side(tmp_path: Path):
+    options = ("--model", "tiny", "--small", "--agents", "2", "--out", str(tmp_path))
+    result = forked([sys.executable, "benchmarks/serving.py"], *options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    written = json.loads((tmp_path / "serving.json").read_text())
+    assert written["served"].keys() == written["stock"].keys() == {"1", "3"}
+    for row in [*written["served"].values(), *written["stock"].values()]:
+        assert row["first_token_s"] > 0
+        assert row["tokens_per_s"] > 0

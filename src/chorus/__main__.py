@@ -5,7 +5,13 @@ from importlib import import_module
 
 from chorus.errors import InputError, input_errors_end_the_program
 
-COMMANDS = {"evaluate": "scores of the base, each agent and their mixtures on held-out problems"}
+COMMANDS = {
+    "evaluate": "scores of the base, each agent and their mixtures on held-out problems",
+    "generate": "answers of the ensemble to prompts, and how far its agents agree",
+    "chat": "a conversation with the ensemble in a terminal",
+    "serve": "the ensemble behind OpenAI's protocol",
+    "ask": "one mixed answer of agents that another server serves",
+}
 USAGE = "\n".join(
     [
         "usage: chorus COMMAND [--help] ...",

@@ -5,19 +5,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from launching import PLAIN, ROOT, ddp, launch
+from launching import PLAIN, ddp, launch
 from peft import LoraConfig, PeftModel, get_peft_model
 from preloaded import forked, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from stock_adapters import BASE, base, write_adapters
+from transformers import AutoTokenizer
 
 from chorus.checkpoint.store import checkpoints
 
 pytestmark = pytest.mark.launch
-BASE = str(ROOT / "assets" / "tiny-gemma-2")
 QUESTIONS = [
     {"question": f"Ada has {n} apples. Ben gives Ada 7 more.", "answer": f"{n + 7}"} for n in range(12, 24)
 ]
@@ -34,23 +33,9 @@ def numbers(scores: dict[str, float | None]) -> dict[str, float]:
     return {name: value for name, value in scores.items() if value is not None}
 
 
-def base() -> Any:
-    return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
-
-
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two adapters of different ranks and targets, by stock PEFT alone."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for name, rank, targets in (("one", 2, ["q_proj", "down_proj"]), ("other", 4, ["o_proj"])):
-        config = LoraConfig(r=rank, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
-        model = get_peft_model(base(), config)
-        generator = torch.Generator().manual_seed(rank)
-        for key, parameter in model.named_parameters():
-            if "lora_" in key:
-                parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(str(folder / name))
-    return [folder / "one", folder / "other"]
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")

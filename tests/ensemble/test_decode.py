@@ -9,7 +9,7 @@ from toy import toy_agents
 
 from chorus.ensemble import decoding_batch
 from chorus.ensemble.decode import Answer, generate
-from chorus.ensemble.next_token import Answerer, draw
+from chorus.ensemble.next_token import Answerer, Draws, draw
 from chorus.ensemble.seating import seat
 from chorus.model.agents import Agents, Mode
 
@@ -215,7 +215,8 @@ def test_no_flag_adapter_attention_or_global_random_state_is_left_behind(
 def test_draws_have_the_frequencies_of_the_distribution_they_are_from(temperature: float, top_p: float):
     probability_V = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
     uniform_N = torch.arange(20_000, dtype=torch.float64) / 20_000
-    drawn_N = draw(probability_V.log().expand(20_000, 5), uniform_N, temperature, top_p)
+    draws = Draws(uniform_N, torch.full((20_000,), temperature), torch.full((20_000,), top_p))
+    drawn_N = draw(probability_V.log().expand(20_000, 5), draws)
     assert torch.allclose(
         drawn_N.bincount(minlength=5) / 20_000, expected(probability_V, temperature, top_p), atol=1e-4
     )
@@ -233,11 +234,11 @@ def expected(probability_V: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def test_a_batch_has_few_empty_rows_however_unevenly_answers_end():
-    seating = seat(EVERYBODY, [range(40), range(3), range(1), [], range(5), [2]])
-    rows = len(seating.text_of_row())
+    seating = seat(EVERYBODY, [range(40), range(40, 43), range(50, 51), [], range(60, 65), [72]])
+    rows = len(seating.slot_of_row())
     assert rows == len(seating.members_G) * seating.block
     assert rows <= 1.2 * (40 + 3 + 1 + 3 * 5 + 3 * 1)
-    assert [prompt for prompt in seating.prompts_A[0] if prompt is not None] == list(range(40))
+    assert [prompt for prompt in seating.texts_A[0] if prompt is not None] == list(range(40))
 
 
 @pytest.mark.parametrize(

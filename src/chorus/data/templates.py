@@ -6,7 +6,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from chorus.config.data import DataSettings
 from chorus.data.files import listed
@@ -15,6 +15,8 @@ from chorus.errors import InputError
 NOT_TEXT = re.compile(
     "[\0\ud800-\udfff]"
 )  # NUL, or half of a surrogate pair: no tokenizer can encode the latter
+Form = Literal["chat", "template", "plain"]  # in which a question is asked
+FORMS: tuple[Form, ...] = ("chat", "template", "plain")
 
 
 class Problem(NamedTuple):

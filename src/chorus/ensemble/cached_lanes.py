@@ -101,26 +101,87 @@ class CachedLanes:
                     use_cache=True,
                 ).last_hidden_state
             outputs.append(self.agents.head().linear(hidden_L1D[:, -1]))
-            state.position_L1.add_(1)
+            # A text that has ended goes on until its row is used again; it must not leave the positions.
+            state.position_L1.add_(1).clamp_(max=state.seen_LC.shape[1] - 1)
         self.step_1.add_(1)
         logits_RV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return logits_RV if self.order_R is None else logits_RV[self.order_R]
 
-    def reseat(self, members_G: Sequence[Member], block: int, source_R: Sequence[int]) -> None:
+    def move_to(self, column: int) -> None:
+        """Move all texts so that their next tokens stand in `column`, in the same tensors.
+
+        Static caches only. No text may be longer than `column`.
+        """
+        shift, self.column = column - self.column, column
+        for state in self.states if shift else []:
+            layers: Any = state.cache.layers
+            for layer in layers:
+                layer.keys.copy_(layer.keys.roll(shift, 2))
+                layer.values.copy_(layer.values.roll(shift, 2))
+                layer.cumulative_length.fill_(column)
+            state.seen_LC.copy_(state.seen_LC.roll(shift, 1))
+            state.seen_LC[:, : max(shift, 0)] = False
+            state.seen_LC[:, column:] = True
+
+    def put(self, rows: Sequence[int], other: "CachedLanes", other_rows: Sequence[int]) -> None:
+        """Put texts of another batch in the place of some rows, in the same tensors; static caches only.
+
+        Both batches have the same columns and column, and every lane of the other's is one of this one's.
+        """
+        source_of = dict(zip(rows, other_rows, strict=True))
+        others = {state.lane.name: state for state in other.states}
+        for state in self.states:
+            places = [(place, row) for place, row in enumerate(_rows_of(state)) if row in source_of]
+            if not places:
+                continue
+            source = others[state.lane.name]
+            place_of = {row: place for place, row in enumerate(_rows_of(source))}
+            to_L = torch.tensor([place for place, _ in places], device=self.step_1.device)
+            from_L = torch.tensor([place_of[source_of[row]] for _, row in places], device=to_L.device)
+            layers: Any = zip(state.cache.layers, source.cache.layers, strict=True)
+            for layer, new in layers:
+                layer.keys[to_L] = new.keys[from_L]
+                layer.values[to_L] = new.values[from_L]
+            state.seen_LC[to_L] = source.seen_LC[from_L]
+            state.position_L1[to_L] = source.position_L1[from_L]
+
+    def reseat(
+        self,
+        members_G: Sequence[Member],
+        block: int,
+        source_R: Sequence[int],
+        other: "CachedLanes | None" = None,
+    ) -> None:
         """Make the batch anew: each row continues the text of
-        the row `source_R` before, of the same member."""
-        place_of = {row: place for state in self.states for place, row in enumerate(_rows_of(state))}
-        was = {state.lane.name: state for state in self.states}
+        the row `source_R` before, of the same member.
+
+        Rows of another batch are counted after this one's; see `put` for what both must have in common.
+        """
+        before = [self] if other is None else [self, other]
+        place_of: dict[int, int] = {}  # of a row among those of its lane in all batches
+        was: dict[Any, list[_LaneState]] = {}
+        first = 0
+        for lanes in before:
+            for state in lanes.states:
+                earlier = sum(len(one.seen_LC) for one in was.get(state.lane.name, []))
+                place_of |= {first + row: earlier + place for place, row in enumerate(_rows_of(state))}
+                was.setdefault(state.lane.name, []).append(state)
+            first += lanes.num_rows
         states = []
         for lane in lanes_of(self.agents, members_G):
-            rows = _rows(lane, block)
-            state = was[lane.name]
-            old_L = torch.tensor([place_of[source_R[row]] for row in rows], device=self.step_1.device)
-            state.cache.reorder_cache(old_L)  # pyright: ignore[reportArgumentType]
-            position_L1 = state.position_L1[old_L]
-            states.append(_state(lane, block, state.cache, state.seen_LC[old_L], position_L1, len(members_G)))
+            parts = was[lane.name]
+            index = [place_of[source_R[row]] for row in _rows(lane, block)]
+            index_L = torch.tensor(index, device=self.step_1.device)
+            cache = _chosen_rows([part.cache for part in parts], index_L)
+            seen_LC = torch.cat([part.seen_LC for part in parts])[index_L]
+            position_L1 = torch.cat([part.position_L1 for part in parts])[index_L]
+            states.append(_state(lane, block, cache, seen_LC, position_L1, len(members_G)))
         self.states = states
         self.order_R = _order(states)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(state.seen_LC) for state in self.states)
 
 
 def prefill(
@@ -217,6 +278,19 @@ def _read_rows(reader: Lane, ids_PT: Tensor, real_PT: Tensor, cache: Cache) -> T
             use_cache=True,
         ).last_hidden_state
     return reader.agents.head().linear(hidden_NTD[:, -1]).unflatten(0, (M, -1))
+
+
+def _chosen_rows(caches: Sequence[Cache], index_L: Tensor) -> Cache:
+    """Rows of several caches, counted through; the first one is changed, layer by layer."""
+    into, *others = caches
+    if not others:
+        into.reorder_cache(index_L)  # pyright: ignore[reportArgumentType]
+        return into
+    layers: Any = zip(*(cache.layers for cache in caches), strict=True)
+    for layer, *more in layers:
+        layer.keys = torch.cat([layer.keys, *(one.keys for one in more)])[index_L]
+        layer.values = torch.cat([layer.values, *(one.values for one in more)])[index_L]
+    return into
 
 
 def _copy_rows(read: Cache, into: StaticCache, index_L: Tensor, P: int, prompts: slice) -> None:

@@ -1,6 +1,6 @@
 """A batch of texts that are decoded together, some steps at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from chorus.ensemble.cached_lanes import CachedLanes, prefill
+from chorus.ensemble.drawing_plan import DrawingPlan
 from chorus.ensemble.next_token import Answerer, Choice, NextTokenRule
 from chorus.ensemble.seating import Seating, seat
+from chorus.ensemble.texts import Text
 from chorus.model.agents import Agents, causal_lm
 from chorus.model.kernels.decode_graphs import CapturedStep
 
-STEPS_AT_A_TIME = 16  # on a GPU, between two looks of the host at what has ended
+STEPS_AT_A_TIME = 16  # on a GPU
 PROMPTS_ON_A_CPU = 64  # of one wave
 FREE_SHARE = 0.8  # of a GPU's free memory that caches and logits may fill
 SHRINK = 0.75  # the batch shrinks once this share of its rows is left: that costs a copy of the caches
@@ -25,11 +27,10 @@ class DecodingBatch:
 
     Attributes:
         steps: taken at a time.
-        uniform_XN: each text's numbers that decide its draws, for N tokens; None where none is drawn.
-        drawn_1: tokens that each text has so far.
+        plan: how each text's tokens are drawn.
         token_X: the last token of each text.
-        text_R: the text of each row.
-        out: what the last steps have written, a `Choice` whose tensors have the step as a last dimension.
+        text_R: the slot of each row's text.
+        out: what the last steps have written, a `Choice` whose tensors have the step as a second dimension.
         taken: steps of `out` that count.
     """
 
@@ -37,8 +38,7 @@ class DecodingBatch:
     rule: NextTokenRule
     seating: Seating
     steps: int
-    uniform_XN: Tensor | None
-    drawn_1: Tensor
+    plan: DrawingPlan
     token_X: Tensor
     text_R: Tensor
     out: Choice
@@ -50,61 +50,100 @@ class DecodingBatch:
     def of(
         agents: Agents,
         rule: NextTokenRule,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        draws: Sequence[Sequence[Tensor]],
+        texts: Mapping[int, Text],
         captured: bool,
+        length: int | None = None,
+        spare: bool = False,
     ) -> "DecodingBatch":
-        """Read the prompts and choose the first token of every text."""
+        """Read the prompts and choose the first token of every text.
+
+        Args:
+            texts: under any numbers.
+            length: columns of the caches; None is what the longest of these texts needs.
+            spare: leave slots empty for texts that come later, see `seat`.
+        """
         device = next(agents.parameters()).device
-        seating = seat(rule.answerers, [range(len(prompts))] * len(rule.answerers))
+        own_A = [
+            [number for number, text in texts.items() if text.answerer == index]
+            for index in range(len(rule.answerers))
+        ]
+        seating = seat(rule.answerers, own_A, spare)
         steps = steps_at_a_time(device)
-        room = -(-max_new_tokens // steps) * steps
-        prompt_X = [prompt or 0 for row in seating.prompts_A for prompt in row]
-        text_R = seating.text_of_row()
-        prompt_R = [prompt_X[text] for text in text_R]
+        prompts = list(dict.fromkeys(text.prompt for text in texts.values()))
+        place_of = {prompt: place for place, prompt in enumerate(prompts)}
+        seated = [texts[number] for row in seating.texts_A for number in _without_gaps(row)]
+        slot_R = seating.slot_of_row()
+        prompt_R = [place_of[seated[slot].prompt] for slot in slot_R]
+        most = max(text.ending.max_new_tokens for text in texts.values())
+        room = -(-most // steps) * steps if length is None else length - max(map(len, prompts))
         lanes, logits_RV = prefill(
             agents, seating.members_G, seating.block, prompt_R, prompts, room, pad_id=0
         )
-        uniform_XN = None
-        if rule.temperature > 0:
-            rows = zip(seating.prompts_A, draws, strict=True)
-            drawn = [own[prompt or 0] for row, own in rows for prompt in row]
-            # The last steps may reach beyond the limit of tokens; what they draw is thrown away.
-            uniform_XN = torch.nn.functional.pad(torch.stack(drawn), (0, room + 1 - max_new_tokens)).to(
-                device
-            )
-        choice = rule.choose(logits_RV, seating.texts_A, None if uniform_XN is None else uniform_XN[:, 0])
-        drawn_1 = torch.ones(1, dtype=torch.int64, device=device)
+        plan = DrawingPlan.of(rule.answerers, seated, room if length is None else length, device)
+        choice = rule.choose(logits_RV, seating.slots_A, plan.draws(), plan.num_tops)
+        plan.drawn_X.add_(1)
         first = Choice(*(figure[:, None] for figure in choice))
-        places = torch.tensor(text_R, device=device)
+        places = torch.tensor(slot_R, device=device)
         is_captured = captured and lanes.is_static
-        return DecodingBatch(
-            lanes, rule, seating, steps, uniform_XN, drawn_1, choice.token_X, places, first, 1, is_captured
-        )
+        return DecodingBatch(lanes, rule, seating, steps, plan, choice.token_X, places, first, 1, is_captured)
 
     def written(self) -> Choice:
         """What the last steps have chosen, on the CPU."""
         return Choice(*(figure[:, : self.taken].cpu() for figure in self.out))
 
-    def leave(self, live_A: Sequence[Sequence[int]]) -> None:
-        """Let texts that have ended leave the batch, once that
-        makes it enough smaller: only these prompts go on."""
-        seating = seat(self.seating.answerers, live_A)
-        if len(seating.text_of_row()) > SHRINK * len(self.text_R):
-            prompts_A = zip(self.seating.prompts_A, live_A, strict=True)
-            kept = (
-                tuple(p if p in live else None for p in prompts) for prompts, live in map(_as_sets, prompts_A)
-            )
-            self.seating = Seating(self.seating.answerers, self.seating.block, tuple(kept))
+    def leave(self, live: Collection[int], spare: bool = False) -> None:
+        """Let texts that have ended leave the batch, once that makes it enough smaller: only `live` go on."""
+        live_A = [[text for text in texts if text is not None] for texts in self.seating.kept(live).texts_A]
+        seating = seat(self.seating.answerers, live_A, spare)
+        if len(seating.slot_of_row()) > SHRINK * len(self.text_R):
+            self.seating = self.seating.kept(live)
+        else:
+            self._reseat(seating)
+
+    def join(self, new: "DecodingBatch", live: Collection[int], column: int) -> None:
+        """Take in the texts of a batch that has just been made; of this one's, only `live` go on.
+
+        Both have static caches of the same length. Where there are empty slots for them the batch keeps its
+        shape, and what was captured.
+
+        Args:
+            column: of the next tokens; no text, live or new, is longer.
+        """
+        self.lanes.move_to(column)
+        new.lanes.move_to(column)
+        new_A = [[text for text in texts if text is not None] for texts in new.seating.texts_A]
+        before, plan_changes = self.seating.kept(live), not self.plan.covers(new.plan)
+        self.plan.widen(new.plan)
+        filled = before.filled(new_A)
+        if filled is None:
+            live_A = [[text for text in texts if text is not None] for texts in before.texts_A]
+            both_A = [own + more for own, more in zip(live_A, new_A, strict=True)]
+            self._reseat(seat(before.answerers, both_A, spare=True), new)
             return
+        slots, rows = filled.places()
+        new_slots, new_rows = new.seating.places()
+        self.lanes.put(
+            [row for text in new_rows for row in rows[text]],
+            new.lanes,
+            [row for own in new_rows.values() for row in own],
+        )
+        to_X = torch.tensor([slots[text] for text in new_slots], device=self.token_X.device)
+        from_X = torch.tensor(list(new_slots.values()), device=to_X.device)
+        self.token_X[to_X] = new.token_X[from_X]
+        self.plan.put(to_X, new.plan, from_X)
+        self.seating = filled
+        if plan_changes:
+            self.capture, self.taken = None, 0
+
+    def _reseat(self, seating: Seating, new: "DecodingBatch | None" = None) -> None:
         device = self.token_X.device
-        texts, rows = seating.sources(self.seating)
-        text_X = torch.tensor(texts, device=device)
-        self.lanes.reseat(seating.members_G, seating.block, rows)
-        self.token_X = self.token_X[text_X]
-        self.uniform_XN = None if self.uniform_XN is None else self.uniform_XN[text_X]
-        self.text_R = torch.tensor(seating.text_of_row(), device=device)
+        slots, rows = seating.sources(self.seating, None if new is None else new.seating)
+        slot_X = torch.tensor(slots, device=device)
+        self.lanes.reseat(seating.members_G, seating.block, rows, None if new is None else new.lanes)
+        tokens = [self.token_X] if new is None else [self.token_X, new.token_X]
+        self.token_X = torch.cat(tokens)[slot_X]
+        self.plan = self.plan.chosen(slot_X, None if new is None else new.plan)
+        self.text_R = torch.tensor(seating.slot_of_row(), device=device)
         self.seating, self.capture = seating, None
         self.taken = 0
 
@@ -126,32 +165,32 @@ class DecodingBatch:
         next. In place, so that it can be captured."""
         place_1 = self.lanes.step_1.clone()
         logits_RV = self.lanes.step(self.token_X[self.text_R])
-        uniform_X = None if self.uniform_XN is None else self.uniform_XN.index_select(1, self.drawn_1)[:, 0]
-        choice = self.rule.choose(logits_RV, self.seating.texts_A, uniform_X)
+        choice = self.rule.choose(logits_RV, self.seating.slots_A, self.plan.draws(), self.plan.num_tops)
         self.token_X.copy_(choice.token_X)
-        self.drawn_1.add_(1)
+        self.plan.count()
         for figure, into in zip(choice, self.out, strict=True):
             into.index_copy_(1, place_1, figure[:, None])
 
     def _counters(self) -> list[Tensor]:
         """What a step changes beside its output and the columns of the caches that it fills."""
-        own = [self.token_X, self.drawn_1, self.lanes.step_1]
+        own = [self.token_X, self.plan.drawn_X, self.lanes.step_1]
         for state in self.lanes.states:
             layers: Any = state.cache.layers
             own += [state.position_L1, *(layer.cumulative_length for layer in layers)]
         return own
 
     def _empty_out(self) -> Choice:
-        X, R = len(self.token_X), len(self.text_R)
+        X, R, N = len(self.token_X), len(self.text_R), self.plan.num_tops
         figure_X = torch.empty(X, self.steps, device=self.token_X.device)
         token_X = torch.empty_like(figure_X, dtype=torch.int64)
-        return Choice(
-            token_X, figure_X, figure_X.clone(), figure_X.clone(), figure_X.new_empty(R, self.steps)
-        )
+        figures = (token_X, figure_X, figure_X.clone(), figure_X.clone(), figure_X.new_empty(R, self.steps))
+        tops = figure_X.new_empty(X, self.steps, N)
+        return Choice(*figures, torch.empty_like(tops, dtype=torch.int64), tops)
 
 
-def _as_sets(pair: tuple[Sequence[int | None], Sequence[int]]) -> tuple[Sequence[int | None], set[int]]:
-    return pair[0], set(pair[1])
+def _without_gaps(numbers: Sequence[int | None]) -> list[int]:
+    """An empty slot does what its answerer's first text does."""
+    return [number if number is not None else numbers[0] for number in numbers]  # pyright: ignore
 
 
 def steps_at_a_time(device: torch.device) -> int:

@@ -5,7 +5,7 @@ member of its answerer. An answerer's texts fill one or more blocks of equal siz
 unended texts and with few share a batch without empty rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from chorus.ensemble.lanes import Member
@@ -20,79 +20,98 @@ class Seating:
 
     Attributes:
         block: rows of a group.
-        prompts_A: for each answerer, the prompt of each of its slots, as many as its blocks hold; None is
-        empty.
+        texts_A: for each answerer, the text in each of its slots, as many as its blocks hold; None is empty.
     """
 
     answerers: tuple[Answerer, ...]
     block: int
-    prompts_A: tuple[tuple[int | None, ...], ...]
+    texts_A: tuple[tuple[int | None, ...], ...]
 
     @property
-    def texts_A(self) -> list[int]:
+    def slots_A(self) -> list[int]:
         """Slots of each answerer."""
-        return [len(prompts) for prompts in self.prompts_A]
+        return [len(texts) for texts in self.texts_A]
 
     @property
     def members_G(self) -> list[Member]:
         """The member of each group: answerer by answerer, member by member, block by block."""
-        sizes = zip(self.answerers, self.texts_A, strict=True)
-        return [m for answerer, texts in sizes for m in answerer.members for _ in range(texts // self.block)]
+        sizes = zip(self.answerers, self.slots_A, strict=True)
+        return [m for answerer, slots in sizes for m in answerer.members for _ in range(slots // self.block)]
 
-    def text_of_row(self) -> list[int]:
+    def slot_of_row(self) -> list[int]:
         """For each row the place of its text among all slots: answerer by answerer."""
         places, first = [], 0
-        for answerer, texts in zip(self.answerers, self.texts_A, strict=True):
-            places += list(range(first, first + texts)) * len(answerer.members)
-            first += texts
+        for answerer, slots in zip(self.answerers, self.slots_A, strict=True):
+            places += list(range(first, first + slots)) * len(answerer.members)
+            first += slots
         return places
 
-    def sources(self, before: "Seating") -> tuple[list[int], list[int]]:
-        """For each slot, and for each row, the one of an earlier batch that held its text.
+    def sources(self, before: "Seating", other: "Seating | None" = None) -> tuple[list[int], list[int]]:
+        """For each slot, and for each row, the one of earlier batches that held its text.
 
-        An empty slot takes what its answerer's first text takes.
+        Those of `other` are counted after those of `before`. An empty slot takes what its answerer's first
+        text takes.
         """
-        text_of, row_of = before._places()
-        texts, rows = [], []
-        for index, (answerer, prompts) in enumerate(zip(self.answerers, self.prompts_A, strict=True)):
-            filled = [prompts[0] if prompt is None else prompt for prompt in prompts]
-            texts += [text_of[index, prompt] for prompt in filled]
-            rows += [
-                row_of[index, member, prompt] for member in range(len(answerer.members)) for prompt in filled
-            ]
-        return texts, rows
+        slot_of, rows_of = before.places()
+        if other is not None:
+            slots, rows = sum(before.slots_A), len(before.slot_of_row())
+            more_slots, more_rows = other.places()
+            slot_of |= {text: slots + slot for text, slot in more_slots.items()}
+            rows_of |= {text: [rows + row for row in own] for text, own in more_rows.items()}
+        from_slots, from_rows = [], []
+        for answerer, texts in zip(self.answerers, self.texts_A, strict=True):
+            filled = [text if text is not None else texts[0] for text in texts]
+            from_slots += [slot_of[text] for text in filled if text is not None]
+            for member in range(len(answerer.members)):
+                from_rows += [rows_of[text][member] for text in filled if text is not None]
+        return from_slots, from_rows
 
-    def _places(self) -> tuple[dict, dict]:
-        """The slot of (answerer, prompt), and the row of (answerer, member, prompt)."""
-        text_of, row_of, text, row = {}, {}, 0, 0
-        for index, (answerer, prompts) in enumerate(zip(self.answerers, self.prompts_A, strict=True)):
-            for slot, prompt in enumerate(prompts):
-                if prompt is not None:
-                    text_of[index, prompt] = text + slot
-                    for member in range(len(answerer.members)):
-                        row_of[index, member, prompt] = row + member * len(prompts) + slot
-            text += len(prompts)
-            row += len(answerer.members) * len(prompts)
-        return text_of, row_of
+    def places(self) -> tuple[dict[int, int], dict[int, list[int]]]:
+        """The slot of each text, and its rows, one a member."""
+        slot_of, rows_of, slot, row = {}, {}, 0, 0
+        for answerer, texts in zip(self.answerers, self.texts_A, strict=True):
+            for place, text in enumerate(texts):
+                if text is not None:
+                    slot_of[text] = slot + place
+                    rows_of[text] = [row + k * len(texts) + place for k in range(len(answerer.members))]
+            slot += len(texts)
+            row += len(answerer.members) * len(texts)
+        return slot_of, rows_of
+
+    def kept(self, live: Collection[int]) -> "Seating":
+        """The same seats, those of all other texts empty."""
+        texts_A = (tuple(text if text in live else None for text in texts) for texts in self.texts_A)
+        return Seating(self.answerers, self.block, tuple(texts_A))
+
+    def filled(self, new_A: Sequence[Sequence[int]]) -> "Seating | None":
+        """The same seats with new texts in empty ones; None where there are too few for an answerer."""
+        seated = []
+        for texts, new in zip(self.texts_A, new_A, strict=True):
+            if texts.count(None) < len(new):
+                return None
+            coming = iter(new)
+            seated.append(tuple(next(coming, None) if text is None else text for text in texts))
+        return Seating(self.answerers, self.block, tuple(seated))
 
 
-def seat(answerers: Sequence[Answerer], prompts_A: Sequence[Sequence[int]]) -> Seating:
-    """The smallest batch that holds these prompts for each
-    answerer. An answerer without prompts gets no row."""
-    counts = [
-        (len(answerer.members), len(prompts)) for answerer, prompts in zip(answerers, prompts_A, strict=True)
-    ]
+def seat(answerers: Sequence[Answerer], texts_A: Sequence[Sequence[int]], spare: bool = False) -> Seating:
+    """The smallest batch that holds these texts for each answerer. An answerer without texts gets no row.
+
+    With `spare` an answerer gets a power of two of slots, so that texts may come and go without a new batch.
+    """
+    slots = [1 << (len(texts) - 1).bit_length() if spare and texts else len(texts) for texts in texts_A]
+    counts = [(len(answerer.members), count) for answerer, count in zip(answerers, slots, strict=True)]
     most = max(MAX_GROUPS, sum(K for K, texts in counts if texts))
 
     def size(block: int) -> tuple[int, int]:
         groups = sum(K * -(-texts // block) for K, texts in counts)
         return groups, groups * block
 
-    blocks = range(1, max(texts for _, texts in counts) + 1)
+    blocks = range(1, max(slots) + 1)
     fitting = [block for block in blocks if size(block)[0] <= most]
     block = min(fitting, key=lambda block: (size(block)[1], -block))
     seated = []
-    for prompts in prompts_A:
-        empty = -len(prompts) % block
-        seated.append((*prompts, *[None] * empty))
+    for texts, count in zip(texts_A, slots, strict=True):
+        empty = count + -count % block - len(texts)
+        seated.append((*texts, *[None] * empty))
     return Seating(tuple(answerers), block, tuple(seated))

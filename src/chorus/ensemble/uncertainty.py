@@ -10,6 +10,7 @@ flattened:
 A single member is a mixture of one. Logarithms are natural.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from chorus.ensemble.mixture import mixture_log_prob
+from chorus.ensemble.texts import Answer
 
 UNCERTAINTIES = ("max_p", "entropy", "mutual_information", "disagreement")
 
@@ -41,6 +43,40 @@ class Predictions(NamedTuple):
     max_log_prob_N: Tensor
     is_top_N: Tensor
     brier_N: Tensor
+
+
+class AnswerUncertainty(NamedTuple):
+    """How sure an answerer is of a text that it has written.
+
+    Attributes:
+        probability: of the answer: the product over its tokens, an end token included.
+        token_probability: their geometric mean, which does not fall with the answer's length.
+        entropy: the mean over its tokens, nats: the total uncertainty.
+        mutual_information: likewise, the part of it that is the members' disagreement; 0 for a single member.
+        largest_mutual_information: of one token.
+        member_probabilities: the answer's probability under each member.
+    """
+
+    probability: float
+    token_probability: float
+    entropy: float
+    mutual_information: float
+    largest_mutual_information: float
+    member_probabilities: tuple[float, ...]
+
+
+def uncertainty_of(answer: Answer) -> AnswerUncertainty:
+    """The uncertainty of an answer; of one without tokens, that of a certain one."""
+    count = max(1, len(answer.log_probs))
+    log_prob = math.fsum(answer.log_probs)
+    return AnswerUncertainty(
+        math.exp(log_prob),
+        math.exp(log_prob / count),
+        math.fsum(answer.entropies) / count,
+        math.fsum(answer.mutual_informations) / count,
+        max(answer.mutual_informations, default=0.0),
+        tuple(math.exp(math.fsum(own)) for own in zip(*answer.member_log_probs, strict=True)),
+    )
 
 
 def entropy(log_prob_NV: Tensor) -> Tensor:
