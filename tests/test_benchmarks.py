@@ -77,18 +77,7 @@ def test_every_row_is_measured_where_its_losses_agree_and_one_that_fails_takes_n
 def test_a_row_of_the_table_is_measured_once_by_the_launcher_and_the_engine_it_names(tmp_path: Path):
     options = ("--rows", "fused zero2 x2", "--steps", "1", "--out", str(tmp_path))
     for _ in range(2):
-<<<<<<< HEAD
-        result = subprocess.run(
-            [*command, "--out", str(tmp_path)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-=======
         result = forked([sys.executable, "benchmarks/table.py"], *options)
->>>>>>> house
         assert result.returncode == 0, result.stderr[-3000:]
     assert "tiny K=2 2x16 fused zero2 x2: measured" in result.stdout
     (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
