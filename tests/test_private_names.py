@@ -27,7 +27,12 @@ def own_names(trees: list[ast.Module]) -> set[str]:
     found = set(OF_NAMED_TUPLES)
     for node in (node for tree in trees for node in ast.walk(tree)):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.arg(arg=name)
+            ):
                 found.add(name)
             case (
                 ast.Name(id=name, ctx=ast.Store())
