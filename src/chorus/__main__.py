@@ -5,7 +5,10 @@ from importlib import import_module
 
 from chorus.errors import InputError, input_errors_end_the_program
 
-COMMANDS = {"evaluate": "scores of the base, each agent and their mixtures on held-out problems"}
+COMMANDS = {
+    "evaluate": "scores of the base, each agent and their mixtures on held-out problems",
+    "export": "agents for other tools: PEFT folders, one merged adapter, or a merged model",
+}
 USAGE = "\n".join(
     [
         "usage: chorus COMMAND [--help] ...",
