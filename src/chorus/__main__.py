@@ -7,6 +7,8 @@ from chorus.errors import InputError, input_errors_end_the_program
 
 COMMANDS = {
     "evaluate": "scores of the base, each agent and their mixtures on held-out problems",
+    "harness": "lm-evaluation-harness with the ensemble as its model",
+    "report": "a page of pictures of a run, or of several side by side",
     "export": "agents for other tools: PEFT folders, one merged adapter, or a merged model",
 }
 USAGE = "\n".join(

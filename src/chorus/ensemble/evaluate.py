@@ -87,7 +87,7 @@ class Evaluation:
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> "Evaluation":
-        """What a report says again, but for intervals and problems."""
+        """What a report says again, but for the problems."""
         if not report:
             return cls()
         scores = {
@@ -95,7 +95,12 @@ class Evaluation:
             for name, own in report["scores"].items()
         }
         counts = {key: report[key] for key in ("num_problems", "num_calibration", "num_ood", "temperatures")}
-        return cls(**counts, is_choice=report["task"] == "choice", scores=scores)
+        intervals, differences = (
+            {name: {score: Interval(*bounds) for score, bounds in own.items()} for name, own in given.items()}
+            for given in (report.get("intervals", {}), report.get("differences", {}))
+        )
+        is_choice = report["task"] == "choice"
+        return cls(**counts, is_choice=is_choice, scores=scores, intervals=intervals, differences=differences)
 
 
 def _without_nan(value: Any) -> Any:
