@@ -133,7 +133,6 @@ def evaluate(
     members: list[Member] = [*([None] if with_base else []), *(agents.agents if with_agents else [])]
     if not members:
         return Evaluation()
-    text = rows.text
     with _answering(agents):
         answerers = [Answerer("base" if one is None else f"agent_{one}", (one,)) for one in members]
         chunks = _calibration_chunks(agents, members, rows)

@@ -13,7 +13,7 @@ LONGEST_PROMPT = 600  # characters of a prompt; of a longer one the end is shown
 
 
 class ShownToken(NamedTuple):
-    """One token: its text (none: the end), how strongly it is coloured, from 0 to 1, and its figures."""
+    """One token: its text (none at the end), how strongly it is coloured, from 0 to 1, and its figures."""
 
     text: str
     strength: float
