@@ -62,6 +62,7 @@ from chorus.monitoring.trackers import decide_trackers
 from chorus.planning.auto_agents import decide_num_agents
 from chorus.planning.auto_packing import decide_packing
 from chorus.planning.memory_check import foresee_memory, memory_errors_named
+from chorus.reporting.run_report import check_report, write_run_report
 from chorus.spans import each_in_span, span
 from chorus.training.engine import (
     DTYPES,
@@ -88,6 +89,8 @@ def main(config: Config) -> None:
     # Everything the user gave is checked before the base is loaded.
     tokenizer, skeleton = check_without_weights(config.model_name, config.max_seq_length, lora_shape(config))
     report_to = decide_trackers(config.report_to)
+    if config.report:
+        check_report("key 'report'")
     precision = decide_precision(config.mixed_precision)
     accelerator = make_accelerator(config, config)
     config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
@@ -166,6 +169,8 @@ def main(config: Config) -> None:
         on_first_process(accelerator, lambda: write_ensemble(output_dir, mixture.weights, config, more))
         run_log.table(evaluation_table(after))
         logger.info("the agents are in %s", output_dir / "agents")
+        if config.report:
+            on_first_process(accelerator, lambda: write_run_report(output_dir))
         accelerator.wait_for_everyone()
 
 

@@ -11,6 +11,9 @@ COMMANDS = {
     "chat": "a conversation with the ensemble in a terminal",
     "serve": "the ensemble behind OpenAI's protocol",
     "ask": "one mixed answer of agents that another server serves",
+    "harness": "lm-evaluation-harness with the ensemble as its model",
+    "report": "a page of pictures of a run, or of several side by side",
+    "export": "agents for other tools: PEFT folders, one merged adapter, or a merged model",
 }
 USAGE = "\n".join(
     [

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from families import of_family
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from stock import make_lively, word_tokenizer
+from stock import ADAPTERS, save_adapter, stock_base, word_tokenizer, write_base
 from torch import Tensor
-from toy import VOCABULARY, tiny_gemma
-from transformers import AutoModelForCausalLM
+from toy import VOCABULARY
 
 from chorus.data.batches import Sample
 from chorus.ensemble.load import load_ensemble
@@ -21,48 +20,20 @@ from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError
 
 FILE = "adapter_model.safetensors"
-SETTINGS: list[dict[str, Any]] = [
-    {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
-    {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": "all-linear"},
-    {
-        "r": 2,
-        "lora_alpha": 2,
-        "target_modules": ["down_proj", "q_proj"],
-        "rank_pattern": {"layers.0.mlp.down_proj": 4},
-        "alpha_pattern": {"layers.1.mlp.down_proj": 3},
-    },
-    {"r": 4, "lora_alpha": 4, "target_modules": ["o_proj", "up_proj"], "layers_to_transform": [1]},
-]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    model = tiny_gemma()
-    make_lively(dict(model.named_parameters()))
-    model.save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Adapters that stock PEFT has made, of different ranks, scalings and layers."""
     place = tmp_path_factory.mktemp("adapters")
-    for number, settings in enumerate(SETTINGS):
+    for number, settings in enumerate(ADAPTERS):
         save_adapter(base, place / f"adapter_{number}", number, **settings)
-    return [place / f"adapter_{number}" for number in range(len(SETTINGS))]
-
-
-def save_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> None:
-    config = LoraConfig(**settings, task_type="CAUSAL_LM", init_lora_weights=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        get_peft_model(stock_base(base), config).save_pretrained(folder)
-
-
-def stock_base(base: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    return [place / f"adapter_{number}" for number in range(len(ADAPTERS))]
 
 
 def stock_log_probs(base: Path, folder: Path, ids_T: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,6 +1,7 @@
 """The independent reference of everything that an ensemble says: stock PEFT and transformers, row by row."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,9 +9,23 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from toy import ALPHA, RANK, TARGETS, VOCABULARY, tiny_gemma
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from chorus.model.agents import Agents
+
+# LoRA adapters that differ in rank, scaling and layers.
+ADAPTERS: list[dict[str, Any]] = [
+    {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]},
+    {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": "all-linear"},
+    {
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["down_proj", "q_proj"],
+        "rank_pattern": {"layers.0.mlp.down_proj": 4},
+        "alpha_pattern": {"layers.1.mlp.down_proj": 3},
+    },
+    {"r": 4, "lora_alpha": 4, "target_modules": ["o_proj", "up_proj"], "layers_to_transform": [1]},
+]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -27,6 +42,27 @@ def make_lively(base: Mapping[str, Tensor]) -> None:
     for name, tensor in base.items():
         if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
             tensor.fill_(4.0)
+
+
+def write_base(folder: Path) -> Path:
+    """The toy base and its tokenizer, as files."""
+    model = tiny_gemma()
+    make_lively(dict(model.named_parameters()))
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_adapter(base: str | Path, folder: Path, seed: int, **settings: Any) -> None:
+    """An adapter that adds something, made by stock PEFT alone."""
+    config = LoraConfig(**settings, task_type="CAUSAL_LM", init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        get_peft_model(stock_base(base), config).save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def stock_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
 
 
 def stock_model(

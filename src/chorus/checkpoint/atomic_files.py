@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,14 @@ def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
 def json_text(value: Any) -> str:
     """`value` as indented JSON. JSON has no NaN and no infinity: null stands for them."""
     return json.dumps(finite_or_null(value), indent=2, allow_nan=False) + "\n"
+
+
+def json_lines(values: Iterable[Any]) -> str:
+    """A line of JSON for each value, with null for numbers that are not finite."""
+    lines = (
+        json.dumps(finite_or_null(value), ensure_ascii=False, allow_nan=False) + "\n" for value in values
+    )
+    return "".join(lines)
 
 
 def finite_or_null(value: Any) -> Any:

@@ -18,7 +18,7 @@ from chorus.checkpoint.manifest import ADAPTER_FILE
 from chorus.config import Config, render
 from chorus.errors import InputError, RunError
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
-from chorus.model.base import load_skeleton
+from chorus.model.base import base_reference, load_skeleton
 from chorus.model.targets import peft_target_modules
 from chorus.progress import announced
 
@@ -71,7 +71,7 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
     into the new folder `place`, flushed to the disk."""
     paths = dict.fromkeys(identity.path.removeprefix("base_model.model.") for identity in tensors)
     target_modules = peft_target_modules(paths, _modules_of(config.model_name), config.lora_target_modules)
-    lora_config = lora_shape(config).peft_config(config.model_name, target_modules)
+    lora_config = lora_shape(config).peft_config(base_reference(config.model_name), target_modules)
     lora_config.inference_mode = True  # as PEFT writes it: a loaded adapter is frozen
     lora_config.target_modules = target_modules  # PEFT holds names as a set: other bytes in every process
     for agent in sorted({identity.agent for identity in tensors}):
@@ -110,7 +110,7 @@ def write_ensemble(
     ensemble = {
         "agents": [f"agents/{adapter_name(agent)}" for agent in range(len(weights))],
         "weights": list(weights),
-        "base_model": config.model_name,
+        "base_model": base_reference(config.model_name),
         "parallel_mode": config.parallel_mode,
         "config": config.model_dump(),
         **more,

@@ -2,18 +2,19 @@
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from chorus.checkpoint.atomic_files import json_lines
+from chorus.commands.parser import CommandParser
 from chorus.config.load import config_over
 from chorus.errors import InputError
 
 ALPHA = 1.0  # pseudo-counts an agent of the fitted mixture where dirichlet_alpha_aggregator is null
 
-EPILOG = """examples:
+EXAMPLES = """examples:
   chorus evaluate runs/default
   chorus evaluate runs/default --data problems.jsonl --ood others.jsonl --problems scored.jsonl
   chorus evaluate adapters/a adapters/b --data problems.jsonl 'completion_template=" {label}"'
@@ -122,20 +123,12 @@ def _progress(is_shown: bool, num_scored: int, num_ood: int) -> Iterator[Callabl
 
 
 def _write_problems(file: Path, problems: Sequence[Mapping[str, Any]]) -> None:
-    lines = (json.dumps(_plain(problem), ensure_ascii=False) + "\n" for problem in problems)
     try:
-        file.write_text("".join(lines), encoding="utf-8")
+        file.write_text(json_lines(problems), encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"--problems {file}: cannot be written ({error.strerror}); name another file"
         ) from error
-
-
-def _plain(value: Any) -> Any:
-    """Without numbers that JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _configuration_of(path: Path) -> Mapping[str, Any] | None:
@@ -145,11 +138,13 @@ def _configuration_of(path: Path) -> Mapping[str, Any] | None:
         if not file.is_file():
             continue
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            config = json.loads(file.read_text(encoding="utf-8")).get("config")
+        except (OSError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{file}: cannot be read as JSON with a configuration; name its agents/* instead"
             ) from error
+        if config is None:
+            return None  # an export of PEFT folders
         if not isinstance(config, dict):
             raise InputError(f"{file}: its configuration is no object; name its agents/* instead")
         return config
@@ -160,14 +155,9 @@ def _is_path(argument: str) -> bool:
     return "=" not in argument or Path(argument).exists()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "chorus evaluate",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Score the base, each agent and their mixtures on held-out problems.",
-        epilog=EPILOG,
-    )
+def _parser() -> CommandParser:
+    what = "Score the base, each agent and their mixtures on held-out problems."
+    parser = CommandParser("evaluate", what, EXAMPLES)
     about = "an output folder, a checkpoint, or several PEFT LoRA folders; and keys to set"
     parser.add_argument("run", metavar="RUN|key=value", nargs="*", help=about)
     parser.add_argument(
@@ -178,8 +168,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print all scores as one JSON object")
     parser.add_argument("--problems", metavar="FILE", help="write one JSON object a problem to this file")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"command line: {message}; --help shows what there is")

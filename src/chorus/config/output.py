@@ -30,6 +30,9 @@ class OutputSettings(Section):
     """Experiment trackers that get every logged row, by Accelerate's names, such as [tensorboard, wandb];
     others are trackio, mlflow, comet_ml, aim, clearml, dvclive and swanlab. auto: tensorboard where it is
     installed. none: no tracker."""
+    report: MayChange[bool] = False
+    """true: at the end, write output_dir/report.html, a page of pictures of the run: losses, scores,
+    calibration, uncertainty, answers. It needs matplotlib. `chorus report output_dir` writes it later."""
     resume_from_checkpoint: MayChange[Place | None] = "auto"
     """auto: resume from the newest whole checkpoint of output_dir, if there is one. A folder: resume from
     that checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""

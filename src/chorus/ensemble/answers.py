@@ -2,7 +2,8 @@
 written and what is expected are read in the same way."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,23 @@ def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, end_ids:
     first token that ends one, without special tokens."""
     end = next((place for place, token in enumerate(ids) if token in end_ids), len(ids))
     return cast(str, tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
+
+
+def pieces(ids: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[str]:
+    """What each token adds to a text: joined, they are the text.
+
+    A token alone may decode to something else: without the space before it, or to half a character, which
+    then is wholly its last token's.
+
+    Args:
+        text: decodes some tokens.
+    """
+    found = []
+    for n in range(len(ids)):
+        before, after = (text(ids[max(0, n - 4) : end]).rstrip("\ufffd") for end in (n, n + 1))
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+        found.append(after[len(list(shared)) :])
+    return found
 
 
 def is_exact(text: str, reference: str) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from chorus.config.evaluation import EvaluationSettings
 from chorus.data.rows import HeldOutRow
@@ -45,7 +46,7 @@ class Evaluation:
         mixture: the weights and the temperature that were fitted; None of the base alone.
         intervals: 95 % intervals of scores; `differences`: of their differences to those of the chosen
         mixture.
-        problems: one object a problem, for JSON.
+        problems: one object a problem, for JSON; those of the second data set come last.
     """
 
     num_problems: int = 0
@@ -86,7 +87,7 @@ class Evaluation:
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> "Evaluation":
-        """What a report says again, but for intervals and problems."""
+        """What a report says again, but for the problems."""
         if not report:
             return cls()
         scores = {
@@ -94,7 +95,12 @@ class Evaluation:
             for name, own in report["scores"].items()
         }
         counts = {key: report[key] for key in ("num_problems", "num_calibration", "num_ood", "temperatures")}
-        return cls(**counts, is_choice=report["task"] == "choice", scores=scores)
+        intervals, differences = (
+            {name: {score: Interval(*bounds) for score, bounds in own.items()} for name, own in given.items()}
+            for given in (report.get("intervals", {}), report.get("differences", {}))
+        )
+        is_choice = report["task"] == "choice"
+        return cls(**counts, is_choice=is_choice, scores=scores, intervals=intervals, differences=differences)
 
 
 def _without_nan(value: Any) -> Any:
@@ -127,7 +133,6 @@ def evaluate(
     members: list[Member] = [*([None] if with_base else []), *(agents.agents if with_agents else [])]
     if not members:
         return Evaluation()
-    text = rows.text
     with _answering(agents):
         answerers = [Answerer("base" if one is None else f"agent_{one}", (one,)) for one in members]
         chunks = _calibration_chunks(agents, members, rows)
@@ -142,8 +147,8 @@ def evaluate(
     names = [name for answerer in answerers for name in (answerer.name, f"{answerer.name}/{CALIBRATED}")]
     of_all = dict(zip(names, _joined(scored), strict=True))
     ood_of_all = dict(zip(names, _joined(ood), strict=True))
-    prompts = _interleaved(gather_object([[rows.prompt_text(row.prompt) for row in rows.scored]]))
-    references = _interleaved(gather_object([[text(row.answer) for row in rows.scored]]))
+    asked, asked_ood = _asked(rows.scored, rows), _asked(rows.ood, rows)
+    references = [reference for _, reference in asked]
     found = _scored(answerers, of_all, ood_of_all, references, bool(rows.choices))
     found.num_problems, found.num_calibration, found.num_ood = counts
     found.temperatures = dict(zip([one.name for one in answerers], calibrated.temperatures, strict=True))
@@ -153,8 +158,9 @@ def evaluate(
     against = found.chosen if with_agents else None
     found.intervals = intervals_of(of_all, seed, None, found.is_choice)
     found.differences = intervals_of(of_all, seed, against, found.is_choice) if against else {}
-    found.problems = _problems(
-        prompts, references, of_all, {one.name for one in answerers if len(one.members) > 1}
+    mixtures = {one.name for one in answerers if len(one.members) > 1}
+    found.problems = _problems(asked, of_all, mixtures) + _problems(
+        asked_ood, ood_of_all, mixtures, is_ood=True
     )
     return found
 
@@ -231,6 +237,12 @@ def _joined(own: Outcomes) -> list[list[Outcome]]:
     return [_interleaved([part[index] for part in parts]) for index in range(len(flat))]
 
 
+def _asked(own: Sequence[HeldOutRow], rows: EvaluationRows) -> list[tuple[str, str]]:
+    """Prompts and references of all processes, in the order of the problems."""
+    texts = [(rows.prompt_text(row.prompt), rows.text(row.answer)) for row in own]
+    return _interleaved(gather_object([texts]))
+
+
 def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
     """What every `len(parts)`-th went to each process, in its old order."""
     return [
@@ -270,26 +282,44 @@ def _compared(outcomes: Sequence[Outcome], references: Sequence[str]) -> list[st
 
 
 def _problems(
-    prompts: Sequence[str], references: Sequence[str], of_all: Mapping[str, list[Outcome]], mixtures: set[str]
+    asked: Sequence[tuple[str, str]],
+    of_all: Mapping[str, list[Outcome]],
+    mixtures: set[str],
+    is_ood: bool = False,
 ) -> list[dict[str, Any]]:
     """One object a problem: what was asked, and what every answerer said of it."""
     return [
         {
             "prompt": prompt,
             "reference": reference,
+            "ood": is_ood,
             "answers": {
-                name: _described(own[n], name.split("/")[0] in mixtures) for name, own in of_all.items()
+                name: _described(own[n], name.split("/")[0] in mixtures, is_ood)
+                for name, own in of_all.items()
             },
         }
-        for n, (prompt, reference) in enumerate(zip(prompts, references, strict=True))
+        for n, (prompt, reference) in enumerate(asked)
     ]
 
 
-def _described(outcome: Outcome, is_mixture: bool) -> dict[str, Any]:
-    return {
+def _described(outcome: Outcome, is_mixture: bool, is_ood: bool) -> dict[str, Any]:
+    described = {
         "text": outcome.answer,
         "right": outcome.is_right,
         "probability": outcome.probability,
-        "reference_nll": -float(outcome.log_prob_T.double().sum()),
+        "reference_nll": None if is_ood else -float(outcome.log_prob_T.double().sum()),
         "uncertainty": {name: uncertainty(outcome, name) for name in uncertainties(is_mixture)},
     }
+    if outcome.tokens is not None:
+        described["tokens"] = {
+            "text": outcome.tokens.texts,
+            "probability": _rounded(outcome.tokens.log_prob_T.exp()),
+            "entropy": _rounded(outcome.tokens.entropy_T),
+            "mutual_information": _rounded(outcome.tokens.mutual_information_T),
+        }
+    return described
+
+
+def _rounded(value_T: Tensor) -> list[float]:
+    """To five digits: a file has thousands of them, and people look at the first two."""
+    return [float(f"{value:.5g}") for value in value_T.tolist()]

@@ -59,14 +59,21 @@ class Ensemble:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What a path holds before a tensor is read."""
+class Source:
+    """What paths hold, before a tensor is read.
+
+    Attributes:
+        folders: PEFT LoRA folders, in the agents' order.
+        base_name: of a run or a checkpoint; PEFT folders name it themselves, see `base_of`.
+        base_fingerprint: of the base that the agents were trained over, where it is known.
+        mixture: weights and temperature.
+        description: `ensemble.json` of the run, or `state.json` of the checkpoint; empty for PEFT folders.
+    """
 
     folders: list[Path]
+    mixture: Mixture
     base_name: str | None = None
     base_fingerprint: str | None = None
-    weights: Sequence[float] | None = None
-    temperature: float = 1.0
     description: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,13 +99,13 @@ def load_ensemble(
         InputError: no adapters; adapters of different bases, of another base than the one that is there, of
             an unsupported kind, incomplete or not finite; an agent that equals another or the base.
     """
-    source = _find([Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths])
-    base_name = base or _common_base(source)
+    source = find_source([Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths])
+    base_name = base or base_of(source)
     if base and source.base_name and base != source.base_name:
         logger.warning("the base is %s, in place of %s that the adapters name", base, source.base_name)
     skeleton = load_skeleton(base_name)
     adapters = [read_adapter(folder, skeleton) for folder in source.folders]
-    names = _names(source.folders)
+    names = names_of(source.folders)
     refuse_equal_agents(adapters, names)
     tokenizer = load_tokenizer(base_name)
     model = load_model(base_name, dtype, torch.device(device), attn_implementation)
@@ -107,12 +114,18 @@ def load_ensemble(
             f"{base_name}: its weights or architecture differ from those the agents were trained on; restore "
             "it, or name its new place with model_name=BASE"
         )
-    weights = tuple(source.weights or [1 / len(adapters)] * len(adapters))
-    agents = _build(model, adapters)
-    return Ensemble(agents, tokenizer, names, weights, source.temperature, base_name, source.description)
+    agents, mixture = _build(model, adapters), source.mixture
+    return Ensemble(
+        *(agents, tokenizer, names, mixture.weights, mixture.temperature, base_name, source.description)
+    )
 
 
-def _find(paths: Sequence[Path]) -> _Source:
+def find_source(paths: Sequence[Path]) -> Source:
+    """Find the adapters of a finished `output_dir`, a checkpoint, or PEFT LoRA folders.
+
+    Raises:
+        InputError: nothing of that kind is there, or the checkpoint is damaged.
+    """
     if not paths:
         raise InputError("no folder is named; name a run's output_dir, a checkpoint or PEFT LoRA folders")
     for path in paths:
@@ -126,13 +139,13 @@ def _find(paths: Sequence[Path]) -> _Source:
         verify(paths[0])
         saved = read_state_file(paths[0])
         folders = _adapters_in(paths[0] / "agents")
-        return _Source(
-            folders, saved.config.model_name, saved.fingerprints.base, description=saved.model_dump()
-        )
-    return _Source([folder for path in paths for folder in _adapters_in(path)])
+        mixture, base_name = Mixture.uniform(len(folders)), saved.config.model_name
+        return Source(folders, mixture, base_name, saved.fingerprints.base, saved.model_dump())
+    folders = [folder for path in paths for folder in _adapters_in(path)]
+    return Source(folders, Mixture.uniform(len(folders)))
 
 
-def _of_run(run: Path) -> _Source:
+def _of_run(run: Path) -> Source:
     file = run / "ensemble.json"
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -152,7 +165,7 @@ def _of_run(run: Path) -> _Source:
     for folder in checkpoints(run)[:1]:
         with suppress(InputError):  # damaged: the agents themselves are elsewhere, and may be whole
             fingerprint = read_state_file(folder).fingerprints.base
-    return _Source(folders, base_name, fingerprint, mixture.weights, mixture.temperature, entries)
+    return Source(folders, mixture, base_name, fingerprint, entries)
 
 
 def _adapters_in(path: Path) -> list[Path]:
@@ -171,7 +184,12 @@ def _adapters_in(path: Path) -> list[Path]:
     )
 
 
-def _common_base(source: _Source) -> str:
+def base_of(source: Source) -> str:
+    """The base that the agents were trained over: a folder or a hub id.
+
+    Raises:
+        InputError: PEFT folders name none, or not the same one.
+    """
     if source.base_name is not None:
         return source.base_name
     named = {folder: read_config(folder).base_model_name_or_path for folder in source.folders}
@@ -184,7 +202,7 @@ def _common_base(source: _Source) -> str:
     return name
 
 
-def _names(folders: Sequence[Path]) -> tuple[str, ...]:
+def names_of(folders: Sequence[Path]) -> tuple[str, ...]:
     """The folders' own names where these tell them apart, otherwise their paths."""
     short = [folder.resolve().name for folder in folders]
     return tuple(short if len(set(short)) == len(short) else map(str, folders))

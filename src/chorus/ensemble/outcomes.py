@@ -8,7 +8,7 @@ from torch import Tensor
 
 from chorus.data.rows import HeldOutRow
 from chorus.data.samples import Sample
-from chorus.ensemble.answers import ANSWER_MARK, final_answer, is_exact
+from chorus.ensemble.answers import ANSWER_MARK, final_answer, is_exact, pieces
 from chorus.ensemble.calibration import Calibrated
 from chorus.ensemble.decode import Answer, generate
 from chorus.ensemble.distributions import choice_chunks, predict, token_states
@@ -18,6 +18,22 @@ from chorus.ensemble.uncertainty import Predictions, disagreement
 from chorus.model.agents import Agents
 
 Text = Callable[[Sequence[int]], str]
+
+
+class Tokens(NamedTuple):
+    """The tokens of a written answer, its end token last where it has one. Logarithms are natural.
+
+    Attributes:
+        texts: what each adds to the answer; nothing for the end token.
+        log_prob_T: of each.
+        entropy_T: of the distribution that each is from, the total uncertainty.
+        mutual_information_T: the part of it that is the members' disagreement.
+    """
+
+    texts: list[str]
+    log_prob_T: Tensor
+    entropy_T: Tensor
+    mutual_information_T: Tensor
 
 
 class Outcome(NamedTuple):
@@ -34,6 +50,7 @@ class Outcome(NamedTuple):
         max_prob_T: of the most probable token, or choice, in the same places.
         is_top_T: whether that is the reference's.
         brier_T: Brier scores in the same places.
+        tokens: of a mixture's answer; None of a single member, and of a choice.
     """
 
     answer: str
@@ -46,6 +63,7 @@ class Outcome(NamedTuple):
     max_prob_T: Tensor
     is_top_T: Tensor
     brier_T: Tensor
+    tokens: Tokens | None = None
 
 
 Outcomes = list[list[list[Outcome]]]  # [answerer][temperature][problem]
@@ -146,7 +164,10 @@ def text_outcomes(
             for temperature, line in enumerate(of_temperatures):
                 of_answer = reader.found(index, (n, "own"))[temperature]
                 reference = reader.found(index, (n, "reference"))[temperature] if with_references else None
-                line.append(_outcome(written, is_right, of_answer, apart, reference))
+                outcome = _outcome(written, is_right, of_answer, apart, reference)
+                if own:
+                    outcome = outcome._replace(tokens=_tokens(answers[index][n], of_answer, text))
+                line.append(outcome)
         outcomes.append(of_temperatures)
     return outcomes
 
@@ -238,6 +259,12 @@ def _outcome(
         disagreement,
         *of_reference,
     )
+
+
+def _tokens(answer: Answer, predicted: Predictions, text: Text) -> Tokens:
+    texts = pieces(answer.token_ids, text)
+    texts += [""] * (len(predicted.log_prob_N) - len(texts))  # the end token
+    return Tokens(texts, predicted.log_prob_N, predicted.entropy_N, predicted.mutual_information_N)
 
 
 def _is_single(answerer: Answerer) -> bool:

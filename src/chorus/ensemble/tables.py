@@ -1,6 +1,7 @@
 """Scores as a table for people."""
 
 import math
+from typing import NamedTuple
 
 from rich.table import Table
 
@@ -9,10 +10,28 @@ from chorus.ensemble.evaluate import CALIBRATED, FITTED, UNIFORM, Evaluation
 LABELS = {"base": "base", UNIFORM: "mixture", FITTED: "fitted"}
 
 
-def evaluation_table(found: Evaluation) -> Table:
-    """A row an answerer: right answers, NLL before and after calibration, what its uncertainty tells."""
+class ScoreTable(NamedTuple):
+    """Scores as text: a row an answerer.
+
+    Attributes:
+        columns: what each cell of a row is.
+        cells: by the row's label.
+        chosen: the label of the mixture that ensemble.json holds.
+        title: how many problems there were.
+        caption: what the mixture gains over its best member; None where that is not known.
+    """
+
+    columns: list[str]
+    cells: dict[str, list[str]]
+    chosen: str
+    title: str
+    caption: str | None
+
+
+def score_table(found: Evaluation) -> ScoreTable | None:
+    """Right answers, NLL before and after calibration, what uncertainty tells; None if nothing was scored."""
     if not found.num_problems:
-        return Table("no held-out problems, nothing scored")
+        return None
     nll = "cls/NLL" if found.is_choice else "token/NLL"
     columns = [
         ("right", lambda plain, fitted: _percent(plain["cls/Acc"])),
@@ -27,17 +46,31 @@ def evaluation_table(found: Evaluation) -> Table:
     ]
     if found.num_ood:
         columns += [("AUROC ood", lambda plain, fitted: _number(fitted["ood/AUROC/entropy"]))]
-    table = Table(title=_title(found), caption=_caption(found))
-    table.add_column("")
-    for name, _ in columns:
-        table.add_column(name, justify="right")
+    cells = {}
     for name, plain in found.scores.items():
-        if name.endswith(f"/{CALIBRATED}"):
-            continue
-        fitted = found.scores[f"{name}/{CALIBRATED}"]
-        style = "bold" if name == found.chosen else None
-        label = LABELS.get(name, name.replace("_", " "))
-        table.add_row(label, *(cell(plain, fitted) for _, cell in columns), style=style)
+        if not name.endswith(f"/{CALIBRATED}"):
+            fitted = found.scores[f"{name}/{CALIBRATED}"]
+            cells[label_of(name)] = [cell(plain, fitted) for _, cell in columns]
+    names = [name for name, _ in columns]
+    return ScoreTable(names, cells, label_of(found.chosen), _title(found), _caption(found))
+
+
+def label_of(answerer: str) -> str:
+    """How people call an answerer."""
+    return LABELS.get(answerer, answerer.replace("_", " "))
+
+
+def evaluation_table(found: Evaluation) -> Table:
+    """The table of scores for a terminal."""
+    scores = score_table(found)
+    if scores is None:
+        return Table("no held-out problems, nothing scored")
+    table = Table(title=scores.title, caption=scores.caption)
+    table.add_column("")
+    for name in scores.columns:
+        table.add_column(name, justify="right")
+    for label, cells in scores.cells.items():
+        table.add_row(label, *cells, style="bold" if label == scores.chosen else None)
     return table
 
 

@@ -66,6 +66,14 @@ class Head:
         return logits_BTV if self.softcap is None else self.softcap * torch.tanh(logits_BTV / self.softcap)
 
 
+def base_reference(model_name: str) -> str:
+    """How files of other folders name a base: by its absolute path, if it is a local folder, or its hub id.
+
+    A relative path would be searched for in whatever directory the reader works in.
+    """
+    return str(Path(model_name).absolute()) if Path(model_name).is_dir() else model_name
+
+
 @announced("reading the tokenizer")
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     """The base's own tokenizer. Cheap: it tells a wrong `model_name` before any weight is read.

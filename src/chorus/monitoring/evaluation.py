@@ -144,6 +144,8 @@ class RunEvaluation:
         # Otherwise their step has its row.
         if found.num_problems and self.config.metric_for_best_model is None:
             self.run_log.scores(num_steps, found.flat())
+        if found.num_problems:
+            self.run_log.problems(found.problems)
         return found
 
     def _evaluate(self, *, with_base: bool, with_agents: bool = True) -> Evaluation:

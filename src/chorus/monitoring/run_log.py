@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from chorus.checkpoint.atomic_files import disk_errors, finite_or_null, write_text
+from chorus.checkpoint.atomic_files import disk_errors, finite_or_null, json_lines, write_text
 from chorus.checkpoint.metrics_file import rows_up_to
 from chorus.checkpoint.store import REMEDY
 from chorus.collectives import on_first_process
@@ -33,6 +33,7 @@ from chorus.monitoring.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 LOG_FILE = "train.log"
+PROBLEMS_FILE = "problems.jsonl"
 
 
 class RunLog:
@@ -82,6 +83,13 @@ class RunLog:
         """
         return nullcontext(lambda what, count: None)
 
+    def problems(self, problems: Sequence[Mapping[str, Any]]) -> None:
+        """Write problems.jsonl: what every answerer said of each held-out problem.
+
+        A collective call; raises as `advance` does.
+        """
+        self._on_first_process(partial(self._write_problems, problems))
+
     def table(self, table: Table) -> None:
         """Print a table. A collective call; raises as `advance` does."""
         self._on_first_process(partial(self._print, table))
@@ -107,6 +115,9 @@ class RunLog:
 
     def _write_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """The first process' part of `scores`."""
+
+    def _write_problems(self, problems: Sequence[Mapping[str, Any]]) -> None:
+        """The first process' part of `problems`."""
 
     def _print(self, table: Table) -> None:
         """The first process' part of `table`."""
@@ -235,6 +246,11 @@ class WritingRunLog(RunLog):
             if name.endswith("/cls/Acc") and "/calibrated/" not in name
         ]
         logger.info("step %d  right answers: %s", step, "  ".join(shown))
+
+    def _write_problems(self, problems: Sequence[Mapping[str, Any]]) -> None:
+        text, path = json_lines(problems), Path(self._metrics.name).with_name(PROBLEMS_FILE)
+        with disk_errors(path, len(text), REMEDY):
+            write_text(path, text)
 
     def _append(self, row: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         line = json.dumps(finite_or_null(row), allow_nan=False) + "\n"
