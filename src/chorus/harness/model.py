@@ -20,14 +20,17 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 PLAIN = {"num_beams": 1, "use_cache": True}  # what they mean here anyhow
 
 
-class AnswererLM(HFLM):
+Base: Any = HFLM  # the harness's decorator hides its type
+
+
+class AnswererLM(Base):
     """One answerer of the passes that several of them share."""
 
     def __init__(self, passes: SharedPasses, answerer: int) -> None:
         agents = passes.ensemble.agents
         super().__init__(
             pretrained=causal_lm(agents.peft_models[0]),
-            tokenizer=passes.ensemble.tokenizer,  # pyright: ignore[reportArgumentType]
+            tokenizer=passes.ensemble.tokenizer,
             backend="causal",
             batch_size=passes.batch_size or 64,  # of rolling windows, which are asked for in batches
         )
