@@ -1,3 +1,5 @@
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -6,6 +8,7 @@ from families import agents_of
 from stock import make_lively, stock_greedy, stock_model, word_tokenizer
 from toy import toy_agents
 
+from chorus.ensemble import decoding_batch, live_batch
 from chorus.ensemble.cached_lanes import CachedLanes
 from chorus.ensemble.decode import generate
 from chorus.ensemble.live_batch import LiveBatch
@@ -34,7 +37,7 @@ def prompts(*lengths: int) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(3, 56, (n,), generator=generator).tolist()) for n in lengths]
 
 
-def write(batch: LiveBatch, texts: list[Text], joins: dict[int, int]) -> None:
+def write(batch: LiveBatch, texts: list[Text], joins: Mapping[int, int]) -> None:
     """Write all texts; after so many steps so many of them join."""
     step, coming = 0, list(texts)
     while batch.texts or coming:
@@ -47,9 +50,12 @@ def write(batch: LiveBatch, texts: list[Text], joins: dict[int, int]) -> None:
         assert step < 200
 
 
+@pytest.mark.parametrize("steps", [1, 4])  # between two looks at what has ended; a GPU takes 16
 def test_texts_that_join_later_are_written_as_transformers_writes_them_alone(
-    agents: Agents, monkeypatch: pytest.MonkeyPatch
+    agents: Agents, steps: int, monkeypatch: pytest.MonkeyPatch
 ):
+    for module in (decoding_batch, live_batch):
+        monkeypatch.setattr(module, "steps_at_a_time", lambda device: steps)
     moves: list[int] = []
     move = CachedLanes.move_to
 
@@ -65,7 +71,10 @@ def test_texts_that_join_later_are_written_as_transformers_writes_them_alone(
         Text(index, prompt, Ending(limit, frozenset([NEVER])))
         for index, prompt, limit in zip(who, asked, limits, strict=True)
     ]
-    write(LiveBatch(agents, EVERYBODY, LENGTH), texts, {0: 1, 3: 2, 4: 1, 9: 3, 20: 2, 34: 1})
+    joins = Counter[int]()
+    for step, count in {0: 1, 3: 2, 4: 1, 9: 3, 20: 2, 34: 1}.items():
+        joins[step // steps] += count
+    write(LiveBatch(agents, EVERYBODY, LENGTH), texts, joins)
     assert min(moves) < 0 < max(moves), "texts must have moved both ways"
     models: dict[int, Any] = {}
     for text in texts:
