@@ -6,7 +6,7 @@ import copy
 import pytest
 from rows import TOKENIZER
 
-from chorus.ensemble.answers import answer_text, final_answer, is_exact, warn_of_long_references
+from chorus.ensemble.answers import answer_text, final_answer, is_exact, pieces, warn_of_long_references
 
 EOS = TOKENIZER.eos_token_id
 
@@ -33,7 +33,7 @@ def test_a_token_that_ends_a_turn_ends_an_answer_special_or_not(is_special: bool
     tokenizer.add_tokens(["<end_of_turn>"], special_tokens=is_special)
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     for text in (" 4<end_of_turn>", " 4<end_of_turn>\n", " 4<end_of_turn><eos>", " 4", " 4<eos>"):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         assert answer_text(ids, tokenizer, [EOS, end]).strip() == "4", text
 
 
@@ -95,3 +95,13 @@ def test_an_answer_is_right_where_its_result_is(text: str, reference: str, right
 )
 def test_the_final_answer(text: str, marked: bool, answer: str | None):
     assert final_answer(text, marked) == answer
+
+
+def test_what_each_token_adds_is_the_text_when_it_is_joined():
+    """Also where a character is spread over several tokens, none of which is text alone."""
+    text = "Ben has 215 ribbons, 猫 and ünï 🙂 \n#### 55"
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    found = pieces(ids, lambda some: TOKENIZER.decode(some, skip_special_tokens=True))
+    assert len(found) == len(ids)
+    assert "".join(found) == TOKENIZER.decode(ids)
+    assert "\ufffd" not in "".join(found)

@@ -186,6 +186,20 @@ def test_the_exact_matches_of_every_answerer_are_those_of_stock_greedy_text(
     assert any(0 < found.scores[name]["cls/Acc"] < 1 for name in names())
 
 
+def test_a_mixtures_tokens_make_its_answer_and_its_probability(
+    agents: Agents, problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+):
+    for one in scored_by(agents, problems, tokenizer).problems:
+        own = one["answers"]["uniform"]
+        assert "".join(own["tokens"]["text"]) == own["text"]
+        assert math.prod(own["tokens"]["probability"]) == pytest.approx(own["probability"], rel=1e-3)
+        counts = {len(column) for column in own["tokens"].values()}
+        assert len(counts) == 1
+        mean = sum(own["tokens"]["mutual_information"]) / counts.pop()
+        assert mean == pytest.approx(own["uncertainty"]["mutual_information"], rel=1e-3, abs=1e-6)
+        assert "tokens" not in one["answers"]["agent_0"]
+
+
 def test_the_probability_of_an_answer_is_the_product_over_its_tokens(
     agents: Agents, stock_models: list[Any], problems: list[Problem], tokenizer: PreTrainedTokenizerBase
 ):

@@ -9,27 +9,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from chorus.errors import InputError
 from chorus.harness.passes import Continuation, SharedPasses, TextRequest
 from chorus.model.agents import causal_lm
 
+HFLM: Any = huggingface.HFLM  # a decorator hides the class from type checkers
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 PLAIN = {"num_beams": 1, "use_cache": True}  # what they mean here anyhow
 
 
-Base: Any = HFLM  # the harness's decorator hides its type
-
-
-class AnswererLM(Base):
+class AnswererLM(HFLM):
     """One answerer of the passes that several of them share."""
 
     def __init__(self, passes: SharedPasses, answerer: int) -> None:
         agents = passes.ensemble.agents
         super().__init__(
-            pretrained=causal_lm(agents.peft_models[0]),
+            pretrained=causal_lm(agents.peft_model(agents.agents[0])),
             tokenizer=passes.ensemble.tokenizer,
             backend="causal",
             batch_size=passes.batch_size or 64,  # of rolling windows, which are asked for in batches
@@ -52,7 +50,8 @@ class AnswererLM(Base):
                 )
             ids = (*context, *continuation)[-(self.max_length + 1) :]
             wanted.append(Continuation(tuple(ids), len(continuation)))
-        found = [tuple(one) for one in self.passes.likelihoods(self.answerer, wanted)]
+        likelihoods = self.passes.likelihoods(self.answerer, wanted)
+        found = [(one.log_likelihood, one.is_greedy) for one in likelihoods]
         for (request, *_), one in zip(requests, found, strict=True):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, one)
@@ -75,7 +74,7 @@ class AnswererLM(Base):
                     f"generation_kwargs {name}={value!r}: known are {', '.join(sorted(KNOWN))}; "
                     "leave out that task"
                 )
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)  # pyright: ignore
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(kwargs["until"], eos=eos)
         room = self.max_length - kwargs["max_gen_toks"]
         if room <= 0:
