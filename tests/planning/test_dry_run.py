@@ -178,8 +178,8 @@ def test_a_completion_of_which_a_part_is_not_learnt_is_caught(tried, tmp_path: P
 def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(
     tried, monkeypatch: pytest.MonkeyPatch
 ):
-    def losing_gradients(*arguments: Any) -> chorus.model.agents.Agents:
-        agents = chorus.model.agents.build_agents(*arguments)
+    def losing_gradients(*arguments: Any, **more: Any) -> chorus.model.agents.Agents:
+        agents = chorus.model.agents.build_agents(*arguments, **more)
         if 1 in agents.agents:
             agents.adapters()[1].register_hook(lambda gradient: gradient * 0)
         return agents

@@ -59,6 +59,7 @@ class SavedConfig(UntrustedModel):
     dataset_name: str
     batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
+    agent_parallel_size: PositiveInt = 1
     epochs: PositiveInt
     max_train_steps: NonNegativeInt | None
 
