@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from results import Row, markdown_table
 from shapes import SHAPES
+from verdicts import name_of
 
 from chorus.mesh import Mesh, divisors
 from chorus.planning.traffic import Traffic, traffic
@@ -124,7 +125,7 @@ def rates(mesh: Mesh, links: Links) -> tuple[float, float]:
 
 
 def trained_gib(elements: int, zero: bool, data_size: int) -> float:
-    """fp32 weights, two moments and, of several processes, DDP's buckets; or bf16 weights and ZeRO's shards."""
+    """fp32 weights, two moments and, with several processes, DDP's buckets; or bf16 weights and shards."""
     if zero:
         return (2 * elements + 14 * ceil(elements / data_size)) / GIB
     return (16 if data_size > 1 else 12) * elements / GIB
@@ -192,7 +193,7 @@ def meshes(K: int, gpus: int) -> Iterator[Mesh]:
 
 
 def table(options: argparse.Namespace, gpu: OneGpu, links: Links) -> str:
-    """For each number of GPUs: every mesh and engine at the same work for each GPU, the fastest marked."""
+    """For each number of GPUs: every mesh and engine, at the same work for each GPU; the fastest is bold."""
     lines = [["GPUs", "A", "data", "engine", "ms/step", "of it sent", "weak", "GiB/GPU", "MB sent by each"]]
     alone = predict(Load(options.agents, options.rows, options.length), Mesh(), gpu, links)
     for gpus in options.gpus:
@@ -228,10 +229,9 @@ def comparison(rows: Sequence[Row], links: Links) -> str:
         gpu = one_gpu(rows, row["model"], row["T"], row["recompute"])
         mesh = Mesh(row["A"], row["processes"] // row["A"])
         told = predict(Load(row["K"], row["B"], row["T"], row["engine"]), mesh, gpu, links)
-        name = f"{row['model']} K={row['K']} {row['B']}x{row['T']} {row['engine']} x{row['processes']} A={row['A']}"
         ms, gib = row["ms_per_step"], row["peak_gib"] or float("nan")
         figures = [f"{ms:.1f}", f"{told.ms:.1f}", f"{told.ms / ms - 1:+.1%}"]
-        lines.append([name, *figures, f"{gib:.1f}", f"{told.gib:.1f}", f"{told.gib / gib - 1:+.0%}"])
+        lines.append([name_of(row), *figures, f"{gib:.1f}", f"{told.gib:.1f}", f"{told.gib / gib - 1:+.0%}"])
     return markdown_table(lines)
 
 

@@ -116,6 +116,25 @@ def decide_agent_size(wanted: int | str, num_agents: int | str, num_processes: i
     return size
 
 
+def refuse_spread_agents(size: int, precision: str, stage: int) -> None:
+    """Refuse what agents that are spread over processes do not go with.
+
+    Raises:
+        InputError: ZeRO stage 3, whose shards of the base are cut for all processes; fp16, whose loss scale
+            each process would move by its own agents' overflows.
+    """
+    if size > 1 and stage == 3:
+        raise InputError(
+            f"key 'agent_parallel_size' comes to {size}, which ZeRO stage 3 does not allow; set it to 1, or "
+            "use stage 2"
+        )
+    if size > 1 and precision == "fp16":
+        raise InputError(
+            f"key 'agent_parallel_size' comes to {size}, which mixed_precision fp16 does not allow; set it "
+            "to 1, or use bf16"
+        )
+
+
 def divisors(number: int) -> list[int]:
     """All divisors, in order."""
     return [n for n in range(1, number + 1) if number % n == 0]

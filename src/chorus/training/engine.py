@@ -8,7 +8,6 @@ clips, steps and zeroes.
 import logging
 import math
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from chorus.collectives import described, limit_waiting, refuse_differences
 from chorus.config.engine import EngineSettings
 from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
-from chorus.mesh import Mesh, decide_agent_size, make_mesh
+from chorus.mesh import Mesh, decide_agent_size, make_mesh, refuse_spread_agents
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
 from chorus.progress import announced
@@ -48,6 +47,7 @@ from chorus.training.zero.deepspeed_json import (
     deepspeed_json,
     deepspeed_wanted,
     look_up_no_operators,
+    single_process_rendezvous,
 )
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def make_accelerator(
     size = decide_agent_size(engine.agent_parallel_size, num_agents, num_processes)
     if with_deepspeed:
         look_up_no_operators()
-        _single_process_rendezvous()
+        single_process_rendezvous()
         settings = deepspeed_json(engine, training, precision, num_processes // size)
         plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     refuse_spread_agents(size, precision, stage=0 if plugin is None else plugin.zero_stage)
@@ -125,47 +125,10 @@ def make_accelerator(
     return accelerator
 
 
-def refuse_spread_agents(size: int, precision: str, stage: int) -> None:
-    """Refuse what agents that are spread over processes do not go with.
-
-    Raises:
-        InputError: ZeRO stage 3, whose shards of the base are cut for all processes; fp16, whose loss scale
-            each process would move by its own agents' overflows.
-    """
-    if size > 1 and stage == 3:
-        raise InputError(
-            f"key 'agent_parallel_size' comes to {size}, which ZeRO stage 3 does not allow; set it to 1, or "
-            "use stage 2"
-        )
-    if size > 1 and precision == "fp16":
-        raise InputError(
-            f"key 'agent_parallel_size' comes to {size}, which mixed_precision fp16 does not allow; set it "
-            "to 1, or use bf16"
-        )
-
-
 def zero_stage(accelerator: Accelerator) -> int:
     """DeepSpeed's stage: 3 has the base in shards; 0 is no DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
-
-
-def _single_process_rendezvous() -> None:
-    """Set what a launcher of several processes would have set,
-    for `use_deepspeed: true` in a lone process."""
-    if "LOCAL_RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.update(alone)
 
 
 @dataclass
