@@ -33,7 +33,6 @@ from results import Results, Row, gib_cell, markdown_table, recompute_cell
 from verdicts import ENGINES, checks, key_of, name_of, with_ratios
 
 from chorus.config.execution import MODES
-
 from chorus.mesh import divisors
 from chorus.model.kernels.decoder_layers import Recompute
 

@@ -16,10 +16,13 @@ from preloaded import forked
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import overlap  # noqa: E402
+import predict  # noqa: E402
 import table  # noqa: E402
 import verdicts  # noqa: E402
 from case import Case  # noqa: E402
 from results import Results  # noqa: E402
+
+from chorus.mesh import Mesh  # noqa: E402
 
 ALL = ["fused", "sequential", "parallel", "switching", "tuned switching"]
 
@@ -175,6 +178,61 @@ def test_what_is_not_hidden_is_what_nothing_computes_beside():
     assert overlap.split(kernels) == {"step": 20, "communication": 8, "exposed": 4, "idle": 2}
     assert overlap.waiting([[5.0, 2.0], [3.0, 2.0]]) == 1.0  # the first process came 2 earlier, a mean of 1
     assert math.isnan(overlap.waiting([[1.0], []]))
+
+
+GPU = predict.OneGpu(10.0, 0.01, 5.0, 0.001, adapter=10**9, zero2_ms=3.0)
+LINKS = predict.Links(per_host=4, inside=100.0, between=50.0, latency_us=0.0, sort=math.inf, spread=0.0)
+
+
+def predicted(K: int, B: int, A: int, D: int, engine: str = "plain", **links: float) -> predict.Prediction:
+    return predict.predict(predict.Load(K, B, 100, engine), Mesh(A, D), GPU, LINKS._replace(**links))
+
+
+def test_a_prediction_is_the_time_of_one_gpu_and_that_of_what_it_sends():
+    """A billion numbers an agent at 100 GB/s; projections are nothing beside them."""
+    one = predicted(4, 2, 1, 1)
+    assert one.ms == pytest.approx(10 + 0.01 * 4 * 2 * 100)
+    assert one.gib == pytest.approx(5 + 0.001 * 800 + 4 * 12 * 10**9 / 2**30)
+    ddp = predicted(4, 2, 1, 4)
+    assert ddp.ms - one.ms == pytest.approx(2 * 3 / 4 * 16e9 / 100e9 * 1000, rel=1e-4)
+    zero = predicted(4, 2, 1, 4, "zero2")  # bf16, and gathers the weights
+    assert zero.ms - one.ms == pytest.approx(3 + 3 * 3 / 4 * 8e9 / 100e9 * 1000, rel=1e-4)
+    assert zero.gib == pytest.approx(5.8 + 4 * (2 + 14 / 4) * 10**9 / 2**30)
+    spread = predicted(4, 8, 4, 1)  # four times the rows for an agent each: the same work
+    assert spread.ms == pytest.approx(one.ms, rel=1e-4)
+    assert spread.traffic.gradients == 0
+
+
+def test_links_between_hosts_are_shared_by_the_groups_of_a_host():
+    inside, between = predict.rates(Mesh(2, 4), LINKS)  # two hosts of four: each has the agents of one half
+    assert (inside, between) == (100, 50 / 4)
+    assert predict.rates(Mesh(1, 8), LINKS) == (50, 100)
+    assert predict.rates(Mesh(8, 1), LINKS) == (100, 50)
+
+
+def test_the_slowest_gpu_and_the_sort_of_the_distance_count():
+    assert predict.expected_maximum(2) == pytest.approx(1 / math.sqrt(math.pi), rel=0.05)  # exact
+    one, two = predicted(4, 2, 1, 1), predicted(4, 4, 2, 1, spread=0.1)
+    assert two.ms == pytest.approx(one.ms * (1 + 0.1 * predict.expected_maximum(2)), rel=1e-3)
+    sorted_ms = predicted(4, 2, 1, 4, sort=1e-3).ms - predicted(4, 2, 1, 4).ms
+    assert sorted_ms == pytest.approx(4 * 64 * (2 * 16) * 3 / 1e6 * 1000)
+
+
+def test_one_gpu_is_read_from_the_rows_that_were_measured_and_its_own_prediction_is_exact():
+    rows = [
+        figures("fused", "plain", 1, 40.0, "gemma-2-2b", 4, 10.0),
+        figures("fused", "plain", 1, 70.0, "gemma-2-2b", 8, 18.0),
+        figures("fused", "zero2", 1, 42.0, "gemma-2-2b", 4, 10.0),
+        figures("sequential", "plain", 1, 99.0, "gemma-2-2b", 4, 5.0),
+    ]
+    gpu = predict.one_gpu(rows, "gemma-2-2b", 512, "none")
+    assert gpu.adapter == 20_766_720  # as PEFT counts rank 16 on all seven linears
+    for row in rows[:3]:
+        told = predict.predict(predict.Load(row["K"], 4, 512, row["engine"]), Mesh(), gpu, LINKS)
+        assert told.ms == pytest.approx(row["ms_per_step"])
+    assert predict.predict(predict.Load(8, 4, 512), Mesh(), gpu, LINKS).gib == pytest.approx(18.0)
+    spread = figures("fused", "plain", 2, 41.0, "gemma-2-2b", 4, 10.0, A=2, B=8)
+    assert "| gemma-2-2b K=4 8x512 fused plain x2 A=2 | 41.0 |" in predict.comparison([*rows, spread], LINKS)
 
 
 @pytest.mark.launch

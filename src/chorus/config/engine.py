@@ -22,7 +22,7 @@ class EngineSettings(Section):
     deepspeed_config_file: MayChange[Place | None] = "ds_config_zero2.json"
     """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters.
     recipes/deepspeed has others, for where memory is short."""
-    agent_parallel_size: MayChange[PositiveInt | Literal["auto"]] = 1
+    agent_parallel_size: ComparedByEffect[PositiveInt | Literal["auto"]] = 1
     """A: spread the agents over so many processes, num_agents / A on each; A divides agents and processes.
     Those A processes see the same rows, so a micro-batch has batch_size x processes / A rows. Gradients are
     summed over processes / A processes, and where A is the number of processes, over none. auto: the largest

@@ -15,7 +15,7 @@ from chorus.config.instruments import InstrumentSettings
 from chorus.config.model import ModelSettings
 from chorus.config.objective import ObjectiveSettings
 from chorus.config.output import OutputSettings
-from chorus.config.section import MayChange, OnResume, Section
+from chorus.config.section import ComparedByEffect, OnResume, Section
 from chorus.config.training import TrainingSettings
 
 SECTIONS: tuple[type[Section], ...] = (
@@ -56,7 +56,7 @@ class RunConfig(Config):
     """A configuration in which `num_agents` and `agent_parallel_size` are decided."""
 
     num_agents: Annotated[int, Field(ge=1, le=MOST_AGENTS)] = 4  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen, so never assigned)
-    agent_parallel_size: MayChange[PositiveInt] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    agent_parallel_size: ComparedByEffect[PositiveInt] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def on_resume(key: str) -> OnResume:
