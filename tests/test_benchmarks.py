@@ -99,7 +99,7 @@ def test_a_row_that_fails_says_why_and_one_that_is_given_up_leaves_no_process_be
 ):
     for name, value in environment(CHORUS_TEST_RUN=str(tmp_path)).items():
         monkeypatch.setenv(name, value)
-    alone, both = table.rows(options(rows=["fused plain x1", "fused plain x2"]), table.ON_CPU)
+    alone, both = table.rows(options(rows=["fused plain x1", "fused plain x2 A=1"]), table.ON_CPU)
     unknown = {**alone, "model": "no/such/model"}
     sound, failed = table.measured([alone, unknown, alone], [], seconds=900, limit=900)
     assert sound["ms_per_step"] > 0
