@@ -63,7 +63,7 @@ def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
 @pytest.mark.launch
 def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
     launcher = [*ZERO2, "--num_processes", "2"]
-    own = ("parallel_mode=sequential", "agent_parallel_size=2")
+    own = ("parallel_mode=sequential", "num_agents=4", "agent_parallel_size=2")
     result = tried_in_forks(launcher, f"output_dir={tmp_path}/run", *own)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout
     told = json.loads(result.stdout.splitlines()[-1])  # the launcher may say something of its own before
