@@ -7,7 +7,7 @@ from tokenizers_made import make_tokenizer
 
 from chorus.config import RunConfig
 from chorus.data.samples import Samples
-from chorus.planning.memory_forecast import Machine
+from chorus.planning.forecast import Machine
 from chorus.planning.run_plan import plan, sample_tokens
 
 ROW = {"question": "1 + 1?", "answer": "2"}

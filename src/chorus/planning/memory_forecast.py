@@ -88,8 +88,8 @@ def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, in
 
 
 def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What a process holds for the `elements` trainable numbers of its agents: weights, AdamW's two moments, the engine's
-    buffers.
+    """What a process holds for the `elements` trainable numbers of its agents: weights, AdamW's two moments,
+    the engine's buffers.
 
     Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the run's
     precision on every process; a share of fp32 weights and moments and, from stage 2, of gradients; buckets

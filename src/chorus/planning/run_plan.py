@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from chorus.config import RunConfig
 from chorus.data.batches import steps_per_epoch
 from chorus.data.samples import Samples
-from chorus.planning.memory_forecast import Machine
+from chorus.planning.forecast import Machine
 from chorus.planning.traffic import Traffic, traffic
 from chorus.training.engine import DTYPES
 
