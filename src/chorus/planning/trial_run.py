@@ -239,7 +239,7 @@ def growth(config: RunConfig, base: PreTrainedModel, agents: Agents) -> int:
     for num_agents in (len(agents.agents), len(agents.agents) + 1):
         built = agents_of(config, base, num_agents, Execution())
         counted.append(bytes_of([*built.parameters(), *built.buffers()]))
-    return counted[1] - counted[0] - 4 * agents.adapters()[0].numel()
+    return counted[1] - counted[0] - 4 * agents.adapters()[agents.agents[0]].numel()
 
 
 def checksums_of(agents: Agents) -> dict[str, int]:
