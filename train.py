@@ -48,6 +48,7 @@ from chorus.ensemble.evaluation_rows import read_evaluation_rows
 from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import refuse_non_finite_answers
 from chorus.ensemble.tables import evaluation_table
+from chorus.mesh import make_mesh
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import build_agents
 from chorus.model.base import load_base
@@ -92,11 +93,12 @@ def main(config: Config) -> None:
     if config.report:
         check_report("key 'report'")
     precision = decide_precision(config.mixed_precision)
-    accelerator = make_accelerator(config, config)
+    accelerator = make_accelerator(config, config, config.num_agents)
     config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
     rows = read_rows(config, config.seed, tokenizer, accelerator)
     config, packing_note = decide_packing(config, rows.train.lengths, skeleton.config, accelerator)
     config, agents_note = decide_num_agents(config, precision, accelerator)
+    mesh = make_mesh(accelerator, config.agent_parallel_size)
     check_evaluation(config)
     run = describe_run(config, rows.fingerprint, tokenizer, precision, accelerator)
     begin = find_start(config, run, accelerator)
@@ -118,15 +120,15 @@ def main(config: Config) -> None:
         evaluation_rows = read_evaluation_rows(held_out, config, tokenizer, accelerator)
         scored = [row.sample for row in held_out.rows]
         logger.log(*foresee_memory(config, precision, accelerator, rows.train, scored))
-        num_steps = steps_of_run(config, len(rows.train), accelerator.num_processes)
+        num_steps = steps_of_run(config, len(rows.train), mesh.data_size)
         steps = training_steps(
             rows.train,
             config,
             config,
             points_per_row=config.swd_points_per_row,
             pad_id=cast(int, tokenizer.eos_token_id),
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
+            process_index=mesh.data_index,
+            num_processes=mesh.data_size,
             num_steps=num_steps,
             start_step=begin.step,
         )
@@ -138,9 +140,9 @@ def main(config: Config) -> None:
         rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
         how = (lora_shape(config), rates, execution)
         with announced("building the agents"):
-            agents = build_agents(config.parallel_mode, model, config.num_agents, *how)
+            agents = build_agents(config.parallel_mode, model, config.num_agents, *how, mesh=mesh)
             start_from(agents, initial)
-        engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config)))
+        engine = at_exit.enter_context(closing(start_engine(accelerator, agents, config, mesh)))
         logger.info("%s; precision %s", engine.description, precision)
         about = (config.num_agents, config.parallel_mode, len(rows.train), num_steps)
         logger.info("%d agents, %s; %d rows, %d steps", *about)
@@ -174,11 +176,11 @@ def main(config: Config) -> None:
         accelerator.wait_for_everyone()
 
 
-def steps_of_run(config: RunConfig, num_rows: int, num_processes: int) -> int:
+def steps_of_run(config: RunConfig, num_rows: int, data_size: int) -> int:
     """Optimiser steps of the whole run: `max_train_steps`, or those of all epochs."""
     if config.max_train_steps is not None:
         return config.max_train_steps
-    rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, num_processes)
+    rows_of_a_step = (config.batch_size, config.gradient_accumulation_steps, data_size)
     return config.epochs * steps_per_epoch(num_rows, *rows_of_a_step)
 
 
@@ -200,7 +202,7 @@ def train(
         Preempted: SIGTERM or SIGINT has come, and the current step is saved.
         RunError: too many steps in a row skipped an agent's update; their state is saved.
     """
-    loss_fn = objective_of(settings, settings, engine.gather)
+    loss_fn = objective_of(settings, settings, engine.mesh)
     scores = dict if evaluation is None else evaluation.entries
     lr_at = learning_rate(settings.lr_scheduler_type, settings.lr, num_steps, settings.num_warmup_steps_ratio)
     skips = SkippedUpdates(settings.max_skipped_steps, skips_in_a_row, settings.output_dir)
@@ -251,7 +253,7 @@ def take_steps(
         for micro_step, batch in enumerate(step_batch.micro_batches):
             with span("data_transfer"):
                 batch = batch.to(device)
-            slot = micro_step * engine.num_processes + engine.process_index
+            slot = micro_step * engine.mesh.data_size + engine.mesh.data_index
             with engine.micro_batch(is_last=micro_step == len(step_batch.micro_batches) - 1):
                 with span("forward_pass"):
                     output = engine.module(batch, step=step, slot=slot)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from chorus.config import Config
 from chorus.data.batches import Batch, Sample, collate
+from chorus.mesh import make_mesh
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import build_agents
 from chorus.model.attention import choose_attention
@@ -35,6 +36,7 @@ class Case(NamedTuple):
         mixed: samples of T / 8 to T tokens, in place of T each.
         packing: several samples in a row, as with `packing: true`.
         attention, agents_per_pass: as the keys attn_implementation and agents_per_pass.
+        A: as the key agent_parallel_size. B is the rows of a process, which is not touched by it.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Case(NamedTuple):
     packing: bool = False
     attention: str = "auto"
     agents_per_pass: int | None = None
+    A: int = 1
 
     @property
     def name(self) -> str:
@@ -57,7 +60,8 @@ class Case(NamedTuple):
         recompute = [] if self.recompute == "none" else [f"recompute-{self.recompute}"]
         groups = [] if self.agents_per_pass is None else [f"groups-of-{self.agents_per_pass}"]
         attention = [] if self.attention == "auto" else [self.attention]
-        return " ".join([shape, *recompute, *flags, *groups, *attention])
+        spread = [] if self.A == 1 else [f"A={self.A}"]
+        return " ".join([shape, *recompute, *flags, *groups, *attention, *spread])
 
     @property
     def same_losses(self) -> tuple:
@@ -84,6 +88,7 @@ def run_config(case: Case, rank: int, output_dir: str = "runs/benchmark") -> Con
         max_seq_length=case.T,
         pad_to_multiple_of=case.T,
         packing=case.packing,
+        agent_parallel_size=case.A,
         output_dir=output_dir,
     )
 
@@ -119,23 +124,23 @@ def attention_of(case: Case, device: torch.device, dtype: torch.dtype, compiled:
 def start(config: Config, base: PreTrainedModel, execution: Execution, accelerator: Accelerator) -> Engine:
     """Chorus' agents on `base`, under its engine, as in train.py."""
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
-    agents = build_agents(
-        config.parallel_mode, base, int(config.num_agents), lora_shape(config), rates, execution
-    )
-    return start_engine(accelerator, agents, config)
+    mesh = make_mesh(accelerator, int(config.agent_parallel_size))
+    how = (int(config.num_agents), lora_shape(config), rates, execution)
+    agents = build_agents(config.parallel_mode, base, *how, mesh=mesh)
+    return start_engine(accelerator, agents, config, mesh)
 
 
 def step_of(engine: Engine, config: Config, batch: Batch) -> Callable[[], Tensor]:
-    """An optimiser step of one micro-batch, as train.py's loop
-    takes it; gives each agent's mean NLL before it."""
-    loss_fn, steps = objective_of(config, config, engine.gather), count()
+    """An optimiser step of one micro-batch, as train.py's loop takes it; gives the mean NLL before it of each
+    agent of this process."""
+    loss_fn, steps = objective_of(config, config, engine.mesh), count()
     own_targets = len(batch.target_rows_N)
 
     def step() -> Tensor:
         now = next(steps)
         with engine.micro_batch(is_last=True):
             output = engine.module(batch, step=now)
-            part = loss_fn(*output, batch, num_targets=own_targets * engine.num_processes, step=now)
+            part = loss_fn(*output, batch, num_targets=own_targets * engine.mesh.data_size, step=now)
             engine.backward(part.share)
         engine.step(config.lr)
         return part.nll_K / own_targets

@@ -3,12 +3,13 @@
 `modes.py` calls `measure` in a fresh process. `table.py` starts this file by a launcher, on one or several
 processes:
 
-    accelerate launch [...] benchmarks/measure.py '{"model": "tiny", "K": 2, ...}' FILE
+    accelerate launch [...] benchmarks/measure.py '[{"model": "tiny", "K": 2, ...}, ...]' FOLDER
 
-where the first process writes the figures to FILE. Weights and token ids are random, and the same on every
-process and in every row.
+where the first process writes the figures of row N to FOLDER/N.json. Weights and token ids are random, and
+the same on every process and in every row.
 """
 
+import gc
 import json
 import sys
 import time
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from baselines import Switching, fuse_norms
 from case import Case, attention_of, lengths_of, random_batch, run_config, start, step_of
 from conditions import conditions
+from overlap import traced
 from results import Row
 from shapes import random_base
 from timing import matmul_tflops, num_timed, reserved_gib, timed, wait, warm_up
@@ -45,6 +48,8 @@ TOLERANCE = {
     torch.bfloat16: 1e-2,
 }  # relative, of losses of the same agents in another mode
 
+LEFT_OVER = 2**30  # bytes that a row may leave behind, such as workspaces of libraries
+
 
 def measure(
     case: Case,
@@ -54,6 +59,7 @@ def measure(
     steps: int,
     expected_loss_K: list[float] | None = None,
     profile_to: Path | None = None,
+    with_trace: bool = False,
 ) -> Row:
     """One row: median ms of a step after warm-up, the peak memory of those steps, and the rates. A collective
     call.
@@ -73,7 +79,7 @@ def measure(
     step, execution, notes, close = prepare(case, config, base, batch, accelerator)
 
     started = time.perf_counter()
-    first_loss_K = step().tolist()
+    first_loss_K = of_all_agents(step().tolist(), case, accelerator)
     first_step_s = time.perf_counter() - started
     differs = difference(first_loss_K, expected_loss_K or first_loss_K, TOLERANCE[dtype])
     num_steps = num_timed(
@@ -85,6 +91,7 @@ def measure(
         write_profile(
             step, profile_to / f"profile-{case.name.replace(' ', '-').replace('/', '-')}.txt", device
         )
+    trace = {"trace": traced(step, accelerator)} if with_trace else {}
     figures = {
         **rates(case, work, times, matmul, accelerator),
         "warm_up_s": first_step_s,
@@ -93,6 +100,7 @@ def measure(
         "rows_of_the_batch": list(batch.input_BT.shape),
         "execution": execution,
         "notes": notes,
+        **trace,
         "about": conditions(device, dtype),
     }
     close()
@@ -105,19 +113,25 @@ def rates(case: Case, work: Work, times: list[float], matmul: float, accelerator
         *gather_object([(median(times), min(times), max(times), reserved_gib(accelerator.device))]),
         strict=True,
     )
-    seconds, lengths = max(ms) / 1000, lengths_of(case)
-    useful = sum(work.useful_flops(case.K, length, case.K * length) for length in lengths) / seconds / 1e12
+    seconds, lengths, held = max(ms) / 1000, lengths_of(case), case.K // case.A
+    useful = sum(work.useful_flops(held, length, held * length) for length in lengths) / seconds / 1e12
     return {
         "ms_per_step": max(ms),
         "ms_min": min(fastest),
         "ms_max": max(slowest),
         "steps": len(times),
         "peak_gib": None if None in peaks else max(peaks),
-        "agent_tokens_per_second": case.K * sum(lengths) * accelerator.num_processes / seconds,
+        "agent_tokens_per_second": held * sum(lengths) * accelerator.num_processes / seconds,
         "useful_tflops": useful,  # of each GPU
         "matmul_tflops": matmul,
         "share_of_matmul": useful / matmul,
     }
+
+
+def of_all_agents(own_K: list[float], case: Case, accelerator: Accelerator) -> list[float]:
+    """Each agent's figure, from those of each process's own ones. A collective call."""
+    data_size = accelerator.num_processes // case.A  # neighbours, which hold the same agents
+    return [value for held in gather_object([own_K])[::data_size] for value in held]
 
 
 def difference(first_loss_K: list[float], expected_loss_K: list[float], tolerance: float) -> float:
@@ -145,7 +159,7 @@ def prepare(
             step_of(engine, config, batch),
             ", ".join(way for way in ways if ways[way]),
             attention,
-            engine.close,
+            engine.unwrap,
         )
     shape = lora_shape(config)
     agents = build_agents("sequential", copy_sharing_storage(base), case.K, shape, Regularisation(0, 0, 0))
@@ -175,17 +189,44 @@ def measure_alone(case: Case, rank: int, **settings: Any) -> Row:
     return measure(case, make_accelerator(config, config), config, **settings)
 
 
-def measure_as_launched(row: Row, file: Path) -> None:
-    """Measure a row of `table.py` in the processes that a
-    launcher started. The first one writes the figures."""
-    case = Case(**{field: row[field] for field in Case._fields})
-    config = run_config(case, row["rank"], str(file.parent))
-    accelerator = make_accelerator(config, config)
-    assert accelerator.num_processes == row["processes"], "the launcher started another number of processes"
-    assert zero_stage(accelerator) == (2 if row["engine"] == "zero2" else 0), "another engine than the row's"
-    figures = measure(case, accelerator, config, steps=row["steps"])
-    if accelerator.is_main_process:
-        file.write_text(json.dumps(figures))
+def measure_as_launched(rows: list[Row], folder: Path) -> None:
+    """Measure rows of `table.py`, one after the other, in the processes that a launcher started.
+
+    Rows share the start of the processes. It ends early where a row leaves memory behind: what is left over
+    is for a fresh launch.
+    """
+    accelerator = None
+    for place, row in enumerate(rows):
+        AcceleratorState._reset_state()  # DeepSpeed's JSON is another one for each row
+        case = Case(**{field: row[field] for field in Case._fields})
+        config = run_config(case, row["rank"], str(folder))
+        accelerator = make_accelerator(config, config, case.K)
+        assert accelerator.num_processes == row["processes"], (
+            "the launcher started another number of processes"
+        )
+        assert zero_stage(accelerator) == (2 if row["engine"] == "zero2" else 0), (
+            "another engine than the row's"
+        )
+        figures = measure(case, accelerator, config, steps=row["steps"], with_trace=row["with_trace"])
+        if accelerator.is_main_process:
+            new = folder / f"{place}.new"
+            new.write_text(json.dumps(figures))
+            new.rename(folder / f"{place}.json")
+        if max(gather_object([held_after_clearing(accelerator.device)])) > LEFT_OVER:
+            break
+    if accelerator is not None:
+        accelerator.end_training()
+
+
+def held_after_clearing(device: torch.device) -> int:
+    """Bytes that are allocated after everything of a row was let go of."""
+    gc.unfreeze()  # what `warm_up` froze
+    gc.collect()
+    torch._dynamo.reset()  # or the rows together would compile a layer more often than it allows
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
 
 
 if __name__ == "__main__":

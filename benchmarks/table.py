@@ -1,12 +1,13 @@
-"""Memory and time of a step: models x modes x engines x numbers of GPUs, each row in processes of its own.
+"""Memory and time of a step: models x modes x engines x meshes x numbers of GPUs.
 
-    python benchmarks/table.py --seconds 540                      # what matters most first
+    python benchmarks/table.py --minutes 8                        # what matters most first
     python benchmarks/table.py --rows "gemma-2-2b fused" "gemma-2-9b zero2 x1"
+    python benchmarks/table.py --processes 1 8 --rows K=8 --trace # also what communication is not hidden
 
 writes table.md and table.json to --out after every row. A row that table.json holds is not measured again, so
 that the table can be made in pieces; a failed row is. `--list` prints the names of the rows in their order.
-Where there are more GPUs than a row needs, rows of different models run side by side. What counts as useful
-work: modes.py.
+Rows that follow each other in the same engine and mesh share a launch. Where there are more GPUs than a row
+needs, rows of different models run side by side. What counts as useful work: modes.py.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import psutil
 import timing
@@ -31,48 +33,109 @@ from results import Results, Row, gib_cell, markdown_table, recompute_cell
 from verdicts import ENGINES, checks, key_of, name_of, with_ratios
 
 from chorus.config.execution import MODES
+from chorus.mesh import divisors
+from chorus.model.kernels.decoder_layers import Recompute
 
 ROOT = Path(__file__).parents[1]
-# model, K, B, T, recompute
+
+
+class Shape(NamedTuple):
+    """What a GPU computes by itself. On n GPUs the batch is n times as large (weak scaling).
+
+    Attributes:
+        gib: what the fused mode takes of one GPU, by measurement or forecast.
+    """
+
+    model: str
+    K: int
+    B: int
+    T: int
+    recompute: Recompute
+    gib: float
+
+
 ON_GPU = (
-    ("gemma-2-2b", 2, 4, 512, "none"),
-    ("gemma-2-2b", 4, 4, 512, "none"),
-    ("gemma-2-9b", 4, 4, 1024, "full"),
-    ("gemma-2-9b", 8, 4, 1024, "full"),
+    Shape("gemma-2-2b", 2, 4, 512, "none", 18),
+    Shape("gemma-2-2b", 4, 4, 512, "none", 30),
+    Shape("gemma-2-2b", 8, 4, 512, "none", 54),
+    Shape("gemma-2-2b", 16, 4, 512, "selective", 65),
+    Shape("gemma-2-9b", 4, 4, 1024, "full", 30),
+    Shape("gemma-2-9b", 8, 4, 1024, "full", 43),
 )
-ON_CPU = (("tiny", 2, 2, 16, "none"),)
-FIRST = (  # the rows that the checks need, most important first; then all others
-    "gemma-2-2b K=4 fused plain x1",
-    "gemma-2-9b K=4 sequential zero2 x1",
-    "gemma-2-2b K=4 fused zero2 x1",
-    "gemma-2-9b K=4 parallel zero2 x1",
-    "gemma-2-2b K=4 fused plain x2",
-    "gemma-2-2b K=4 fused zero2 x2",
-    "gemma-2-2b K=2 sequential plain x1",
-    "gemma-2-9b K=4 fused zero2 x1",
-    "gemma-2-2b K=2 parallel plain x1",
-    "gemma-2-9b K=8 fused zero2 x1",
-    "gemma-2-2b K=4 fused plain x4",
-    "gemma-2-2b K=4 fused zero2 x4",
+# The same batch on any number of GPUs (strong scaling): B is that of one GPU.
+STRONG_ON_GPU = (
+    Shape("gemma-2-2b", 16, 1, 512, "none", 35),
+    Shape("gemma-2-2b", 4, 4, 512, "none", 30),
 )
-RATIOS = (("over_plain", "+.1%"), ("scaling", ".0%"))
+ON_CPU = (Shape("tiny", 2, 2, 16, "none", 0),)
+
+
+def first() -> Iterator[str]:
+    """The rows that the checks need, most important first; all others follow. Those of one launch stand together."""
+    small, large = "gemma-2-2b", "gemma-2-9b"
+    yield from (
+        f"{small} {shape} fused plain x1" for shape in ("K=4 4x512", "K=16 1x512", "K=8", "K=16 4x512")
+    )
+    yield f"{small} K=4 fused zero2 x1"
+    yield from (f"{large} {K} fused plain x1" for K in ("K=4", "K=8"))
+    yield from (f"{large} K=4 {mode} zero2 x1" for mode in MODES)
+    yield from (f"{small} K=2 {mode} plain x1" for mode in MODES)
+    for n in (2, 4, 8):
+        K = "K=8" if n == 8 else "K=4"
+        yield from (f"{small} {shape} fused plain x{n} A=1" for shape in (f"{K} 4x512", f"K=4 {4 // n}x512"))
+        yield f"{small} {K} 4x512 fused zero2 x{n} A=1"
+        shapes = (f"{K} {4 * n}x512", "K=16 1x512", "K=4 4x512", f"K=8 {4 * n}x512", f"K=16 {4 * n}x512")
+        yield from (f"{small} {shape} fused plain x{n} A={n}" for shape in shapes)
+        yield f"{small} {K} {4 * n}x512 fused zero2 x{n} A={n}"
+        yield from (f"{large} {K} fused plain x{n} A={n}" for K in ("K=4", "K=8"))
+        yield from (f"{large} {K} fused zero2 x{n} A=1" for K in ("K=4", "K=8"))
+        yield from (f"{large} K=4 {mode} zero2 x{n} A=1" for mode in ("sequential", "parallel"))
+    yield from (f"{model} K=8 fused plain x8 A={A}" for model in (small, large) for A in (1, 2, 4))
+
+
+FIRST = tuple(first())
+RATIOS = (("over_plain", "+.1%"), ("weak", ".1%"), ("strong", ".2f"))
 SHORTEST_ROW_S = 30  # no row starts with less time left
 
 
-def rows(options: argparse.Namespace, shapes: Sequence[tuple]) -> list[Row]:
-    """The rows that the options ask for: those of FIRST, then the smallest numbers of processes."""
-    found = []
+def rows(options: argparse.Namespace, shapes: Sequence[Shape], strong: Sequence[Shape] = ()) -> list[Row]:
+    """The rows that the options ask for and that fit: those of FIRST, then the fewest processes."""
+    found: dict[tuple, Row] = {}
     for processes in options.processes:
         for engine in ENGINES:
             for mode in MODES:
-                for model, K, B, T, recompute in shapes:
-                    case = Case(model, mode, K, B, T, recompute, "auto", "auto", attention=options.attention)
+                for case in cases(mode, processes, shapes, strong):
                     of_the_launch = {"rank": options.rank, "engine": engine, "processes": processes}
-                    found.append({**case._asdict(), **of_the_launch, "steps": options.steps})
-    wanted = [row for row in found if not options.rows or any(is_named(row, words) for words in options.rows)]
-    return sorted(
-        wanted, key=lambda row: next((i for i, name in enumerate(FIRST) if is_named(row, name)), len(FIRST))
-    )
+                    row = {**case._replace(attention=options.attention)._asdict(), **of_the_launch}
+                    found[key_of(row)] = {**row, "steps": options.steps, "with_trace": options.trace}
+    wanted = [
+        row
+        for row in found.values()
+        if not options.rows or any(is_named(row, words) for words in options.rows)
+    ]
+    return sorted(wanted, key=lambda row: (rank_of(row), row["processes"], row["A"]))
+
+
+def cases(mode: str, processes: int, shapes: Sequence[Shape], strong: Sequence[Shape]) -> Iterator[Case]:
+    """The cases of a mode on so many GPUs, each in every mesh that has a row.
+
+    Agents that are spread over A GPUs see the rows of A GPUs: so a process has A times as many rows.
+    """
+    for A in divisors(processes) if mode == "fused" else [1]:
+        for shape in (one for one in shapes if one.K % A == 0):
+            yield case_of(shape, mode, shape.B * A, A)
+        for shape in (one for one in strong if mode == "fused"):
+            if shape.K % A == 0 and shape.B * A % processes == 0:
+                yield case_of(shape, mode, shape.B * A // processes, A)
+
+
+def case_of(shape: Shape, mode: str, B: int, A: int) -> Case:
+    return Case(shape.model, mode, shape.K, B, shape.T, shape.recompute, "auto", "auto", A=A)
+
+
+def rank_of(row: Row) -> int:
+    """The row's place among the first ones, or behind them."""
+    return next((place for place, name in enumerate(FIRST) if is_named(row, name)), len(FIRST))
 
 
 def is_named(row: Row, words: str) -> bool:
@@ -105,34 +168,52 @@ def launcher(row: Row) -> list[str]:
     ]
 
 
-def measured(row: Row, gpus: Sequence[str], seconds: float) -> Row | None:
-    """The row with its figures, or with `failed`, the reason.
-    None: they did not come within these seconds."""
-    with TemporaryDirectory() as folder:
-        file, log = Path(folder) / "figures.json", Path(folder) / "log"
-        command = [*launcher(row), str(Path(__file__).with_name("measure.py")), json.dumps(row), str(file)]
+def measured(rows: Sequence[Row], gpus: Sequence[str], seconds: float, limit: float) -> Iterator[Row]:
+    """The rows, of one launch, with their figures as they come; the one that fails with `failed`, the reason.
+
+    It ends after these seconds, after a row that failed, and where a launch ends early. The rows that are left
+    are for another launch.
+
+    Args:
+        limit: seconds in which each row must come.
+    """
+    begun = time.monotonic()
+    with TemporaryDirectory() as name, (Path(name) / "log").open("w+") as log:
+        command = [*launcher(rows[0]), str(Path(__file__).with_name("measure.py")), json.dumps(rows), name]
         seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-        with log.open("w") as stream:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream, env=os.environ | seen)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | seen)
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
+            for place, row in enumerate(rows):
+                file, until = Path(name) / f"{place}.json", min(time.monotonic() + limit, begun + seconds)
+                while not file.exists() and process.poll() is None and time.monotonic() < until:
+                    time.sleep(0.1)
+                if file.exists():
+                    figures = json.loads(file.read_text())
+                    about = figures["about"] | {"command": " ".join(["python", *sys.argv])}
+                    yield {**row, **figures, "about": about}
+                    continue
+                if process.poll() is not None and (process.returncode != 0 or place == 0):
+                    yield {**row, **reason_of(process.returncode, Path(log.name).read_text(errors="replace"))}
+                elif process.poll() is None and until < begun + seconds:
+                    yield {**row, "failed": f"took more than {limit:.0f} s"}
+                return
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, begun + seconds - time.monotonic()))
+        finally:
             end(process)
-            return None
-        if code != 0 or not file.exists():
-            said = log.read_text(errors="replace")
-            fault = re.search(
-                r"^(?:\[rank\d+\]: *)?((?:error|[\w.]*(?:Error|Exception)): .+)", said, re.MULTILINE
-            )
-            reason = fault.group(1) if fault else f"code {code}: {said.strip()[-150:]}"
-            reason = " ".join(reason[:200].replace("|", "/").split())
-            return {**row, "failed": reason, "log": said[-8000:]}
-        figures = json.loads(file.read_text())
-    return {**row, **figures, "about": figures["about"] | {"command": " ".join(["python", *sys.argv])}}
+
+
+def reason_of(code: int, said: str) -> Row:
+    """Why a launch failed: the first error that it names."""
+    fault = re.search(r"^(?:\[rank\d+\]: *)?((?:error|[\w.]*(?:Error|Exception)): .+)", said, re.MULTILINE)
+    reason = fault.group(1) if fault else f"code {code}: {said.strip()[-150:]}"
+    return {"failed": " ".join(reason[:200].replace("|", "/").split()), "log": said[-8000:]}
 
 
 def end(process: subprocess.Popen) -> None:
     """End a launcher and everything it started, which would otherwise keep the GPUs."""
+    if process.poll() is not None:
+        return
     launched = psutil.Process(process.pid)
     everyone = [launched, *launched.children(recursive=True)]
     for member in everyone:
@@ -143,21 +224,42 @@ def end(process: subprocess.Popen) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    head = ["model", "K", "B x T", "recompute", "mode", "engine", "GPUs", "GiB/GPU", "ms/step", "agent-tok/s"]
-    lines = [[*head, "useful TFLOP/s a GPU", "of matmul", "over plain", "scaling", "how"]]
+    head = ["model", "K", "B x T", "recompute", "mode", "engine", "GPUs", "A", "GiB/GPU", "ms/step"]
+    more = [
+        "agent-tok/s",
+        "useful TFLOP/s a GPU",
+        "of matmul",
+        "over plain",
+        "weak",
+        "strong",
+        "not hidden ms",
+        "how",
+    ]
+    lines = [[*head, *more]]
     for row in with_ratios(rows):
         engine = {"plain": "plain" if row["processes"] == 1 else "DDP"}.get(row["engine"], "ZeRO-2")
         shape = [row["model"], str(row["K"]), f"{row['B']} x {row['T']}", recompute_cell(row)]
-        line = [*shape, row["mode"], engine, str(row["processes"])]
+        line = [*shape, row["mode"], engine, str(row["processes"]), str(row["A"])]
         if "failed" in row:
-            line += [row["failed"], *[""] * 7]
+            line += [row["failed"], *[""] * 9]
         else:
             line += [gib_cell(row), f"{row['ms_per_step']:.1f}", f"{row['agent_tokens_per_second']:,.0f}"]
             line += [f"{row['useful_tflops']:.1f}", f"{row['share_of_matmul']:.0%}"]
             line += ["" if row[name] is None else f"{row[name]:{form}}" for name, form in RATIOS]
+            trace = row.get("trace")
+            line.append(f"{trace['exposed_ms']:.1f}" if trace else "")
             line.append(", ".join(filter(None, [row["execution"], row["notes"]])))
         lines.append(line)
     return markdown_table(lines)
+
+
+def traces(rows: Sequence[Row]) -> str:
+    """A table of what the traced steps were made of; empty without any."""
+    names = ("step_ms", "communication_ms", "exposed_ms", "waiting_ms", "idle_ms")
+    lines = [["row", "step ms", "NCCL runs", "and nothing computes", "it waits for others", "no kernel runs"]]
+    for row in (one for one in rows if one.get("trace")):
+        lines.append([name_of(row), *(f"{row['trace'][name]:.2f}" for name in names)])
+    return f"\n{markdown_table(lines)}\n" if len(lines) > 1 else ""
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -177,9 +279,11 @@ def page(rows: Sequence[Row]) -> str:
 Weights and token ids are random, in the real shapes; every token is a target; rank {rows[0]["rank"]} on all seven
 linears. A step is forward, objective with the sliced distance, backward, clipping and AdamW, by the product's engine.
 The median of the slowest process's steps; the memory that the allocator of the fullest one reserved. Useful work is
-counted as in `modes.py`, beside a large matrix product timed in the same process. Scaling: the time of one process
-over that of several with as many rows each.
-
+counted as in `modes.py`, beside a large matrix product timed in the same process. B is the rows of a process. Each
+of A processes holds K / A agents, and A of them see the same rows. Weak: the rate of each GPU over that of one alone,
+with as many agents times rows on each. Strong: how many times as fast as one GPU with the whole batch. Not hidden:
+milliseconds of a step in which NCCL runs and nothing computes, from a trace of it.
+{traces(rows)}
 {described}
 """
 
@@ -189,7 +293,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     on_gpu = torch.cuda.is_available()
-    own = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()] if on_gpu else [1, 2]
+    own = [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()] if on_gpu else [1, 2]
     parser.add_argument(
         "--rows", nargs="+", metavar="WORDS", help="rows whose name has all words of one of these"
     )
@@ -199,8 +303,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--limit", type=float, default=200, help="seconds for one row")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="end after this time, even within a row"
+        "--minutes", type=float, default=float("inf"), help="end after this time, even within a row"
     )
+    parser.add_argument("--trace", action="store_true", help="trace a step of each row: what is not hidden")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and end")
     # Figures of a CPU say nothing about the speed on a GPU: they do not go beside the table.
     parser.add_argument(
@@ -235,19 +340,34 @@ def in_order(row: Row) -> list[str]:
     return [str(value).rjust(9) for value in key_of(row)]
 
 
+def launches(lane: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows that follow each other and may share processes: of one model and engine, under ZeRO-2 of one mesh, too,
+    because DeepSpeed keeps the groups of a process."""
+
+    def key(row: Row) -> tuple:
+        return row["model"], row["engine"], row["processes"], row["engine"] == "zero2" and row["A"]
+
+    for _, group in groupby(lane, key=key):
+        yield list(group)
+
+
 def measure_all(waiting: Sequence[Row], results: Results, limit: float, deadline: float) -> None:
     """Wave after wave, until the deadline; rows that it cuts off are left out."""
 
     def run(lane: list[Row], gpus: Sequence[str]) -> None:
-        for row in lane:
-            left = deadline - time.monotonic()
-            if left < SHORTEST_ROW_S:
-                return
-            new = measured(row, gpus, min(limit, left))
-            if new is None and left < limit:
-                return  # cut off by the deadline, which is not the row's fault
-            results.add(new or {**row, "failed": f"took more than {limit:.0f} s"}, in_order)
-            print(name_of(row), "is done", flush=True)
+        for group in launches(lane):
+            while group:
+                left = deadline - time.monotonic()
+                if left < SHORTEST_ROW_S:
+                    return
+                done = 0
+                for row in measured(group, gpus, left, limit):
+                    results.add(row, in_order)
+                    print(name_of(row), "is done", flush=True)
+                    done += 1
+                if done == 0:
+                    return  # cut off by the deadline, which is not the row's fault
+                group = group[done:]
 
     for wave in waves(waiting, visible_gpus()):
         with ThreadPoolExecutor(len(wave)) as pool:
@@ -257,10 +377,15 @@ def measure_all(waiting: Sequence[Row], results: Results, limit: float, deadline
 def main() -> None:
     options = arguments()
     results = Results(options.out, "table", key_of, page)
-    wanted = rows(options, ON_GPU if torch.cuda.is_available() else ON_CPU)
+    if torch.cuda.is_available():
+        room = torch.cuda.get_device_properties(0).total_memory / 2**30
+        weak, strong = ([shape for shape in some if shape.gib < room] for some in (ON_GPU, STRONG_ON_GPU))
+        wanted = rows(options, weak, strong)
+    else:
+        wanted = rows(options, ON_CPU)
     if not options.list:
         waiting = [row for row in wanted if not results.is_measured(row)]
-        measure_all(waiting, results, options.limit, timing.deadline(options.seconds))
+        measure_all(waiting, results, options.limit, timing.deadline(60 * options.minutes))
     for row in wanted:
         known = results.of(row)
         print(

@@ -83,10 +83,13 @@ def ip(*arguments: str) -> None:
 
 
 @contextmanager
-def running(hosts: list[Host], folder: Path, output_dir: Path) -> Iterator[list[subprocess.Popen]]:
+def running(
+    hosts: list[Host], folder: Path, output_dir: Path, *more: str
+) -> Iterator[list[subprocess.Popen]]:
     """A run of two processes on one host or two, a launcher each, from the newest checkpoint of `output_dir`.
 
     Host N's processes carry the mark `folder`/N. Whatever is left of them is killed at the end.
+    `more`: further keys.
     """
     folder.mkdir()
     with socket.socket() as probe:
@@ -99,7 +102,7 @@ def running(hosts: list[Host], folder: Path, output_dir: Path) -> Iterator[list[
         launcher += ["--main_process_ip", hosts[0].address, "--main_process_port", str(port)]
         with (folder / f"{rank}.log").open("w") as log:
             process = subprocess.Popen(
-                [*host.inside, *launcher, "train.py", *SETTINGS, *SAVING, f"output_dir={output_dir}"],
+                [*host.inside, *launcher, "train.py", *SETTINGS, *SAVING, *more, f"output_dir={output_dir}"],
                 cwd=ROOT,
                 env=environment(CHORUS_TEST_RUN=f"{folder}/{rank}", GLOO_SOCKET_IFNAME=host.interface),
                 stdout=log,
@@ -187,3 +190,18 @@ def test_two_hosts_lose_one_go_on_together_and_are_the_run_of_one_host_bit_by_bi
     assert step_of(in_both[0]) > lost_at
     for folder in in_both:
         assert digests(folder) == digests(one / "checkpoints" / folder.name)
+
+
+@pytest.mark.slow
+def test_agents_over_two_hosts_are_the_run_of_one_host_bit_by_bit(hosts: list[Host], tmp_path: Path):
+    """An agent on each host: projections travel between them, and no gradient."""
+    for name, on in (("two", hosts), ("one", hosts[:1])):
+        folder, output_dir = tmp_path / f"{name}-logs", tmp_path / name
+        with running(on, folder, output_dir, "agent_parallel_size=2") as launchers:
+            wait_for(has_saved(output_dir, 5, launchers, folder), PATIENCE)
+            stop_a_trainer(folder / "0")
+            assert all(launcher.wait(PATIENCE) != 0 for launcher in launchers)
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert "agents over 2 processes: 0 on this one" in (two / "train.log").read_text()
+    assert losses(two, 5) == losses(one, 5)
+    assert digests(two / "checkpoints" / "step_000005") == digests(one / "checkpoints" / "step_000005")

@@ -81,22 +81,30 @@ def on_every_process(act: Callable[[], None]) -> None:
             raise error if of_all else type(error)(f"{error} (on host {host})")
 
 
-def refuse_differences(own: Mapping[str, Any]) -> None:
+def refuse_differences(
+    own: Mapping[str, Any], first: int = 0, group: torch.distributed.ProcessGroup | None = None
+) -> None:
     """Raise InputError on every process if any has another value than the first one. A collective call.
 
     Hosts have files of their own. If those differ, a mixture of two runs would be trained silently.
 
     Args:
         own: this process's values, by their names in the message.
+        first, group: compare within this group of processes, whose first one has rank `first`; None: all. It
+            is a collective call of all processes all the same, and they raise alike.
     """
     firsts: list = [own]
-    broadcast_object_list(firsts)
+    if group is None:
+        broadcast_object_list(firsts)
+    else:
+        torch.distributed.broadcast_object_list(firsts, src=first, group=group)
+    which = "the first process" if first == 0 else f"process {first}"
 
     def compare() -> None:
         for name, value in firsts[0].items():
             if own.get(name) != value:
                 raise InputError(
-                    f"{name} is {own.get(name)}, but {value} on the first process; start every host with "
+                    f"{name} is {own.get(name)}, but {value} on {which}; start every host with "
                     "the same command, files and versions"
                 )
 

@@ -107,6 +107,12 @@ def test_keys_that_say_how_a_run_is_carried_out_may_change(tmp_path: Path, accel
     ("settings", "more", "expected"),
     [
         ({"batch_size": 8, "lambda_sw": 0.01}, {"world_size": 2}, None),
+        ({"batch_size": 16, "lambda_sw": 0.01, "agent_parallel_size": 2}, {"world_size": 2}, None),
+        (
+            {"batch_size": 16, "lambda_sw": 0.01, "agent_parallel_size": 2},
+            {"world_size": 4},
+            "with lambda_sw above 0, key 'batch_size' x processes / agent_parallel_size is 32, but 16",
+        ),
         (
             {"batch_size": 4, "gradient_accumulation_steps": 4, "lambda_sw": 0.01},
             {},

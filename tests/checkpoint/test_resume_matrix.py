@@ -63,7 +63,7 @@ def test_a_run_goes_on_in_any_mode_split_number_of_processes_and_engine(saved, s
     for origin in ("plain", "ddp", "zero2"):
         theirs = torch.load(tmp_path / f"{origin}.pt", weights_only=False)
         assert all(of_run.ids == saved[WAYS[0]].ids for of_run in theirs.values())
-        for saved_way, way, start in product(WAYS, WAYS, POSITIONS.values()):
+        for saved_way, way, start in product(theirs, WAYS, POSITIONS.values()):
             resumed = run(*way, samples, theirs[saved_way], start)
             assert_goes_on(
                 theirs[saved_way], start, resumed, is_bitwise=(origin, saved_way) == ("plain", way)

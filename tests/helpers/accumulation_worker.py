@@ -26,9 +26,9 @@ def step_over(engine: Engine, micro_batches: int) -> tuple[dict[str, Tensor], fl
     scale), and the gradient norm."""
     samples = toy_samples(NUM_ROWS)
     num_targets = sum(sample.num_targets for sample in samples)
-    rows = NUM_ROWS // (micro_batches * engine.num_processes)
+    rows = NUM_ROWS // (micro_batches * engine.mesh.data_size)
     for micro_step in range(micro_batches):
-        first = (micro_step * engine.num_processes + engine.process_index) * rows
+        first = (micro_step * engine.mesh.data_size + engine.mesh.data_index) * rows
         batch = collate(samples[first : first + rows], pad_id=0)
         with engine.micro_batch(is_last=micro_step == micro_batches - 1):
             engine.backward(engine.module(batch, step=0).nll_KBT.sum() / num_targets)

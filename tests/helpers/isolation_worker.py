@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from toy import toy_agents, toy_samples
 
-import chorus.model.agents
 from chorus.config import Config
 from chorus.data.batches import Batch, StepBatch, collate
 from chorus.errors import InputError
+from chorus.mesh import Mesh
 from chorus.model.agents import AgentOutput, Agents
 from chorus.training.diversity import SwdSettings
 from chorus.training.engine import Engine, make_accelerator, start_engine
@@ -83,8 +83,8 @@ def rows_of_step(step: int, share: slice = slice(None)) -> Batch:
 
 
 def take_step(engine: Engine, config: Config, step: int) -> StepDone:
-    whole, own = rows_of_step(step), 4 // engine.num_processes
-    batch = rows_of_step(step, slice(engine.process_index * own, (engine.process_index + 1) * own))
+    whole, own = rows_of_step(step), 4 // engine.mesh.data_size
+    batch = rows_of_step(step, slice(engine.mesh.data_index * own, (engine.mesh.data_index + 1) * own))
     with engine.micro_batch(is_last=True):
         part = objective(
             *engine.module(batch, step=step),
@@ -95,7 +95,7 @@ def take_step(engine: Engine, config: Config, step: int) -> StepDone:
             swd=SwdSettings(5, "tokens", 0),
             step=step,
             rows_per_process=own,
-            gather=engine.gather,
+            gather=engine.mesh.gather_rows,
         )
         engine.backward(part.share)
     step_batch = StepBatch([batch], len(whole.target_rows_N), 4, 0)
@@ -110,7 +110,7 @@ def run(
     states, grad_norm = [], math.nan
     skips = SkippedUpdates(config.max_skipped_steps, 0, config.output_dir)
     for step in range(STEPS):
-        if kind is not None and step == BROKEN_STEP and engine.process_index == engine.num_processes - 1:
+        if kind is not None and step == BROKEN_STEP and engine.mesh.data_index == engine.mesh.data_size - 1:
             fault(kind, engine)
         done = take_step(engine, config, step)
         mend(engine)
@@ -177,10 +177,11 @@ def write_timeouts(file: Path, accelerator: Accelerator) -> None:
 
 def agents_unlike(what: str | None) -> Agents:
     """Agents of another order, or with one other value, in an adapter or in the base."""
-    held = chorus.model.agents.held_agents
-    chorus.model.agents.held_agents = (lambda num_agents: (0, 2, 1)) if what == "order" else held
+    held = Mesh.held_agents
+    if what == "order":
+        Mesh.held_agents = lambda *_: (0, 2, 1)
     agents = toy_agents("fused")
-    chorus.model.agents.held_agents = held
+    Mesh.held_agents = held
     names = {"adapter": "agent_2", "base": "model.model.norm.weight"}
     for name, parameter in agents.named_parameters():
         if what in names and name.endswith(names[what]):

@@ -24,6 +24,7 @@ import train as script
 from chorus.config import Config
 from chorus.data.batches import Sample, collate, training_steps
 from chorus.data.rows import read_rows
+from chorus.mesh import make_mesh
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Mode, Regularisation, build_agents
 from chorus.model.base import load_model, load_tokenizer
@@ -33,7 +34,8 @@ from chorus.training.state import MOMENTS, TrainingState, read_state, restore_st
 
 ROWS_OF_A_STEP, NUM_ROWS, NUM_STEPS = 6, 15, 6  # an epoch is three steps, the last of three rows
 POSITIONS = {"mid-epoch": 2, "epoch end": 3, "last step": NUM_STEPS}
-WAYS = list(product(get_args(Mode), (1, 3)))  # mode, accumulation
+WAYS = list(product(get_args(Mode), (1, 3), (1,)))  # mode, accumulation, over how many processes agents are
+SPREAD = list(product(get_args(Mode), (1,), (2,)))  # what two processes do besides
 
 
 class Saved(NamedTuple):
@@ -73,18 +75,24 @@ class StatesKept:
 
 
 def forward(engine: Engine, batch: Any) -> Tensor:
-    with torch.no_grad():
-        return engine.agents(batch).nll_KBT.clone()
+    with torch.no_grad(), engine.unsharded():
+        return torch.stack([engine.agents.agent_pass(k, batch)[0] for k in engine.agents.agents])
 
 
 def run(
-    mode: Mode, accumulation: int, samples: Sequence[Sample], saved: Saved | None = None, start: int = 0
+    mode: Mode,
+    accumulation: int,
+    size: int,
+    samples: Sequence[Sample],
+    saved: Saved | None = None,
+    start: int = 0,
 ) -> Saved:
     """The run, or what is left of it after `start` steps of a saved one."""
     AcceleratorState._reset_state()
     config = Config(
         parallel_mode=mode,
         gradient_accumulation_steps=accumulation,
+        agent_parallel_size=size,
         num_agents=2,
         lambda_sw=0.0,
         dropconnect_p=0.1,
@@ -92,18 +100,18 @@ def run(
         save_steps=1,
         batch_size=1,
     )
-    accelerator = make_accelerator(config, config)
+    accelerator = make_accelerator(config, config, config.num_agents)
+    mesh = make_mesh(accelerator, size)
     config = config.model_copy(
         update={
-            "batch_size": ROWS_OF_A_STEP // (accumulation * accelerator.num_processes),
+            "batch_size": ROWS_OF_A_STEP // (accumulation * mesh.data_size),
             "mixed_precision": "no",
         }
     )
     model = load_model(config.model_name, torch.float32, accelerator.device)
-    agents = build_agents(
-        mode, model, 2, lora_shape(config), Regularisation(config.dropconnect_p, 0.0, config.seed)
-    )
-    engine = start_engine(accelerator, agents, config)
+    rates = Regularisation(config.dropconnect_p, 0.0, config.seed)
+    agents = build_agents(mode, model, 2, lora_shape(config), rates, mesh=mesh)
+    engine = start_engine(accelerator, agents, config, mesh)
     checkpointer, recorder = StatesKept(collate(samples[:4], pad_id=0)), Recorder()
     if saved is not None:
         restore_state(engine, clone(saved.states[start]))  # AdamW steps in the tensors that it is given
@@ -116,8 +124,8 @@ def run(
         config,
         points_per_row=config.swd_points_per_row,
         pad_id=0,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        process_index=mesh.data_index,
+        num_processes=mesh.data_size,
         num_steps=NUM_STEPS,
         start_step=start,
     )
@@ -125,7 +133,7 @@ def run(
     def watched() -> Any:
         for step, batch in enumerate(steps, start):
             own = [rows_of(part, place) for part in batch.micro_batches]
-            ids[step] = in_order(gather_object([own]))
+            ids[step] = in_order(gather_object([own])[: mesh.data_size])  # of one data group
             yield batch
 
     checkpointer_like: Any = checkpointer
@@ -178,24 +186,26 @@ def rows_to_train_on() -> list[Sample]:
     return samples
 
 
-def save_all(samples: Sequence[Sample]) -> dict[tuple[Mode, int], Saved]:
-    return {(mode, accumulation): run(mode, accumulation, samples) for mode, accumulation in WAYS}
+def save_all(samples: Sequence[Sample], ways: Sequence[tuple] = WAYS) -> dict[tuple, Saved]:
+    return {way: run(*way, samples) for way in ways}
 
 
 def main(folder: Path, engine: str, others: str) -> None:
-    samples = rows_to_train_on()
+    from deepspeed.utils import groups
+
+    samples, ways = rows_to_train_on(), [*WAYS, *SPREAD]
     runs, own = {}, folder / f"{engine}.pt"
     if not own.exists():  # both processes see none: the first one writes it after a run of both
-        runs[engine] = save_all(samples)
+        runs[engine] = save_all(samples, sorted(ways, key=lambda way: way[2]))
         if int(os.environ["RANK"]) == 0:
             torch.save(runs[engine], own)
     for other in filter(None, others.split(",")):
         runs[other] = torch.load(folder / f"{other}.pt", weights_only=False)
-    for origin, saved_way, way, position in product(runs, WAYS, WAYS, POSITIONS.values()):
-        saved = runs[origin][saved_way]
-        assert_goes_on(
-            saved, position, run(*way, samples, saved, position), (origin, saved_way) == (engine, way)
-        )
+    for origin, way, position in product(runs, ways, POSITIONS.values()):
+        for saved_way, saved in runs[origin].items():
+            groups.mpu = None  # DeepSpeed keeps the groups of a run for the next one in this process
+            resumed = run(*way, samples, saved, position)
+            assert_goes_on(saved, position, resumed, (origin, saved_way) == (engine, way))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

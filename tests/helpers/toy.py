@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from chorus.data.batches import Batch, Sample
+from chorus.mesh import ALONE, Mesh
 from chorus.model.adapters import LoraShape, TensorId
 from chorus.model.agents import AgentOutput, Agents, Mode, Regularisation, RunPass, build_agents
 from chorus.model.execution import Execution
@@ -123,6 +124,7 @@ def toy_agents(
     attention: str = "eager",
     head_dim: int = 8,
     run_pass: RunPass | None = None,
+    mesh: Mesh = ALONE,
     **execution: Any,
 ) -> Agents:
     """Agents on a tiny Gemma-2. `trained` gives A and B values
@@ -130,7 +132,7 @@ def toy_agents(
     rates = Regularisation(dropconnect_p, dropout_p, seed=7)
     base = tiny_gemma(dtype=dtype, attention=attention, head_dim=head_dim).to(device)
     how = Execution(recompute=gradient_checkpointing, **execution)
-    agents = build_agents(mode, base, num_agents, toy_shape(), rates, how, run_pass)
+    agents = build_agents(mode, base, num_agents, toy_shape(), rates, how, run_pass, mesh=mesh)
     if trained:
         for identity, tensor in agents.adapter_tensors().items():
             generator = torch.Generator().manual_seed(hash_of(str(identity)))

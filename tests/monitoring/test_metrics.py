@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,23 +12,31 @@ from torch import Tensor
 from toy import toy_agents, toy_batch
 
 from chorus.data.batches import StepBatch
+from chorus.mesh import Mesh
 from chorus.monitoring.metrics import LoggedMetrics, Meter
 from chorus.monitoring.run_log import RunLog
 from chorus.training.nonfinite import SkippedUpdates
 from chorus.training.step import MicroBatchLosses, StepDone, StepResult
 
 
+@dataclass(frozen=True)
+class MeshOf(Mesh):
+    """One of several processes: `sum_rows` adds what the others bring."""
+
+    others: tuple[list[float], ...] = ()
+
+    def sum_rows(self, own: Tensor) -> Tensor:
+        return own + sum(torch.tensor(other, dtype=own.dtype) for other in self.others)
+
+
 class EngineOf:
-    """The engine of one of several processes: `sum` adds what the others bring."""
+    """The engine of one of several processes, which hold the same agents."""
 
     def __init__(self, *others: list[float]) -> None:
-        self.others = others
         self.accelerator = self
         self.device = torch.device("cpu")
         self.agents = toy_agents("fused", num_agents=2)
-
-    def sum(self, own: Tensor) -> Tensor:
-        return own + sum(torch.tensor(other, dtype=own.dtype) for other in self.others)
+        self.mesh = MeshOf(others=others)
 
 
 def part(nll: list[float], swd: float | None) -> MicroBatchLosses:

@@ -63,7 +63,8 @@ def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
 @pytest.mark.launch
 def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
     launcher = [*ZERO2, "--num_processes", "2"]
-    result = tried_in_forks(launcher, f"output_dir={tmp_path}/run", "parallel_mode=sequential")
+    own = ("parallel_mode=sequential", "num_agents=4", "agent_parallel_size=2")
+    result = tried_in_forks(launcher, f"output_dir={tmp_path}/run", *own)
     assert result.returncode == 0, result.stderr[-3000:] + result.stdout
     told = json.loads(result.stdout.splitlines()[-1])  # the launcher may say something of its own before
     assert set(checks_of(told).values()) == {"PASS"}
@@ -72,6 +73,7 @@ def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
         "an all-reduce gives the right sum",
         "processes see one output_dir",
         "DeepSpeed is active",
+        "each agent is one on all its processes",
         "modes agree",
         "a checkpoint gives back the agents",
         "stock PEFT reads the agents",
@@ -178,8 +180,8 @@ def test_a_completion_of_which_a_part_is_not_learnt_is_caught(tried, tmp_path: P
 def test_an_agent_that_does_not_learn_and_a_base_that_is_not_shared_are_caught(
     tried, monkeypatch: pytest.MonkeyPatch
 ):
-    def losing_gradients(*arguments: Any) -> chorus.model.agents.Agents:
-        agents = chorus.model.agents.build_agents(*arguments)
+    def losing_gradients(*arguments: Any, **more: Any) -> chorus.model.agents.Agents:
+        agents = chorus.model.agents.build_agents(*arguments, **more)
         if 1 in agents.agents:
             agents.adapters()[1].register_hook(lambda gradient: gradient * 0)
         return agents

@@ -13,6 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from chorus.config import Config
 from chorus.data.batches import Sample, collate
 from chorus.errors import InputError
+from chorus.mesh import ALONE
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Agents, Regularisation, build_agents
 from chorus.model.base import load_model
@@ -73,7 +74,7 @@ def allocated_by_a_step(config: Config, precision: str, folder: Path) -> int:
     gc.collect()  # what earlier tests left must not go while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = agents(batch, step=0)
-        loss_fn = objective_of(config, config, gather=lambda own: own)
+        loss_fn = objective_of(config, config, ALONE)
         loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=0).share.backward()
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
@@ -219,6 +220,18 @@ def test_of_many_agents_a_few_are_built_and_the_forecast_is_that_of_all(
     monkeypatch.undo()
     huge = forecast(config.model_copy(update={"num_agents": 4096}), "bf16", Machine("cpu"))
     assert huge.standing["adapters"] == 4 * 4096 * (of_all.trainable // 14)
+
+
+def test_agents_over_processes_take_of_each_what_their_share_takes_of_one(base: str):
+    """A step of 2 of 4 agents; evaluation has all four, those of the other process beside the own."""
+    keys = {"lambda_sw": 0.0, "eval_samples": 4, "eval_batch_size": 1}
+    spread = forecast(config_of(base, num_agents=4, **keys), "bf16", Machine("cuda", 2, agent_size=2))
+    alone, all_four = (
+        forecast(config_of(base, num_agents=count, **keys), "bf16", Machine("cuda")) for count in (2, 4)
+    )
+    assert (spread.standing, spread.training) == (alone.standing, alone.training)
+    assert spread.trainable == all_four.trainable == 2 * alone.trainable
+    assert spread.evaluation == all_four.evaluation + 4 * alone.trainable  # fp32
 
 
 def test_a_forecast_is_the_same_whatever_was_forecast_before(base: str):

@@ -5,8 +5,9 @@ from pathlib import Path
 from rows import TOKENIZER, data_config, read_rows, write_lines
 from tokenizers_made import make_tokenizer
 
-from chorus.config import Config
+from chorus.config import RunConfig
 from chorus.data.samples import Samples
+from chorus.planning.forecast import Machine
 from chorus.planning.run_plan import plan, sample_tokens
 
 ROW = {"question": "1 + 1?", "answer": "2"}
@@ -17,9 +18,10 @@ def samples(folder: Path, num_rows: int) -> Samples:
 
 
 def planned(folder: Path, num_rows: int, num_processes: int, **settings):
-    config = Config(**{"max_train_steps": None, **settings})
+    config = RunConfig(**{"max_train_steps": None, **settings})
+    machine = Machine("cpu", num_processes, agent_size=config.agent_parallel_size)
     rows = samples(folder, num_rows)
-    return plan(config, rows, trainable=1000, base_parameters=5, num_processes=num_processes), config
+    return plan(config, rows, trainable=1000, base_parameters=5, machine=machine), config
 
 
 def test_steps_are_those_that_take_every_row_once_an_epoch(tmp_path: Path):
@@ -29,6 +31,20 @@ def test_steps_are_those_that_take_every_row_once_an_epoch(tmp_path: Path):
     assert told["a step"].startswith("24 rows = batch_size 4 x accumulation 3 x processes 2")
     assert told["steps"] == "6 (3 an epoch, 2.00 epochs)"
     assert planned(tmp_path, 50, 2, batch_size=4, max_train_steps=7)[0].steps == 7
+
+
+def test_it_says_who_holds_which_agents_and_what_each_process_sends(tmp_path: Path):
+    batch = {"batch_size": 4, "swd_points_per_row": 2, "swd_num_projections": 5}
+    run, config = planned(tmp_path, 50, 4, num_agents=4, agent_parallel_size=2, **batch)
+    told = dict(run.describe(config))
+    assert told["a step"].startswith(
+        "8 rows = batch_size 4 x accumulation 1 x processes 4 / agent_parallel_size 2"
+    )
+    assert told["processes"] == "0 to 1: agents 0 to 1; 2 to 3: agents 2 to 3"
+    projected = 4 * 2 * (4 * 2) * 5  # fp32, 2 agents, 4 rows of 2 points, 5 projections
+    assert run.sent == (2 * 4 * 500 // 2, 0, projected, 2 * projected)
+    assert told["sent"] == "0.00 MB gradients, 0.00 MB projections, by each process in a step"
+    assert "processes" not in dict(planned(tmp_path, 50, 1, **batch)[0].describe(config))
 
 
 def test_a_checkpoint_takes_twelve_bytes_for_each_trained_number_and_so_many_are_kept(tmp_path: Path):

@@ -17,7 +17,7 @@ from chorus.planning.trial_run import (
 
 
 def run_of(losses: list[list[float]]) -> ModeRun:
-    return ModeRun("fused", losses, 0.1, 0, "plain", {}, [], [], 0)
+    return ModeRun("fused", losses, 0.1, 0, "plain", {}, [], [], 0, [])
 
 
 def test_one_bit_of_the_base_is_noticed():

@@ -1,6 +1,7 @@
 """The objective against POT, float64 closed forms, and itself split over processes."""
 
 import math
+from dataclasses import dataclass, field
 
 import ot
 import pytest
@@ -10,6 +11,7 @@ from toy import max_difference, toy_batch
 
 from chorus.config import Config
 from chorus.data.batches import Sample, collate
+from chorus.mesh import Mesh
 from chorus.training.diversity import SwdSettings, cloud, random_slices, sliced_wasserstein
 from chorus.training.objective import objective, objective_of
 
@@ -163,16 +165,14 @@ def test_a_configuration_says_how_agents_are_compared_and_how_much_a_micro_batch
     config = Config(num_agents=3, batch_size=6, gradient_accumulation_steps=4, **swd)
     batch = toy_batch(rows=4, length=9)
     nll_KBT, hidden_KBTD = torch.rand(3, *batch.input_BT.shape), torch.randn(3, *batch.input_BT.shape, 6)
-    gathered: list[Tensor] = []
-    part = objective_of(config, config, collect(gathered))(
-        nll_KBT, hidden_KBTD, batch, num_targets=20, step=2
-    )
+    mesh = Collected()
+    part = objective_of(config, config, mesh)(nll_KBT, hidden_KBTD, batch, num_targets=20, step=2)
     points_KNH, valid_N = cloud(hidden_KBTD, batch, "last", 6)
     distance = swd_of(points_KNH, random_slices(6, 7, seed=5, step=2), valid_N)
     assert part.swd is not None
     assert part.swd.item() == pytest.approx(distance.item(), rel=1e-5)
     assert part.share.item() == pytest.approx((nll_KBT.sum() / 20 - 3 * 0.7 * distance / 4).item(), rel=1e-5)
-    assert [len(own) for own in gathered] == [6, 6]  # rows of a process, one point each
+    assert [len(own) for own in mesh.into] == [6, 6]  # rows of a process, one point each
 
 
 def loss_fn(
@@ -210,7 +210,14 @@ def test_shares_of_two_processes_of_unequal_rows_sum_to_the_whole_and_so_do_thei
     kept: dict[int, list[Tensor]] = {0: [], 1: []}
     for rank, (batch, place) in enumerate(parts):
         T = batch.input_BT.shape[1]
-        loss_fn(nll[:, place, :T], hidden[:, place, :T], batch, 0.7, rows=3, gather=collect(kept[rank]))
+        loss_fn(
+            nll[:, place, :T],
+            hidden[:, place, :T],
+            batch,
+            0.7,
+            rows=3,
+            gather=Collected(into=kept[rank]).gather_rows,
+        )
     total, gradient = 0.0, torch.zeros_like(hidden)
     for rank, (batch, place) in enumerate(parts):
         T = batch.input_BT.shape[1]
@@ -227,12 +234,15 @@ def test_shares_of_two_processes_of_unequal_rows_sum_to_the_whole_and_so_do_thei
     assert total == pytest.approx((nll * whole.mask_BT).sum().item() / 20, rel=1e-5)
 
 
-def collect(into: list[Tensor]):
-    def gather(own: Tensor) -> Tensor:
-        into.append(own.detach())
-        return own
+@dataclass(frozen=True)
+class Collected(Mesh):
+    """A process alone that keeps what it would send."""
 
-    return gather
+    into: list[Tensor] = field(default_factory=list)
+
+    def gather_rows(self, own: Tensor) -> Tensor:
+        self.into.append(own.detach())
+        return own
 
 
 def join(kept: dict[int, list[Tensor]], rank: int):

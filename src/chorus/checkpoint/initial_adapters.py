@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from chorus.checkpoint.export import ADAPTER_FILE, peft_key
+from chorus.collectives import on_every_process
 from chorus.config import RunConfig
 from chorus.errors import InputError
 from chorus.model.agents import Agents
@@ -48,17 +49,24 @@ def initial_folders(config: RunConfig) -> list[Path]:
 
 
 def start_from(agents: Agents, folders: Sequence[Path]) -> None:
-    """Write the weights of each folder over those of its agent.
+    """Write the weights of each folder over those of its agent; none without folders. A collective call.
 
     Raises:
-        InputError: an adapter lacks a layer of the run's, has one more, or is not finite.
+        InputError: on every process alike: an adapter lacks a layer of the run's, has one more, or is not
+            finite.
     """
+    if folders:  # processes may hold other agents, and so read other files
+        on_every_process(lambda: _start_own(agents, folders))
+
+
+def _start_own(agents: Agents, folders: Sequence[Path]) -> None:
     tensors = agents.adapter_tensors()
-    for agent, folder in enumerate(folders):
+    for agent in agents.agents:
+        file = folders[agent] / ADAPTER_FILE
         wanted = {
             peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent
         }
-        _fill(wanted, _read(folder / ADAPTER_FILE), folder / ADAPTER_FILE)
+        _fill(wanted, _read(file), file)
 
 
 def _check_config(folder: Path, config: RunConfig) -> None:

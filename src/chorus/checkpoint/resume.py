@@ -257,14 +257,16 @@ def refuse_another_run(saved: StateFile, config: Config, run: Mapping[str, Any],
         refuse("key 'epochs'", config.epochs, saved.config.epochs)
     if run["precision"] != saved.precision:
         refuse("key 'mixed_precision'", run["precision"], saved.precision)
-    own_rows = config.batch_size * run["world_size"]
-    old_rows = saved.config.batch_size * saved.world_size
+    sizes = int(config.agent_parallel_size), saved.config.agent_parallel_size
+    own_rows = config.batch_size * run["world_size"] // sizes[0]
+    old_rows = saved.config.batch_size * saved.world_size // sizes[1]
+    processes = "processes / agent_parallel_size" if max(sizes) > 1 else "processes"
     if config.lambda_sw > 0 and own_rows != old_rows:  # the distance compares the rows of a micro-batch
-        refuse("with lambda_sw above 0, key 'batch_size' x processes", own_rows, old_rows)
+        refuse(f"with lambda_sw above 0, key 'batch_size' x {processes}", own_rows, old_rows)
     own_rows *= config.gradient_accumulation_steps
     old_rows *= saved.config.gradient_accumulation_steps
     if own_rows != old_rows:
-        refuse("key 'batch_size' x gradient_accumulation_steps x processes", own_rows, old_rows)
+        refuse(f"key 'batch_size' x gradient_accumulation_steps x {processes}", own_rows, old_rows)
     for name in ("tokenizer", "data"):
         _refuse_other_fingerprint(name, saved, config, run, folder)
 

@@ -59,6 +59,7 @@ class SavedConfig(UntrustedModel):
     dataset_name: str
     batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
+    agent_parallel_size: PositiveInt = 1
     epochs: PositiveInt
     max_train_steps: NonNegativeInt | None
 
@@ -106,6 +107,10 @@ class StateFile(SavedStep):
     def _agrees_with_itself(self) -> "StateFile":
         if self.step > self.num_steps:
             raise ValueError(f"step is {self.step}, beyond num_steps {self.num_steps}")
+        if self.world_size % self.config.agent_parallel_size:
+            raise ValueError(
+                f"world_size is {self.world_size}, and agent_parallel_size {self.config.agent_parallel_size}"
+            )
         if self.config.max_train_steps not in (None, self.num_steps):
             raise ValueError(
                 f"num_steps is {self.num_steps}, and max_train_steps {self.config.max_train_steps}"

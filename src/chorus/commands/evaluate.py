@@ -43,7 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     known = _configuration_of(Path(runs[0])) if len(runs) == 1 else None
     if known is None and options.data is None:
         raise InputError(f"command line: {runs[0]} brings no data set of its own; name one with --data FILE")
-    config = config_over({**(known or {}), "use_deepspeed": False}, settings, runs[0])
+    config = config_over(
+        {**(known or {}), "use_deepspeed": False, "agent_parallel_size": 1}, settings, runs[0]
+    )
     if options.ood is not None:
         config = config.model_copy(update={"ood_dataset_name": options.ood})
     elif options.data is not None and config.ood_dataset_name == "auto":

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Annotated, Any
 
 from pydantic import Field
+from pydantic.types import PositiveInt
 
 from chorus.config.adapters import MOST_AGENTS, AdapterSettings
 from chorus.config.data import DataSettings
@@ -14,7 +15,7 @@ from chorus.config.instruments import InstrumentSettings
 from chorus.config.model import ModelSettings
 from chorus.config.objective import ObjectiveSettings
 from chorus.config.output import OutputSettings
-from chorus.config.section import OnResume, Section
+from chorus.config.section import ComparedByEffect, OnResume, Section
 from chorus.config.training import TrainingSettings
 
 SECTIONS: tuple[type[Section], ...] = (
@@ -52,9 +53,10 @@ class Config(  # the last section first: pydantic takes the keys of the last bas
 
 
 class RunConfig(Config):
-    """A configuration in which `num_agents` is decided."""
+    """A configuration in which `num_agents` and `agent_parallel_size` are decided."""
 
     num_agents: Annotated[int, Field(ge=1, le=MOST_AGENTS)] = 4  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen, so never assigned)
+    agent_parallel_size: ComparedByEffect[PositiveInt] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def on_resume(key: str) -> OnResume:

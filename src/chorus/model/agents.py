@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from chorus.config.execution import Mode
 from chorus.data.batches import Batch
+from chorus.mesh import ALONE, Mesh
 from chorus.model.adapters import (
     BASE_ALONE,
     AdapterRouter,
@@ -70,12 +71,6 @@ class AgentOutput(NamedTuple):
 DrawNoise = Callable[[Mapping[int, Tensor], Regularisation, int], Noise]
 
 
-def held_agents(num_agents: int) -> tuple[int, ...]:
-    """The agents that this process holds: all of them. The one
-    place to change if they are ever spread over GPUs."""
-    return tuple(range(num_agents))
-
-
 def build_agents(
     mode: Mode,
     model: PreTrainedModel,
@@ -85,17 +80,19 @@ def build_agents(
     execution: Execution = PLAIN,
     run_pass: RunPass | None = None,
     draw: DrawNoise = draw_noise,
+    mesh: Mesh = ALONE,
 ) -> "Agents":
     """Put the agents this process holds on `model`, which must already lie on its device, frozen.
 
     Args:
+        num_agents: of the run. This process holds those that `mesh` says.
         run_pass: carries out training passes; None: as CUDA graphs or not, as `execution` says.
         draw: draws the noise of an optimiser step.
 
     Raises:
         InputError: target modules, gradient checkpointing or compilation that the model does not have.
     """
-    agents = held_agents(num_agents)
+    agents = mesh.held_agents(num_agents)
     router = AdapterRouter()
     targets = shape.targets(model)
     targets.log()
@@ -222,6 +219,20 @@ class Agents(nn.Module):
         """All that is trained: each agent's adapter_F, laid out by `layout`, the agents in order."""
         return {agent: getattr(self, adapter_name(agent)) for agent in self.agents}
 
+    @contextmanager
+    def also_holding(self, others: Mapping[int, Tensor]) -> Iterator[None]:
+        """The context in which other agents, given by their flat adapters, are held too: for evaluation."""
+        own = self.agents
+        for agent, flat_F in others.items():
+            self.register_parameter(adapter_name(agent), nn.Parameter(flat_F, requires_grad=False))
+        self.agents = tuple(sorted({*own, *others}))
+        try:
+            yield
+        finally:
+            self.agents = own
+            for agent in others:
+                delattr(self, adapter_name(agent))
+
     def named(self, flat: Mapping[int, Tensor]) -> dict[TensorId, Tensor]:
         """What is laid out as the agents' adapters are, by
         identity: agent by agent, views in the model's order."""
@@ -329,7 +340,9 @@ class ParallelAgents(Agents):
     """K PeftModels over one storage: each agent has a module tree of its own, no adapter is ever switched."""
 
     def peft_model(self, agent: int) -> PeftModel:
-        return self.peft_models[self.agents.index(agent)]  # pyright: ignore[reportReturnType]
+        # Within `also_holding` there are more agents than trees; any tree takes any agent's weights.
+        place = self.agents.index(agent) % len(self.peft_models)
+        return self.peft_models[place]  # pyright: ignore[reportReturnType]
 
     def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
         noise = self._noise_of(step, slot)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from accelerate.utils import gather_object
+
 from chorus.checkpoint.state_file import BestStep, StateFile
 from chorus.config import RunConfig
 from chorus.config.evaluation import EvaluationSettings
@@ -94,9 +96,8 @@ class RunEvaluation:
             self.initial = Evaluation.from_report(known.report)
         elif self.config.eval_on_start:
             adapters = self.engine.agents.adapter_tensors()
-            with_agents = any(
-                bool(tensor.any()) for identity, tensor in adapters.items() if identity.matrix == "B"
-            )
+            own = any(bool(tensor.any()) for identity, tensor in adapters.items() if identity.matrix == "B")
+            with_agents = any(gather_object([own]))  # other processes may hold other agents
             self.initial = self._evaluate(with_base=True, with_agents=with_agents)
             if self.initial.num_problems:
                 self.run_log.scores(0, self.initial.flat())
@@ -149,7 +150,7 @@ class RunEvaluation:
         return found
 
     def _evaluate(self, *, with_base: bool, with_agents: bool = True) -> Evaluation:
-        who = "the base" if not with_agents else f"{len(self.engine.agents.agents)} agents and their mixture"
+        who = "the base" if not with_agents else f"{self.config.num_agents} agents and their mixture"
         logger.info("scoring %s on held-out problems", who)
         own = sum(map(len, self.rows[:3]))
         with span("evaluation"), self.engine.unsharded(), self.run_log.scoring(own) as progress:

@@ -27,8 +27,8 @@ class Means(NamedTuple):
 
 
 class Meter:
-    """Sums of losses and tokens over steps. They stay on the
-    device until `read`, so that nothing waits before."""
+    """Sums of the losses of this process's agents, and of tokens, over steps. They stay on the device until
+    `read`, so that nothing waits before."""
 
     def __init__(self, num_agents: int, device: torch.device):
         self.num_agents = num_agents
@@ -57,11 +57,12 @@ class Meter:
     def read(self, engine: Engine) -> Means:
         """Means over the steps since the last reading; then start again. A collective call."""
         tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.device)
-        *ce, tokens = engine.sum(torch.cat([self.ce_K / self.steps, tokens])).tolist()
+        own_K, tokens = engine.mesh.sum_rows(torch.cat([self.ce_K / self.steps, tokens])).tensor_split([-1])
+        ce = engine.mesh.gather_agents(own_K).tolist()
         seconds = time.perf_counter() - self.began
         swd = float(self.swd) / self.steps if self.has_swd else None
         self._reset()
-        return Means(ce, swd, self.num_agents * tokens / seconds)
+        return Means(ce, swd, len(ce) * float(tokens) / seconds)
 
 
 class LoggedMetrics:

@@ -173,7 +173,7 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
     ]
     per_call = [total[name] / max(calls[name], 1) for name in names]
     own = torch.tensor([*rates, *per_call], dtype=torch.float64, device=engine.accelerator.device)
-    all_PN = engine.gather(own[None]).cpu()  # of every process
+    all_PN = cast(torch.Tensor, engine.accelerator.gather(own[None])).cpu()  # of every process
     if not all_PN[:, 0].all():
         return None
     slowest = dict(zip(names, all_PN[:, 3:].amax(0).tolist(), strict=True))

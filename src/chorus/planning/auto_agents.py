@@ -18,6 +18,7 @@ from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
 from chorus.data.batches import Sample, collate
 from chorus.errors import InputError, out_of_memory
+from chorus.mesh import ALONE, decide_agent_size
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import build_agents, copy_sharing_storage
 from chorus.model.base import load_base
@@ -38,22 +39,28 @@ WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller bat
 
 @announced("finding how many agents fit")
 def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[RunConfig, str]:
-    """The configuration with a number for `num_agents`, and the reason, for the log ("" if it was a number).
+    """The configuration with numbers for `num_agents` and `agent_parallel_size`; and the reason for the first
+    one, for the log ("" if it was a number).
 
     A resumed run keeps the number of its checkpoint. Otherwise it is the largest, up to `MOST_AGENTS`, whose
     forecast fits `memory_fraction` of the smallest device; on a GPU lowered until a measured step fits too (a
-    CPU's allocator keeps no count). A collective call: all processes agree.
+    CPU's allocator keeps no count). Every process holds equally many. A collective call: all processes agree.
 
     Raises:
-        InputError: not even the fewest agents fit (one; two with lambda_sw above 0).
+        InputError: not even the fewest agents fit (one; two with lambda_sw above 0), or those of the
+            checkpoint cannot be spread as `agent_parallel_size` says.
     """
+    count = accelerator.num_processes
+    size = decide_agent_size(config.agent_parallel_size, config.num_agents, count)
+    config = config.model_copy(update={"agent_parallel_size": size})
     if config.num_agents != "auto":
         return with_agents(config, config.num_agents), ""
     state = on_first_process(accelerator, lambda: newest_state(config))
     if state is not None:
         kept = state.config.num_agents
+        decide_agent_size(size, kept, count)
         return with_agents(config, kept), f"num_agents auto: {kept}, as in the checkpoint"
-    machine = machine_of(accelerator)
+    machine = machine_of(accelerator, config)
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
     num_agents, first, each = on_first_process(
         accelerator, lambda: most_that_fit(config, precision, machine, limit)
@@ -64,9 +71,10 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
             config, num_agents, each, limit, precision, accelerator
         )
         taken = f"a step took {measured / GIB:.2f} GiB, "
-    cap = " (auto takes no more; name a number to have them)" if num_agents == MOST_AGENTS else ""
+    cap = " (auto takes no more; name a number to have them)" if num_agents + size > MOST_AGENTS else ""
+    needs = first + num_agents // size * each
     return with_agents(config, num_agents), (
-        f"num_agents auto: {num_agents}{cap}; {taken}forecast {(first + num_agents * each) / GIB:.2f} GiB, "
+        f"num_agents auto: {num_agents}{cap}; {taken}forecast {needs / GIB:.2f} GiB, "
         f"allowed {limit / GIB:.2f} (memory_fraction {config.memory_fraction:g} of the smallest device)"
     )
 
@@ -80,7 +88,7 @@ def lower_until_a_step_fits(
     Raises:
         InputError: not even the fewest agents fit.
     """
-    machine, device = machine_of(accelerator), accelerator.device
+    machine, device = machine_of(accelerator, config), accelerator.device
     execution = decide_execution(config, device, machine.base_in_shards)
     # Loaded for these steps alone: the run's memory is forecast next, against a device without a base.
     model = load_base(config, DTYPES[precision], device, compiled=execution.compiled)
@@ -89,34 +97,39 @@ def lower_until_a_step_fits(
         measured = max(gather_object([measured_step(model, tried, precision, machine, device)]))
         if measured <= limit:
             return num_agents, measured
-        excess = num_agents // 8 if measured == OUT_OF_MEMORY else -((limit - measured) // each)
-        num_agents -= max(1, excess)
+        held = num_agents // machine.agent_size
+        excess = held // 8 if measured == OUT_OF_MEMORY else -((limit - measured) // each)
+        num_agents -= max(1, excess) * machine.agent_size
         if num_agents < fewest_agents(config):
             raise InputError(_too_little(config, "a measured step", measured, limit))
 
 
 def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) -> tuple[int, int, int]:
-    """The most agents by forecast, and the forecast's two numbers: bytes = first + num_agents x each.
+    """The most agents by forecast, and the forecast's two numbers: bytes = first + each x the agents of a
+    process.
 
     The memory of a step is linear in the number of agents, in every mode, from two passes on.
 
     Raises:
         InputError: the fewest agents do not fit.
     """
-    some = max(2, config.agents_per_pass or 0)
-    peaks = [forecast(with_agents(config, count), precision, machine).peak for count in (some, 2 * some)]
+    some, size = max(2, config.agents_per_pass or 0), machine.agent_size
+    peaks = [forecast(with_agents(config, held * size), precision, machine).peak for held in (some, 2 * some)]
     each = max(1, (peaks[1] - peaks[0]) // some)
     first = peaks[0] - some * each
-    num_agents = min(MOST_AGENTS, (limit - first) // each)
+    num_agents = min(MOST_AGENTS // size, (limit - first) // each) * size
     fewest = fewest_agents(config)
     if num_agents < fewest:
-        raise InputError(_too_little(config, f"the forecast for {fewest}", first + fewest * each, limit))
+        needs = first + fewest // size * each
+        raise InputError(_too_little(config, f"the forecast for {fewest}", needs, limit))
     return num_agents, first, each
 
 
 def fewest_agents(config: Config) -> int:
-    """The fewest agents of a run: two where lambda_sw asks for a distance between them."""
-    return 2 if config.lambda_sw > 0 else 1
+    """The fewest agents of a run: two where lambda_sw asks for a distance between them, and one for each
+    process over which they are spread."""
+    size = int(config.agent_parallel_size)
+    return 2 if config.lambda_sw > 0 and size == 1 else size
 
 
 def with_agents(config: Config, num_agents: int) -> RunConfig:
@@ -139,7 +152,7 @@ def newest_state(config: Config) -> StateFile | None:
     return None
 
 
-def machine_of(accelerator: Accelerator) -> Machine:
+def machine_of(accelerator: Accelerator, config: Config) -> Machine:
     """What a forecast must know of the machine."""
     plugin = (
         accelerator.state.deepspeed_plugin
@@ -147,7 +160,9 @@ def machine_of(accelerator: Accelerator) -> Machine:
         else None
     )
     settings = None if plugin is None else plugin.deepspeed_config
-    return Machine(accelerator.device.type, accelerator.num_processes, settings)
+    count = accelerator.num_processes
+    size = decide_agent_size(config.agent_parallel_size, config.num_agents, count)
+    return Machine(accelerator.device.type, count, settings, size)
 
 
 def measured_step(
@@ -178,13 +193,12 @@ def _two_steps(
 ) -> None:
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     execution = decide_execution(config, device, machine.base_in_shards)
-    agents = build_agents(
-        config.parallel_mode, model, config.num_agents, lora_shape(config), rates, execution
-    )
+    how = (lora_shape(config), rates, execution)
+    agents = build_agents(config.parallel_mode, model, config.num_agents, *how, mesh=machine.mesh)
     shares = 1
     if machine.deepspeed is not None:
         agents.to(DTYPES[precision])
-        shares = machine.num_processes
+        shares = machine.mesh.data_size
     adapters = list(agents.adapters().values())
     stepped = [nn.Parameter(adapter_F.detach()[: ceil(len(adapter_F) / shares)]) for adapter_F in adapters]
     optimizer = adamw(stepped, config.lr, config.weight_decay)
@@ -196,7 +210,9 @@ def _two_steps(
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
     batch = collate([row] * config.batch_size, 0, config.padding, config.swd_points_per_row).to(device)
-    loss_fn = objective_of(config, config, gather=lambda own: own)
+    if len(adapters) == 1:  # the distance, which takes little memory, needs two
+        config = config.model_copy(update={"lambda_sw": 0.0})
+    loss_fn = objective_of(config, config, ALONE)
     for step in range(2):
         output = agents(batch, step=step)
         part = loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=step)

@@ -42,7 +42,7 @@ def decide_packing(
     if state is not None:  # one from before there was the key has none
         packs, why = state.config.model_dump().get("packing") is True, "as in the checkpoint"
     else:
-        in_shards = machine_of(accelerator).base_in_shards
+        in_shards = machine_of(accelerator, config).base_in_shards
         packs, why = on_first_process(
             accelerator, lambda: packs_by_itself(config, lengths, base, accelerator.device, in_shards)
         )

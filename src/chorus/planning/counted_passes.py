@@ -7,10 +7,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface
 
 from chorus.config import RunConfig
 from chorus.data.batches import Batch
+from chorus.mesh import Mesh
 from chorus.model import token_nll
 from chorus.model.adapters import lora_shape
 from chorus.model.agents import Agents, build_agents, masks_of
@@ -183,6 +185,16 @@ def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> t
     return live.peak, hidden_ND.nbytes
 
 
+class _Alike(Mesh):
+    """A mesh in which every process has what this one has."""
+
+    def gather_rows(self, own: Tensor) -> Tensor:
+        return torch.cat([own] * self.data_size)
+
+    def gather_agents(self, own: Tensor) -> Tensor:
+        return torch.cat([own] * self.agent_size)
+
+
 def diversity_bytes(
     config: RunConfig, dtype: torch.dtype, width: int, length: int, machine: Machine
 ) -> tuple[int, int]:
@@ -195,7 +207,7 @@ def diversity_bytes(
     nll_KBT = torch.empty(hidden_KBTD.shape[:3], device="meta")
     points_SM = torch.empty(rows, min(config.swd_points_per_row, length), dtype=torch.int64, device="meta")
     batch = batch_without_values(rows, length)._replace(points_SM=points_SM)
-    objective = objective_of(config, config, gather=lambda own: torch.cat([own] * machine.num_processes))
+    objective = objective_of(config, config, _Alike(machine.agent_size, machine.mesh.data_size))
     with LiveBytes() as live:
         objective(nll_KBT, hidden_KBTD, batch, num_targets=1, step=0).share.backward()
     return live.peak, hidden_KBTD.nbytes

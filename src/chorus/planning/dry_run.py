@@ -20,6 +20,7 @@ from chorus.config.execution import MODES
 from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
 from chorus.errors import InputError
+from chorus.mesh import make_mesh
 from chorus.model.adapters import lora_shape
 from chorus.model.base import load_base, write_toy_like
 from chorus.model.execution import decide_execution, with_padding
@@ -57,8 +58,8 @@ def dry_run(config: Config, loop: Loop, report: Report) -> int:
     try:
         with report.trying(SETTINGS):
             precision = decide_precision(config.mixed_precision)
-            accelerator = make_accelerator(config, config)
-            config = with_padding(config, accelerator.device, machine_of(accelerator).base_in_shards)
+            accelerator = make_accelerator(config, config, config.num_agents)
+            config = with_padding(config, accelerator.device, machine_of(accelerator, config).base_in_shards)
             report.add(SETTINGS, True, _deepspeed_settings(config, precision, accelerator))
         _try_all(report, config, precision, accelerator, loop)
     except Stopped:
@@ -79,7 +80,7 @@ def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator
         return f"DeepSpeed by {path}, precision {precision}"
     if path is None or not Path(path).exists():
         return f"no DeepSpeed, precision {precision}"
-    num_processes = accelerator.num_processes
+    num_processes = machine_of(accelerator, config).mesh.data_size
     try:
         deepspeed_json(config, config, precision, num_processes)
     except InputError:
@@ -112,11 +113,10 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             report.add("num_agents auto", True, note)
         with report.trying("memory"):
             told = on_first_process(
-                accelerator, partial(forecast, config, precision, machine_of(accelerator))
+                accelerator, partial(forecast, config, precision, machine_of(accelerator, config))
             )
-        planned = plan(
-            config, rows.train, told.trainable, skeleton.num_parameters(), accelerator.num_processes
-        )
+        machine = machine_of(accelerator, config)
+        planned = plan(config, rows.train, told.trainable, skeleton.num_parameters(), machine, precision)
         tokens = sample_tokens(rows.train, 0, tokenizer)
         report.facts |= {"plan": planned._asdict(), "forecast_gib": told.report(), "sample": tokens}
         report.show(planned.table(config), told.table(), sample_view(tokens))
@@ -134,16 +134,16 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
                         "num_agents": min(4, config.num_agents),
                     }
                 )
-            in_shards = machine_of(accelerator).base_in_shards
+            in_shards = machine_of(accelerator, config).base_in_shards
             compiled = decide_execution(config, accelerator.device, in_shards).compiled
             load = partial(load_base, config, DTYPES[precision], accelerator.device, compiled=compiled)
             base = None if in_shards else load()
         samples = rows.longest(STEPS * planned.rows_of_a_step)  # they decide what fits
         if not fits:
             samples = [Sample(ids[-TOY_TOKENS:], is_target[-TOY_TOKENS:]) for ids, is_target in samples]
-        setting = Setting(
-            config, accelerator, base, load, samples, cast(int, tokenizer.eos_token_id), loop, folder
-        )
+        mesh = make_mesh(accelerator, config.agent_parallel_size)
+        pad_id = cast(int, tokenizer.eos_token_id)
+        setting = Setting(config, accelerator, base, load, samples, pad_id, loop, folder, mesh)
         _check_modes(report, setting, precision, is_real=fits)
 
 
@@ -212,7 +212,7 @@ def _check_memory(
     remedy = ""
     if told.peak > limit:
         remedy = on_first_process(
-            accelerator, lambda: way_out(config, precision, machine_of(accelerator), limit)
+            accelerator, lambda: way_out(config, precision, machine_of(accelerator, config), limit)
         )
     report.add(
         "memory",
@@ -226,7 +226,7 @@ def _check_memory(
 
 def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool) -> None:
     config, accelerator = setting.config, setting.accelerator
-    machine = machine_of(accelerator)
+    machine = machine_of(accelerator, config)
     own = config.parallel_mode
     runs: list[ModeRun] = []
     forecasts: dict[str, int] = {}
@@ -249,6 +249,8 @@ def _check_modes(report: Report, setting: Setting, precision: str, is_real: bool
             )
             _check_mode(report, runs[-1], config)
     _check_engine(report, config, runs[0])
+    if accelerator.num_processes > 1:
+        _check_holders(report, runs, config)
     worst = disagreement(runs)
     report.add(
         "modes agree",
@@ -298,6 +300,25 @@ def _check_engine(report: Report, config: Config, run: ModeRun) -> None:
         report.add(
             "DeepSpeed is active", active, run.engine, "launch with --config_file accelerate_config.yaml"
         )
+
+
+def _check_holders(report: Report, runs: list[ModeRun], config: RunConfig) -> None:
+    """Every agent lies on processes / A processes, and is the same on all of them after the steps."""
+    size, wrong = config.agent_parallel_size, []
+    for run in runs:
+        copies = len(run.holders) // size
+        for agent in range(config.num_agents):
+            sums = [held[agent] for held in run.holders if agent in held]
+            if len(sums) != copies or len(set(sums)) > 1:
+                wrong.append(f"{run.mode}: agent {agent} on {len(sums)} processes, {len(set(sums))} unlike")
+    copies = len(runs[0].holders) // size
+    report.add(
+        "each agent is one on all its processes",
+        not wrong,
+        "; ".join(wrong[:3])
+        or f"{config.num_agents // size} agents a process, each agent on {copies}, alike to the bit",
+        "report it: the reduction of gradients leaves them apart",
+    )
 
 
 def _check_reload(report: Report, run: ModeRun, precision: str) -> None:

@@ -5,16 +5,24 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from chorus.mesh import Mesh
+
 GIB = 2**30
 
 
 class Machine(NamedTuple):
-    """Where a process runs: its device type, the number of
-    processes, and DeepSpeed's JSON if it is active."""
+    """Where a process runs: its device type, the number of processes, DeepSpeed's JSON if it is active, and
+    over how many processes the agents are spread."""
 
     device_type: str
     num_processes: int = 1
     deepspeed: Mapping[str, Any] | None = None
+    agent_size: int = 1
+
+    @property
+    def mesh(self) -> Mesh:
+        """The place of the first process; as to memory, all are alike."""
+        return Mesh(self.agent_size, self.num_processes // self.agent_size)
 
     @property
     def base_in_shards(self) -> bool:

@@ -63,7 +63,7 @@ def foresee_memory(
     free = min(gather_object([memory_limit(accelerator.device, 1.0)]))
     needs, phase, way = on_first_process(
         accelerator,
-        partial(_forecast_and_way_out, config, precision, machine_of(accelerator), free, length),
+        partial(_forecast_and_way_out, config, precision, machine_of(accelerator, config), free, length),
     )
     device = accelerator.device.type
     said = (

@@ -44,7 +44,8 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     """
     dtype = DTYPES[precision]
     length = length or longest_batch(config)
-    agents, counts = count(config, dtype, length, machine)
+    own = config.model_copy(update={"num_agents": config.num_agents // machine.agent_size})  # of a process
+    agents, counts = count(own, dtype, length, machine)
     base = cast(PreTrainedModel, agents.peft_model(agents.agents[0]).get_base_model())
     spared, largest = spared_bytes(base, bits_of_base(config, agents.config))
     standing = base_bytes(bytes_of(agents.frozen_tensors().values()) - spared, dtype, machine)
@@ -58,12 +59,13 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     activations, loss, diversity = counts.activations, counts.loss, 0
     if config.lambda_sw > 0:
         width = agents.head().weight_VD.shape[1]
-        compared, gradient_of_all = diversity_bytes(config, dtype, width, length, machine)
+        compared, gradient_of_all = diversity_bytes(own, dtype, width, length, machine)
         diversity = max(0, counts.after_forward + counts.gradients + compared - activations)
         loss += gradient_of_all  # backward passes through the distance first, and its gradient waits
     backward = counts.peak + counts.gradients - activations
     scoring = _scoring_bytes(config, agents, length, machine)
-    return Forecast(standing, activations, loss, diversity, backward, scoring, counts.elements)
+    trainable = counts.elements * machine.agent_size
+    return Forecast(standing, activations, loss, diversity, backward, scoring, trainable)
 
 
 def longest_batch(config: RunConfig) -> int:
@@ -86,8 +88,8 @@ def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, in
 
 
 def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What each process holds for `elements` trainable numbers: weights, AdamW's two moments, the engine's
-    buffers.
+    """What a process holds for the `elements` trainable numbers of its agents: weights, AdamW's two moments,
+    the engine's buffers.
 
     Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the run's
     precision on every process; a share of fp32 weights and moments and, from stage 2, of gradients; buckets
@@ -95,13 +97,13 @@ def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine:
     """
     if machine.deepspeed is None:
         parts = {"adapters": 4 * elements, "optimizer": 8 * elements}
-        if machine.num_processes > 1:
+        if machine.mesh.data_size > 1:
             parts["buckets of DDP"] = 4 * elements
         elif config.gradient_accumulation_steps > 1:
             parts["gradients of earlier micro-batches"] = 4 * elements
         return parts
     zero = machine.deepspeed["zero_optimization"]
-    share = ceil(elements / machine.num_processes)
+    share = ceil(elements / machine.mesh.data_size)
     is_offloaded = ((zero.get("offload_optimizer") or {}).get("device") or "none") != "none"
     gradients = elements if zero["stage"] == 1 else share
     buckets = 0
@@ -124,7 +126,8 @@ def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Mach
     """Bytes of scoring held-out rows under all members, or of writing all answers to some prompts, if larger.
 
     A prompt is answered in 2 K + 1 rows: the base and each agent by itself, and each agent for the
-    mixture. On a GPU decoding fills the memory that is free, so one prompt at a time is all that it needs.
+    mixture. Agents that are spread over processes are gathered for it. On a GPU decoding fills the memory
+    that is free, so one prompt at a time is all that it needs.
     """
     rows = min(config.eval_batch_size, ceil(config.eval_samples / machine.num_processes))
     if rows == 0:
@@ -147,4 +150,6 @@ def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Mach
             cache = live.now - output.last_hidden_state.nbytes
     logits = 3 * 4 * prompts * len(head.weight_VD)  # raw, as log-probabilities, and in their mixture; fp32
     scoring += loss_bytes(head, tokens, dtype, machine.device_type)[0]
-    return max(scoring, live.peak + (texts - 1) * cache + texts * logits)
+    elsewhere = config.num_agents - config.num_agents // machine.agent_size
+    adapters = elsewhere * agents.adapters()[0].nbytes
+    return adapters + max(scoring, live.peak + (texts - 1) * cache + texts * logits)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from chorus.checkpoint.store import Checkpointer, checkpoints, read_tensors, ver
 from chorus.config import RunConfig
 from chorus.data.batches import Batch, Sample, collate, training_steps
 from chorus.ensemble.mixture import dirichlet_weights, mixture_log_prob, uniform_weights
+from chorus.mesh import ALONE, Mesh
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
 from chorus.model.agents import Agents, build_agents, causal_lm, copy_sharing_storage
 from chorus.model.base import base_tensors
@@ -42,6 +44,7 @@ class Setting(NamedTuple):
         base: on its device, frozen; no mode changes it. None: each mode loads its own, because ZeRO-3 shards
         it.
         pad_id: any id of the vocabulary.
+        mesh: of all processes.
     """
 
     config: RunConfig
@@ -52,6 +55,7 @@ class Setting(NamedTuple):
     pad_id: int
     loop: Loop
     folder: Path
+    mesh: Mesh = ALONE
 
 
 @dataclass
@@ -67,6 +71,7 @@ class ModeRun:
         changed: base tensors of which a bit has changed.
         not_shared: base tensors that lie elsewhere for some agent.
         growth: bytes that one agent more takes, beyond its adapters.
+        holders: of each process, the agents that it holds, with a checksum of each adapter after the steps.
     """
 
     mode: str
@@ -78,6 +83,7 @@ class ModeRun:
     changed: list[str]
     not_shared: list[str]
     growth: int
+    holders: list[dict[int, int]]
     reload: "Reload | None" = None
 
     def report(self) -> dict[str, Any]:
@@ -160,9 +166,9 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     base = setting.base or setting.load_base()
     reset_peak(device)
     execution = decide_execution(config, device, base_in_shards=zero_stage(accelerator) == 3)
-    agents = agents_of(config, base, config.num_agents, execution)
+    agents = agents_of(config, base, config.num_agents, execution, setting.mesh)
     not_shared, more = not_shared_tensors(agents), growth(config, base, agents)
-    engine = start_engine(accelerator, agents, config)
+    engine = start_engine(accelerator, agents, config, setting.mesh)
     weights = {identity: tensor.clone() for identity, tensor in engine.adapter_values().items()}
     batch = collate(setting.samples[: config.batch_size], setting.pad_id).to(device)
     with engine.unsharded():
@@ -175,8 +181,8 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
         config,
         points_per_row=config.swd_points_per_row,
         pad_id=setting.pad_id,
-        process_index=engine.process_index,
-        num_processes=engine.num_processes,
+        process_index=engine.mesh.data_index,
+        num_processes=engine.mesh.data_size,
         num_steps=STEPS,
     )
     checkpointer = (Checkpointer if is_own else _NoCheckpointer)(
@@ -193,6 +199,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
         changed=[],
         not_shared=not_shared,
         growth=more,
+        holders=gather_object([{agent: bits_of(own) for agent, own in agents.adapters().items()}]),
     )
     accelerator.wait_for_everyone()  # the first process has written the checkpoint
     with engine.unsharded():
@@ -205,11 +212,14 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     return run
 
 
-def agents_of(config: RunConfig, base: PreTrainedModel, num_agents: int, execution: Execution) -> Agents:
+def agents_of(
+    config: RunConfig, base: PreTrainedModel, num_agents: int, execution: Execution, mesh: Mesh = ALONE
+) -> Agents:
     """Fresh agents on the base's storage; the base itself stays as it is."""
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     own = copy_sharing_storage(base)
-    return build_agents(config.parallel_mode, own, num_agents, lora_shape(config), rates, execution)
+    shape = lora_shape(config)
+    return build_agents(config.parallel_mode, own, num_agents, shape, rates, execution, mesh=mesh)
 
 
 def not_shared_tensors(agents: Agents) -> list[str]:
@@ -226,10 +236,10 @@ def not_shared_tensors(agents: Agents) -> list[str]:
 def growth(config: RunConfig, base: PreTrainedModel, agents: Agents) -> int:
     """Bytes that one agent more takes, beyond those of its adapters: 0 where the base is shared."""
     counted = []
-    for num_agents in (config.num_agents, config.num_agents + 1):
+    for num_agents in (len(agents.agents), len(agents.agents) + 1):
         built = agents_of(config, base, num_agents, Execution())
         counted.append(bytes_of([*built.parameters(), *built.buffers()]))
-    return counted[1] - counted[0] - 4 * agents.adapters()[0].numel()
+    return counted[1] - counted[0] - 4 * agents.adapters()[agents.agents[0]].numel()
 
 
 def checksums_of(agents: Agents) -> dict[str, int]:

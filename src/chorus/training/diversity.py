@@ -1,5 +1,6 @@
 """The diversity term: the sliced Wasserstein distance between agents, on clouds of hidden states."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,9 @@ def random_slices(width: int, num_projections: int, seed: int, step: int) -> Ten
     return normal_HP / normal_HP.norm(dim=0)
 
 
-def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
+def sliced_wasserstein(
+    projected_KPN: Tensor, valid_N: Tensor, gather_agents: Callable[[Tensor], Tensor] = lambda own: own
+) -> Tensor:
     """Mean over pairs of agents of the squared sliced 2-Wasserstein distance (Bonneel et al. 2015, eq. 9,
     squared).
 
@@ -72,6 +75,8 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
     Args:
         projected_KPN: fp32 projections of each agent's points. Invalid points may hold anything.
         valid_N: bool, the same for all agents.
+        gather_agents: where agents are spread over processes, puts the rows of all agents together. Every
+            process sorts its own agents and compares all: only sorted projections travel, once.
 
     Returns:
         A scalar >= 0; 0 with a zero gradient when no point is valid. Needs K >= 2.
@@ -79,7 +84,7 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
     last = torch.finfo(
         projected_KPN.dtype
     ).max  # invalid points sort behind all valid ones, alike for every agent
-    sorted_KPN = projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values
+    sorted_KPN = gather_agents(projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values)
     num_valid = valid_N.sum()
     is_real_N = torch.arange(valid_N.numel(), device=valid_N.device) < num_valid
     is_sound_K11 = sorted_KPN.isfinite().all(dim=(1, 2), keepdim=True)
@@ -91,7 +96,5 @@ def sliced_wasserstein(projected_KPN: Tensor, valid_N: Tensor) -> Tensor:
     num_sound = is_sound_K11.sum()
     mean_PN = (from_first_KPN.detach() * is_sound_K11).sum(0) / num_sound.clamp(min=1)
     variance_PN = torch.where(is_sound_K11, from_first_KPN, mean_PN).var(dim=0, correction=1)
-    share_of_pairs = num_sound / len(
-        projected_KPN
-    )  # the sum over pairs is K times that of squared differences
+    share_of_pairs = num_sound / len(sorted_KPN)  # the sum over pairs is K times that of squared differences
     return 2 * share_of_pairs * variance_PN.sum() / (num_valid.clamp(min=1) * projected_KPN.shape[1])

@@ -8,25 +8,24 @@ clips, steps and zeroes.
 import logging
 import math
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
     DeepSpeedPlugin,
-    DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -34,6 +33,7 @@ from chorus.collectives import described, limit_waiting, refuse_differences
 from chorus.config.engine import EngineSettings
 from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
+from chorus.mesh import Mesh, decide_agent_size, make_mesh, refuse_spread_agents
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
 from chorus.progress import announced
@@ -41,11 +41,13 @@ from chorus.spans import span
 from chorus.training.optimizer import adamw, clip_and_step, skip_non_finite
 from chorus.training.step import StepResult
 from chorus.training.zero import partitions, stage3
+from chorus.training.zero.data_group import data_group_of
 from chorus.training.zero.deepspeed_json import (
     check_launcher,
     deepspeed_json,
     deepspeed_wanted,
     look_up_no_operators,
+    single_process_rendezvous,
 )
 
 logger = logging.getLogger(__name__)
@@ -67,12 +69,17 @@ def decide_precision(mixed_precision: str) -> str:
 
 
 @announced("starting the processes")
-def make_accelerator(engine: EngineSettings, training: TrainingSettings) -> Accelerator:
+def make_accelerator(
+    engine: EngineSettings, training: TrainingSettings, num_agents: int | Literal["auto"] = 1
+) -> Accelerator:
     """The Accelerator of this run, plain or DeepSpeed. The launcher, DeepSpeed's JSON and configs.yaml must
     agree.
 
+    Args:
+        num_agents: of the run, for what `agent_parallel_size` comes to.
+
     Raises:
-        InputError: they contradict each other.
+        InputError: they contradict each other, or the agents cannot be spread as the key says.
     """
     check_launcher(engine, training)
     with_deepspeed = deepspeed_wanted(engine)
@@ -80,7 +87,6 @@ def make_accelerator(engine: EngineSettings, training: TrainingSettings) -> Acce
     on_gpu = torch.cuda.is_available()
     handlers: list[Any] = [
         AutocastKwargs(enabled=False),  # every dtype in the forward is explicit; autocast would add casts
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
     # Unnamed, Accelerate sees one process where DeepSpeed sees several on CPUs. None leaves it to Accelerate.
     backend = "gloo" if with_deepspeed and not on_gpu else None
@@ -88,13 +94,14 @@ def make_accelerator(engine: EngineSettings, training: TrainingSettings) -> Acce
         InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=engine.collective_timeout_s))
     )
     plugin = None
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    size = decide_agent_size(engine.agent_parallel_size, num_agents, num_processes)
     if with_deepspeed:
         look_up_no_operators()
-        _single_process_rendezvous()
-        num_processes = int(os.environ["WORLD_SIZE"])
-        plugin = DeepSpeedPlugin(
-            hf_ds_config=deepspeed_json(engine, training, precision, num_processes), zero3_init_flag=False
-        )
+        single_process_rendezvous()
+        settings = deepspeed_json(engine, training, precision, num_processes // size)
+        plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+    refuse_spread_agents(size, precision, stage=0 if plugin is None else plugin.zero_stage)
     accelerator = Accelerator(
         cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
         # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
@@ -124,24 +131,6 @@ def zero_stage(accelerator: Accelerator) -> int:
     return 0 if plugin is None else plugin.zero_stage
 
 
-def _single_process_rendezvous() -> None:
-    """Set what a launcher of several processes would have set,
-    for `use_deepspeed: true` in a lone process."""
-    if "LOCAL_RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    os.environ.update(alone)
-
-
 @dataclass
 class Engine:
     """What the training loop needs of Accelerate and DeepSpeed.
@@ -150,6 +139,7 @@ class Engine:
         agents: the modes' own module, for evaluation and saving.
         module: the same, wrapped by DDP or DeepSpeed, for training.
         description: one line for the log.
+        mesh: the rows and the agents of this process, and whom it shares them with.
     """
 
     accelerator: Accelerator
@@ -158,18 +148,11 @@ class Engine:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     description: str
+    mesh: Mesh
 
     @property
     def is_deepspeed(self) -> bool:
         return self.accelerator.distributed_type is DistributedType.DEEPSPEED
-
-    @property
-    def num_processes(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def process_index(self) -> int:
-        return self.accelerator.process_index
 
     @contextmanager
     def micro_batch(self, is_last: bool) -> Iterator[None]:
@@ -188,10 +171,10 @@ class Engine:
         """Add the gradient of one micro-batch's share of the step's objective.
 
         The gradient of a step is that of the sum of all shares, over micro-batches and processes. DDP and
-        ZeRO average over processes, and Accelerate and DeepSpeed divide by the accumulation steps: the
+        ZeRO average over the data group, and Accelerate and DeepSpeed divide by the accumulation steps: the
         factors here undo both.
         """
-        loss = share * (self.num_processes * self.accelerator.gradient_accumulation_steps)
+        loss = share * (self.mesh.data_size * self.accelerator.gradient_accumulation_steps)
         with span("backward_pass"):
             if self.is_deepspeed:  # `accelerator.backward` would also step
                 cast(Any, self.module).backward(loss)
@@ -209,7 +192,8 @@ class Engine:
     def _step_plain(self) -> tuple[Tensor, Tensor]:
         """Each agent's gradient norm, and that over the finite ones."""
         self.accelerator.unscale_gradients()
-        return clip_and_step(self.optimizer, list(self.agents.adapters().values()), self.max_grad_norm)
+        adapters = list(self.agents.adapters().values())
+        return clip_and_step(self.optimizer, adapters, self.max_grad_norm, self.mesh.gather_agents)
 
     def _step_zero(self) -> tuple[Tensor, Tensor]:
         """The same by DeepSpeed, which silently skips the step of all agents when a gradient is not finite.
@@ -234,6 +218,7 @@ class Engine:
                     partitions.clear_gradient(zero, own)
         cast(Any, self.module).step()
         grad_norm = torch.as_tensor(cast(Any, self.module).get_global_grad_norm())
+        norm_K = self.mesh.gather_agents(norm_K)
         return norm_K.fill_(math.inf) if zero.overflow else norm_K, grad_norm
 
     def loss_scale(self) -> float:
@@ -243,24 +228,34 @@ class Engine:
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else scaler.get_scale()
 
-    def unsharded(self) -> AbstractContextManager[None]:
-        """The context of passes beside training, such as evaluation: every process holds the whole base, so
-        processes may run different numbers of passes. Entering and leaving it are collective calls."""
-        if zero_stage(self.accelerator) < 3:
-            return nullcontext()
-        return stage3.unsharded(self.module, list(self.agents.adapters().values()))
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """The context of passes beside training, such as evaluation: every process holds the whole base and
+        all agents, so processes may run different numbers of passes. Entering and leaving it are collective
+        calls."""
+        adapters = self.agents.adapters()
+        whole = nullcontext()
+        if zero_stage(self.accelerator) == 3:
+            whole = stage3.unsharded(self.module, list(adapters.values()))
+        others = {k: own for k, own in self._of_all_agents(adapters).items() if k not in adapters}
+        with whole, self.agents.also_holding(others):
+            yield
 
-    def gather(self, own: Tensor) -> Tensor:
-        """Concatenate `own` over processes along its first axis; a gradient flows to the own slice only.
+    def _of_all_agents(self, own: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What each process has of its agents, of all agents: a flat tensor each. A collective call."""
+        if self.mesh.agent_size == 1:
+            return dict(own)
+        found: dict[int, Tensor] = {}
+        for place, flat in enumerate(own.values()):
+            rows = self.mesh.gather_agents(flat.detach()[None].to(self.accelerator.device))
+            found |= {index * len(own) + place: row for index, row in enumerate(rows)}
+        return dict(sorted(found.items()))
 
-        That is enough: each process adds its own slice's part, and the reduction of gradients sums the parts.
-        """
-        if self.num_processes == 1:
-            return own
-        with span("communication"):
-            parts = list(self.accelerator.gather(own.detach()).chunk(self.num_processes))  # pyright: ignore
-        parts[self.process_index] = own
-        return torch.cat(parts)
+    def to_host(self, own: Mapping[int, Tensor]) -> dict[TensorId, Tensor]:
+        """Flat tensors of this process's agents, as those of all agents by identity: in fp32, on the CPU. A
+        collective call."""
+        flat = {agent: flat_F.float().cpu() for agent, flat_F in self._of_all_agents(own).items()}
+        return self.agents.named(flat)
 
     def adapter_values(self) -> dict[TensorId, Tensor]:
         """Every adapter tensor in fp32 on the CPU; under DeepSpeed the master weights. A collective call."""
@@ -269,15 +264,8 @@ class Engine:
             from deepspeed.utils import (
                 safe_get_full_fp32_param as read,
             )  # two seconds of imports for those who use it
-        flat = {agent: cast(Tensor, read(own)).float().cpu() for agent, own in self.agents.adapters().items()}
-        return self.agents.named(flat)
-
-    def sum(self, own: Tensor) -> Tensor:
-        """The sum of `own` over processes."""
-        if self.num_processes == 1:
-            return own
-        with span("communication"):
-            return cast(Tensor, self.accelerator.reduce(own, "sum"))
+        adapters = self.agents.adapters()
+        return self.to_host({agent: cast(Tensor, read(own)) for agent, own in adapters.items()})
 
     def close(self) -> None:
         """End training: let go of the agents and destroy the
@@ -296,35 +284,67 @@ class Engine:
 
 
 @announced("starting the engine")
-def start_engine(accelerator: Accelerator, agents: Agents, settings: TrainingSettings) -> Engine:
+def start_engine(
+    accelerator: Accelerator, agents: Agents, settings: TrainingSettings, mesh: Mesh | None = None
+) -> Engine:
     """Wrap the agents and their optimizer for training, and check that the engine is the one asked for.
 
+    Args:
+        mesh: the one with which the agents were built; None: every process holds all of them.
+
     Raises:
-        InputError: processes hold other agents, in another order, or another base. DDP and DeepSpeed would
-            overwrite all tensors with the first process's, one after the other, whatever they are.
+        InputError: processes of a data group hold other agents, in another order, or another base. DDP and
+            DeepSpeed would overwrite all tensors with the first process's, one after the other, whatever they
+            are.
     """
+    mesh = mesh or make_mesh(accelerator)
     named = (
         (f"agent {k}, {path} ({matrix})", own) for (k, path, matrix), own in agents.adapter_tensors().items()
     )
-    refuse_differences(described(chain(named, agents.named_parameters(), agents.named_buffers())))
+    held = described(chain(named, agents.named_parameters(), agents.named_buffers()))
+    refuse_differences(held, mesh.data_ranks[0], mesh.data_group)
     adapters = list(agents.adapters().values())
     num_elements = sum(map(torch.numel, adapters))
     optimizer = adamw(adapters, settings.lr, settings.weight_decay)
     stage = zero_stage(accelerator)
-    module, optimizer = accelerator.prepare(agents, optimizer)
+    if stage > 0:
+        with data_group_of(mesh, adapters):
+            module, optimizer = accelerator.prepare(agents, optimizer)
+    else:
+        # Accelerate's own DDP would reduce gradients over all processes, whatever agents they hold.
+        module = accelerator.prepare_model(agents, evaluation_mode=True)
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        if mesh.data_size > 1:
+            module = _reduced(module, accelerator.device, mesh)
     if accelerator.init_handler is not None and accelerator.init_handler.timeout is not None:
         # DeepSpeed has made process groups of its own.
         limit_waiting(int(accelerator.init_handler.timeout.total_seconds()))
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if stage > 0:
-        assert module.zero_optimization_stage() == stage, "DeepSpeed was asked for, and is not active"
+        assert cast(Any, module).zero_optimization_stage() == stage, (
+            "DeepSpeed was asked for, and is not active"
+        )
         partitions.make_state(module.optimizer)
         num_own = sum(flat.numel() for _, flat in partitions.partitions(module.optimizer))
         description = (
             f"DeepSpeed ZeRO-{stage} is active: {accelerator.num_processes} process(es), "
             f"{accelerator.device}, {num_own:,} of {num_elements:,} optimizer elements on this process"
         )
+    if mesh.agent_size > 1:
+        on_this = ", ".join(map(str, agents.agents))
+        description += f"; agents over {mesh.agent_size} processes: {on_this} on this one"
     if stage == 3:
         stage3.register_reads(agents)
         stage3.keep_gathered(module.optimizer, adapters)
-    return Engine(accelerator, agents, module, optimizer, settings.max_grad_norm, description)
+    return Engine(accelerator, agents, module, optimizer, settings.max_grad_norm, description, mesh)
+
+
+def _reduced(module: nn.Module, device: torch.device, mesh: Mesh) -> DistributedDataParallel:
+    """The module under DDP, which reduces gradients over the data group."""
+    return DistributedDataParallel(
+        module,
+        device_ids=None if device.type == "cpu" else [device],
+        process_group=mesh.data_group,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )

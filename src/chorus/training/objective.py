@@ -16,6 +16,7 @@ from torch import Tensor
 from chorus.config.objective import ObjectiveSettings
 from chorus.config.training import TrainingSettings
 from chorus.data.batches import Batch
+from chorus.mesh import Mesh
 from chorus.spans import span
 from chorus.training.diversity import SwdSettings, cloud, random_slices, sliced_wasserstein
 
@@ -46,8 +47,10 @@ def objective(
     step: int,
     rows_per_process: int,
     gather: Callable[[Tensor], Tensor],
+    agent_size: int = 1,
+    gather_agents: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> Objective:
-    """A micro-batch's share of K · (mean_k CE_k − lambda · R_SW).
+    """A micro-batch's share of K · (mean_k CE_k − lambda · R_SW), for the agents of this process.
 
     Args:
         nll_KBT: fp32 token NLL, nats, 0 where no loss is due.
@@ -55,7 +58,10 @@ def objective(
         num_targets: target tokens of the optimiser step, over all processes and micro-batches.
         num_micro_batches: of the optimiser step; R_SW is averaged over them.
         rows_per_process: S is padded to it, so that every process gathers the same shape.
-        gather: concatenates a tensor's first axis over processes; only the own slice carries a gradient.
+        gather: concatenates a tensor's first axis over the processes with other rows; only the own slice
+            carries a gradient.
+        agent_size, gather_agents: over how many processes the agents are spread, and what concatenates the
+            first axis over them in the same way. Each process has the same number of agents.
     """
     nll_K = nll_KBT.sum((1, 2))
     is_sound_K = nll_K.isfinite()
@@ -74,22 +80,22 @@ def objective(
             slices_HP = slices_HP.pin_memory()  # copied without waiting for the forward
         slices_HP = slices_HP.to(points_KNH.device, non_blocking=True)
         projected_NKP = gather((points_KNH @ slices_HP).transpose(0, 1).contiguous())
-        distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N))
-    num_agents = nll_KBT.shape[0]
+        distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N), gather_agents)
+    num_agents = nll_KBT.shape[0] * agent_size
     share = task - num_agents * lambda_sw * distance / num_micro_batches
     return Objective(share, nll_K.detach(), distance.detach())
 
 
-def objective_of(
-    settings: ObjectiveSettings, training: TrainingSettings, gather: Callable[[Tensor], Tensor]
-) -> partial[Objective]:
-    """`objective` with the arguments that are the same for a
-    whole run; output, batch, num_targets and step remain."""
+def objective_of(settings: ObjectiveSettings, training: TrainingSettings, mesh: Mesh) -> partial[Objective]:
+    """`objective` with the arguments that are the same for a whole run: output, batch, num_targets and step
+    remain."""
     return partial(
         objective,
         num_micro_batches=training.gradient_accumulation_steps,
         lambda_sw=settings.lambda_sw,
         swd=SwdSettings(settings.swd_num_projections, settings.swd_representation, training.seed),
         rows_per_process=training.batch_size,
-        gather=gather,
+        gather=mesh.gather_rows,
+        agent_size=mesh.agent_size,
+        gather_agents=mesh.gather_agents,
     )

@@ -5,7 +5,7 @@ it to every process, and one norm for each agent shows it. The device decides wh
 the norms a step later, so that nothing waits for them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,29 +44,35 @@ def adamw(adapters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> A
     return AgentwiseAdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
-def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> Tensor:
-    """Have AdamW skip the agents whose gradient norm is not
-    finite. Returns the norm over the others, a scalar."""
-    is_bad_K = ~norm_K.isfinite()
-    for group, skip in zip(groups, is_bad_K.float(), strict=True):
+def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> None:
+    """Have AdamW skip the agents, a group each, whose gradient norm is not finite."""
+    for group, skip in zip(groups, (~norm_K.isfinite()).float(), strict=True):
         group["skip"] = skip
-    return torch.linalg.vector_norm(norm_K.masked_fill(is_bad_K, 0.0))
 
 
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, adapters: Sequence[nn.Parameter], max_grad_norm: float
+    optimizer: torch.optim.Optimizer,
+    adapters: Sequence[nn.Parameter],
+    max_grad_norm: float,
+    gather_agents: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> tuple[Tensor, Tensor]:
     """Clip to one norm over all agents (0: not at all), step the agents whose gradient is finite, and zero
     gradients.
 
     Nothing here waits for the device.
 
+    Args:
+        adapters: of this process's agents.
+        gather_agents: where agents are spread over processes, puts the norms of all agents together.
+
     Returns:
         norm_K: each agent's gradient norm, before clipping.
         grad_norm: the norm over the finite ones, a scalar.
     """
-    norm_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
-    grad_norm = skip_non_finite(optimizer.param_groups, norm_K)  # an agent each
+    own_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
+    skip_non_finite(optimizer.param_groups, own_K)
+    norm_K = gather_agents(own_K)
+    grad_norm = torch.linalg.vector_norm(norm_K.masked_fill(~norm_K.isfinite(), 0.0))
     if max_grad_norm > 0:
         clip_grads_with_norm_(adapters, max_grad_norm, grad_norm)
     optimizer.step()

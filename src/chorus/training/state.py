@@ -48,10 +48,9 @@ def read_state(engine: Engine) -> TrainingState:
         states = {agent: engine.optimizer.state[own] for agent, own in adapters.items()}
         steps = [int(own["step"]) for own in states.values()]
         moments = {name: {agent: own[name] for agent, own in states.items()} for name in MOMENTS}
-    named = {
-        name: engine.agents.named({agent: cast(Tensor, flat).float().cpu() for agent, flat in own.items()})
-        for name, own in moments.items()
-    }
+    named = {name: engine.to_host(cast("FlatByAgent", own)) for name, own in moments.items()}
+    device = engine.accelerator.device
+    steps = engine.mesh.gather_agents(torch.tensor(steps, device=device)).tolist()
     return TrainingState(engine.adapter_values(), named, steps[0] if len(set(steps)) == 1 else steps)
 
 
@@ -61,12 +60,14 @@ def restore_state(engine: Engine, state: TrainingState) -> None:
     Raises:
         InputError: it has other tensors, or other shapes, than the agents.
     """
-    _refuse_other_tensors(engine.agents.adapter_tensors(), state.weights)
+    held, num_agents = engine.agents.agents, len(engine.agents.agents) * engine.mesh.agent_size
+    elsewhere = set(range(num_agents)).difference(held)
+    theirs = {identity: own for identity, own in state.weights.items() if identity.agent not in elsewhere}
+    _refuse_other_tensors(engine.agents.adapter_tensors(), theirs)
     weights = engine.agents.joined(state.weights)
     moments = {name: engine.agents.joined(own) for name, own in state.moments.items()}
     steps = state.optimizer_step
-    if isinstance(steps, int):
-        steps = [steps] * len(weights)
+    steps = [steps] * len(held) if isinstance(steps, int) else [steps[agent] for agent in held]
     if engine.is_deepspeed:
         set_steps_taken(engine.module.optimizer, steps)
     if zero_stage(engine.accelerator) == 3:
@@ -118,8 +119,8 @@ def _restore_shards(engine: Engine, weights: FlatByAgent, moments: Mapping[str, 
         size = cast(Any, adapter_F).ds_tensor.numel()  # of a shard, the last of which is padded
 
         def own(whole_F: Tensor, size: int = size) -> Tensor:
-            padded = torch.nn.functional.pad(whole_F, (0, size * engine.num_processes - whole_F.numel()))
-            return padded.narrow(0, size * engine.process_index, size)
+            padded = torch.nn.functional.pad(whole_F, (0, size * engine.mesh.data_size - whole_F.numel()))
+            return padded.narrow(0, size * engine.mesh.data_index, size)
 
         safe_set_local_fp32_param(adapter_F, own(weights[agent]))
         for name in MOMENTS:

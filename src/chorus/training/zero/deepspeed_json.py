@@ -8,6 +8,7 @@ import copy
 import difflib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,24 @@ def look_up_no_operators() -> None:
     import deepspeed.ops  # seconds of imports for those who use it
 
     deepspeed.ops.__dict__["__compatible_ops__"] = {}
+
+
+def single_process_rendezvous() -> None:
+    """Set what a launcher of several processes would have set,
+    for `use_deepspeed: true` in a lone process."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(alone)
 
 
 def check_launcher(

@@ -35,7 +35,7 @@ def make_state(zero: Any) -> None:
 
 
 def steps_taken(zero: Any) -> list[int]:
-    """AdamW's step count of each agent."""
+    """AdamW's step count of each agent of this process."""
     return list({agent: int(zero.optimizer.state[flat]["step"]) for agent, flat in partitions(zero)}.values())
 
 

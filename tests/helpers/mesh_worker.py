@@ -1,0 +1,183 @@
+"""Short runs with agents spread over processes, many in one fork: `mesh_worker.py FOLDER NUM_PROCESSES`.
+
+test_mesh.py runs the same cases in one process and compares. The first process writes what the runs did.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from accelerate.state import AcceleratorState
+from isolation_worker import clone
+from resume_matrix import Recorder
+from toy import toy_agents, toy_samples
+
+import train as script
+from chorus.config import Config
+from chorus.config.execution import Mode, Recompute
+from chorus.data.batches import collate, training_steps
+from chorus.mesh import make_mesh
+from chorus.model.agents import AgentOutput
+from chorus.training.engine import Engine, make_accelerator, start_engine
+from chorus.training.state import TrainingState, read_state, restore_state
+
+K, STEPS, MICRO_BATCHES, ROWS_OF_A_MICRO_BATCH = 4, 3, 2, 4
+BROKEN, BROKEN_CALL = 1, 3  # the agent whose loss is not finite in the fourth micro-batch, of the second step
+
+
+class Case(NamedTuple):
+    """What a run is; how it is spread is no part of it."""
+
+    mode: Mode
+    recompute: Recompute = "none"
+    dropconnect_p: float = 0.0
+    dropout_p: float = 0.0
+    packing: bool = False
+    lambda_sw: float = 0.3
+    max_grad_norm: float = 0.2
+    is_broken: bool = False
+
+
+PLAIN = Case("fused")
+BROKEN_CASE = Case("fused", is_broken=True)
+PACKED = Case("sequential", "full", 0.4, packing=True)
+DROPPED = PACKED._replace(
+    dropout_p=0.2
+)  # dropout draws anew for each data index: comparable where that is one
+PARALLEL = Case("parallel", "selective", 0.4, lambda_sw=0.0, max_grad_norm=0.0)
+# By number of processes: case, A, whether under ZeRO-2.
+RUNS = {
+    2: [(PLAIN, 2, False), (DROPPED, 2, True)],
+    4: [
+        *((PLAIN, size, zero2) for size, zero2 in ((1, False), (2, False), (4, False), (2, True), (4, True))),
+        *((BROKEN_CASE, 2, zero2) for zero2 in (False, True)),
+        *((PARALLEL, size, zero2) for size, zero2 in ((4, False), (2, True))),
+        (PACKED, 2, False),
+        (DROPPED, 4, True),
+    ],
+}
+
+
+# What a run of RUNS[4] saves after so many steps, and with which A and engine it is resumed. After the second
+# step of the broken run, AdamW has taken fewer steps for one agent.
+RESUMES = [
+    ((PLAIN, 2, False), 1, 4, False),
+    ((PLAIN, 4, False), 2, 1, False),
+    ((BROKEN_CASE, 2, False), 2, 4, True),
+    ((BROKEN_CASE, 2, True), 2, 1, True),
+]
+
+
+class Done(NamedTuple):
+    """The rows of metrics.jsonl, the states after so many steps, and each agent's NLL of a fixed batch."""
+
+    rows: dict[int, dict[str, Any]]
+    states: dict[int, TrainingState]
+    nll_KB: torch.Tensor
+
+
+class _Kept:
+    """In place of a checkpointer."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, TrainingState] = {}
+
+    def save(self, engine: Engine, step: int, *_: Any, **__: Any) -> None:
+        self.states[step] = clone(read_state(engine))
+
+
+def run(
+    case: Case, size: int = 1, zero2: bool = False, saved: TrainingState | None = None, start: int = 0
+) -> Done:
+    """The case, with its agents over `size` of the processes that there are; or what is left of it."""
+    AcceleratorState._reset_state()
+    config = Config(
+        num_agents=K,
+        batch_size=ROWS_OF_A_MICRO_BATCH,
+        gradient_accumulation_steps=MICRO_BATCHES,
+        lambda_sw=case.lambda_sw,
+        max_grad_norm=case.max_grad_norm,
+        swd_points_per_row=3,
+        packing=case.packing,
+        max_seq_length=16,
+        lr=0.01,
+        logging_steps=1,
+        save_steps=1,
+        mixed_precision="no",
+        use_deepspeed=zero2,
+        deepspeed_config_file=None,
+        agent_parallel_size=size,
+    )
+    accelerator = make_accelerator(config, config, K)
+    mesh = make_mesh(accelerator, size)
+    config = config.model_copy(update={"batch_size": ROWS_OF_A_MICRO_BATCH // mesh.data_size})
+    agents = toy_agents(
+        case.mode,
+        num_agents=K,
+        gradient_checkpointing=case.recompute,
+        dropconnect_p=case.dropconnect_p,
+        dropout_p=case.dropout_p,
+        mesh=mesh,
+    )
+    engine = start_engine(accelerator, agents, config, mesh)
+    kept, recorder = _Kept(), Recorder()
+    if saved is not None:
+        restore_state(engine, clone(saved))  # AdamW steps in the tensors that it is given
+        kept.save(engine, start)
+    elif case.is_broken and BROKEN in agents.agents and mesh.data_index == mesh.data_size - 1:
+        break_once(engine)
+    samples = toy_samples(20)
+    where = {"process_index": mesh.data_index, "num_processes": mesh.data_size}
+    where |= {"num_steps": STEPS, "start_step": start, "points_per_row": config.swd_points_per_row}
+    steps = training_steps(samples, config, config, pad_id=0, **where)
+    checkpointer: Any = kept
+    script.train(engine, steps, start, STEPS, config, checkpointer, recorder)
+    with engine.unsharded(), torch.no_grad():
+        fixed = collate(samples[:4], pad_id=0)
+        nll_KB = torch.stack([agents.agent_pass(k, fixed)[0].sum(1) for k in agents.agents])
+    assert agents.agents == mesh.held_agents(K)
+    engine.unwrap()
+    return Done(recorder.metrics, kept.states, nll_KB)
+
+
+def break_once(engine: Engine) -> None:
+    """Make the broken agent's loss NaN in one micro-batch, on this process."""
+    place, calls = engine.agents.agents.index(BROKEN), iter(range(1000))
+
+    def hook(_module: Any, _inputs: Any, output: AgentOutput) -> AgentOutput:
+        factor_K = torch.ones(len(engine.agents.agents))
+        if next(calls) == BROKEN_CALL:
+            factor_K[place] = math.nan
+        return output._replace(nll_KBT=output.nll_KBT * factor_K[:, None, None])
+
+    engine.agents.register_forward_hook(hook)
+
+
+def main(folder: Path, num_processes: int) -> None:
+    from deepspeed.utils import groups
+
+    of_runs: dict[tuple, Done] = {}
+    for zero2 in (False, True):  # DeepSpeed last: Accelerate keeps it on
+        for one in RUNS[num_processes]:
+            if one[2] == zero2:
+                groups.mpu = None  # DeepSpeed keeps the groups of a run for the next one in this process
+                of_runs[one] = run(*one)
+        for origin, start, size, resumed_zero2 in RESUMES if num_processes == 4 else ():
+            if resumed_zero2 == zero2:
+                groups.mpu = None
+                saved = of_runs[origin].states[start]
+                of_runs[(*origin, start, size, zero2)] = run(origin[0], size, zero2, saved, start)
+    if torch.distributed.get_rank() == 0:
+        torch.save({key: tuple(done) for key, done in of_runs.items()}, folder / "runs.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import mesh_worker  # what is pickled names the module of its class, and the reader has another __main__
+
+    mesh_worker.main(Path(sys.argv[1]), int(sys.argv[2]))
