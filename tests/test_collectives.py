@@ -268,7 +268,7 @@ def lose_a_fork(
     workers = Workers(environments, arguments, log, script="tests/helpers/fault_worker.py")
     try:
         if act == "stop soon":
-            wait_for(lambda: "error: " in log.read_text())
+            wait_for(lambda: log.exists() and "error: " in log.read_text())
             os.kill(int((folder / "lost").read_text()), signal.SIGKILL)
         workers.wait()
     finally:

@@ -82,7 +82,7 @@ def test_the_folder_is_that_of_a_run_and_says_what_is_not_carried_over(tmp_path:
     assert sorted(path.name for path in new.iterdir()) == ["agents", "config.yaml", "ensemble.json"]
     ensemble = json.loads((new / "ensemble.json").read_text())
     assert ensemble["agents"] == ["agents/agent_0", "agents/agent_1"]
-    assert (ensemble["weights"], ensemble["base_model"]) == ([0.5, 0.5], BASE)
+    assert (ensemble["weights"], ensemble["base_model"]) == ([0.5, 0.5], str(Path(BASE).resolve()))
     assert ensemble["imported"]["from"] == str(old)
     assert "optimizer moments" in ensemble["imported"]["not_carried_over"]
     config = load_config(["--config", str(new / "config.yaml")])

@@ -33,7 +33,7 @@ def test_a_token_that_ends_a_turn_ends_an_answer_special_or_not(is_special: bool
     tokenizer.add_tokens(["<end_of_turn>"], special_tokens=is_special)
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     for text in (" 4<end_of_turn>", " 4<end_of_turn>\n", " 4<end_of_turn><eos>", " 4", " 4<eos>"):
-        ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert answer_text(ids, tokenizer, [EOS, end]).strip() == "4", text
 
 

@@ -118,8 +118,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, api_key: str | 
     warning = f"; anyone who reaches {host} may ask: set {API_KEY}" if is_open else ""
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
     print(f"serving {', '.join(opened.names)} at {url}{warning}", file=sys.stderr, flush=True)
-    for (
-        number
-    ) in SIGNALS:  # uvicorn raises the signal again once all is done, which would spoil the exit code
+    # uvicorn raises the signal again once all is done, which would spoil the exit code.
+    for number in SIGNALS:
         signal.signal(number, lambda number, frame: None)
     server.run(sockets=[listener])

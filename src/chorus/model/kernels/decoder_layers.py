@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,10 +45,12 @@ class _Compilation:
     Attributes:
         may_fall_back: a layer that cannot be compiled is a warning, and all layers run uncompiled from then
         on.
+        lengths: of the rows so far, in tokens.
     """
 
     may_fall_back: bool
     has_failed: bool = False
+    lengths: set[int] = field(default_factory=set)
 
 
 def prepare_layers(
@@ -141,6 +144,17 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
         yield
 
 
+def _keep_rows_static(arguments: object) -> None:
+    """Have layers compiled for this number of rows.
+
+    Where rows and length are both unknown, torch takes many minutes to simplify the sizes of nine heads over
+    three key heads.
+    """
+    for value in tree_leaves(arguments):
+        if isinstance(value, Tensor) and value.ndim > 1:
+            torch._dynamo.mark_static(value, 0)
+
+
 def _run(
     layer: nn.Module,
     plain: Callable,
@@ -154,6 +168,9 @@ def _run(
         return plain(*args, **kwargs)
     if compilation.has_failed:
         return uncompiled(*args, **kwargs)
+    compilation.lengths.add((args[0] if args else kwargs["hidden_states"]).shape[1])
+    if len(compilation.lengths) > 1:  # not where rows are packed: these have one length, and any number
+        _keep_rows_static((args, kwargs))
     try:
         return in_training(*args, **kwargs)
     except FailOnRecompileLimitHit as error:
