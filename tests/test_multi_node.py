@@ -156,6 +156,7 @@ def digests(checkpoint: Path) -> dict[str, Any]:
     return {name: value for name, value in files.items() if name.endswith(".safetensors")}
 
 
+@pytest.mark.slow  # six processes that start three times
 def test_two_hosts_lose_one_go_on_together_and_are_the_run_of_one_host_bit_by_bit(
     hosts: list[Host], tmp_path: Path
 ):

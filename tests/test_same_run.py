@@ -44,7 +44,11 @@ def coupled_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
         (PLAIN, ("batch_size=8", "use_deepspeed=true", "use_gradient_checkpointing=true")),
         (ddp(2), ("batch_size=4", "parallel_mode=parallel")),
         (zero2(2), ("batch_size=4", "parallel_mode=fused")),
-        (zero2(2), ("batch_size=4", "parallel_mode=sequential", "num_workers=1")),
+        pytest.param(
+            zero2(2),
+            ("batch_size=4", "parallel_mode=sequential", "num_workers=1"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "sequential",

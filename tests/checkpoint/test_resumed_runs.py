@@ -105,7 +105,11 @@ def stop_after_some_steps(
 
 @pytest.mark.parametrize(
     ("kind", "number"),
-    [("plain-parallel", signal.SIGTERM), ("plain-sequential", signal.SIGINT), ("zero2", signal.SIGTERM)],
+    [
+        ("plain-parallel", signal.SIGINT),
+        pytest.param("plain-sequential", signal.SIGTERM, marks=pytest.mark.slow),
+        ("zero2", signal.SIGTERM),
+    ],
 )
 def test_a_run_stopped_by_a_signal_saves_and_goes_on_bitwise(
     kind: str, number: signal.Signals, uninterrupted, tmp_path: Path
