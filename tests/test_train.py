@@ -45,7 +45,7 @@ def test_every_agent_learns_the_default_task(tmp_path: Path):
     assert after["base"] == before["base"]
     assert before["base"]["cls/Acc"] <= 0.05
     for name in ("agent_0", "agent_1", "agent_2", "agent_3", "uniform"):
-        assert after[name]["cls/Acc"] > 0.4, name
+        assert after[name]["cls/Acc"] > 0.5, name
         assert after[name]["token/NLL"] < before["base"]["token/NLL"] / 4, name
     assert rows[-1]["step"] == 50
     for key in (
