@@ -19,6 +19,7 @@ from chorus.training.engine import Engine, make_accelerator, start_engine
 from chorus.training.state import read_state
 
 NUM_ROWS, MICRO_BATCHES, PROCESSES = 12, 3, 2
+MAX_GRAD_NORM = 1.0  # a third of the norm
 
 
 def step_over(engine: Engine, micro_batches: int) -> tuple[dict[str, Tensor], float]:
@@ -41,7 +42,7 @@ def step_over(engine: Engine, micro_batches: int) -> tuple[dict[str, Tensor], fl
 
 def main(folder: Path) -> None:
     rows = NUM_ROWS // (MICRO_BATCHES * PROCESSES)
-    config = Config(gradient_accumulation_steps=MICRO_BATCHES, batch_size=rows, max_grad_norm=0.0)
+    config = Config(gradient_accumulation_steps=MICRO_BATCHES, batch_size=rows, max_grad_norm=MAX_GRAD_NORM)
     accelerator = make_accelerator(config, config)
     assert accelerator.num_processes == PROCESSES
     engine = start_engine(accelerator, toy_agents("fused"), config)

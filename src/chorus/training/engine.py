@@ -6,7 +6,6 @@ clips, steps and zeroes.
 """
 
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,7 +25,6 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from chorus.collectives import described, limit_waiting, refuse_differences
@@ -38,14 +36,15 @@ from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
 from chorus.progress import announced
 from chorus.spans import span
-from chorus.training.optimizer import adamw, clip_and_step, skip_non_finite
+from chorus.training.optimizer import adamw, clip_and_step
 from chorus.training.step import StepResult
-from chorus.training.zero import partitions, stage3
+from chorus.training.zero import partitions, stage3, stepping
 from chorus.training.zero.data_group import data_group_of
 from chorus.training.zero.deepspeed_json import (
     check_launcher,
     deepspeed_json,
     deepspeed_wanted,
+    leave_clipping_to_chorus,
     look_up_no_operators,
     single_process_rendezvous,
 )
@@ -99,7 +98,9 @@ def make_accelerator(
     if with_deepspeed:
         look_up_no_operators()
         single_process_rendezvous()
-        settings = deepspeed_json(engine, training, precision, num_processes // size)
+        settings = leave_clipping_to_chorus(
+            deepspeed_json(engine, training, precision, num_processes // size)
+        )
         plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     refuse_spread_agents(size, precision, stage=0 if plugin is None else plugin.zero_stage)
     accelerator = Accelerator(
@@ -186,7 +187,10 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with span("optimizer_step"):
-            norm_K, grad_norm = self._step_zero() if self.is_deepspeed else self._step_plain()
+            if self.is_deepspeed:
+                norm_K, grad_norm = stepping.clip_and_step(self.module, self.max_grad_norm, self.mesh)
+            else:
+                norm_K, grad_norm = self._step_plain()
             return StepResult(lr, norm_K, grad_norm, self.loss_scale)
 
     def _step_plain(self) -> tuple[Tensor, Tensor]:
@@ -194,32 +198,6 @@ class Engine:
         self.accelerator.unscale_gradients()
         adapters = list(self.agents.adapters().values())
         return clip_and_step(self.optimizer, adapters, self.max_grad_norm, self.mesh.gather_agents)
-
-    def _step_zero(self) -> tuple[Tensor, Tensor]:
-        """The same by DeepSpeed, which silently skips the step of all agents when a gradient is not finite.
-
-        So non-finite gradients are cleared before DeepSpeed sees them. Not under fp16, where an overflow must
-        skip the whole step.
-        """
-        zero: Any = self.module.optimizer
-        norm_K = torch.zeros(len(self.agents.agents), dtype=torch.float64, device=self.accelerator.device)
-        if self.loss_scale() <= 1:
-            gradients = partitions.gradients(zero)
-            norm_K = torch.stack([get_total_norm(own).to(norm_K) for own in gradients])
-            squared_K = norm_K.square()
-            with span("communication"):
-                torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
-            norm_K = squared_K.sqrt().to(gradients[0][0].device)
-            skip_non_finite(zero.optimizer.param_groups, norm_K)
-            for own, is_sound in zip(
-                gradients, norm_K.isfinite().tolist(), strict=True
-            ):  # DeepSpeed waits as well
-                if not is_sound:
-                    partitions.clear_gradient(zero, own)
-        cast(Any, self.module).step()
-        grad_norm = torch.as_tensor(cast(Any, self.module).get_global_grad_norm())
-        norm_K = self.mesh.gather_agents(norm_K)
-        return norm_K.fill_(math.inf) if zero.overflow else norm_K, grad_norm
 
     def loss_scale(self) -> float:
         """fp16's; 1 in other precisions."""

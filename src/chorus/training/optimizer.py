@@ -50,6 +50,11 @@ def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> None:
         group["skip"] = skip
 
 
+def joint_norm(norm_K: Tensor) -> Tensor:
+    """The gradient norm over the agents whose own is finite, a scalar."""
+    return torch.linalg.vector_norm(norm_K.masked_fill(~norm_K.isfinite(), 0.0))
+
+
 def clip_and_step(
     optimizer: torch.optim.Optimizer,
     adapters: Sequence[nn.Parameter],
@@ -72,7 +77,7 @@ def clip_and_step(
     own_K = torch.stack([get_total_norm([adapter_F.grad]) for adapter_F in adapters])  # pyright: ignore
     skip_non_finite(optimizer.param_groups, own_K)
     norm_K = gather_agents(own_K)
-    grad_norm = torch.linalg.vector_norm(norm_K.masked_fill(~norm_K.isfinite(), 0.0))
+    grad_norm = joint_norm(norm_K)
     if max_grad_norm > 0:
         clip_grads_with_norm_(adapters, max_grad_norm, grad_norm)
     optimizer.step()

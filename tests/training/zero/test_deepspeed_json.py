@@ -4,10 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from chorus.config import Config
 from chorus.errors import InputError
-from chorus.training.zero.deepspeed_json import check_launcher, deepspeed_json, deepspeed_wanted
+from chorus.training.zero.deepspeed_json import (
+    check_launcher,
+    deepspeed_json,
+    deepspeed_wanted,
+    leave_clipping_to_chorus,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 ZERO = {"zero_optimization": {"stage": 2}}
@@ -127,7 +133,6 @@ def test_the_files_of_the_repository_are_accepted_with_the_configuration_of_the_
 
 def test_deepspeed_itself_takes_the_result_and_reads_it_as_meant(file: Path):
     """The real parser. With an absent clipping it would answer 1.0."""
-    from deepspeed.runtime.config import DeepSpeedConfig
 
     for content in (AUTO, ZERO):
         read = DeepSpeedConfig(settled(file, content, "bf16", num_processes=1))
@@ -136,6 +141,35 @@ def test_deepspeed_itself_takes_the_result_and_reads_it_as_meant(file: Path):
         assert (read.gradient_accumulation_steps, read.zero_optimization_stage) == (4, 2)
         assert read.bfloat16_config.enabled
         assert not read.float16_config.enabled
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_is_told_to_look_at_no_gradient(file: Path, precision: str, stage: int):
+    content = {"zero_optimization": {"stage": stage}}
+    read = DeepSpeedConfig(leave_clipping_to_chorus(settled(file, content, precision, num_processes=1)))
+    assert read.gradient_clipping == 0
+    assert not read.zero_config.compute_grad_norm
+    assert precision == "no" or not read.bfloat16_config.check_grad_overflow
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [
+        ({"stage": 2}, "fp16"),
+        ({"stage": 3}, "bf16"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16"),
+    ],
+)
+def test_where_deepspeed_must_clip_it_does(file: Path, zero: dict, precision: str):
+    settings = settled(file, {"zero_optimization": zero}, precision)
+    assert leave_clipping_to_chorus(settings) == settings
+
+
+def test_a_norm_that_the_json_asks_of_deepspeed_is_refused(file: Path):
+    settings = settled(file, {"zero_optimization": {"stage": 2, "compute_grad_norm": True}})
+    with pytest.raises(InputError, match=r"key 'zero_optimization.compute_grad_norm' is True, but .* False"):
+        leave_clipping_to_chorus(settings)
 
 
 # ---- what is refused: the file, the key, both values ----

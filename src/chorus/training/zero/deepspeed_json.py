@@ -56,6 +56,7 @@ NOT_OURS = {
     "amp": "precision is mixed_precision of configs.yaml",
     "activation_checkpointing": "it is gradient_checkpointing of configs.yaml",
 }
+JSON = "the DeepSpeed JSON"
 BUILT_IN: dict[str, Any] = {
     # deepspeed_config_file: null. Buckets are sized to adapters: DeepSpeed's default of 5e8 elements is a
     # gigabyte.
@@ -187,6 +188,27 @@ def deepspeed_json(
             raise InputError(f'{path}: key \'{name}\' is {section!r}; give {{"enabled": "auto"}}')
         _settle(section, "enabled", precision == name, path, "mixed_precision", prefix=f"{name}.")
     return settings
+
+
+def leave_clipping_to_chorus(settings: dict[str, Any]) -> dict[str, Any]:
+    """A complete configuration, changed so that DeepSpeed looks at no gradient: `stepping` clips and skips.
+
+    DeepSpeed would take each norm a second time, and the host would wait for the device twice in a step.
+    fp16, stage 3 and an optimizer on the CPU have no such setting, and stay as they are.
+
+    Raises:
+        InputError: the JSON asks for what is switched off here.
+    """
+    zero = settings["zero_optimization"]
+    is_offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if zero["stage"] == 3 or settings["fp16"]["enabled"] or is_offloaded:
+        return settings
+    changed = copy.deepcopy(settings)
+    why = "the norm that clips is taken once, by Chorus"
+    _settle(changed["zero_optimization"], "compute_grad_norm", False, JSON, why, "zero_optimization.")
+    if changed["bf16"]["enabled"]:
+        _settle(changed["bf16"], "check_grad_overflow", False, JSON, why, "bf16.")
+    return {**changed, "gradient_clipping": 0.0}
 
 
 def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str]) -> None:
