@@ -55,6 +55,7 @@ class OneGpu(NamedTuple):
     Attributes:
         adapter: trained numbers of one agent. gib_fixed is without them.
         zero2_ms: what ZeRO-2 adds to a step on one GPU.
+        matmul_tflops: of a large product on it.
     """
 
     ms_fixed: float
@@ -63,6 +64,7 @@ class OneGpu(NamedTuple):
     gib_per_token: float
     adapter: int
     zero2_ms: float
+    matmul_tflops: float
 
 
 class Load(NamedTuple):
@@ -167,7 +169,9 @@ def one_gpu(rows: Sequence[Row], model: str, T: int, recompute: str) -> OneGpu:
         for row in own
         if row["engine"] == "zero2" and (row["K"], row["B"]) in by_shape
     ]
-    return OneGpu(ms_fixed, ms_per_token, gib_fixed, gib_per_token, adapter, fmean(over) if over else 0.0)
+    zero2_ms = fmean(over) if over else 0.0
+    matmul_tflops = fmean(row["matmul_tflops"] for row in plain)
+    return OneGpu(ms_fixed, ms_per_token, gib_fixed, gib_per_token, adapter, zero2_ms, matmul_tflops)
 
 
 def is_of(row: Row, model: str, T: int, recompute: str) -> bool:
@@ -221,7 +225,11 @@ def table(options: argparse.Namespace, gpu: OneGpu, links: Links) -> str:
 
 
 def comparison(rows: Sequence[Row], links: Links) -> str:
-    """Every measured fused row on several GPUs beside its prediction from one."""
+    """Every measured fused row on several GPUs beside its prediction from one.
+
+    GPUs of one kind differ by some percent: the prediction is for GPUs that run the large product as fast as
+    those of the row.
+    """
     lines = [["row", "measured ms", "predicted", "", "measured GiB", "predicted", ""]]
     for row in rows:
         if "failed" in row or row["processes"] == 1 or row["mode"] != "fused":
@@ -229,6 +237,7 @@ def comparison(rows: Sequence[Row], links: Links) -> str:
         gpu = one_gpu(rows, row["model"], row["T"], row["recompute"])
         mesh = Mesh(row["A"], row["processes"] // row["A"])
         told = predict(Load(row["K"], row["B"], row["T"], row["engine"]), mesh, gpu, links)
+        told = told._replace(ms=told.ms * gpu.matmul_tflops / row["matmul_tflops"])
         ms, gib = row["ms_per_step"], row["peak_gib"] or float("nan")
         figures = [f"{ms:.1f}", f"{told.ms:.1f}", f"{told.ms / ms - 1:+.1%}"]
         lines.append([name_of(row), *figures, f"{gib:.1f}", f"{told.gib:.1f}", f"{told.gib / gib - 1:+.0%}"])

@@ -281,7 +281,8 @@ linears. A step is forward, objective with the sliced distance, backward, clippi
 The median of the slowest process's steps; the memory that the allocator of the fullest one reserved. Useful work is
 counted as in `modes.py`, beside a large matrix product timed in the same process. B is the rows of a process. Each
 of A processes holds K / A agents, and A of them see the same rows. Weak: the rate of each GPU over that of one alone,
-with as many agents times rows on each. Strong: how many times as fast as one GPU with the whole batch. Not hidden:
+with as many agents times rows on each. Strong: how many times as fast as one GPU with the whole batch. These and the
+cost over plain are taken by the large product, because GPUs of one kind differ by some percent. Not hidden:
 milliseconds of a step in which NCCL runs and nothing computes, from a trace of it.
 {traces(rows)}
 {described}

@@ -47,12 +47,15 @@ def key_of(row: Row) -> tuple:
 def with_ratios(done: Sequence[Row]) -> list[Row]:
     """Each row with what can be said of it where the rows to compare with are measured.
 
+    GPUs of one kind differ by some percent, and the rows may be of several machines. So rates are taken by the
+    large product that was timed in the same process.
+
     over_plain: its cost over the plain engine. weak: the rate of each GPU over that of one GPU with as many
     agents times rows. strong: its rate over that of one GPU with the same batch.
     """
     measured = [row for row in done if "failed" not in row]
-    ms = {key_of(row): row["ms_per_step"] for row in measured}
-    rate = {key_of(row): row["agent_tokens_per_second"] for row in measured}
+    ms = {key_of(row): row["ms_per_step"] * row["matmul_tflops"] for row in measured}
+    rate = {key_of(row): row["agent_tokens_per_second"] / row["matmul_tflops"] for row in measured}
     result = []
     for row in done:
         own, n, A = rate.get(key_of(row)), row["processes"], row["A"]

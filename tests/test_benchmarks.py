@@ -180,7 +180,7 @@ def test_what_is_not_hidden_is_what_nothing_computes_beside():
     assert math.isnan(overlap.waiting([[1.0], []]))
 
 
-GPU = predict.OneGpu(10.0, 0.01, 5.0, 0.001, adapter=10**9, zero2_ms=3.0)
+GPU = predict.OneGpu(10.0, 0.01, 5.0, 0.001, adapter=10**9, zero2_ms=3.0, matmul_tflops=800.0)
 LINKS = predict.Links(per_host=4, inside=100.0, between=50.0, latency_us=0.0, sort=math.inf, spread=0.0)
 
 
@@ -261,8 +261,8 @@ def figures(
     )
     of_the_launch = {"rank": 16, "engine": engine, "processes": processes}
     rate = K // A * case.B * case.T * processes / ms * 1000
-    figures = {"ms_per_step": ms, "agent_tokens_per_second": rate, "peak_gib": gib, "first_loss": [5.0, 5.0]}
-    return {**case._asdict(), **of_the_launch, **figures}
+    speed = {"ms_per_step": ms, "agent_tokens_per_second": rate, "matmul_tflops": 800.0}
+    return {**case._asdict(), **of_the_launch, **speed, "peak_gib": gib, "first_loss": [5.0, 5.0]}
 
 
 def verdict(rows: list[dict[str, Any]], words: str) -> bool | None:
@@ -292,6 +292,12 @@ def test_agents_over_processes_are_compared_with_one_process_of_the_same_load_an
     assert row["weak"] == pytest.approx(100 / 101)  # as many agents times rows as `alone`
     assert row["strong"] == pytest.approx(196 / 101)  # the batch of `double`
     assert verdict([alone, spread], "of agents over all") is True
+
+
+def test_rows_of_a_faster_machine_are_compared_by_its_large_product():
+    alone, faster = figures("fused", "plain", 1, 100.0), figures("fused", "plain", 4, 98.0)
+    *_, row = verdicts.with_ratios([alone, {**faster, "matmul_tflops": 816.0}])
+    assert row["weak"] == pytest.approx(100 / 98 * 800 / 816)
 
 
 def test_the_large_base_fits_where_its_fullest_row_does():

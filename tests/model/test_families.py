@@ -33,6 +33,7 @@ PAD = 1  # as train.py pads: with the end token, whose embedding is not zero as 
 WITHOUT_PACKING = {"qwen3.5"}  # its linear attention carries a state from sample to sample
 # Experts are chosen by what the tokens say: neither one trace nor one graph fits every batch.
 UNCAPTURED = {
+    "gemma-3n",  # moves a scalar from the CPU in every pass
     "gpt-oss",
     "mixtral",
     "qwen3-moe",

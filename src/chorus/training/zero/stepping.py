@@ -66,12 +66,13 @@ def _step_by_deepspeed(module: Any, mesh: Mesh) -> tuple[Tensor, Tensor]:
 def _agent_norms(module: Any) -> Tensor:
     """norm_K: each agent's gradient norm over the processes that share it. In float64, because squares of
     fp32 norms overflow. A collective call."""
-    gradients = partitions.gradients(module.optimizer)
+    zero = module.optimizer
+    gradients = partitions.gradients(zero)
     norms = [
         get_total_norm([torch.linalg.vector_norm(part, dtype=torch.float32) for part in own])
         for own in gradients
     ]
     squared_K = torch.stack(norms).to(module.device, torch.float64).square()
     with span("communication"):
-        torch.distributed.all_reduce(squared_K, group=module.optimizer.dp_process_group)
+        torch.distributed.all_reduce(squared_K, group=zero.dp_process_group)
     return squared_K.sqrt().to(gradients[0][0].device)
