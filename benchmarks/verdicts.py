@@ -47,8 +47,8 @@ def key_of(row: Row) -> tuple:
 def with_ratios(done: Sequence[Row]) -> list[Row]:
     """Each row with what can be said of it where the rows to compare with are measured.
 
-    GPUs of one kind differ by some percent, and the rows may be of several machines. So rates are taken by the
-    large product that was timed in the same process.
+    GPUs of one kind differ by some percent, and the rows may be of several machines. So rates are taken by
+    the large product that was timed in the same process.
 
     over_plain: its cost over the plain engine. weak: the rate of each GPU over that of one GPU with as many
     agents times rows. strong: its rate over that of one GPU with the same batch.
