@@ -195,6 +195,8 @@ def test_what_would_steer_a_terminal_is_left_out(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_asked_is_refused_in_one_line(run: Path, adapters: Path, tmp_path: Path):
     cases: dict[str, tuple[tuple[Any, ...], str]] = {
         "an empty prompt": ((run, " "), "prompt 1 is empty"),
+        "two runs": ((run, adapters, "a"), "is the folder"),
+        "a key": ((run, "a", "max_new_tokens=5"), "max_new_tokens=5, which reads as a key"),
         "an unknown member": ((run, "a", "--member", "2"), "the agents are 0 to 1"),
         "too long a prompt": ((run, "a " * 2000), "longer than 1024"),
         "too many new tokens": ((run, "a", "--max-new-tokens", "5000"), "ask for at most"),

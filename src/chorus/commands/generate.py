@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +53,7 @@ def _prompts(given: Sequence[str]) -> list[str]:
     """The prompts, of which - stands for stdin.
 
     Raises:
-        InputError: there is none, or one is empty.
+        InputError: there is none, or one is empty, a folder or a key.
     """
     if not given and sys.stdin.isatty():
         raise InputError("command line: no PROMPT; write one, or - to read it from stdin")
@@ -61,6 +63,16 @@ def _prompts(given: Sequence[str]) -> list[str]:
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise InputError(f"command line: prompt {number} is empty; write a question")
+        if os.path.isdir(prompt):  # not Path.is_dir, which fails for a long question
+            raise InputError(
+                f"command line: prompt {number} is the folder {prompt}; RUN is one folder: put the adapters "
+                "of an ensemble into one, and name that"
+            )
+        if re.fullmatch(r"[a-z][a-z_]+=\S*", prompt):
+            raise InputError(
+                f"command line: prompt {number} is {prompt}, which reads as a key; `chorus generate` has "
+                "options, see --help; to ask it all the same, give it on stdin"
+            )
     return prompts
 
 
