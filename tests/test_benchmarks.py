@@ -18,6 +18,7 @@ sys.path.append(str(BENCHMARKS))
 import overlap  # noqa: E402
 import predict  # noqa: E402
 import table  # noqa: E402
+import table_rows  # noqa: E402
 import verdicts  # noqa: E402
 from case import Case  # noqa: E402
 from results import Results  # noqa: E402
@@ -99,7 +100,7 @@ def test_a_row_that_fails_says_why_and_one_that_is_given_up_leaves_no_process_be
 ):
     for name, value in environment(CHORUS_TEST_RUN=str(tmp_path)).items():
         monkeypatch.setenv(name, value)
-    alone, both = table.rows(options(rows=["fused plain x1", "fused plain x2 A=1"]), table.ON_CPU)
+    alone, both = table_rows.rows(options(rows=["fused plain x1", "fused plain x2 A=1"]), table_rows.ON_CPU)
     unknown = {**alone, "model": "no/such/model"}
     sound, failed = table.measured([alone, unknown, alone], [], seconds=900, limit=900)
     assert sound["ms_per_step"] > 0
@@ -121,34 +122,34 @@ def options(**given: Any) -> argparse.Namespace:
 
 
 def test_what_matters_most_comes_first_and_nothing_is_left_out():
-    rows = table.rows(options(processes=[1, 2, 4, 8]), table.ON_GPU, table.STRONG_ON_GPU)
+    rows = table_rows.rows(options(processes=[1, 2, 4, 8]), table_rows.ON_GPU, table_rows.STRONG_ON_GPU)
     assert len(rows) == len({table.key_of(row) for row in rows})
-    for name in table.FIRST:
-        assert len([row for row in rows if table.is_named(row, name)]) <= 1, name
-    places = [table.rank_of(row) for row in rows]
+    for name in table_rows.FIRST:
+        assert len([row for row in rows if table_rows.is_named(row, name)]) <= 1, name
+    places = [table_rows.rank_of(row) for row in rows]
     assert places == sorted(places)
-    rest = [row["processes"] for row in rows if table.rank_of(row) == len(table.FIRST)]
+    rest = [row["processes"] for row in rows if table_rows.rank_of(row) == len(table_rows.FIRST)]
     assert rest == sorted(rest)
     assert all(row["K"] % row["A"] == row["processes"] % row["A"] == 0 for row in rows)
 
 
 def test_every_gpu_of_a_weak_row_has_as_much_to_do_and_strong_rows_have_one_batch():
-    shape = table.Shape("gemma-2-2b", 4, 4, 512, "none", 30)
-    for case in table.cases("fused", 8, [shape], []):
+    shape = table_rows.Shape("gemma-2-2b", 4, 4, 512, "none", 30)
+    for case in table_rows.cases("fused", 8, [shape], []):
         assert case.K // case.A * case.B == 4 * 4
-    strong = list(table.cases("fused", 4, [], [shape]))
+    strong = list(table_rows.cases("fused", 4, [], [shape]))
     assert [(case.A, case.B * 4 // case.A) for case in strong] == [(1, 4), (2, 4), (4, 4)]
 
 
 def test_rows_of_one_engine_share_a_launch_and_under_zero2_of_one_mesh():
-    rows = table.rows(options(processes=[4], rows=["gemma-2-2b K=4 fused"]), table.ON_GPU)
+    rows = table_rows.rows(options(processes=[4], rows=["gemma-2-2b K=4 fused"]), table_rows.ON_GPU)
     by_mesh = {key: [row for row in rows if row["engine"] == key] for key in ("plain", "zero2")}
     assert [len(one) for one in table.launches(by_mesh["plain"])] == [len(by_mesh["plain"])]
     assert all(len({row["A"] for row in one}) == 1 for one in table.launches(by_mesh["zero2"]))
 
 
 def test_rows_of_a_model_keep_to_one_gpu_and_nothing_runs_beside_a_row_that_needs_them_all():
-    rows = table.rows(options(processes=[1, 2]), table.ON_GPU)
+    rows = table_rows.rows(options(processes=[1, 2]), table_rows.ON_GPU)
     waves = list(table.waves(rows, ["5", "7"]))
     assert sorted(map(table.name_of, rows)) == sorted(
         table.name_of(row) for wave in waves for lane, _ in wave for row in lane
@@ -241,7 +242,9 @@ def test_a_row_that_the_end_cuts_off_is_left_out_and_not_said_to_fail(
 ):
     monkeypatch.setattr(table, "SHORTEST_ROW_S", 0.0)
     results = Results(tmp_path, "table", table.key_of, table.page)
-    table.measure_all(table.rows(options(), table.ON_CPU), results, limit=100, deadline=time.monotonic() + 2)
+    table.measure_all(
+        table_rows.rows(options(), table_rows.ON_CPU), results, limit=100, deadline=time.monotonic() + 2
+    )
     assert results.rows == []
 
 

@@ -1,14 +1,11 @@
 """The server's paths: OpenAI's protocol over an ensemble."""
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-from uuid import uuid4
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -19,20 +16,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chorus.ensemble.texts import Answer, Ending, Sampling, Text
 from chorus.errors import InputError
+from chorus.serving import responses
 from chorus.serving.opened import Opened
 from chorus.serving.protocol import (
-    FINISH,
     ChatRequest,
     CompletionRequest,
     Request,
-    chat_logprobs,
-    completion_logprobs,
     error_object,
-    uncertainty_object,
-    usage_object,
 )
+from chorus.serving.responses import Asked, Echo
 from chorus.serving.scheduler import Busy, Closing, Scheduler, Score
-from chorus.serving.watched import Delta, Watched
+from chorus.serving.watched import Watched
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 MOST_BYTES = 8 * 2**20  # of a request; the longest prompt takes far less
@@ -45,34 +39,6 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: str) -> None:
         super().__init__(message)
         self.status, self.content = status, error_object(message, kind, **more)
-
-
-class Echo(NamedTuple):
-    """A prompt that is to be repeated, and what each of its tokens adds to it."""
-
-    text: str
-    pieces: list[str]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request that was understood.
-
-    Attributes:
-        prompts: token ids; text number t is an answer to prompt t // n.
-        echoes: the prompts' texts, where they are to be repeated.
-    """
-
-    request: Request
-    prompts: list[list[int]]
-    texts: list[Text]
-    scores: list[Score]
-    echoes: list[Echo]
-    has_tokens: bool
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return usage_object(sum(map(len, self.prompts)), self.texts)
 
 
 def build_app(opened: Opened, scheduler: Scheduler, api_key: str | None) -> FastAPI:
@@ -271,7 +237,7 @@ class Service:
                 events, media_type="text/event-stream", headers={"cache-control": "no-store"}
             )
         await self._finished(watched, http)
-        return JSONResponse(_whole(asked))
+        return JSONResponse(responses.whole(asked))
 
     async def _finished(self, watched: Watched, http: HttpRequest) -> None:
         """Wait for the job, as long as its client does."""
@@ -287,7 +253,7 @@ class Service:
 
     async def _events(self, asked: Asked, watched: Watched) -> AsyncIterator[str]:
         """Server-sent events. Where the client hangs up the generator is closed, and its job with it."""
-        about = _about(asked, "chunk")
+        head = responses.about(asked, "chunk")
         try:
             if isinstance(asked.request, ChatRequest):
                 for index in range(len(asked.texts)):
@@ -296,111 +262,16 @@ class Service:
                         "delta": {"role": "assistant", "content": ""},
                         "finish_reason": None,
                     }
-                    yield _event({**about, "choices": [first]})
+                    yield responses.event_of({**head, "choices": [first]})
             while (delta := await watched.deltas.get()) is not None:
-                yield _event({**about, "choices": [_chunk(asked, delta)]})
+                yield responses.event_of({**head, "choices": [responses.chunk_of(asked, delta)]})
             if watched.job.error is not None:
-                yield _event(error_object(watched.job.error, "server_error"))
+                yield responses.event_of(error_object(watched.job.error, "server_error"))
             else:
                 options = asked.request.stream_options
                 if options is not None and options.include_usage:
-                    yield _event({**about, "choices": [], "usage": asked.usage})
+                    yield responses.event_of({**head, "choices": [], "usage": asked.usage})
                 yield "data: [DONE]\n\n"
         finally:
             if not watched.job.is_done:
                 self.scheduler.cancel(watched.job)
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _about(asked: Asked, kind: str = "") -> dict[str, Any]:
-    is_chat = isinstance(asked.request, ChatRequest)
-    name = "chat.completion" + (f".{kind}" if kind else "") if is_chat else "text_completion"
-    prefix = "chatcmpl" if is_chat else "cmpl"
-    return {
-        "id": f"{prefix}-{uuid4().hex}",
-        "object": name,
-        "created": int(time.time()),
-        "model": asked.request.model,
-    }
-
-
-def _chunk(asked: Asked, delta: Delta) -> dict[str, Any]:
-    """One choice of an event."""
-    text = asked.texts[delta.place]
-    choice: dict[str, Any] = {"index": delta.place, "finish_reason": None}
-    if isinstance(asked.request, ChatRequest):
-        choice["delta"] = {"content": delta.content}
-        logprobs = chat_logprobs(text, delta.pieces, delta.first) if asked.has_tokens else None
-    else:
-        choice["text"] = delta.content
-        logprobs = None
-        if asked.has_tokens:
-            logprobs = completion_logprobs(text, delta.pieces, delta.first, delta.offset)
-    choice["logprobs"] = logprobs
-    if delta.is_last:
-        choice["finish_reason"] = FINISH[text.answer.ended]
-        choice["uncertainty"] = uncertainty_object(text)
-    return choice
-
-
-def _whole(asked: Asked) -> dict[str, Any]:
-    request = asked.request
-    if isinstance(request, CompletionRequest):
-        choices = _completion_choices(asked, request)
-    else:
-        choices = [_chat_choice(asked, index, text) for index, text in enumerate(asked.texts)]
-    return {**_about(asked), "choices": choices, "usage": asked.usage}
-
-
-def _chat_choice(asked: Asked, index: int, text: Text) -> dict[str, Any]:
-    pieces = text.ending.pieces(text.answer) if asked.has_tokens else []
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": text.answer.text, "refusal": None},
-        "logprobs": chat_logprobs(text, pieces, 0) if asked.has_tokens else None,
-        "finish_reason": FINISH[text.answer.ended],
-        "uncertainty": uncertainty_object(text),
-    }
-
-
-def _completion_choices(asked: Asked, request: CompletionRequest) -> list[dict[str, Any]]:
-    n = request.n or 1
-    choices = []
-    for index in range(n * len(asked.prompts)):
-        text = asked.texts[index] if asked.texts else None
-        echo = asked.echoes[index // n].text if asked.echoes else ""
-        logprobs = None
-        if text is not None and asked.has_tokens:
-            logprobs = completion_logprobs(text, text.ending.pieces(text.answer), 0, len(echo))
-        if asked.scores:
-            logprobs = _with_echo(asked, index // n, logprobs)
-        choices.append(
-            {
-                "index": index,
-                "text": echo + (text.answer.text if text is not None else ""),
-                "logprobs": logprobs,
-                "finish_reason": "length" if text is None else FINISH[text.answer.ended],
-                "uncertainty": None if text is None else uncertainty_object(text),
-            }
-        )
-    return choices
-
-
-def _with_echo(asked: Asked, place: int, own: dict[str, Any] | None) -> dict[str, Any]:
-    """The prompt's tokens before those of the answer. Nothing precedes the first: it has no probability."""
-    pieces, log_probs = asked.echoes[place].pieces, [None, *asked.scores[place].log_probs]
-    starts = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
-    tops = [
-        None if log_prob is None else {piece: log_prob}
-        for piece, log_prob in zip(pieces, log_probs, strict=True)
-    ]
-    more = own or {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    return {
-        "tokens": pieces + more["tokens"],
-        "token_logprobs": log_probs + more["token_logprobs"],
-        "top_logprobs": tops + (more["top_logprobs"] or [{}] * len(more["tokens"])),
-        "text_offset": starts + more["text_offset"],
-    }
