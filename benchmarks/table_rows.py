@@ -45,7 +45,7 @@ ON_CPU = (Shape("tiny", 2, 2, 16, "none", 0),)
 
 
 def first() -> Iterator[str]:
-    """The rows that the checks need, most important first; all others follow. Those of a launch are neighbours."""
+    """The rows that the checks need, most important first. Neighbours share a launch."""
     small, large = "gemma-2-2b", "gemma-2-9b"
     yield from (
         f"{small} {shape} fused plain x1" for shape in ("K=4 4x512", "K=16 1x512", "K=8", "K=16 4x512")

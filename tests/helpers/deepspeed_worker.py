@@ -18,7 +18,8 @@ from chorus.config import Config
 from chorus.data.batches import collate
 from chorus.training.diversity import SwdSettings
 from chorus.training.objective import objective
-from chorus.training.zero.deepspeed_json import deepspeed_json, look_up_no_operators
+from chorus.training.zero.deepspeed_json import deepspeed_json
+from chorus.training.zero.launcher import look_up_no_operators
 
 
 def gather(own: torch.Tensor) -> torch.Tensor:

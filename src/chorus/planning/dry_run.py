@@ -37,7 +37,8 @@ from chorus.planning.run_plan import Plan, plan, sample_tokens
 from chorus.planning.shared_ground import check_processes, folder_beside_output
 from chorus.planning.trial_run import STEPS, Loop, ModeRun, Setting, disagreement, rehearse
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator
-from chorus.training.zero.deepspeed_json import deepspeed_json, deepspeed_wanted
+from chorus.training.zero.deepspeed_json import deepspeed_json
+from chorus.training.zero.launcher import deepspeed_wanted
 
 SETTINGS = "settings agree"
 # Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of

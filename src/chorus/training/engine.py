@@ -40,11 +40,10 @@ from chorus.training.optimizer import adamw, clip_and_step
 from chorus.training.step import StepResult
 from chorus.training.zero import partitions, stage3, stepping
 from chorus.training.zero.data_group import data_group_of
-from chorus.training.zero.deepspeed_json import (
+from chorus.training.zero.deepspeed_json import deepspeed_json, leave_clipping_to_chorus
+from chorus.training.zero.launcher import (
     check_launcher,
-    deepspeed_json,
     deepspeed_wanted,
-    leave_clipping_to_chorus,
     look_up_no_operators,
     single_process_rendezvous,
 )

@@ -1,0 +1,84 @@
+"""What the launcher says about DeepSpeed, held against configs.yaml, and what a lone process needs of one."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+from chorus.config.engine import EngineSettings
+from chorus.config.training import TrainingSettings
+from chorus.errors import InputError
+
+
+def deepspeed_wanted(settings: EngineSettings, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this run is under DeepSpeed: as the launcher says, or as `use_deepspeed` insists.
+
+    Raises:
+        InputError: the launcher asks for DeepSpeed and `use_deepspeed` is false.
+    """
+    launcher = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if launcher and settings.use_deepspeed is False:
+        raise InputError(
+            "key 'use_deepspeed' is false, but the launcher starts DeepSpeed; set it to auto or "
+            "launch without"
+        )
+    return launcher or settings.use_deepspeed is True
+
+
+def check_launcher(
+    engine: EngineSettings, training: TrainingSettings, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Refuse what the launcher says otherwise than configs.yaml. Accelerate would let one of the two win in
+    silence.
+
+    Raises:
+        InputError: names the key, both values and the remedy.
+    """
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", engine.mixed_precision):  # the launcher says "no" also when it was not asked
+        raise InputError(
+            f"key 'mixed_precision' is {engine.mixed_precision}, but the launcher says {precision}; "
+            "leave it to configs.yaml and drop it from the launcher's options and its config file"
+        )
+    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", "auto", str(training.gradient_accumulation_steps)):
+        raise InputError(
+            f"key 'gradient_accumulation_steps' is {training.gradient_accumulation_steps}, but the launcher "
+            f"says {accumulation}; leave it to configs.yaml and drop it from the launcher's options and its "
+            "config file"
+        )
+    clipping = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clipping not in ("none", "auto") and float(clipping) != training.max_grad_norm:
+        raise InputError(
+            f"key 'max_grad_norm' is {training.max_grad_norm}, but the launcher clips at {clipping}; "
+            "leave it to configs.yaml and drop it from the launcher's options and its config file"
+        )
+
+
+def single_process_rendezvous() -> None:
+    """Set what a launcher of several processes would have set,
+    for `use_deepspeed: true` in a lone process."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(alone)
+
+
+def look_up_no_operators() -> None:
+    """Keep DeepSpeed from compiling, or looking up, its operator for inference on CPUs, which training does
+    not call.
+
+    It would do so at every start, under a lock that is a mere file: after a kill at that moment every later
+    start waits for it without end. For processes that have not begun to talk to each other.
+    """
+    import deepspeed.ops  # seconds of imports for those who use it
+
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
