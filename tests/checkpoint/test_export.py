@@ -1,6 +1,7 @@
 """What a run leaves: agents that stock PEFT reads, and what stands beside them."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,17 @@ def test_a_later_save_replaces_the_earlier_one_and_leaves_nothing_beside_it(tmp_
             assert torch.equal(saved[f"{identity.path}.lora_{identity.matrix}.weight"], tensor)
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_those_who_may_read_the_folder_may_read_the_adapters(tmp_path: Path, mask: int):
+    before = os.umask(mask)
+    try:
+        save(tmp_path, toy_agents("parallel"))
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "agents").glob("*/*"):
+        assert file.stat().st_mode & 0o777 == 0o666 & ~mask, file
+
+
 @pytest.mark.parametrize("writes", [0, 1, 2])
 def test_a_save_that_fails_leaves_the_earlier_one_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
@@ -182,24 +194,24 @@ def test_a_save_that_fails_leaves_the_earlier_one_as_it_was(
     save(tmp_path, agents)
     before = contents(tmp_path)
     left = iter(range(writes))
-    real = export.save_file
+    real = export.save_tensors
 
-    def disk_is_full(tensors: dict[str, Tensor], path: Path, **more: Any) -> None:
+    def disk_is_full(tensors: dict[str, Tensor], path: Path, *more: Any) -> None:
         if next(left, None) is None:
             path.write_bytes(b"half a file")
             raise RuntimeError("No space left on device")
-        real(tensors, path, **more)
+        real(tensors, path, *more)
 
     for tensor in agents.adapter_tensors().values():
         tensor.data += 1
-    monkeypatch.setattr(export, "save_file", disk_is_full)
+    monkeypatch.setattr(export, "save_tensors", disk_is_full)
     with pytest.raises(RuntimeError, match="No space left"):
         save(tmp_path, agents)
     after = contents(tmp_path)
     assert before.items() <= after.items()
     assert all(name.startswith("agents.new/") for name in after.keys() - before.keys())
     # and it is not in the way of the next save
-    monkeypatch.setattr(export, "save_file", real)
+    monkeypatch.setattr(export, "save_tensors", real)
     save(tmp_path, agents)
     assert contents(tmp_path).keys() == before.keys()
 
@@ -208,7 +220,7 @@ def test_a_first_save_that_fails_leaves_no_agents_folder(tmp_path: Path, monkeyp
     def disk_is_full(*_: Any, **__: Any) -> None:
         raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr(export, "save_file", disk_is_full)
+    monkeypatch.setattr(export, "save_tensors", disk_is_full)
     with pytest.raises(RuntimeError):
         save(tmp_path, toy_agents("parallel"))
     assert not (tmp_path / "agents").exists()
@@ -236,7 +248,7 @@ def save_until_killed(folder: Path, num_acts: int, value: float, monkeypatch: py
     }
     with monkeypatch.context() as patched:
         for owner, name in (
-            *((export, "save_file"), (export, "sync"), (export.shutil, "rmtree")),
+            *((export, "save_tensors"), (export, "sync"), (export.shutil, "rmtree")),
             *((Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "write_text")),
         ):
             patched.setattr(owner, name, mortal(getattr(owner, name)))

@@ -118,7 +118,7 @@ def test_later_checkpoints_step_aside_and_none_is_lost(tmp_path: Path):
 # ---- whole or not there ----
 
 ACTS = [
-    *((store, "save_file"), (export, "save_file"), (store, "sync"), (export, "sync")),
+    *((store, "save_tensors"), (export, "save_tensors"), (store, "sync"), (export, "sync")),
     *((store.shutil, "rmtree"), (os, "unlink"), (os, "rmdir")),
     *((Path, "mkdir"), (Path, "rename"), (Path, "write_text")),
 ]
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_names_the_bytes_and_leaves_the_earlier_checkpoint(
         raise RuntimeError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "save_file", is_full)
+        patched.setattr(store, "save_tensors", is_full)
         said = r"step_000002 could not be written: No space left .*\(576 bytes needed, .* free"
         with pytest.raises(RunError, match=said):
             save(tmp_path, 2)

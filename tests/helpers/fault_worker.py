@@ -64,8 +64,8 @@ def arrange_last_words(act: str) -> None:
 
 def arrange(where: str, act: str) -> None:
     is_victim = int(os.environ.get("RANK", "0")) == (0 if where in ("save", "export") else 1)
-    write, run_backward, steps = store.save_file, Engine.backward, itertools.count(1)
-    write_adapter = export.save_file
+    write, run_backward, steps = store.save_tensors, Engine.backward, itertools.count(1)
+    write_adapter = export.save_tensors
 
     def end() -> None:
         Path(os.environ["CHORUS_TEST_FAULT"]).write_text(str(os.getpid()))
@@ -91,7 +91,7 @@ def arrange(where: str, act: str) -> None:
                 share.register_hook(lambda _gradient: end())
         run_backward(self, share)
 
-    store.save_file, export.save_file, Engine.backward = save_file, save_adapter, backward
+    store.save_tensors, export.save_tensors, Engine.backward = save_file, save_adapter, backward
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from chorus.errors import RunError, out_of_memory
 
@@ -52,6 +54,17 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_null(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, for those who may read its folder."""
+    save_file(dict(tensors), path, metadata=metadata)
+    share(path)
+
+
+def share(path: Path) -> None:
+    """Let those read a file who may read its folder. safetensors leaves what it writes to its owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from chorus.checkpoint.atomic_files import disk_errors, json_text, sync, write_text
+from chorus.checkpoint.atomic_files import disk_errors, json_text, save_tensors, sync, write_text
 from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE
 from chorus.checkpoint.manifest import ADAPTER_FILE
 from chorus.config import Config, render
@@ -78,7 +77,7 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
         folder = place / adapter_name(agent)
         folder.mkdir(parents=True)
         own = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}
-        save_file(own, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        save_tensors(own, folder / ADAPTER_FILE, {"format": "pt"})
         lora_config.save_pretrained(str(folder))
         for file in (*folder.iterdir(), folder):
             sync(file)

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from chorus.checkpoint.atomic_files import disk_errors, json_text, sync
+from chorus.checkpoint.atomic_files import disk_errors, json_text, save_tensors, sync
 from chorus.checkpoint.export import refuse_non_finite, write_adapters
 from chorus.checkpoint.manifest import (
     ADAPTER_FILE,
@@ -115,7 +115,7 @@ def write_checkpoint(
             for name in MOMENTS
             for identity, tensor in state.moments[name].items()
         }
-        save_file(moments, half_done / MOMENTS_FILE)
+        save_tensors(moments, half_done / MOMENTS_FILE)
         (half_done / STATE_FILE).write_text(json_text(facts), encoding="utf-8")
         write_manifest(half_done, len({identity.agent for identity in state.weights}))
         for name in (MOMENTS_FILE, STATE_FILE, MANIFEST, "."):

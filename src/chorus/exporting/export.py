@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from chorus.checkpoint.atomic_files import json_text
+from chorus.checkpoint.atomic_files import json_text, share
 from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE
 from chorus.ensemble.adapter_files import ADAPTER_FILE, AdapterFile, read_adapter
 from chorus.ensemble.evaluate import Evaluation
@@ -68,6 +68,8 @@ def export(paths: Sequence[Path], out: Path, merge: Merge = "none", base: str | 
     size = sum(parameter.nbytes for parameter in model.parameters())
     with _finished(out, size, tokenizer, merged_model_card(about, model.dtype)) as new:
         model.save_pretrained(new)
+        for file in new.glob("*.safetensors"):
+            share(file)
 
 
 @contextmanager

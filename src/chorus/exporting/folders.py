@@ -9,12 +9,11 @@ from pathlib import Path
 from uuid import uuid4
 
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from chorus.checkpoint.atomic_files import disk_errors, json_text, sync
+from chorus.checkpoint.atomic_files import disk_errors, json_text, save_tensors, sync
 from chorus.ensemble.adapter_files import ADAPTER_FILE, CONFIG_FILE, AdapterFile
 from chorus.errors import InputError
 from chorus.exporting.merge import MeanAdapter, mean_adapter
@@ -92,7 +91,7 @@ def write_adapter(folder: Path, adapter: MeanAdapter, base_name: str, skeleton: 
         for layer, pair in adapter.matrices.items()
         for letter, matrix in zip("AB", pair, strict=True)
     }
-    save_file(dict(tensors), folder / ADAPTER_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, folder / ADAPTER_FILE, {"format": "pt"})
     targets = peft_target_modules(list(adapter.matrices), list(modules))
     config = LoraConfig(
         r=adapter.rank,
