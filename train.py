@@ -42,6 +42,7 @@ from chorus.checkpoint.saving import PeriodicCheckpoints
 from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
 from chorus.config.keys import LoopSettings
+from chorus.config.per_agent import NumberOrList
 from chorus.data.batches import StepBatch, steps_per_epoch, training_steps
 from chorus.data.rows import read_rows
 from chorus.ensemble.evaluation_rows import read_evaluation_rows
@@ -239,7 +240,7 @@ def take_steps(
     start_step: int,
     num_steps: int,
     loss_fn: Callable[..., Objective],
-    lr_at: Callable[[int], float],
+    lr_at: Callable[[int], NumberOrList],
     hooks: Sequence[AfterStep],
 ) -> None:
     """The training loop: one for every mode and every engine.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from toy import max_difference
 
-from chorus.model.flat_adapter import Layout, Matrix, stack
+from chorus.model.flat_adapter import Factors, Layout, Matrix, stack
 
 K, R, WIDTH_IN, WIDTH_OUT = 3, 2, 8, 6
 SHAPES: dict[Matrix, torch.Size] = {
@@ -34,13 +34,24 @@ def test_views_write_through_and_join_is_their_counterpart():
 
 @DTYPES
 @pytest.mark.parametrize("is_masked", [False, True], ids=["", "dropconnect"])
-def test_a_pass_gets_every_agents_weights_and_they_get_its_gradients(is_masked: bool, dtype: torch.dtype):
-    """Closed form: a masked and rescaled copy, in which A enters squared and B linearly."""
+@pytest.mark.parametrize("gains", [(1.0, 1.0, 1.0), (1.0, 4.0, 0.3)], ids=["", "gains"])
+def test_a_pass_gets_every_agents_weights_and_they_get_its_gradients(
+    gains: tuple[float, ...], is_masked: bool, dtype: torch.dtype
+):
+    """Closed form: a masked and rescaled copy, in which A enters squared and B linearly. With masks, agent 2
+    has none."""
     layout, adapters = Layout(SHAPES), [nn.Parameter(drawn(F, seed=k)) for k in range(K)]
     before = [adapter_F.detach().clone() for adapter_F in adapters]
-    keeps = [drawn(F, seed=k) < 0.3 for k in range(9, 9 + K)]
-    factors = [keep_F / 0.6 if is_masked else torch.ones(F) for keep_F in keeps]
-    matrices = layout.stacked(stack(adapters, dtype, keeps if is_masked else None, 0.6 if is_masked else 1.0))
+    keeps = [drawn(F, seed=k) < 0.3 if is_masked and k < 2 else None for k in range(K)]
+    keep_ps = (0.6, 0.9, 1.0)
+    factors = []
+    for keep_F, keep_p, gain in zip(keeps, keep_ps, gains, strict=True):
+        factor_F = torch.ones(F) if keep_F is None else keep_F / keep_p
+        layout.views(factor_F)["x", "B"].mul_(gain)
+        factors.append(factor_F)
+    is_B_F = layout.is_B(torch.device("cpu"))
+    of_agents = [Factors(*own, is_B_F) for own in zip(keeps, keep_ps, gains, strict=True)]
+    matrices = layout.stacked(stack(adapters, dtype, of_agents))
     (matrices["x", "A"].float().square().sum() + 3 * matrices["x", "B"].float().sum()).backward()
     rounding = 1e-6 if dtype is torch.float32 else 0.01
     for k, (adapter_F, factor_F) in enumerate(zip(adapters, factors, strict=True)):

@@ -60,8 +60,7 @@ def recomputing_under_the_adapter_of_backward(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(AdapterRouter, "checkpoint_contexts", lambda self: (nullcontext(), nullcontext()))
     monkeypatch.setattr(agents_module, "recomputed", lambda run, parameters: run())
     agents = toy_agents("sequential", gradient_checkpointing="full")
-    layers, weights = lora_layers(agents.peft_model(2)), agents._weights((2,), None)
-    assert weights is not None
+    layers, weights = lora_layers(agents.peft_model(2)), agents.weights((2,))
     last_switched_to = adapter_context(layers, agents.layout, (2,), weights, 0, None)
     agents.router._take(last_switched_to)
     return agents
@@ -116,9 +115,9 @@ def test_the_gradient_check_catches(wrong_way: Callable, monkeypatch: pytest.Mon
 
 
 def test_the_trace_check_catches_dropconnect_in_place(monkeypatch: pytest.MonkeyPatch):
-    def in_place(adapters, dtype, keeps, keep_p):
-        for adapter_F, keep_F in zip(adapters, keeps, strict=True):
-            adapter_F.data *= keep_F
+    def in_place(adapters, dtype, factors):
+        for adapter_F, own in zip(adapters, factors, strict=True):
+            adapter_F.data *= own.keep_F
         return stack(adapters, dtype)
 
     monkeypatch.setattr(agents_module, "stack", in_place)

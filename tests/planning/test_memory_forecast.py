@@ -116,7 +116,7 @@ def test_what_stands_is_the_base_the_adapters_and_two_moments(base: str):
     model = load_model(base, torch.bfloat16, torch.device("cpu"))
     agents = build_agents("fused", model, 3, lora_shape(config), Regularisation(0, 0, 0))
     tensors = list(agents.adapters().values())
-    optimizer = adamw(tensors, 1e-3, 0.0)
+    optimizer = adamw(agents.adapters(), 1e-3, 0.0)
     for tensor in tensors:
         tensor.grad = torch.ones_like(tensor)
     optimizer.step()

@@ -70,10 +70,11 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
     into the new folder `place`, flushed to the disk."""
     paths = dict.fromkeys(identity.path.removeprefix("base_model.model.") for identity in tensors)
     target_modules = peft_target_modules(paths, _modules_of(config.model_name), config.lora_target_modules)
-    lora_config = lora_shape(config).peft_config(base_reference(config.model_name), target_modules)
-    lora_config.inference_mode = True  # as PEFT writes it: a loaded adapter is frozen
-    lora_config.target_modules = target_modules  # PEFT holds names as a set: other bytes in every process
+    shape, base_name = lora_shape(config), base_reference(config.model_name)
     for agent in sorted({identity.agent for identity in tensors}):
+        lora_config = shape.peft_config(base_name, target_modules, agent)
+        lora_config.inference_mode = True  # as PEFT writes it: a loaded adapter is frozen
+        lora_config.target_modules = target_modules  # PEFT holds names as a set: other bytes in every process
         folder = place / adapter_name(agent)
         folder.mkdir(parents=True)
         own = {peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent}

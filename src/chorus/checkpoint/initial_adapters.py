@@ -14,6 +14,7 @@ from torch import Tensor
 from chorus.checkpoint.export import ADAPTER_FILE, peft_key
 from chorus.collectives import on_every_process
 from chorus.config import RunConfig
+from chorus.config.per_agent import of_agent
 from chorus.errors import InputError
 from chorus.model.agents import Agents
 
@@ -39,12 +40,13 @@ def initial_folders(config: RunConfig) -> list[Path]:
     for folder in folders:
         if folder.resolve().is_relative_to(Path(config.output_dir).resolve()):
             _refuse(f"{folder} lies in output_dir, which a fresh start sets aside; name another output_dir")
-        _check_config(folder, config)
+    configs = [_read_config(folder) for folder in folders]
     if len(folders) != config.num_agents:
         _refuse(
             f"names {len(folders)} adapters, and num_agents is {config.num_agents}; set "
             f"num_agents={len(folders)}"
         )
+    _refuse_another_shape(folders, configs, config)
     return folders
 
 
@@ -69,7 +71,8 @@ def _start_own(agents: Agents, folders: Sequence[Path]) -> None:
         _fill(wanted, _read(file), file)
 
 
-def _check_config(folder: Path, config: RunConfig) -> None:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of a plain LoRA adapter."""
     file = folder / CONFIG_FILE
     try:
         peft: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -82,11 +85,23 @@ def _check_config(folder: Path, config: RunConfig) -> None:
     for key in MORE:
         if peft.get(key):
             _refuse(f"{folder} has {key}, which Chorus does not train; name plain LoRA adapters")
-    ours = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-    for key, wanted in ours.items():
-        if peft.get(key, False) != wanted:
-            name = key if key.startswith(("lora", "use")) else "lora_rank"
-            _refuse(f"{folder} has {key} {peft.get(key)}; set {name}={str(peft.get(key)).lower()}")
+    return peft
+
+
+def _refuse_another_shape(
+    folders: Sequence[Path], configs: Sequence[Mapping[str, Any]], config: RunConfig
+) -> None:
+    """Refuse adapters of another shape than the agents, who start from one folder each."""
+    alphas = [peft.get("lora_alpha") for peft in configs]
+    for agent, (folder, peft) in enumerate(zip(folders, configs, strict=True)):
+        alpha = of_agent(config.lora_alpha, agent)
+        ours = {"r": config.lora_rank, "lora_alpha": alpha, "use_rslora": config.use_rslora}
+        for key, wanted in ours.items():
+            found = peft.get(key, False)
+            if found != wanted:
+                name = "lora_rank" if key == "r" else key
+                needed = alphas if key == "lora_alpha" and len(set(map(str, alphas))) > 1 else found
+                _refuse(f"{folder} has {key} {peft.get(key)}; set {name}={str(needed).lower()}")
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -3,9 +3,10 @@
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic.types import NonNegativeInt, PositiveFloat
 
+from chorus.config.per_agent import PerAgent, largest
 from chorus.config.section import MayChange, Probability, Section, Text
 
 MOST_AGENTS = 4096
@@ -25,14 +26,15 @@ class AdapterSettings(Section):
     which the dry run fails; above 0, up to 1."""
     lora_rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """Rank R of every adapter."""
-    lora_alpha: PositiveFloat = 16.0
-    """An adapter's output is scaled by lora_alpha / lora_rank."""
+    lora_alpha: PerAgent[PositiveFloat] = 16.0
+    """An adapter's output is scaled by lora_alpha / lora_rank. A number, or a list with one for each
+    agent."""
     use_rslora: bool = False
     """true: scaled by lora_alpha / sqrt(lora_rank) instead, so
     that a high rank does not shrink it (rsLoRA)."""
-    lora_dropout: Probability = 0.0
-    """Dropout on the input of every adapter in training, seeded
-    for each agent and step; from 0 (off) to below 1."""
+    lora_dropout: PerAgent[Probability] = 0.0
+    """Dropout on the input of every adapter in training, seeded for each agent and step; from 0 (off) to
+    below 1. A number, or a list with one for each agent."""
     lora_target_modules: Modules = "auto"
     """The linear layers of the text model that get an adapter. auto: those of attention and MLP, whatever
     their names. all-linear: all but the head. A list: module names, or ends of paths such as
@@ -46,13 +48,30 @@ class AdapterSettings(Section):
     initialize_adapters_rand: bool = False
     """false: PEFT's own start, A Kaiming-uniform and B zero, with a different seed for each agent. true: A
     and B both normal with standard deviation 0.02, so that the agents differ from the first step."""
+    lora_init_gain: PerAgent[PositiveFloat] = 1.0
+    """Factor on the standard deviation of A's initial values; B starts as it does without. A number, or a
+    list with one for each agent."""
     init_adapters_from: Annotated[list[Text], Field(min_length=1)] | Text | None = None
     """Start from adapters that exist: a run's output_dir, or a list of PEFT LoRA folders, one for each agent.
     Their weights alone: optimizer, schedule and steps begin anew, over any rows. null: fresh adapters."""
-    dropconnect_p: Probability = 0.0
+    dropconnect_p: PerAgent[Probability] = 0.0
     """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by
     1/(1-p); from 0 (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never
-    in a saved file."""
+    in a saved file. A number, or a list with one for each agent."""
+
+    @property
+    def drops_inputs(self) -> bool:
+        """Whether an agent has dropout on the inputs of its adapters."""
+        return largest(self.lora_dropout) > 0
+
+    @field_validator("init_adapters_from")
+    @classmethod
+    def _brings_its_own_A(
+        cls, folders: list[str] | str | None, info: ValidationInfo
+    ) -> list[str] | str | None:
+        if folders is not None and info.data.get("lora_init_gain", 1.0) != 1.0:
+            raise ValueError("these adapters bring their own A; set lora_init_gain to 1")
+        return folders
 
     @field_validator("lora_target_modules", "lora_exclude_modules")
     @classmethod

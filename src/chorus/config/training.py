@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
+from chorus.config.per_agent import PerAgent
 from chorus.config.section import MOST_STEPS, ComparedByEffect, Count, MayChange, Section
 
 
@@ -22,10 +23,11 @@ class TrainingSettings(Section):
     """Rows of one micro-batch on one process; every agent sees all of them."""
     gradient_accumulation_steps: ComparedByEffect[Count] = 1
     """Micro-batches of one optimiser step."""
-    lr: PositiveFloat = 8e-3
-    """AdamW's learning rate, at the schedule's peak."""
-    weight_decay: NonNegativeFloat = 0.01
-    """AdamW's decoupled weight decay; 0 is off."""
+    lr: PerAgent[PositiveFloat] = 8e-3
+    """AdamW's learning rate, at the schedule's peak. A number, or a list with one for each agent; all follow
+    the same schedule."""
+    weight_decay: PerAgent[NonNegativeFloat] = 0.01
+    """AdamW's decoupled weight decay; 0 is off. A number, or a list with one for each agent."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = "linear"

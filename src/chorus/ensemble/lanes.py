@@ -9,7 +9,7 @@ of its own.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from chorus.model.adapters import BASE_ALONE, AdapterContext, adapter_context, lora_layers
 from chorus.model.agents import Agents, ParallelAgents, causal_lm
 from chorus.model.base import trunk_of
-from chorus.model.flat_adapter import stack
 
 Member = int | None
 
@@ -65,11 +64,8 @@ def _lane(
     model = causal_lm(peft_model)
     if first is None:
         return Lane(agents, model, name, tuple(groups), BASE_ALONE)
-    own = agents.adapters()
-    zero_F = torch.zeros_like(own[first])
     with torch.no_grad():
-        adapters = [zero_F if member is None else own[member] for member in members]
-        flat_GF = stack(cast("list[nn.Parameter]", adapters), model.dtype)
+        flat_GF = agents.weights(members)
         context = adapter_context(
             lora_layers(peft_model), agents.layout, range(len(members)), flat_GF, num_tokens=0, noise=None
         )

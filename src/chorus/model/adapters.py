@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chorus.config import Config
+from chorus.config.per_agent import NumberOrList, of_agent
 from chorus.errors import InputError
-from chorus.model.flat_adapter import Layout, Matrix
+from chorus.model.flat_adapter import Factors, Layout, Matrix
 from chorus.model.kernels.lora_linear import lora_linear
 from chorus.model.regularisation import Noise
 from chorus.model.targets import Names, Targets, find_targets
@@ -120,9 +121,9 @@ class LoraLinear(PeftLoraLinear):
                 "are, so it cannot tell the agents apart; set parallel_mode to parallel or sequential"
             )
         x_KNI = x.reshape(len(A_KRI), -1, x.shape[-1])
-        scaling: float = next(iter(self.scaling.values()))  # one for all agents
+        scaling: float = next(iter(self.scaling.values()))  # one for all agents: see LoraShape.gain_of_B
         dropped_KNI = x_KNI
-        if context.noise is not None and context.noise.dropout_p > 0:
+        if context.noise is not None and context.noise.drops_inputs:
             rows = zip(x_KNI, context.agents, strict=True)
             dropped_KNI = torch.stack([context.noise.drop(x_NI, k, self.path) for x_NI, k in rows])
         elif self.has_weight:
@@ -142,28 +143,44 @@ class LoraShape:
     """What makes one adapter: its rank, scaling and place, and how it starts.
 
     Attributes:
+        alpha: scales an adapter's output, by alpha / rank; of all agents, or of each.
         target_modules, exclude_modules, layers: which layers of a base carry it, see `targets.find_targets`.
         use_rslora: scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023).
+        init_gain: factor on the initial values of A; of all agents, or of each.
     """
 
     rank: int
-    alpha: float
+    alpha: NumberOrList
     target_modules: Names
     random_init: bool
     seed: int
     exclude_modules: Names = ()
     layers: tuple[int, ...] | None = None
     use_rslora: bool = False
+    init_gain: NumberOrList = 1.0
+
+    @property
+    def has_unlike_scalings(self) -> bool:
+        """Whether each agent has an alpha of its own."""
+        return not isinstance(self.alpha, float | int)
+
+    def gain_of_B(self, agent: int) -> float:
+        """What an agent's B is multiplied by in a pass.
+
+        The layers scale all agents' outputs by the alpha of agent 0, in one product. Where another agent's
+        alpha differs, the rest of its scaling is in its B; a power of two is exact there.
+        """
+        return of_agent(self.alpha, agent) / of_agent(self.alpha, 0)
 
     def targets(self, model: PreTrainedModel) -> Targets:
         """The layers of this model that carry an adapter. Raises InputError as `find_targets` does."""
         return find_targets(model, self.target_modules, self.exclude_modules, self.layers)
 
-    def peft_config(self, base_name: str | None, target_modules: Names) -> LoraConfig:
-        """PEFT's configuration of one adapter on exactly `target_modules`, as PEFT matches them."""
+    def peft_config(self, base_name: str | None, target_modules: Names, agent: int = 0) -> LoraConfig:
+        """PEFT's configuration of this agent's adapter on exactly `target_modules`, as PEFT matches them."""
         return LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]  (a float works: alpha / r)
+            lora_alpha=of_agent(self.alpha, agent),  # pyright: ignore[reportArgumentType]  (a float works: alpha / r)
             use_rslora=self.use_rslora,
             target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
             task_type="CAUSAL_LM",
@@ -183,6 +200,7 @@ def lora_shape(config: Config) -> LoraShape:
         exclude_modules=config.lora_exclude_modules,
         layers=None if layers is None else tuple(layers),
         use_rslora=config.use_rslora,
+        init_gain=config.lora_init_gain,
     )
 
 
@@ -256,6 +274,11 @@ def take_matrices(
     if shape.random_init:
         for (path, matrix), weight in found.items():
             _fill_normal(weight, TensorId(agent, path, matrix), shape.seed)
+    gain = of_agent(shape.init_gain, agent)
+    if gain != 1.0:
+        for (_, matrix), weight in found.items():
+            if matrix == "A":
+                weight.mul_(gain)
     return found
 
 
@@ -268,6 +291,20 @@ def _fill_normal(weight: Tensor, identity: TensorId, seed: int) -> None:
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """PEFT's path of every layer that carries adapters, in the model's order."""
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+
+
+def factors_of(shape: LoraShape, is_B_F: Tensor | None, agent: int | None, noise: Noise | None) -> Factors:
+    """What an agent's weights are multiplied by in a pass; those of the base (None), which are zeros, by 1.
+
+    Args:
+        is_B_F: see `Layout.is_B`; None where all agents have one scaling.
+    """
+    if agent is None:
+        return Factors()
+    of_B = {"gain_of_B": shape.gain_of_B(agent), "is_B_F": is_B_F}
+    if noise is None or agent not in noise.keep:
+        return Factors(**of_B)
+    return Factors(noise.keep[agent], 1 - of_agent(noise.dropconnect_p, agent), **of_B)
 
 
 def adapter_context(

@@ -38,6 +38,7 @@ from chorus.model.adapters import (
     adapter_context,
     adapter_name,
     attach_agents,
+    factors_of,
     lora_layers,
     take_matrices,
 )
@@ -166,6 +167,9 @@ class Agents(nn.Module):
             self.layout = Layout({key: matrix.shape for key, matrix in matrices.items()})  # one for all
             self.register_parameter(adapter_name(agent), nn.Parameter(self.layout.join(matrices)))
         self._noise: Noise | None = None
+        device = self.adapters()[self.agents[0]].device
+        is_B_F = self.layout.is_B(device) if shape.has_unlike_scalings else None
+        self._factors_of = partial(factors_of, shape, is_B_F)
         self.train()
 
     def forward(self, batch: Batch, step: int | None = None, slot: int = 0) -> AgentOutput:
@@ -185,18 +189,19 @@ class Agents(nn.Module):
 
     @contextmanager
     def trunk(self, agent: int | None) -> Iterator[nn.Module]:
-        """The trunk with one agent's adapter in it, or the base
-        alone (None), for passes without training's noise."""
+        """The trunk with one agent's adapter in it, or the base alone (None), without training's noise."""
         agents = () if agent is None else (agent,)
-        with self._adapter_context(agents, self._weights(agents, None), num_tokens=0, noise=None) as trunk:
+        flat_1F = self.weights(agents) if agents else None
+        with self._adapter_context(agents, flat_1F, num_tokens=0, noise=None) as trunk:
             yield trunk
 
-    def _weights(self, agents: tuple[int, ...], noise: Noise | None) -> Tensor | None:
-        if not agents:
-            return None
-        own, dtype = self.adapters(), causal_lm(self.peft_model(agents[0])).dtype
-        keeps = [noise.keep[agent] for agent in agents] if noise is not None and noise.keep else None
-        return stack([own[agent] for agent in agents], dtype, keeps, 1 - self.rates.dropconnect_p)
+    def weights(self, members: Sequence[int | None], noise: Noise | None = None) -> Tensor:
+        """flat_KF, in the base's dtype: the weights under which these agents' rows pass through the layers.
+        None, beside an agent, is the base: zeros."""
+        own, dtype = self.adapters(), causal_lm(self.peft_model(self.agents[0])).dtype
+        zero_F = torch.zeros_like(own[self.agents[0]]) if None in members else torch.empty(0)
+        adapters = [zero_F if member is None else own[member] for member in members]
+        return stack(adapters, dtype, [self._factors_of(member, noise) for member in members])
 
     @contextmanager
     def _adapter_context(
@@ -234,8 +239,7 @@ class Agents(nn.Module):
                 delattr(self, adapter_name(agent))
 
     def named(self, flat: Mapping[int, Tensor]) -> dict[TensorId, Tensor]:
-        """What is laid out as the agents' adapters are, by
-        identity: agent by agent, views in the model's order."""
+        """Views of flat tensors laid out as the agents' adapters are, by identity, in the model's order."""
         return {
             TensorId(agent, *key): view
             for agent, flat_F in flat.items()
@@ -250,8 +254,7 @@ class Agents(nn.Module):
         }
 
     def adapter_tensors(self) -> dict[TensorId, Tensor]:
-        """Every trained matrix under its identity: views of the
-        adapters, to read and to write, without gradients."""
+        """Every trained matrix by identity: views of the adapters, to read and write, without gradients."""
         return self.named({agent: adapter_F.detach() for agent, adapter_F in self.adapters().items()})
 
     def frozen_tensors(self) -> dict[str, Tensor]:
@@ -282,7 +285,7 @@ class Agents(nn.Module):
 
         with span("_".join(["forward_pass.agent", *map(str, agents)])):
             rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
-            flat_KF = self._weights(agents, noise)
+            flat_KF = self.weights(agents, noise) if agents else None
             if self._run_pass is not None and self.training and flat_KF is not None:
                 # The agents' weights are an argument: one capture serves every group of as many agents of a
                 # model.
@@ -299,7 +302,7 @@ class Agents(nn.Module):
     def _noise_of(self, step: int | None, slot: int) -> Noise | None:
         """The draws of this pass. Masks are drawn once a step and kept for its other micro-batches."""
         rates = self.rates
-        if step is None or (rates.dropconnect_p == 0 and rates.dropout_p == 0):
+        if step is None or rates.is_off:
             return None
         if self._noise is None or self._noise.step != step:
             self._noise = self._draw(self.adapters(), rates, step)

@@ -50,7 +50,7 @@ def with_padding(config: C, device: torch.device, base_in_shards: bool = False) 
     """
     if config.pad_to_multiple_of != "auto":
         return config
-    is_fast = device.type == "cuda" and not (config.packs or config.lora_dropout > 0 or base_in_shards)
+    is_fast = device.type == "cuda" and not (config.packs or config.drops_inputs or base_in_shards)
     multiple = 1
     if is_fast and (config.compile is not False or config.cuda_graphs is not False):
         multiple = min(config.max_seq_length, 8 * ceil(config.max_seq_length / (8 * MAX_CAPTURES)))
@@ -88,7 +88,7 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
         because = f"; auto: no GPU ({device})"
     elif base_in_shards:
         because = "; auto: ZeRO stage 3 fetches weights inside of a pass"
-    elif config.lora_dropout > 0:
+    elif config.drops_inputs:
         because = "; auto: lora_dropout is above 0"
     elif shapes > MAX_CAPTURES:
         fewer = ceil(config.max_seq_length / MAX_CAPTURES)

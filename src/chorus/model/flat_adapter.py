@@ -6,10 +6,10 @@ clipping and AdamW. Gemma-2-2b has 364 matrices an agent; sixteen agents are six
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _flatten_dense_tensors  # loops in C++
 from torch.autograd.function import once_differentiable
 
@@ -36,6 +36,11 @@ class Layout:
         pieces: tuple[Tensor, ...] = _Split.apply(flat_KF, self.shapes.values())  # pyright: ignore
         return dict(zip(self.shapes, pieces, strict=True))
 
+    def is_B(self, device: torch.device) -> Tensor:
+        """is_B_F: True for the numbers of a flat adapter that belong to a B."""
+        sizes = zip(self.shapes, self._sizes, strict=True)
+        return torch.cat([torch.full((size,), letter == "B", device=device) for (_, letter), size in sizes])
+
     def join(self, matrices: Mapping[Matrix, Tensor]) -> Tensor:
         """A new flat_F of these matrices: the counterpart of `views`."""
         return _flatten_dense_tensors([matrices[key] for key in self.shapes])
@@ -55,41 +60,57 @@ class _Split(torch.autograd.Function):
         return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1), None
 
 
-def stack(
-    adapters: Sequence[nn.Parameter],
-    dtype: torch.dtype,
-    keeps: Sequence[Tensor] | None = None,
-    keep_p: float = 1.0,
-) -> Tensor:
-    """Flat adapters of several agents as flat_KF of `dtype`: the weights of one pass. They themselves are not
-    written.
+class Factors(NamedTuple):
+    """What the weights of one agent are multiplied by in a pass, in their own dtype.
 
-    DropConnect (Wan et al. 2013), where `keeps` has a mask for each: a weight is kept where it is True and
-    divided by `keep_p`, in the weights' own dtype.
+    Attributes:
+        keep_F: DropConnect's mask (Wan et al. 2013): a weight is kept where it is True. None: it is off.
+        keep_p: a kept weight is divided by it.
+        gain_of_B: B is multiplied by it. is_B_F says which numbers are B's; it may be missing where the gain
+            is 1.
     """
-    return _Stack.apply(dtype, keeps, keep_p, *adapters)  # pyright: ignore[reportReturnType]
+
+    keep_F: Tensor | None = None
+    keep_p: float = 1.0
+    gain_of_B: float = 1.0
+    is_B_F: Tensor | None = None
+
+    def times(self, flat_F: Tensor, in_place: bool = False) -> Tensor:
+        """`flat_F` times all of them; `flat_F` itself where they are 1."""
+        if self.keep_F is not None:
+            kept_F = flat_F.mul_(self.keep_F) if in_place else flat_F * self.keep_F
+            flat_F = kept_F.div_(self.keep_p)
+        if self.gain_of_B != 1.0:
+            assert self.is_B_F is not None
+            flat_F = torch.where(self.is_B_F, flat_F * self.gain_of_B, flat_F)
+        return flat_F
+
+
+def stack(adapters: Sequence[Tensor], dtype: torch.dtype, factors: Sequence[Factors] | None = None) -> Tensor:
+    """Flat adapters of several agents as flat_KF of `dtype`, each times its factors: the weights of one pass.
+    They themselves are not written.
+    """
+    factors = factors or [Factors()] * len(adapters)
+    return _Stack.apply(dtype, factors, *adapters)  # pyright: ignore[reportReturnType]
 
 
 class _Stack(torch.autograd.Function):
     """As torch.stack and a cast, without a stack of the weights in their own, wider dtype."""
 
     @staticmethod
-    def forward(
-        ctx: Any, dtype: torch.dtype, keeps: Sequence[Tensor] | None, keep_p: float, *adapters: Tensor
-    ) -> Tensor:
-        ctx.keeps, ctx.keep_p, ctx.dtype = keeps or [None] * len(adapters), keep_p, adapters[0].dtype
+    def forward(ctx: Any, dtype: torch.dtype, factors: Sequence[Factors], *adapters: Tensor) -> Tensor:
+        ctx.factors, ctx.dtype = factors, adapters[0].dtype
         flat_KF = adapters[0].new_empty(len(adapters), adapters[0].numel(), dtype=dtype)
-        for row_F, adapter_F, keep_F in zip(flat_KF, adapters, ctx.keeps, strict=True):
-            row_F.copy_(adapter_F if keep_F is None else (adapter_F * keep_F).div_(keep_p))
+        for row_F, adapter_F, own in zip(flat_KF, adapters, factors, strict=True):
+            row_F.copy_(own.times(adapter_F))
         return flat_KF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         due: list[Tensor] = []
-        for row_F, keep_F in zip(gradients[0], ctx.keeps, strict=True):
-            # A copy each, which the parameter may keep: a recorded pass writes over its own gradient at every
+        for row_F, own in zip(gradients[0], ctx.factors, strict=True):
+            # A copy each, which the parameter may keep: a captured pass writes over its own gradient at every
             # replay.
-            gradient_F = row_F.to(ctx.dtype, copy=True)
-            due.append(gradient_F if keep_F is None else gradient_F.mul_(keep_F).div_(ctx.keep_p))
-        return None, None, None, *due
+            due.append(own.times(row_F.to(ctx.dtype, copy=True), in_place=True))
+        return None, None, *due

@@ -221,13 +221,15 @@ class WritingRunLog(RunLog):
         # skipped.
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        if isinstance(metrics["lr"], list):
+            numbers |= {f"lr_agent_{k}": lr for k, lr in enumerate(metrics["lr"])}
         self._append(metrics, numbers)
         self._progress.update(self._task, description=f"loss {metrics['loss']:.4f}")
         swd = "" if metrics["swd"] is None else f"  swd {metrics['swd']:.4f}"
         losses = " ".join(f"{loss:.4f}" for loss in metrics["task_loss_per_agent"])
         logger.info(
             f"step {metrics['step']}  loss {metrics['loss']:.4f}  agents {losses}{swd}  lr "
-            f"{metrics['lr']:.2e}  grad norm {metrics['grad_norm']:.2f}  "
+            f"{_lr_in_words(metrics['lr'])}  grad norm {metrics['grad_norm']:.2f}  "
             f"{metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
         )
         if "peak_memory_gib" in metrics:
@@ -269,6 +271,11 @@ class WritingRunLog(RunLog):
                 logging.getLogger("chorus").removeHandler(file)
             with suppress(OSError):  # a full disk refuses the buffer once more, and has been reported
                 file.close()
+
+
+def _lr_in_words(lr: float | list[float]) -> str:
+    """The learning rate, or the range of those of all agents."""
+    return f"{min(lr):.2e} to {max(lr):.2e}" if isinstance(lr, list) else f"{lr:.2e}"
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -201,7 +201,7 @@ def _two_steps(
         shares = machine.mesh.data_size
     adapters = list(agents.adapters().values())
     stepped = [nn.Parameter(adapter_F.detach()[: ceil(len(adapter_F) / shares)]) for adapter_F in adapters]
-    optimizer = adamw(stepped, config.lr, config.weight_decay)
+    optimizer = adamw(dict(zip(agents.agents, stepped, strict=True)), config.lr, config.weight_decay)
     standing = sum(
         trained_bytes(sum(map(torch.numel, adapters)), config, DTYPES[precision], machine).values()
     )

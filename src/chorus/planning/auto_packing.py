@@ -77,7 +77,7 @@ def _against(config: Config, base: PretrainedConfig, device: torch.device, in_sh
         return f"no GPU ({device})"
     if in_shards:
         return "ZeRO stage 3, under which it was not measured"
-    if config.lora_dropout > 0:
+    if config.drops_inputs:
         return "lora_dropout is above 0, and draws by places in a row"
     if wanted == "flash_attention_2":
         return "flash_attention_2 would let the samples of a row see each other"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from chorus.config import RunConfig
+from chorus.config.per_agent import largest
 from chorus.data.batches import Batch
 from chorus.mesh import Mesh
 from chorus.model import token_nll
@@ -131,7 +132,8 @@ def _agents_without_values(
         from chorus.planning.counted_kernels import COUNTED
 
         counted = replace(counted, compiled=COUNTED)
-    rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
+    # Of agents that differ, the one that takes most: those of another process, or not built here, may.
+    rates = Regularisation(largest(config.dropconnect_p), largest(config.lora_dropout), config.seed)
     passes = None
     if execution.compiled or execution.captured:
         passes = CountedPasses(partial(masks_of, skeleton), execution.captured)

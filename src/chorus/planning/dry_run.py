@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
 from chorus.config.execution import MODES
+from chorus.config.strict_yaml import as_yaml
 from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
 from chorus.errors import InputError
@@ -272,7 +273,7 @@ def _check_mode(report: Report, run: ModeRun, config: Config) -> None:
         f"{run.mode}: every agent learns",
         not stuck,
         f"all B of {len(run.unmoved)} agents moved" if not stuck else f"unmoved B: {', '.join(stuck)}",
-        f"no gradient reaches them: look at lora_target_modules and lr ({config.lr:g}), or report it",
+        f"no gradient reaches them: look at lora_target_modules and lr ({as_yaml(config.lr)}), or report it",
     )
     report.add(
         f"{run.mode}: the base is as it was",

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from chorus.config.per_agent import of_agent
 from chorus.model.kernels.cuda_graphs import Pass, Rows
 from chorus.model.regularisation import Noise, Regularisation
 
@@ -79,15 +80,19 @@ class Undrawn(Noise):
     """Noise of the right shapes. The meta device has no generator to draw from."""
 
     def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
-        if self.dropout_p == 0:
+        p = of_agent(self.dropout_p, agent)
+        if p == 0:
             return x_NI
-        return x_NI * torch.empty_like(x_NI, dtype=torch.bool) / (1 - self.dropout_p)
+        return x_NI * torch.empty_like(x_NI, dtype=torch.bool) / (1 - p)
 
 
 def undrawn_noise(adapters: Mapping[int, Tensor], rates: Regularisation, step: int) -> Undrawn:
     """As `agents.draw_noise`, without drawing."""
-    masked = adapters.items() if rates.dropconnect_p > 0 else ()
-    keep = {agent: torch.empty_like(adapter_F, dtype=torch.bool) for agent, adapter_F in masked}
+    keep = {
+        agent: torch.empty_like(adapter_F, dtype=torch.bool)
+        for agent, adapter_F in adapters.items()
+        if of_agent(rates.dropconnect_p, agent) > 0
+    }
     return Undrawn(rates.seed, step, 0, keep, rates.dropconnect_p, rates.dropout_p)
 
 

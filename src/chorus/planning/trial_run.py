@@ -236,8 +236,10 @@ def not_shared_tensors(agents: Agents) -> list[str]:
 def growth(config: RunConfig, base: PreTrainedModel, agents: Agents) -> int:
     """Bytes that one agent more takes, beyond those of its adapters: 0 where the base is shared."""
     counted = []
+    # One agent more than the run's has no value in a key with one for each agent, and needs none.
+    plain = config.model_copy(update=dict.fromkeys(("lora_alpha", "lora_init_gain"), 1.0))
     for num_agents in (len(agents.agents), len(agents.agents) + 1):
-        built = agents_of(config, base, num_agents, Execution())
+        built = agents_of(plain, base, num_agents, Execution())
         counted.append(bytes_of([*built.parameters(), *built.buffers()]))
     return counted[1] - counted[0] - 4 * agents.adapters()[agents.agents[0]].numel()
 

@@ -33,7 +33,7 @@ def training_pictures(run: RunRecord) -> Iterator[Picture | str]:
         yield picture("swd", "Distance between agents", caption, _curve(steps, "swd", SERIES[3]))
     else:
         yield "No distance between agents: with lambda_sw 0 it is not measured."
-    yield picture("lr", "Learning rate", "Of every agent's optimizer.", _curve(steps, "lr", SERIES[4]))
+    yield picture("lr", "Learning rate", "Of every agent's optimizer.", _rates(steps))
     skipped = sum(row.get("skipped") or 0 for row in steps)
     caption = "Of all agents together, before clipping." + (
         f" {skipped} updates were skipped because a loss or gradient was not finite." if skipped else ""
@@ -95,14 +95,30 @@ def _losses(steps: Sequence[Row]) -> Callable[[Axes], None]:
     return draw
 
 
-def _curve(steps: Sequence[Row], key: str, colour: str, unit: str = "") -> Callable[[Axes], None]:
+def _curve(
+    steps: Sequence[Row], key: str, colour: str, unit: str = "", label: str | None = None
+) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         x, y = thinned((row["step"], row.get(key)) for row in steps)
-        axes.plot(x, y, color=colour)
+        axes.plot(x, y, color=colour, label=label)
         axes.set_ylim(bottom=0)
         axes.set_ylabel(unit)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
         _by_step(axes)
+
+    return draw
+
+
+def _rates(steps: Sequence[Row]) -> Callable[[Axes], None]:
+    """One curve; one an agent where each has a learning rate of its own."""
+    if not isinstance(steps[0]["lr"], list):
+        return _curve(steps, "lr", SERIES[4])
+
+    def draw(axes: Axes) -> None:
+        for agent in range(len(steps[0]["lr"])):
+            own = [{"step": row["step"], "lr": row["lr"][agent]} for row in steps]
+            colour = SERIES[agent % len(SERIES)]
+            _curve(own, "lr", colour, label=f"agent {agent}")(axes)
 
     return draw
 

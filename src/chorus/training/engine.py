@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from chorus.collectives import described, limit_waiting, refuse_differences
 from chorus.config.engine import EngineSettings
+from chorus.config.per_agent import NumberOrList, of_agent
 from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
 from chorus.mesh import Mesh, decide_agent_size, make_mesh, refuse_spread_agents
@@ -181,10 +182,14 @@ class Engine:
             else:
                 self.accelerator.backward(loss)
 
-    def step(self, lr: float) -> StepResult:
-        """Clip the gradients, update every agent whose gradient is finite, and zero them."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, lr: NumberOrList) -> StepResult:
+        """Clip the gradients, update every agent whose gradient is finite, and zero them.
+
+        Args:
+            lr: the learning rate of all agents, or of each agent of the run.
+        """
+        for agent, group in zip(self.agents.agents, self.optimizer.param_groups, strict=True):
+            group["lr"] = of_agent(lr, agent)
         with span("optimizer_step"):
             if self.is_deepspeed:
                 norm_K, grad_norm = stepping.clip_and_step(self.module, self.max_grad_norm, self.mesh)
@@ -280,9 +285,9 @@ def start_engine(
     )
     held = described(chain(named, agents.named_parameters(), agents.named_buffers()))
     refuse_differences(held, mesh.data_ranks[0], mesh.data_group)
+    optimizer = adamw(agents.adapters(), settings.lr, settings.weight_decay)
     adapters = list(agents.adapters().values())
     num_elements = sum(map(torch.numel, adapters))
-    optimizer = adamw(adapters, settings.lr, settings.weight_decay)
     stage = zero_stage(accelerator)
     if stage > 0:
         with data_group_of(mesh, adapters):

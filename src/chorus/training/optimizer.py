@@ -5,12 +5,14 @@ it to every process, and one norm for each agent shows it. The device decides wh
 the norms a step later, so that nothing waits for them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from chorus.config.per_agent import NumberOrList, of_agent
 
 
 class AgentwiseAdamW(torch.optim.AdamW):
@@ -36,12 +38,25 @@ class AgentwiseAdamW(torch.optim.AdamW):
             self.param_groups, self.found_inf = groups, overflow
 
 
-def adamw(adapters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> AgentwiseAdamW:
-    """AdamW with torch's other defaults; each agent's adapter is a group."""
+def adamw(
+    adapters: Mapping[int, nn.Parameter], lr: NumberOrList, weight_decay: NumberOrList
+) -> AgentwiseAdamW:
+    """AdamW with torch's other defaults; each agent's adapter is a group.
+
+    Args:
+        adapters: of this process's agents.
+        lr, weight_decay: of all agents, or of each agent of the run.
+    """
     groups = [
-        {"params": [adapter_F], "skip": torch.zeros((), device=adapter_F.device)} for adapter_F in adapters
+        {
+            "params": [adapter_F],
+            "lr": of_agent(lr, agent),
+            "weight_decay": of_agent(weight_decay, agent),
+            "skip": torch.zeros((), device=adapter_F.device),
+        }
+        for agent, adapter_F in adapters.items()
     ]
-    return AgentwiseAdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    return AgentwiseAdamW(groups, fused=True)
 
 
 def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> None:

@@ -1,15 +1,19 @@
-"""The learning rate as a function of the optimiser step: no
-state to save, the same for any number of processes."""
+"""The learning rate as a function of the optimiser step: no state to save, the same for any number of
+processes."""
 
 from collections.abc import Callable
 
 import torch
 from transformers import get_scheduler
 
+from chorus.config.per_agent import NumberOrList
 
-def learning_rate(name: str, lr: float, num_steps: int, warmup_ratio: float) -> Callable[[int], float]:
+
+def learning_rate(
+    name: str, lr: NumberOrList, num_steps: int, warmup_ratio: float
+) -> Callable[[int], NumberOrList]:
     """lr(step) of the step'th optimiser step, counted from 0, by transformers' formula for the schedule
-    `name`.
+    `name`. As `lr` is: a number, or one for each agent, all in proportion.
 
     Accelerate's wrapped scheduler steps once per process, so it runs N times too fast on N processes; a
     scheduler also carries state. transformers keeps its formulas inside schedulers, so one is made for a
@@ -23,4 +27,10 @@ def learning_rate(name: str, lr: float, num_steps: int, warmup_ratio: float) -> 
     warmup_steps = -int(-num_steps * warmup_ratio // 1)
     scheduler = get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
     (multiplier,) = scheduler.lr_lambdas  # pyright: ignore[reportAttributeAccessIssue]
-    return lambda step: lr * multiplier(step)
+
+    def at(step: int) -> NumberOrList:
+        if isinstance(lr, float | int):
+            return lr * multiplier(step)
+        return [own * multiplier(step) for own in lr]
+
+    return at

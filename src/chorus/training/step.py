@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chorus.config.per_agent import NumberOrList
 from chorus.data.batches import StepBatch
 
 
@@ -14,13 +15,13 @@ class StepResult:
     """What `Engine.step` did. Making one waits for nothing; reading its numbers may wait for the device.
 
     Attributes:
-        lr: the learning rate of this step.
+        lr: the learning rate of this step: of all agents, or of each.
         grad_norm: scalar: the gradient norm before clipping, over the agents that were stepped. Reading it
             waits for all work that is queued on the device.
         loss_scale: reads fp16's loss scale as it is now; 1 in other precisions.
     """
 
-    def __init__(self, lr: float, norm_K: Tensor, grad_norm: Tensor, loss_scale: Callable[[], float]):
+    def __init__(self, lr: NumberOrList, norm_K: Tensor, grad_norm: Tensor, loss_scale: Callable[[], float]):
         self.lr, self.grad_norm, self.loss_scale = lr, grad_norm, loss_scale
         self._norm_K = norm_K.to("cpu", non_blocking=True)
         self._has_come = None

@@ -1,0 +1,49 @@
+"""Keys that take a value for each agent: a plain number holds for all, a list has one number an agent."""
+
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, Discriminator, Tag, ValidationInfo
+
+T = TypeVar("T")
+NumberOrList = float | Sequence[float]
+
+
+def _one_for_each_agent(value: float | list[float], info: ValidationInfo) -> float | list[float]:
+    """The value, as a plain number where all agents have the same one: that costs nothing, and is the same
+    run."""
+    if not isinstance(value, list):
+        return value
+    num_agents = info.data.get("num_agents")  # missing where it is itself refused
+    if num_agents == "auto":
+        raise ValueError(
+            f"a list has a value for each agent, and num_agents is auto; set num_agents={len(value)}"
+        )
+    if num_agents is not None and len(value) != num_agents:
+        raise ValueError(
+            f"its length is {len(value)}, and num_agents is {num_agents}; give a value for each agent, or "
+            "one number for all"
+        )
+    return value[0] if len(set(value)) == 1 else value
+
+
+def _kind(value: object) -> str:
+    return "list" if isinstance(value, list) else "number"
+
+
+# A mistake is then answered for what was written, a number or a list, and not for both.
+PerAgent = Annotated[
+    Annotated[T, Tag("number")] | Annotated[list[T], Tag("list")],
+    Discriminator(_kind),
+    AfterValidator(_one_for_each_agent),
+]
+
+
+def of_agent(value: NumberOrList, agent: int) -> float:
+    """An agent's own value, counted over all agents of the run."""
+    return value if isinstance(value, float | int) else value[agent]
+
+
+def largest(value: NumberOrList) -> float:
+    """The largest value of an agent."""
+    return value if isinstance(value, float | int) else max(value)
