@@ -53,7 +53,9 @@ def save(folder: Path, agents: Agents, config: Config = CONFIG, **more: Any) -> 
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj",), "all-linear"], ids=str)
 @pytest.mark.filterwarnings("error:Found missing adapter keys")
 def test_stock_peft_reads_every_agent_and_gives_its_logits(mode: Any, targets: Any, tmp_path: Path):
-    agents = toy_agents(mode)
+    """Each with an alpha of its own."""
+    alphas = [ALPHA, 2.5 * ALPHA, 2.0]
+    agents = toy_agents(mode, alpha=alphas)
     kept = values(agents)
     if targets == (
         "q_proj",
@@ -62,7 +64,8 @@ def test_stock_peft_reads_every_agent_and_gives_its_logits(mode: Any, targets: A
         for identity, tensor in agents.adapter_tensors().items():
             tensor.data *= identity in kept
     modules = targets if isinstance(targets, str) else list(targets)
-    save_ensemble(tmp_path, kept, WEIGHTS, CONFIG.model_copy(update={"lora_target_modules": modules}), {})
+    config = CONFIG.model_copy(update={"lora_target_modules": modules, "lora_alpha": alphas})
+    save_ensemble(tmp_path, kept, WEIGHTS, config, {})
     batch = toy_batch()
     for agent in agents.agents:
         folder = tmp_path / "agents" / f"agent_{agent}"

@@ -10,10 +10,13 @@ from chorus.model.agents import Agents, Mode
 MEMBERS = (1, None, 0, 2)
 
 
+ALPHAS = [6.0, 15.0, 2.0]  # the agents differ in their scaling, too
+
+
 @pytest.fixture(scope="module", params=["fused", "parallel"])
 def agents(request: pytest.FixtureRequest) -> Agents:
     mode: Mode = request.param
-    agents = toy_agents(mode).eval()
+    agents = toy_agents(mode, alpha=ALPHAS).eval()
     make_lively(agents.frozen_tensors())
     return agents
 
@@ -21,7 +24,8 @@ def agents(request: pytest.FixtureRequest) -> Agents:
 @torch.no_grad()
 def stock_log_probs(agents: Agents, member: int | None, ids: list[int]) -> Tensor:
     """Of each token after the first, by stock PEFT and transformers."""
-    log_prob_TV = stock_model(agents, member)(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    model = stock_model(agents, member, alpha=ALPHAS[member or 0])
+    log_prob_TV = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     return log_prob_TV[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
 
 

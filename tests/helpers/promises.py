@@ -20,6 +20,7 @@ from toy import (
 )
 
 from chorus.config.execution import MODES
+from chorus.config.per_agent import NumberOrList, of_agent
 from chorus.data.batches import Batch
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
@@ -35,10 +36,11 @@ def lone_run(
     batch: Batch,
     base: Callable = tiny_gemma,
     targets: Sequence[str] | str = TARGETS,
+    alpha: float = ALPHA,
 ) -> dict[str, Tensor]:
     """Gradients of one agent by stock PEFT and stock loss, in a model of its own: no Chorus code."""
     targets = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base(), config)
     parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     for identity, tensor in agents.adapter_tensors().items():
@@ -49,11 +51,14 @@ def lone_run(
     return {name: tensor.grad for name, tensor in parameters.items()}
 
 
-def assert_every_agent_gets_the_gradient_of_a_lone_run(agents: Agents, *stock: Any) -> None:
+def assert_every_agent_gets_the_gradient_of_a_lone_run(
+    agents: Agents, *stock: Any, alpha: NumberOrList = ALPHA
+) -> None:
     batch = toy_batch()
     _, gradients = run(agents, batch, lambda_sw=0)
     for agent in agents.agents:
-        for name, expected in lone_run(agents, agent, batch, *stock).items():
+        lone = lone_run(agents, agent, batch, *stock, alpha=of_agent(alpha, agent))
+        for name, expected in lone.items():
             path, matrix = name.removesuffix(".default.weight").rsplit(".lora_", 1)
             own = gradients[TensorId(agent, path, matrix)]
             assert own is not None, f"agent {agent} got no gradient at {path}"

@@ -66,7 +66,11 @@ def stock_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def stock_model(
-    agents: Agents, member: int | None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    agents: Agents,
+    member: int | None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    alpha: float = ALPHA,
 ) -> Any:
     """The toy base, or stock PEFT over it with one agent's
     weights copied in: no layer, cache or loop of Chorus."""
@@ -74,7 +78,7 @@ def stock_model(
     make_lively(dict(base.named_parameters()))
     if member is None:
         return base.to(device)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     parameters = dict(model.named_parameters())
     for identity, tensor in agents.adapter_tensors().items():

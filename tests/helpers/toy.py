@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from chorus.config.per_agent import NumberOrList
 from chorus.data.batches import Batch, Sample
 from chorus.mesh import ALONE, Mesh
 from chorus.model.adapters import LoraShape, TensorId
@@ -107,8 +108,13 @@ def toy_samples(count: int = 7, longest: int = 15, seed: int = 0) -> list[Sample
     return [Sample(ids_T, torch.arange(len(ids_T)) >= len(ids_T) // 2) for ids_T in ids]
 
 
-def toy_shape(random_init: bool = False, seed: int = 0) -> LoraShape:
-    return LoraShape(RANK, ALPHA, TARGETS, random_init, seed)
+def toy_shape(
+    random_init: bool = False,
+    seed: int = 0,
+    alpha: NumberOrList = ALPHA,
+    init_gain: NumberOrList = 1.0,
+) -> LoraShape:
+    return LoraShape(RANK, alpha, TARGETS, random_init, seed, init_gain=init_gain)
 
 
 def toy_agents(
@@ -116,8 +122,9 @@ def toy_agents(
     *,
     num_agents: int = 3,
     gradient_checkpointing: Recompute = "none",
-    dropconnect_p: float = 0.0,
-    dropout_p: float = 0.0,
+    dropconnect_p: NumberOrList = 0.0,
+    dropout_p: NumberOrList = 0.0,
+    alpha: NumberOrList = ALPHA,
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
     device: str = "cpu",
@@ -132,7 +139,8 @@ def toy_agents(
     rates = Regularisation(dropconnect_p, dropout_p, seed=7)
     base = tiny_gemma(dtype=dtype, attention=attention, head_dim=head_dim).to(device)
     how = Execution(recompute=gradient_checkpointing, **execution)
-    agents = build_agents(mode, base, num_agents, toy_shape(), rates, how, run_pass, mesh=mesh)
+    shape = toy_shape(alpha=alpha)
+    agents = build_agents(mode, base, num_agents, shape, rates, how, run_pass, mesh=mesh)
     if trained:
         for identity, tensor in agents.adapter_tensors().items():
             generator = torch.Generator().manual_seed(hash_of(str(identity)))

@@ -9,7 +9,7 @@ from toy import ALPHA, RANK, TARGETS, max_difference, tiny_gemma, toy_agents, to
 
 from chorus.errors import InputError
 from chorus.model.adapters import AdapterContext, AdapterRouter, attach_agents, lora_layers
-from chorus.model.agents import Regularisation, build_agents, causal_lm
+from chorus.model.agents import Mode, Regularisation, build_agents, causal_lm
 from chorus.model.regularisation import Noise, draw_keep_masks
 from chorus.seeding import derive_seed
 
@@ -51,6 +51,19 @@ def test_random_initial_adapters_are_normal_with_standard_deviation_002_in_a_and
         assert drawn.std().item() == pytest.approx(0.02, rel=0.05)
         assert abs(drawn.mean().item()) < 0.001
         assert len(drawn.unique()) > 0.99 * len(drawn)
+
+
+@pytest.mark.parametrize("mode", ["fused", "parallel"])
+@pytest.mark.parametrize("random_init", [False, True], ids=["", "random"])
+def test_a_gain_is_a_factor_on_the_initial_a_of_its_agent_and_on_nothing_else(mode: Mode, random_init: bool):
+    gains, rates = [1.0, 10.0, 0.3], Regularisation(0, 0, 0)
+    with_gains, plain = (
+        build_agents(mode, tiny_gemma(), 3, toy_shape(random_init, init_gain=gain), rates).adapter_tensors()
+        for gain in (gains, 1.0)
+    )
+    for identity, tensor in plain.items():
+        factor = gains[identity.agent] if identity.matrix == "A" else 1.0
+        assert torch.equal(with_gains[identity], tensor * factor), identity
 
 
 def test_attaching_agents_moves_no_global_generator():

@@ -18,6 +18,7 @@ from toy import gradients_of, max_difference, toy_agents, toy_batch
 from chorus.config import Config
 from chorus.errors import InputError
 from chorus.training.engine import decide_precision, make_accelerator, start_engine
+from chorus.training.schedule import learning_rate
 
 
 def test_auto_precision_is_fp32_without_a_gpu_and_fp16_is_refused_there(monkeypatch: pytest.MonkeyPatch):
@@ -97,6 +98,27 @@ def test_only_adapters_are_optimised_an_agent_a_group_with_torchs_adamw_defaults
         assert list(map(id, group["params"])) == [id(agents.adapters()[agent])]
         assert {key: group[key] for key in stock.defaults} == stock.defaults
     assert len(engine.optimizer.param_groups) == 3
+
+
+def test_every_agents_rate_and_weight_decay_are_those_of_a_torch_adamw_of_its_own():
+    """Over several steps, so that moments, bias correction, decay and a schedule's rates meet."""
+    lr, weight_decay = [0.1, 0.01, 0.05], [0.0, 0.5, 0.1]
+    agents = toy_agents("fused")
+    config = Config(num_agents=3, lr=lr, weight_decay=weight_decay, max_grad_norm=0.0)
+    lone = [torch.nn.Parameter(own.detach().clone()) for own in agents.adapters().values()]
+    stock = [torch.optim.AdamW([own], lr=lr[k], weight_decay=weight_decay[k]) for k, own in enumerate(lone)]
+    lr_at = learning_rate("linear", config.lr, num_steps=4, warmup_ratio=0.25)
+    engine = start_engine(Accelerator(cpu=True), agents, config)
+    for step in range(4):
+        with engine.micro_batch(is_last=True):
+            engine.backward(engine.module(toy_batch(seed=step), step=step).nll_KBT.sum())
+        for k, adapter_F in agents.adapters().items():
+            lone[k].grad = adapter_F.grad.clone()  # pyright: ignore[reportOptionalMemberAccess]
+            stock[k].param_groups[0]["lr"] = learning_rate("linear", lr[k], 4, 0.25)(step)
+            stock[k].step()
+        assert engine.step(lr_at(step)).lr == pytest.approx([one.param_groups[0]["lr"] for one in stock])
+        for own, theirs in zip(agents.adapters().values(), lone, strict=True):
+            assert max_difference(own, theirs) < 1e-6
 
 
 def test_ddp_does_not_outlive_the_process_group():
