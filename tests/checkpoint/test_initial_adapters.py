@@ -57,6 +57,19 @@ def test_adapters_of_another_shape_are_refused_with_the_key_to_set(
         initial_folders(RunConfig(**{**SETTINGS, "init_adapters_from": str(run_folder), **settings}))
 
 
+def test_agents_start_from_adapters_with_an_alpha_each_and_the_list_to_set_is_named(tmp_path: Path):
+    alphas = [6.0, 15.0, 2.0]
+    config = RunConfig(**{**SETTINGS, "lora_alpha": alphas}, lora_target_modules=list(TARGETS))
+    save_ensemble(tmp_path, toy_agents("fused").adapter_tensors(), [1 / 3] * 3, config, {})
+    wanted = {**SETTINGS, "init_adapters_from": str(tmp_path), "output_dir": "another"}
+    assert len(initial_folders(RunConfig(**{**wanted, "lora_alpha": alphas}))) == 3
+    for other in (6.0, [6.0, 2.0, 15.0]):
+        with pytest.raises(
+            InputError, match=r"agent_1 has lora_alpha 15.0; set lora_alpha=\[6.0, 15.0, 2.0\]"
+        ):
+            initial_folders(RunConfig(**{**wanted, "lora_alpha": other}))
+
+
 def test_the_own_output_dir_is_refused_because_a_fresh_start_sets_it_aside(run_folder: Path):
     with pytest.raises(InputError, match="lies in output_dir"):
         initial_folders(RunConfig(**SETTINGS, init_adapters_from=str(run_folder), output_dir=str(run_folder)))

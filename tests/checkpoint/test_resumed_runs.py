@@ -27,7 +27,8 @@ SETTINGS = (
         "debug_subset_size=100",
         f"max_train_steps={STEPS}",
     ),
-    *("save_steps=5", "save_total_limit=null", "dropconnect_p=0.1", "lambda_sw=0.2"),
+    *("save_steps=5", "save_total_limit=null", "dropconnect_p=[0.1, 0.2]", "lambda_sw=0.2"),
+    *("lr=[8e-3, 4e-3]", "weight_decay=[0.01, 0.1]", "lora_alpha=[16, 8]", "lora_init_gain=[1, 2]"),
 )
 KINDS = {
     "plain-parallel": ([sys.executable, "train.py"], ("batch_size=4", "parallel_mode=parallel")),

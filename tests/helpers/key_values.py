@@ -41,7 +41,8 @@ STRICT = validators.extend(  # JSON Schema calls 1.0 an integer
 
 
 def kinds(key: str) -> list[dict[str, Any]]:
-    return schemas()[key].get("anyOf", [schemas()[key]])
+    schema = schemas()[key]
+    return schema.get("anyOf") or schema.get("oneOf") or [schema]
 
 
 def edges(key: str) -> Iterator[str]:

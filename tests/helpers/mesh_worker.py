@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from isolation_worker import clone
 from resume_matrix import Recorder
-from toy import toy_agents, toy_samples
+from toy import ALPHA, toy_agents, toy_samples
 
 import train as script
 from chorus.config import Config
@@ -29,13 +29,19 @@ K, STEPS, MICRO_BATCHES, ROWS_OF_A_MICRO_BATCH = 4, 3, 2, 4
 BROKEN, BROKEN_CALL = 1, 3  # the agent whose loss is not finite in the fourth micro-batch, of the second step
 
 
+NumberOrTuple = float | tuple[float, ...]  # of all agents, or of each; a case is a key of a dict
+
+
 class Case(NamedTuple):
     """What a run is; how it is spread is no part of it."""
 
     mode: Mode
     recompute: Recompute = "none"
-    dropconnect_p: float = 0.0
-    dropout_p: float = 0.0
+    dropconnect_p: NumberOrTuple = 0.0
+    dropout_p: NumberOrTuple = 0.0
+    alpha: NumberOrTuple = ALPHA
+    lr: NumberOrTuple = 0.01
+    weight_decay: NumberOrTuple = 0.01
     packing: bool = False
     lambda_sw: float = 0.3
     max_grad_norm: float = 0.2
@@ -44,20 +50,27 @@ class Case(NamedTuple):
 
 PLAIN = Case("fused")
 BROKEN_CASE = Case("fused", is_broken=True)
-PACKED = Case("sequential", "full", 0.4, packing=True)
+PACKED = Case("sequential", "full", (0.4, 0.0, 0.2, 0.1), packing=True)
 DROPPED = PACKED._replace(
-    dropout_p=0.2
+    dropout_p=(0.2, 0.1, 0.0, 0.3)
 )  # dropout draws anew for each data index: comparable where that is one
 PARALLEL = Case("parallel", "selective", 0.4, lambda_sw=0.0, max_grad_norm=0.0)
+UNLIKE = Case(
+    "fused",
+    alpha=(ALPHA, 2.5 * ALPHA, 2.0, 1.0),
+    lr=(0.01, 0.005, 0.02, 0.001),
+    weight_decay=(0.0, 0.5, 0.01, 2.0),
+)  # of each agent its own
 # By number of processes: case, A, whether under ZeRO-2.
 RUNS = {
-    2: [(PLAIN, 2, False), (DROPPED, 2, True)],
+    2: [(PLAIN, 2, False), (DROPPED, 2, True), (UNLIKE, 2, False)],
     4: [
         *((PLAIN, size, zero2) for size, zero2 in ((1, False), (2, False), (4, False), (2, True), (4, True))),
         *((BROKEN_CASE, 2, zero2) for zero2 in (False, True)),
         *((PARALLEL, size, zero2) for size, zero2 in ((4, False), (2, True))),
         (PACKED, 2, False),
         (DROPPED, 4, True),
+        *((UNLIKE, size, zero2) for size, zero2 in ((1, False), (2, True))),
     ],
 }
 
@@ -69,6 +82,7 @@ RESUMES = [
     ((PLAIN, 4, False), 2, 1, False),
     ((BROKEN_CASE, 2, False), 2, 4, True),
     ((BROKEN_CASE, 2, True), 2, 1, True),
+    ((UNLIKE, 2, True), 1, 4, True),
 ]
 
 
@@ -104,7 +118,8 @@ def run(
         swd_points_per_row=3,
         packing=case.packing,
         max_seq_length=16,
-        lr=0.01,
+        lr=listed(case.lr),
+        weight_decay=listed(case.weight_decay),
         logging_steps=1,
         save_steps=1,
         mixed_precision="no",
@@ -121,6 +136,7 @@ def run(
         gradient_checkpointing=case.recompute,
         dropconnect_p=case.dropconnect_p,
         dropout_p=case.dropout_p,
+        alpha=case.alpha,
         mesh=mesh,
     )
     engine = start_engine(accelerator, agents, config, mesh)
@@ -142,6 +158,11 @@ def run(
     assert agents.agents == mesh.held_agents(K)
     engine.unwrap()
     return Done(recorder.metrics, kept.states, nll_KB)
+
+
+def listed(value: NumberOrTuple) -> float | list[float]:
+    """As a configuration has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def break_once(engine: Engine) -> None:

@@ -213,6 +213,18 @@ def test_a_tracker_gets_the_settings_and_every_number_of_a_logged_step(run_log: 
     assert recorder.is_finished
 
 
+def test_learning_rates_of_each_agent_are_a_range_in_the_log_and_a_number_an_agent_for_a_tracker(
+    run_log: RunLog, recorder: Recorder, tmp_path: Path
+):
+    with run_log.training(2):
+        run_log.advance({**metrics(1), "lr": [3e-4, 1e-4]})
+    run_log.close()
+    [(_, row)] = recorder.rows
+    assert (row["lr_agent_0"], row["lr_agent_1"]) == (3e-4, 1e-4)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["lr"] == [3e-4, 1e-4]
+    assert "  lr 1.00e-04 to 3.00e-04  grad norm" in (tmp_path / "train.log").read_text()
+
+
 @pytest.mark.parametrize("failed", [True, False])
 def test_closing_leaves_no_handler_and_no_open_file_also_after_a_failure(
     accelerator: Accelerator, tmp_path: Path, failed: bool

@@ -3,14 +3,18 @@
 import copy
 
 import torch
-from toy import toy_agents
+from toy import tiny_gemma, toy_agents
 
+from chorus.config import RunConfig
 from chorus.model.adapters import TensorId
+from chorus.model.execution import Execution
 from chorus.planning.trial_run import (
     ModeRun,
+    agents_of,
     bits_of,
     checksums_of,
     disagreement,
+    growth,
     not_shared_tensors,
     unmoved,
 )
@@ -44,6 +48,15 @@ def test_a_base_that_lies_elsewhere_for_one_agent_is_named():
     (found,) = not_shared_tensors(agents)
     assert found.startswith("agent 1: ")
     assert found.endswith("layers.1.mlp.down_proj.base_layer.weight")
+
+
+def test_one_agent_more_takes_nothing_beyond_its_adapters_where_each_agent_has_values_of_its_own():
+    config = RunConfig(
+        num_agents=3, lambda_sw=0, lora_alpha=[1.0, 2.0, 3.0], lora_init_gain=[1.0, 2.0, 3.0], lora_rank=2
+    )
+    base = tiny_gemma()
+    agents = agents_of(config, base, 3, Execution())
+    assert growth(config, base, agents) == 0
 
 
 def test_an_agent_whose_b_stays_is_counted_for_itself():

@@ -86,9 +86,11 @@ def test_a_page_has_every_picture_the_run_has_figures_for_and_files_of_them(run:
 def test_what_a_run_has_not_is_left_out_with_a_sentence(tmp_path: Path):
     bare = write_run(tmp_path, "bare", ood=False)
     rows = [json.loads(line) for line in (bare / "metrics.jsonl").read_text().splitlines()]
-    kept = [{**row, "swd": None} for row in rows if "task_loss" in row]
+    kept = [{**row, "swd": None, "lr": [1e-3, 2e-3]} for row in rows if "task_loss" in row]
     (bare / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"step": 13, "ta')
     page = write_report([bare]).read_text()
+    rates = (bare / "report" / "lr.svg").read_text()
+    assert all(f"agent {agent}" in rates for agent in (0, 1)), "each agent has a learning rate of its own"
     sentences = ["No distance between agents", "No scores while training", "No times by part", "No memory"]
     for words in [*sentences, "No problems out of distribution", "No scores: no held-out problem"]:
         assert words in page
