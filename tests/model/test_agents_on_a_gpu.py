@@ -9,8 +9,9 @@ import pytest
 import torch
 from promises import MODES, run
 from torch import Tensor
-from toy import toy_agents, toy_samples
+from toy import ALPHA, toy_agents, toy_samples
 
+from chorus.config.per_agent import NumberOrList
 from chorus.data.batches import collate
 from chorus.model.agents import Agents, Mode
 from chorus.model.kernels.decoder_layers import Recompute
@@ -58,13 +59,22 @@ def test_packed_samples_are_exact_on_the_gpu(attention: str, execution: dict, dt
     assert_as_exact_as_plain_agents(agents, dtype, "cuda", 0.0, packing=(40, 2), head_dim=FLEX_HEAD_DIM)
 
 
+@on_a_gpu
+@pytest.mark.parametrize("execution", [{}, {"compiled": True, "captured": True}], ids=str)
+def test_agents_with_values_of_their_own_are_exact_on_the_gpu(execution: dict, dtype: torch.dtype):
+    values = {"dropconnect_p": (0.4, 0.0, 0.2), "alpha": (ALPHA, 2.5 * ALPHA, 2.0)}
+    agents = toy_agents("fused", dtype=dtype, device="cuda", **values, **execution)
+    assert_as_exact_as_plain_agents(agents, dtype, "cuda", **values)
+
+
 def assert_as_exact_as_plain_agents(
     agents: Agents,
     dtype: torch.dtype,
     device: str,
-    dropconnect_p: float,
+    dropconnect_p: NumberOrList,
     packing: tuple[int, int] | None = None,
     head_dim: int = 8,
+    alpha: NumberOrList = ALPHA,
 ) -> None:
     """Losses and gradients against plain fp32; in bf16 to one and a half times the error of plain bf16.
 
@@ -73,7 +83,7 @@ def assert_as_exact_as_plain_agents(
     rows than its own.
     """
     expected, allowed = (
-        plain_results(one, device, dropconnect_p, head_dim) for one in (torch.float32, dtype)
+        plain_results(one, device, dropconnect_p, head_dim, alpha) for one in (torch.float32, dtype)
     )
     found = results(agents, device, packing)
     for name, error in distances(found, expected).items():
@@ -81,9 +91,11 @@ def assert_as_exact_as_plain_agents(
 
 
 @cache
-def plain_results(dtype: torch.dtype, device: str, dropconnect_p: float, head_dim: int) -> dict[str, Tensor]:
-    how = {"dtype": dtype, "device": device, "dropconnect_p": dropconnect_p, "head_dim": head_dim}
-    return results(toy_agents("parallel", **how), device, None)
+def plain_results(
+    dtype: torch.dtype, device: str, dropconnect_p: NumberOrList, head_dim: int, alpha: NumberOrList
+) -> dict[str, Tensor]:
+    how = {"dropconnect_p": dropconnect_p, "head_dim": head_dim, "alpha": alpha}
+    return results(toy_agents("parallel", dtype=dtype, device=device, **how), device, None)
 
 
 def results(agents: Agents, device: str, packing: tuple[int, int] | None) -> dict[str, Tensor]:
