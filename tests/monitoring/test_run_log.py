@@ -29,7 +29,7 @@ TABLE = Table("agent 1")
 
 def metrics(step: int, **more: Any) -> dict[str, Any]:
     """A row as the meter makes it."""
-    values = [step, 1.9, 2.0, 10.0, [1.5, 2.5], 1e-3, 0.5, 0, 1000.0]
+    values = [step, 1.9, 2.0, 10.0, 0.01, [1.5, 2.5], 1e-3, 0.5, 0, 1000.0]
     return {**dict(zip(KEYS, values, strict=True)), **more}
 
 

@@ -1,6 +1,8 @@
 """`metrics.jsonl`, read back when a run resumes: the rows of the steps that are done stay."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +16,29 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsRow(UntrustedModel):
-    """The entry of a row that is read back."""
+    """The entry that every row has."""
 
     step: Annotated[int, Field(ge=0, le=MOST_STEPS)]
+
+
+class LossRow(MetricsRow):
+    """Of a row of losses, what is minimised: task_loss - lambda_sw x swd, means over the steps since the row
+    before. Rows of a run without the distance have none."""
+
+    task_loss: float
+    swd: float
+    lambda_sw: float
+
+    @property
+    def reward(self) -> float:
+        return self.lambda_sw * self.swd
+
+
+def loss_rows(file: Path, lines: str) -> Iterator[LossRow]:
+    """The rows of losses among the lines that `rows_up_to` has kept."""
+    for line in lines.splitlines():
+        with suppress(Damaged):  # a row of scores, or of a loss that was not finite
+            yield parse(file, line, LossRow)
 
 
 def rows_up_to(file: Path, step: int) -> str:

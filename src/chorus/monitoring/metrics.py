@@ -100,6 +100,7 @@ class LoggedMetrics:
             "loss": task_loss - self.lambda_sw * (means.swd or 0.0),
             "task_loss": task_loss,
             "swd": means.swd,
+            "lambda_sw": self.lambda_sw,
             "task_loss_per_agent": means.task_losses,
             "lr": step.result.lr,
             "grad_norm": float(step.result.grad_norm),

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from rich.progress import (
 from rich.table import Table
 
 from chorus.checkpoint.atomic_files import disk_errors, finite_or_null, json_lines, write_text
-from chorus.checkpoint.metrics_file import rows_up_to
+from chorus.checkpoint.metrics_file import LossRow, loss_rows, rows_up_to
 from chorus.checkpoint.store import REMEDY
 from chorus.collectives import on_first_process
 from chorus.errors import RunError
 from chorus.monitoring.memory import memory_line, memory_usage
+from chorus.monitoring.ruin import RuinWatch
 from chorus.monitoring.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -162,6 +164,7 @@ class WritingRunLog(RunLog):
         self._console = Console(stderr=True)
         self._metrics = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._progress = self._new_progress()
+        self._ruin = RuinWatch()
         to_terminal = _ConsoleHandler(self._console)
         self._log = _LogFile(output_dir / LOG_FILE, encoding="utf-8")
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -210,6 +213,9 @@ class WritingRunLog(RunLog):
         kept = rows_up_to(path, start_step)
         with disk_errors(path, len(kept), REMEDY):
             write_text(path, kept)
+        self._ruin = RuinWatch()
+        for row in loss_rows(path, kept):
+            self._ruin.look_at(row)
         self._metrics = path.open("a", encoding="utf-8")
 
     def advance(self, metrics: Mapping[str, Any] | None) -> None:
@@ -232,6 +238,10 @@ class WritingRunLog(RunLog):
             f"{_lr_in_words(metrics['lr'])}  grad norm {metrics['grad_norm']:.2f}  "
             f"{metrics['agent_tokens_per_second']:,.0f} agent-tokens/s"
         )
+        if metrics["swd"] is not None and isfinite(metrics["task_loss"]):
+            ruin = self._ruin.look_at(LossRow.model_validate(metrics))
+            if ruin is not None:
+                logger.warning(ruin)
         if "peak_memory_gib" in metrics:
             logger.info(memory_line(metrics["step"], self._device, memory_usage(self._device)))
 
