@@ -76,7 +76,7 @@ from chorus.training.engine import (
 )
 from chorus.training.nonfinite import SkippedUpdates
 from chorus.training.objective import Objective, objective_of
-from chorus.training.schedule import learning_rate
+from chorus.training.schedule import diversity_weight, learning_rate
 from chorus.training.signals import StopRequest
 from chorus.training.step import AfterStep, MicroBatchLosses, StepDone
 
@@ -203,14 +203,18 @@ def train(
         Preempted: SIGTERM or SIGINT has come, and the current step is saved.
         RunError: too many steps in a row skipped an agent's update; their state is saved.
     """
-    loss_fn = objective_of(settings, settings, engine.mesh)
+    compares_predictions = settings.swd_space == "probabilities" and settings.lambda_sw > 0
+    head = engine.head() if compares_predictions else None
+    ratios = settings.lambda_sw_warmup_ratio, settings.lambda_sw_decay_ratio
+    lambda_at = diversity_weight(settings.lambda_sw, num_steps, *ratios)
+    loss_fn = objective_of(settings, settings, engine.mesh, head, lambda_at)
     scores = dict if evaluation is None else evaluation.entries
     lr_at = learning_rate(settings.lr_scheduler_type, settings.lr, num_steps, settings.num_warmup_steps_ratio)
     skips = SkippedUpdates(settings.max_skipped_steps, skips_in_a_row, settings.output_dir)
     metrics = LoggedMetrics(
         *(run_log, engine, skips),
         logging_steps=settings.logging_steps,
-        lambda_sw=settings.lambda_sw,
+        lambda_at=lambda_at,
         with_memory=settings.log_memory_usage,
     )
     with (
@@ -260,7 +264,7 @@ def take_steps(
                     output = engine.module(batch, step=step, slot=slot)
                 part = loss_fn(*output, batch, num_targets=step_batch.num_targets, step=step)
                 engine.backward(part.share)
-            losses.append(MicroBatchLosses(part.nll_K, part.swd))
+            losses.append(MicroBatchLosses(part.nll_K, part.swd, part.shared_nll))
         result = engine.step(lr_at(step))
         done = StepDone(step + 1, num_steps, step_batch, losses, result)
         for after_step in hooks:

@@ -58,18 +58,27 @@ def read(meter: Meter, engine: Any = None) -> Any:
 
 def test_the_means_are_those_of_steps_micro_batches_and_agents():
     meter = Meter(2, torch.device("cpu"))
-    meter.add(step_of(part([6.0, 8.0], 1.0), part([9.0, 2.0], 3.0), num_targets=10))
-    meter.add(step_of(part([1.0, 3.0], 5.0), part([2.0, 4.0], 9.0), num_targets=4))
+    meter.add(step_of(part([6.0, 8.0], 1.0), part([9.0, 2.0], 3.0), num_targets=10), 0.5)
+    meter.add(step_of(part([1.0, 3.0], 5.0), part([2.0, 4.0], 9.0), num_targets=4), 2.0)
     means = read(meter)
     assert means.task_losses == pytest.approx([(15 / 10 + 3 / 4) / 2, (10 / 10 + 7 / 4) / 2])
     assert means.swd == pytest.approx(((1 + 3) / 2 + (5 + 9) / 2) / 2)
+    reward = (0.5 * (1 + 3) / 2 + 2.0 * (5 + 9) / 2) / 2  # each step's distance by its own lambda
+    assert means.objective == pytest.approx(sum(means.task_losses) / 2 - reward)
+
+
+def test_what_responsibilities_put_in_the_place_of_the_mean_loss_is_summed_over_processes():
+    meter = Meter(2, torch.device("cpu"))
+    meter.add(step_of(part([6.0, 8.0], 1.5)._replace(shared_nll=torch.tensor(5.0)), num_targets=20), 2.0)
+    means = read(meter, EngineOf([0.5]))
+    assert means.objective == pytest.approx(5 / 20 + 0.5 - 2.0 * 1.5)
 
 
 def test_losses_and_tokens_are_summed_over_processes_and_the_distance_is_not():
     """Every process reports its own rows' losses over the step's
     targets, and the one distance between all rows."""
     meter = Meter(2, torch.device("cpu"))
-    meter.add(step_of(part([6.0, 8.0], 1.5), num_targets=20))
+    meter.add(step_of(part([6.0, 8.0], 1.5), num_targets=20), 0.0)
     means = read(meter, EngineOf([0.5, 0.25, 30.0], [0.125, 0.0, 0.0]))
     assert means.task_losses == pytest.approx([6 / 20 + 0.625, 8 / 20 + 0.25])
     assert means.swd == pytest.approx(1.5)
@@ -80,25 +89,25 @@ def test_the_throughput_counts_every_agents_tokens_on_every_process(monkeypatch:
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     meter = Meter(3, torch.device("cpu"))
     for _ in range(2):
-        meter.add(step_of(part([1.0, 1.0, 1.0], None), num_targets=5, rows=5))
+        meter.add(step_of(part([1.0, 1.0, 1.0], None), num_targets=5, rows=5), 0.0)
     assert read(meter, EngineOf([0.0, 0.0, 0.0, 60.0])).agent_tokens_per_second == pytest.approx(3 * 160 / 4)
 
 
 def test_a_reading_starts_again():
     meter = Meter(1, torch.device("cpu"))
     for nll, swd in ((4.0, 2.0), (1.0, None)):
-        meter.add(step_of(part([nll], swd), num_targets=2))
+        meter.add(step_of(part([nll], swd), num_targets=2), 0.0)
         means = read(meter)
         assert (means.task_losses, means.swd) == ([nll / 2], swd)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_other_agents_theirs_and_is_gone_from_the_next_reading():
     meter = Meter(3, torch.device("cpu"))
-    meter.add(step_of(part([1.0, math.inf, 1.0], None), num_targets=2))
+    meter.add(step_of(part([1.0, math.inf, 1.0], None), num_targets=2), 0.0)
     losses = read(meter, EngineOf([math.nan, 0.0, 0.5, 0.0])).task_losses
     assert [math.isfinite(loss) for loss in losses] == [False, False, True]
     assert losses[2] == 1.0
-    meter.add(step_of(part([1.0, 2.0, 3.0], None), num_targets=1))
+    meter.add(step_of(part([1.0, 2.0, 3.0], None), num_targets=1), 0.0)
     assert read(meter).task_losses == [1.0, 2.0, 3.0]
 
 
@@ -115,7 +124,7 @@ class Rows(RunLog):
 
 def logged(steps: list[StepDone], **settings: Any) -> list[Any]:
     rows, skips, engine = Rows(), SkippedUpdates(10, 0, "runs/x"), EngineOf()
-    settings = {"logging_steps": 3, "lambda_sw": 0.1, **settings}
+    settings = {"logging_steps": 3, "lambda_at": lambda _: 0.1, **settings}
     metrics = LoggedMetrics(rows, engine, skips, **settings)  # pyright: ignore[reportArgumentType]
     for step in steps:
         skips.after_step(step)
@@ -139,10 +148,11 @@ def test_a_row_holds_the_objective_the_step_and_the_skipped_updates(with_memory:
     assert row["task_loss_per_agent"] == [1.0, 2.0]
     assert (row["task_loss"], row["swd"]) == (1.5, 5.0)
     assert row["loss"] == pytest.approx(1.5 - 0.1 * 5)
+    assert row["lambda_sw"] == 0.1
     assert (row["step"], row["lr"], row["grad_norm"], row["skipped"]) == (3, 3e-4, 0.25, 3)
 
 
 def test_without_a_distance_the_loss_is_the_task_loss():
-    [row] = logged([step_of(part([2.0, 4.0], None), num_targets=2, number=1)], lambda_sw=0.0)
+    [row] = logged([step_of(part([2.0, 4.0], None), num_targets=2, number=1)], lambda_at=lambda _: 0.0)
     assert row["swd"] is None
     assert row["loss"] == row["task_loss"] == pytest.approx(1.5)

@@ -74,7 +74,7 @@ def allocated_by_a_step(config: Config, precision: str, folder: Path) -> int:
     gc.collect()  # what earlier tests left must not go while this one is counted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         output = agents(batch, step=0)
-        loss_fn = objective_of(config, config, ALONE)
+        loss_fn = objective_of(config, config, ALONE, agents.head())
         loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=0).share.backward()
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]

@@ -2,12 +2,13 @@ import math
 import random
 from typing import get_args
 
+import numpy
 import pytest
 import torch
 from transformers import get_scheduler
 
 from chorus.config import Config
-from chorus.training.schedule import learning_rate
+from chorus.training.schedule import diversity_weight, learning_rate
 
 NAMES = get_args(Config.model_fields["lr_scheduler_type"].annotation)
 EVERY_NAME = pytest.mark.parametrize("name", NAMES)
@@ -59,3 +60,29 @@ def test_the_rate_depends_on_the_step_alone(name: str):
 @EVERY_NAME
 def test_a_run_of_no_steps_has_a_schedule(name: str):
     assert math.isfinite(learning_rate(name, LR, 0, 0.05)(0))
+
+
+# ---- lambda ----
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 40])
+@pytest.mark.parametrize(("warmup", "decay"), [(0.0, 0.0), (0.25, 0.0), (0.0, 0.3), (0.25, 0.5), (1.0, 0.0)])
+def test_lambda_is_the_line_up_the_plateau_and_the_line_down_of_numpy(
+    num_steps: int, warmup: float, decay: float
+):
+    rise, fall = math.ceil(num_steps * warmup), math.ceil(num_steps * decay)
+    # Corners of the trapezoid; a step's place is its end on the way up, and its beginning on the way down.
+    up = numpy.interp(numpy.arange(1, num_steps + 1), [0, rise], [0, 2.5]) if rise else 2.5
+    down = numpy.interp(numpy.arange(num_steps), [num_steps - fall, num_steps], [2.5, 0]) if fall else 2.5
+    lambda_at = diversity_weight(2.5, num_steps, warmup, decay)
+    found = [lambda_at(step) for step in range(num_steps)]
+    assert found == pytest.approx((numpy.ones(num_steps) * numpy.minimum(up, down)).tolist(), rel=1e-12)
+    assert min(found) > 0
+    if rise + fall <= num_steps:
+        assert max(found) == 2.5
+    if not (warmup or decay):
+        assert found == [2.5] * num_steps, "to the bit"
+
+
+def test_lambda_0_stays_0_under_a_schedule():
+    assert {diversity_weight(0.0, 10, 0.5, 0.5)(step) for step in range(10)} == {0.0}

@@ -60,7 +60,7 @@ class Head:
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """fp32 logits_BTV. For the last token of a few rows; the training loss never makes them whole."""
-        logits_BTV = self.linear(hidden_BTD).float()
+        logits_BTV = nn.functional.linear(hidden_BTD, self.weight_VD, self.bias_V).float()
         if self.scale != 1:
             logits_BTV = logits_BTV * self.scale
         return logits_BTV if self.softcap is None else self.softcap * torch.tanh(logits_BTV / self.softcap)

@@ -1,6 +1,7 @@
 """The row of metrics.jsonl: means over the steps since the row before."""
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,14 @@ class Means(NamedTuple):
     Attributes:
         task_losses: CE of each agent, nats a token; NaN where a loss was not finite.
         swd: R_SW; None when lambda is 0.
+        objective: what is minimised, over K: the mean of the task losses, or what responsibilities put in its
+            place, less lambda times R_SW, each with the lambda of its step.
         agent_tokens_per_second: K x B x T over the time, padding included.
     """
 
     task_losses: list[float]
     swd: float | None
+    objective: float
     agent_tokens_per_second: float
 
 
@@ -37,13 +41,13 @@ class Meter:
 
     def _reset(self) -> None:
         self.ce_K = torch.zeros(self.num_agents, dtype=torch.float64, device=self.device)
-        self.swd = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.has_swd = False
+        self.swd, self.reward, self.shared = self.ce_K.new_zeros(3)
+        self.has_swd = self.is_shared = False
         self.tokens = 0
         self.steps = 0
         self.began = time.perf_counter()
 
-    def add(self, step: StepDone) -> None:
+    def add(self, step: StepDone, lambda_sw: float) -> None:
         """Add the losses of this process. Tokens count as the
         device computes them: B x T, padding included."""
         self.steps += 1
@@ -52,7 +56,12 @@ class Meter:
             self.tokens += batch.input_BT.numel()
             if losses.swd is not None:
                 self.has_swd = True
-                self.swd += losses.swd.double() / len(step.losses)
+                swd = losses.swd.double() / len(step.losses)
+                self.swd += swd
+                self.reward += lambda_sw * swd
+            if losses.shared_nll is not None:
+                self.is_shared = True
+                self.shared += losses.shared_nll.double() / step.batch.num_targets
 
     def read(self, engine: Engine) -> Means:
         """Means over the steps since the last reading; then start again. A collective call."""
@@ -61,8 +70,12 @@ class Meter:
         ce = engine.mesh.gather_agents(own_K).tolist()
         seconds = time.perf_counter() - self.began
         swd = float(self.swd) / self.steps if self.has_swd else None
+        task = sum(ce) / len(ce)
+        if self.is_shared:
+            task = float(engine.mesh.sum_rows(self.shared)) / self.steps
+        objective = task - float(self.reward) / self.steps
         self._reset()
-        return Means(ce, swd, len(ce) * float(tokens) / seconds)
+        return Means(ce, swd, objective, len(ce) * float(tokens) / seconds)
 
 
 class LoggedMetrics:
@@ -75,17 +88,17 @@ class LoggedMetrics:
         skips: SkippedUpdates,
         *,
         logging_steps: int,
-        lambda_sw: float,
+        lambda_at: Callable[[int], float],
         with_memory: bool = False,
     ):
         self.run_log, self.engine, self.skips = run_log, engine, skips
-        self.logging_steps, self.lambda_sw, self.with_memory = logging_steps, lambda_sw, with_memory
+        self.logging_steps, self.lambda_at, self.with_memory = logging_steps, lambda_at, with_memory
         self.device = engine.accelerator.device
         self.meter = Meter(len(engine.agents.agents), self.device)
 
     def after_step(self, step: StepDone) -> None:
         """Count the step; write a row where it is due. A collective call there."""
-        self.meter.add(step)
+        self.meter.add(step, self.lambda_at(step.number - 1))
         row = None
         if step.number == 1 or step.is_due(self.logging_steps):
             self.skips.settle(step)
@@ -97,10 +110,10 @@ class LoggedMetrics:
         task_loss = sum(means.task_losses) / len(means.task_losses)
         row = {
             "step": step.number,
-            "loss": task_loss - self.lambda_sw * (means.swd or 0.0),
+            "loss": means.objective,
             "task_loss": task_loss,
             "swd": means.swd,
-            "lambda_sw": self.lambda_sw,
+            "lambda_sw": self.lambda_at(step.number - 1),
             "task_loss_per_agent": means.task_losses,
             "lr": step.result.lr,
             "grad_norm": float(step.result.grad_norm),

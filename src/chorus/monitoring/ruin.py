@@ -17,16 +17,16 @@ TIMES_NOISE = 6.0
 
 
 class _Moves(NamedTuple):
-    """How far the loss moved from row to row, in nats: the sum and the count of some moves."""
+    """How far the loss moved from row to row, in nats: the sum and the number of some moves."""
 
     total: float = 0.0
-    count: int = 0
+    number: int = 0
 
     def plus(self, moved: float) -> "_Moves":
-        return _Moves(self.total + moved, self.count + 1)
+        return _Moves(self.total + moved, self.number + 1)
 
     def and_also(self, other: "_Moves") -> "_Moves":
-        return _Moves(self.total + other.total, self.count + other.count)
+        return _Moves(self.total + other.total, self.number + other.number)
 
 
 class RuinWatch:
@@ -73,7 +73,7 @@ class RuinWatch:
 
     def _is_above(self, row: LossRow, best: LossRow, first: LossRow) -> bool:
         against = self._up_before.and_also(self._down_since)
-        noise = against.total / max(against.count, 1)
+        noise = against.total / max(against.number, 1)
         fallen = first.task_loss - best.task_loss
         least = max(SHARE * best.task_loss, SHARE * fallen, TIMES_NOISE * noise)
         return least <= row.task_loss - best.task_loss <= row.reward - best.reward

@@ -212,7 +212,7 @@ def _two_steps(
     batch = collate([row] * config.batch_size, 0, config.padding, config.swd_points_per_row).to(device)
     if len(adapters) == 1:  # the distance, which takes little memory, needs two
         config = config.model_copy(update={"lambda_sw": 0.0})
-    loss_fn = objective_of(config, config, ALONE)
+    loss_fn = objective_of(config, config, ALONE, agents.head())
     for step in range(2):
         output = agents(batch, step=step)
         part = loss_fn(*output, batch, num_targets=len(batch.target_rows_N), step=step)

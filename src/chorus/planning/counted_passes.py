@@ -198,18 +198,18 @@ class _Alike(Mesh):
 
 
 def diversity_bytes(
-    config: RunConfig, dtype: torch.dtype, width: int, length: int, machine: Machine
+    config: RunConfig, dtype: torch.dtype, head: Head, length: int, machine: Machine
 ) -> tuple[int, int]:
     """Peak bytes of the distance between agents, forward and backward, and the bytes of hidden_KBTD's
     gradient."""
-    rows = config.batch_size
+    rows, width = config.batch_size, head.weight_VD.shape[1]
     hidden_KBTD = torch.empty(
         config.num_agents, rows, length, width, dtype=dtype, device="meta", requires_grad=True
     )
     nll_KBT = torch.empty(hidden_KBTD.shape[:3], device="meta")
     points_SM = torch.empty(rows, min(config.swd_points_per_row, length), dtype=torch.int64, device="meta")
     batch = batch_without_values(rows, length)._replace(points_SM=points_SM)
-    objective = objective_of(config, config, _Alike(machine.agent_size, machine.mesh.data_size))
+    objective = objective_of(config, config, _Alike(machine.agent_size, machine.mesh.data_size), head)
     with LiveBytes() as live:
         objective(nll_KBT, hidden_KBTD, batch, num_targets=1, step=0).share.backward()
     return live.peak, hidden_KBTD.nbytes

@@ -51,6 +51,8 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     standing = base_bytes(bytes_of(agents.frozen_tensors().values()) - spared, dtype, machine)
     if largest:
         standing["a weight, dequantised"] = largest
+    if machine.base_in_shards and config.lambda_sw > 0 and config.swd_space == "probabilities":
+        standing["head, kept whole"] = agents.head().weight_VD.nbytes
     standing |= trained_bytes(counts.elements, config, dtype, machine)
     if machine.device_type == "cpu":
         standing = {"Python and its libraries": psutil.Process().memory_info().rss} | standing
@@ -58,8 +60,7 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
         standing = {"libraries, and gaps": GPU_REMAINDER} | standing
     activations, loss, diversity = counts.activations, counts.loss, 0
     if config.lambda_sw > 0:
-        width = agents.head().weight_VD.shape[1]
-        compared, gradient_of_all = diversity_bytes(own, dtype, width, length, machine)
+        compared, gradient_of_all = diversity_bytes(own, dtype, agents.head(), length, machine)
         diversity = max(0, counts.after_forward + counts.gradients + compared - activations)
         loss += gradient_of_all  # backward passes through the distance first, and its gradient waits
     backward = counts.peak + counts.gradients - activations

@@ -1,4 +1,5 @@
-"""The diversity term: the sliced Wasserstein distance between agents, on clouds of hidden states."""
+"""The diversity term: the sliced Wasserstein distance between agents, on clouds of hidden states or of
+predicted distributions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,17 +7,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chorus.config.objective import Representation
+from chorus.config.objective import Representation, Space
 from chorus.data.batches import Batch
+from chorus.model.base import Head
 from chorus.seeding import derive_seed
+from chorus.training.function_space import Directions, projected_probabilities
 
 
 class SwdSettings(NamedTuple):
-    """How the clouds are compared: how many slices, of which points."""
+    """How the clouds are compared: how many slices, of which points, in which space."""
 
     num_projections: int
     representation: Representation
     seed: int
+    space: Space = "hidden"
+
+
+def projections(
+    hidden_KBTD: Tensor, batch: Batch, swd: SwdSettings, step: int, rows_per_process: int, head: Head | None
+) -> tuple[Tensor, Tensor]:
+    """Each agent's cloud, projected: projected_KNP in fp32, and valid_N as in `cloud`.
+
+    Args:
+        head: needed in the space of probabilities alone, where points are sqrt(V) times a distribution.
+    """
+    if swd.space == "hidden":
+        points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
+        slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
+        if points_KNH.is_cuda:
+            slices_HP = slices_HP.pin_memory()  # copied without waiting for the forward
+        return points_KNH @ slices_HP.to(points_KNH.device, non_blocking=True), valid_N
+    assert head is not None, "distributions are compared, and there is no head to predict them"
+    places_SM = batch.points_SM
+    if swd.representation == "last":
+        places_SM = places_SM.amax(1, keepdim=True)
+    points_KSMD, valid_SM = _at(hidden_KBTD, places_SM), places_SM >= 0
+    directions = Directions(swd.num_projections, swd.seed, step)
+    projected_QP = projected_probabilities(points_KSMD.flatten(0, 2), head, directions)
+    projected_KSMP = projected_QP.unflatten(0, points_KSMD.shape[:3])
+    if swd.representation == "mean":  # projecting is linear
+        count_S1 = valid_SM.sum(1, keepdim=True)
+        share_SM = valid_SM / count_S1.clamp(min=1)
+        projected_KSMP = (projected_KSMP * share_SM[:, :, None]).sum(2, keepdim=True)
+        valid_SM = count_S1 > 0
+    return _padded(projected_KSMP, valid_SM, rows_per_process)
 
 
 def cloud(
@@ -29,7 +63,7 @@ def cloud(
             that the distance between clouds is bounded by construction.
         valid_N: bool, the same for every agent; padding points are False.
     """
-    K, B, T, D = hidden_KBTD.shape
+    B, T = batch.input_BT.shape
     S = len(batch.points_SM)
     if representation == "mean":
         number_S1 = torch.arange(S, device=hidden_KBTD.device)[:, None]
@@ -43,14 +77,25 @@ def cloud(
         if representation == "last":
             places_SM = places_SM.amax(1, keepdim=True)
         valid_SM = places_SM >= 0
-        index_KND = places_SM.clamp(min=0).flatten()[None, :, None].expand(K, -1, D)
-        points_KSMD = hidden_KBTD.flatten(1, 2).gather(1, index_KND).float().unflatten(1, places_SM.shape)
+        points_KSMD = _at(hidden_KBTD, places_SM).float()
     points_KSMD = points_KSMD * torch.rsqrt(points_KSMD.square().mean(-1, keepdim=True) + 1e-6)
-    missing = rows_per_process - S
+    return _padded(points_KSMD, valid_SM, rows_per_process)
+
+
+def _at(hidden_KBTD: Tensor, places_SM: Tensor) -> Tensor:
+    """The hidden states at these places, points_KSMD; any, where a place is -1."""
+    K, D = len(hidden_KBTD), hidden_KBTD.shape[-1]
+    index_KND = places_SM.clamp(min=0).flatten()[None, :, None].expand(K, -1, D)
+    return hidden_KBTD.flatten(1, 2).gather(1, index_KND).unflatten(1, places_SM.shape)
+
+
+def _padded(points_KSMX: Tensor, valid_SM: Tensor, rows_per_process: int) -> tuple[Tensor, Tensor]:
+    """points_KNX and valid_N, with invalid points in the place of missing rows."""
+    missing = rows_per_process - len(valid_SM)
     assert missing >= 0, "more samples than every process makes room for"
-    points_KSMD = torch.nn.functional.pad(points_KSMD, (0, 0, 0, 0, 0, missing))
+    points_KSMX = torch.nn.functional.pad(points_KSMX, (0, 0, 0, 0, 0, missing))
     valid_SM = torch.nn.functional.pad(valid_SM, (0, 0, 0, missing))
-    return points_KSMD.flatten(1, 2), valid_SM.flatten()
+    return points_KSMX.flatten(1, 2), valid_SM.flatten()
 
 
 def random_slices(width: int, num_projections: int, seed: int, step: int) -> Tensor:

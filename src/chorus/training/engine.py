@@ -35,6 +35,7 @@ from chorus.errors import InputError
 from chorus.mesh import Mesh, decide_agent_size, make_mesh, refuse_spread_agents
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
+from chorus.model.base import Head
 from chorus.progress import announced
 from chorus.spans import span
 from chorus.training.optimizer import adamw, clip_and_step
@@ -210,6 +211,14 @@ class Engine:
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else scaler.get_scale()
 
+    def head(self) -> Head:
+        """The output layer, for a loss that reads it beside the agents' passes. Under ZeRO-3 every process
+        holds it whole from now on. A collective call."""
+        head = self.agents.head()
+        if zero_stage(self.accelerator) == 3:
+            stage3.keep_gathered(self.module.optimizer, list(head.linear.parameters(recurse=False)))
+        return head
+
     @contextmanager
     def unsharded(self) -> Iterator[None]:
         """The context of passes beside training, such as evaluation: every process holds the whole base and
@@ -218,7 +227,7 @@ class Engine:
         adapters = self.agents.adapters()
         whole = nullcontext()
         if zero_stage(self.accelerator) == 3:
-            whole = stage3.unsharded(self.module, list(adapters.values()))
+            whole = stage3.unsharded(self.module)
         others = {k: own for k, own in self._of_all_agents(adapters).items() if k not in adapters}
         with whole, self.agents.also_holding(others):
             yield

@@ -1,5 +1,7 @@
 """What is minimised, from hidden states: objective = K · (mean_k CE_k − lambda · R_SW).
 
+With `responsibility_alpha` below 1 the mean of the losses gives way to responsibilities.
+
 The factor K makes lambda 0 the same as K independent runs. CE_k is a mean over the target tokens of a whole
 optimiser step (all processes, all micro-batches). R_SW is the mean over pairs of agents of the squared sliced
 2-Wasserstein distance between their clouds of hidden states.
@@ -8,7 +10,7 @@ optimiser step (all processes, all micro-batches). R_SW is the mean over pairs o
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +19,10 @@ from chorus.config.objective import ObjectiveSettings
 from chorus.config.training import TrainingSettings
 from chorus.data.batches import Batch
 from chorus.mesh import Mesh
+from chorus.model.base import Head
 from chorus.spans import span
-from chorus.training.diversity import SwdSettings, cloud, random_slices, sliced_wasserstein
+from chorus.training.diversity import SwdSettings, projections, sliced_wasserstein
+from chorus.training.responsibilities import Responsibilities, row_weights
 
 
 class Objective(NamedTuple):
@@ -28,11 +32,14 @@ class Objective(NamedTuple):
         share: scalar to run backward from. Shares of all micro-batches and processes sum to the objective.
         nll_K: summed NLL of each agent over this process's target tokens, nats, detached.
         swd: R_SW of this micro-batch over all processes, detached; None when lambda is 0.
+        shared_nll: what responsibilities have put in the place of the mean over agents of `nll_K`; None when
+            alpha is 1.
     """
 
     share: Tensor
     nll_K: Tensor
     swd: Tensor | None
+    shared_nll: Tensor | None = None
 
 
 def objective(
@@ -49,6 +56,8 @@ def objective(
     gather: Callable[[Tensor], Tensor],
     agent_size: int = 1,
     gather_agents: Callable[[Tensor], Tensor] = lambda own: own,
+    head: Head | None = None,
+    responsibilities: Responsibilities | None = None,
 ) -> Objective:
     """A micro-batch's share of K · (mean_k CE_k − lambda · R_SW), for the agents of this process.
 
@@ -62,40 +71,62 @@ def objective(
             carries a gradient.
         agent_size, gather_agents: over how many processes the agents are spread, and what concatenates the
             first axis over them in the same way. Each process has the same number of agents.
+        head: for predicted distributions, where they are compared.
+        responsibilities: None: alpha is 1, each agent has its own loss on every row.
     """
     nll_K = nll_KBT.sum((1, 2))
     is_sound_K = nll_K.isfinite()
+    due_K, shared_nll = nll_K, None
+    if responsibilities is not None:
+        weight_KBT, shared_nll = row_weights(nll_KBT, batch, responsibilities, gather_agents)
+        due_K = (nll_KBT * weight_KBT).sum((1, 2))
     # A non-finite loss makes its agent's whole gradient NaN, which every process sees when gradients are
     # reduced.
-    task = (nll_K * torch.where(is_sound_K, 1.0, math.nan)).sum() / num_targets
+    task = (due_K * torch.where(is_sound_K, 1.0, math.nan)).sum() / num_targets
     if lambda_sw == 0:
-        return Objective(task, nll_K.detach(), None)
+        return Objective(task, nll_K.detach(), None, shared_nll)
     with span("swd_loss"):
-        points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
-        points_KNH = torch.where(
-            is_sound_K[:, None, None], points_KNH, math.nan
-        )  # so that other processes see it
-        slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
-        if points_KNH.is_cuda:
-            slices_HP = slices_HP.pin_memory()  # copied without waiting for the forward
-        slices_HP = slices_HP.to(points_KNH.device, non_blocking=True)
-        projected_NKP = gather((points_KNH @ slices_HP).transpose(0, 1).contiguous())
+        projected_KNP, valid_N = projections(hidden_KBTD, batch, swd, step, rows_per_process, head)
+        # So that other processes see it.
+        projected_KNP = torch.where(is_sound_K[:, None, None], projected_KNP, math.nan)
+        projected_NKP = gather(projected_KNP.transpose(0, 1).contiguous())
         distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N), gather_agents)
     num_agents = nll_KBT.shape[0] * agent_size
     share = task - num_agents * lambda_sw * distance / num_micro_batches
-    return Objective(share, nll_K.detach(), distance.detach())
+    return Objective(share, nll_K.detach(), distance.detach(), shared_nll)
 
 
-def objective_of(settings: ObjectiveSettings, training: TrainingSettings, mesh: Mesh) -> partial[Objective]:
-    """`objective` with the arguments that are the same for a whole run: output, batch, num_targets and step
-    remain."""
-    return partial(
+def objective_of(
+    settings: ObjectiveSettings,
+    training: TrainingSettings,
+    mesh: Mesh,
+    head: Head | None = None,
+    lambda_at: Callable[[int], float] | None = None,
+) -> Callable[..., Objective]:
+    """`objective` with the arguments that are the same for a whole run, and lambda by the step: output,
+    batch, num_targets and step remain.
+
+    Args:
+        head: needed with `swd_space: probabilities`.
+        lambda_at: None: lambda_sw at every step.
+    """
+    alpha, floor = settings.responsibility_alpha, settings.responsibility_floor
+    fixed = partial(
         objective,
         num_micro_batches=training.gradient_accumulation_steps,
-        lambda_sw=settings.lambda_sw,
-        swd=SwdSettings(settings.swd_num_projections, settings.swd_representation, training.seed),
+        swd=SwdSettings(
+            settings.swd_num_projections, settings.swd_representation, training.seed, settings.swd_space
+        ),
         rows_per_process=training.batch_size,
         gather=mesh.gather_rows,
         agent_size=mesh.agent_size,
         gather_agents=mesh.gather_agents,
+        head=head,
+        responsibilities=Responsibilities(alpha, floor) if alpha < 1 else None,
     )
+
+    def of_step(*output_and_batch: Any, num_targets: int, step: int) -> Objective:
+        lambda_sw = settings.lambda_sw if lambda_at is None else lambda_at(step)
+        return fixed(*output_and_batch, num_targets=num_targets, step=step, lambda_sw=lambda_sw)
+
+    return of_step

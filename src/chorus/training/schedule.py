@@ -1,5 +1,5 @@
-"""The learning rate as a function of the optimiser step: no state to save, the same for any number of
-processes."""
+"""The learning rate and lambda as functions of the optimiser step: no state to save, the same for any number
+of processes."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def learning_rate(
         warmup_ratio: the fraction of them in which the rate rises linearly from 0; rounded up.
     """
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    warmup_steps = -int(-num_steps * warmup_ratio // 1)
+    warmup_steps = _rounded_up(num_steps * warmup_ratio)
     scheduler = get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
     (multiplier,) = scheduler.lr_lambdas  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -34,3 +34,29 @@ def learning_rate(
         return [own * multiplier(step) for own in lr]
 
     return at
+
+
+def diversity_weight(
+    lambda_sw: float, num_steps: int, warmup_ratio: float, decay_ratio: float
+) -> Callable[[int], float]:
+    """lambda(step) of the step'th optimiser step, counted from 0: a line up, `lambda_sw`, and a line down.
+
+    Of W warm-up steps the n'th has n / W of it, and of D decay steps, the run's last ones, that with n steps
+    to go, itself included, n / D. So it is never 0, and the distance is measured at every step.
+
+    Args:
+        num_steps: optimiser steps of the whole run.
+        warmup_ratio, decay_ratio: fractions of them; rounded up.
+    """
+    warmup_steps, decay_steps = (_rounded_up(num_steps * ratio) for ratio in (warmup_ratio, decay_ratio))
+
+    def at(step: int) -> float:
+        rise = (step + 1) / max(warmup_steps, 1)
+        fall = (num_steps - step) / max(decay_steps, 1)
+        return lambda_sw * min(1.0, rise, fall)
+
+    return at
+
+
+def _rounded_up(steps: float) -> int:
+    return -int(-steps // 1)

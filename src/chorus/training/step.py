@@ -43,10 +43,13 @@ class MicroBatchLosses(NamedTuple):
     Attributes:
         nll_K: summed NLL of each agent over this process's target tokens, nats.
         swd: R_SW over all processes; None when lambda is 0.
+        shared_nll: what responsibilities have put in the place of the mean over all agents of `nll_K`; None
+            without.
     """
 
     nll_K: Tensor
     swd: Tensor | None
+    shared_nll: Tensor | None = None
 
 
 @dataclass

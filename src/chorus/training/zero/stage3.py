@@ -3,7 +3,7 @@
 DeepSpeed gathers a module's own parameters while that module runs. Where Chorus reads parameters of another
 module, it registers them: a LoRA layer reads those of the linear layer inside of it, the loss those of the
 head. The adapters stay gathered, because a pass reads all of them at its start; their gradients and optimizer
-state are in shards, as under stage 2.
+state are in shards, as under stage 2. So does the head, where a loss reads it beside the passes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,26 +29,27 @@ def register_reads(agents: Agents) -> None:
         register_external_parameter(agents, weight)
 
 
-def keep_gathered(zero: Any, adapters: Sequence[nn.Parameter]) -> None:
-    """Have DeepSpeed's optimizer gather the adapters after every step, and shard them only for the step.
+def keep_gathered(zero: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Have DeepSpeed's optimizer gather these parameters after every step, and shard those that it steps only
+    for the step.
 
     By itself it does so for all parameters below one number of elements, and most of a base's are smaller
     than an adapter. A collective call.
     """
-    cut = [adapter_F for adapter_F in cast(Sequence[Any], adapters) if not adapter_F.ds_persist]
-    for adapter_F in cut:
-        adapter_F.ds_persist = True
+    cut = [parameter for parameter in cast(Sequence[Any], parameters) if not parameter.ds_persist]
+    for parameter in cut:
+        parameter.ds_persist = True
     zero.persistent_parameters.extend(cut)
-    gather_adapters(adapters)
+    gather(parameters)
 
 
-def gather_adapters(adapters: Sequence[nn.Parameter]) -> None:
-    """Gather the adapters, as DeepSpeed itself does after every step. A collective call."""
-    cast(Any, adapters[0]).all_gather(list(adapters))
+def gather(parameters: Sequence[nn.Parameter]) -> None:
+    """Gather these parameters, as DeepSpeed itself does after every step. A collective call."""
+    cast(Any, parameters[0]).all_gather(list(parameters))
 
 
 @contextmanager
-def unsharded(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
+def unsharded(module: Any) -> Iterator[None]:
     """The context in which every process holds the whole base, and may run as many passes as it likes.
 
     Evaluation needs it: processes have different numbers of batches and of tokens to generate. Entering and
@@ -58,4 +59,4 @@ def unsharded(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[N
 
     with unwrap_model_for_generation(module):
         yield
-    gather_adapters(adapters)
+    gather(module.optimizer.persistent_parameters)
