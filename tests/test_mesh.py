@@ -65,8 +65,9 @@ def test_the_agents_of_all_processes_in_order_are_all_agents_and_neighbours_shar
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_agents_over_processes_have_the_losses_and_weights_of_one_process(num_processes: int, tmp_path: Path):
     """In every mode, under DDP and ZeRO-2, with accumulation, packing, recomputation, DropConnect, clipping,
-    values of each agent's own and a loss that is not finite; also resumed with another mesh and engine than
-    it was saved with."""
+    values of each agent's own, lambda's schedule, predicted distributions compared, rows shared by
+    responsibilities and a loss that is not finite; also resumed with another mesh and engine than it was
+    saved with."""
     command = [*ddp(num_processes)[:-1], "tests/helpers/mesh_worker.py"]
     result = forked(command, str(tmp_path), str(num_processes))
     assert result.returncode == 0, result.stderr[-3000:]
@@ -118,7 +119,16 @@ def test_a_run_of_agents_over_two_processes_is_scored_saved_and_resumed_as_that_
 def assert_same_run(ours: Done, theirs: Done, case: Case, start: int, how: str) -> None:
     assert list(ours.rows) == list(range(start + 1, STEPS + 1))
     for step, row in ours.rows.items():
-        for name in ("loss", "task_loss", "swd", "task_loss_per_agent", "grad_norm", "lr", "skipped"):
+        for name in (
+            "loss",
+            "task_loss",
+            "swd",
+            "lambda_sw",
+            "task_loss_per_agent",
+            "grad_norm",
+            "lr",
+            "skipped",
+        ):
             wanted = theirs.rows[step][name]
             if wanted is not None:
                 wanted = pytest.approx(wanted, rel=2e-5, abs=1e-8, nan_ok=True)

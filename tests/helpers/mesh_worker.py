@@ -46,6 +46,7 @@ class Case(NamedTuple):
     lambda_sw: float = 0.3
     max_grad_norm: float = 0.2
     is_broken: bool = False
+    objective: tuple[tuple[str, Any], ...] = ()
 
 
 PLAIN = Case("fused")
@@ -61,9 +62,17 @@ UNLIKE = Case(
     lr=(0.01, 0.005, 0.02, 0.001),
     weight_decay=(0.0, 0.5, 0.01, 2.0),
 )  # of each agent its own
+SHARED = Case(  # lambda of three steps: 0.15, 0.3, 0.15
+    *("sequential", "full", 0.4),
+    packing=True,
+    objective=(
+        *(("swd_space", "probabilities"), ("responsibility_alpha", 0.3)),
+        *(("lambda_sw_warmup_ratio", 0.6), ("lambda_sw_decay_ratio", 0.4)),
+    ),
+)
 # By number of processes: case, A, whether under ZeRO-2.
 RUNS = {
-    2: [(PLAIN, 2, False), (DROPPED, 2, True), (UNLIKE, 2, False)],
+    2: [(PLAIN, 2, False), (DROPPED, 2, True), (UNLIKE, 2, False), (SHARED, 2, False)],
     4: [
         *((PLAIN, size, zero2) for size, zero2 in ((1, False), (2, False), (4, False), (2, True), (4, True))),
         *((BROKEN_CASE, 2, zero2) for zero2 in (False, True)),
@@ -71,6 +80,7 @@ RUNS = {
         (PACKED, 2, False),
         (DROPPED, 4, True),
         *((UNLIKE, size, zero2) for size, zero2 in ((1, False), (2, True))),
+        *((SHARED, 2, zero2) for zero2 in (False, True)),
     ],
 }
 
@@ -80,6 +90,7 @@ RUNS = {
 RESUMES = [
     ((PLAIN, 2, False), 1, 4, False),
     ((PLAIN, 4, False), 2, 1, False),
+    ((SHARED, 2, False), 1, 4, False),
     ((BROKEN_CASE, 2, False), 2, 4, True),
     ((BROKEN_CASE, 2, True), 2, 1, True),
     ((UNLIKE, 2, True), 1, 4, True),
@@ -126,6 +137,7 @@ def run(
         use_deepspeed=zero2,
         deepspeed_config_file=None,
         agent_parallel_size=size,
+        **dict(case.objective),
     )
     accelerator = make_accelerator(config, config, K)
     mesh = make_mesh(accelerator, size)

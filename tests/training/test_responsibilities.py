@@ -118,7 +118,9 @@ def test_losses_of_hundreds_of_nats_overflow_nowhere():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("make", [padded, packed])
-def test_an_agent_that_is_not_finite_leaves_the_others_the_weights_that_they_have_without_it(make, value: float):
+def test_an_agent_that_is_not_finite_leaves_the_others_the_weights_that_they_have_without_it(
+    make, value: float
+):
     batch = make()
     nll_KBT = nll_of(3, batch).detach()
     place = tuple(batch.mask_BT.nonzero()[0].tolist())
