@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
         )
         stage3.register_reads(agents)
         stage3.keep_gathered(engine.optimizer, adapters)
-        with stage3.unsharded(engine):
+        with stage3.unsharded(engine, adapters):
             assert share_held(agents) == 1
         for _ in range(
             2

@@ -52,7 +52,7 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     if largest:
         standing["a weight, dequantised"] = largest
     if machine.base_in_shards and config.lambda_sw > 0 and config.swd_space == "probabilities":
-        standing["head, kept whole"] = agents.head().weight_VD.nbytes
+        standing["a copy of the head"] = agents.head().weight_VD.nbytes
     standing |= trained_bytes(counts.elements, config, dtype, machine)
     if machine.device_type == "cpu":
         standing = {"Python and its libraries": psutil.Process().memory_info().rss} | standing

@@ -212,12 +212,10 @@ class Engine:
         return 1.0 if scaler is None else scaler.get_scale()
 
     def head(self) -> Head:
-        """The output layer, for a loss that reads it beside the agents' passes. Under ZeRO-3 every process
-        holds it whole from now on. A collective call."""
+        """The output layer, for a loss that reads it beside the agents' passes. Under ZeRO-3 a whole copy, as
+        its shards are together only within passes. A collective call."""
         head = self.agents.head()
-        if zero_stage(self.accelerator) == 3:
-            stage3.keep_gathered(self.module.optimizer, list(head.linear.parameters(recurse=False)))
-        return head
+        return stage3.whole_copy(head) if zero_stage(self.accelerator) == 3 else head
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -227,7 +225,7 @@ class Engine:
         adapters = self.agents.adapters()
         whole = nullcontext()
         if zero_stage(self.accelerator) == 3:
-            whole = stage3.unsharded(self.module)
+            whole = stage3.unsharded(self.module, list(adapters.values()))
         others = {k: own for k, own in self._of_all_agents(adapters).items() if k not in adapters}
         with whole, self.agents.also_holding(others):
             yield

@@ -14,7 +14,7 @@ from chorus.errors import InputError
 from chorus.model.adapters import TensorId
 from chorus.training.engine import Engine, zero_stage
 from chorus.training.zero.partitions import MOMENTS, set_steps_taken, steps_taken
-from chorus.training.zero.stage3 import gather
+from chorus.training.zero.stage3 import gather_adapters
 
 FlatByAgent = Mapping[int, Tensor]  # laid out as each agent's adapter is
 
@@ -125,7 +125,7 @@ def _restore_shards(engine: Engine, weights: FlatByAgent, moments: Mapping[str, 
         safe_set_local_fp32_param(adapter_F, own(weights[agent]))
         for name in MOMENTS:
             safe_set_local_optimizer_state(adapter_F, own(moments[name][agent]), name)
-    gather(list(adapters.values()))
+    gather_adapters(list(adapters.values()))
 
 
 def _refuse_other_tensors(ours: Mapping[TensorId, Tensor], theirs: Mapping[TensorId, Tensor]) -> None:

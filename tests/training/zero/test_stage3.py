@@ -34,7 +34,7 @@ SETTINGS = (
         "logging_steps=1",
         "lambda_sw=0.2",
     ),
-    # The head is read beside the passes, also after an evaluation, which puts the base together and apart.
+    # The head is read beside the passes, in which its shards are together.
     *("swd_space=probabilities", "responsibility_alpha=0.5", "eval_steps=2"),
     *("dropconnect_p=0.1", "eval_samples=3", "eval_batch_size=1", "max_new_tokens_eval=4"),
 )

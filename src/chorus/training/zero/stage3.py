@@ -3,17 +3,19 @@
 DeepSpeed gathers a module's own parameters while that module runs. Where Chorus reads parameters of another
 module, it registers them: a LoRA layer reads those of the linear layer inside of it, the loss those of the
 head. The adapters stay gathered, because a pass reads all of them at its start; their gradients and optimizer
-state are in shards, as under stage 2. So does the head, where a loss reads it beside the passes.
+state are in shards, as under stage 2.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
 
 from chorus.model.adapters import lora_layers
 from chorus.model.agents import Agents
+from chorus.model.base import Head
 
 
 def register_reads(agents: Agents) -> None:
@@ -29,27 +31,40 @@ def register_reads(agents: Agents) -> None:
         register_external_parameter(agents, weight)
 
 
-def keep_gathered(zero: Any, parameters: Sequence[nn.Parameter]) -> None:
-    """Have DeepSpeed's optimizer gather these parameters after every step, and shard those that it steps only
-    for the step.
+def whole_copy(head: Head) -> Head:
+    """The output layer as a copy that every process holds whole, and DeepSpeed does not know. A collective
+    call."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    shards = dict(head.linear.named_parameters(recurse=False))
+    with GatheredParameters(list(shards.values())):
+        whole = {name: weight.detach().clone() for name, weight in shards.items()}
+    V, D = whole["weight"].shape
+    linear = nn.Linear(D, V, bias="bias" in whole, device="meta")
+    linear.load_state_dict(whole, assign=True)
+    return replace(head, linear=linear.requires_grad_(False))
+
+
+def keep_gathered(zero: Any, adapters: Sequence[nn.Parameter]) -> None:
+    """Have DeepSpeed's optimizer gather the adapters after every step, and shard them only for the step.
 
     By itself it does so for all parameters below one number of elements, and most of a base's are smaller
     than an adapter. A collective call.
     """
-    cut = [parameter for parameter in cast(Sequence[Any], parameters) if not parameter.ds_persist]
-    for parameter in cut:
-        parameter.ds_persist = True
+    cut = [adapter_F for adapter_F in cast(Sequence[Any], adapters) if not adapter_F.ds_persist]
+    for adapter_F in cut:
+        adapter_F.ds_persist = True
     zero.persistent_parameters.extend(cut)
-    gather(parameters)
+    gather_adapters(adapters)
 
 
-def gather(parameters: Sequence[nn.Parameter]) -> None:
-    """Gather these parameters, as DeepSpeed itself does after every step. A collective call."""
-    cast(Any, parameters[0]).all_gather(list(parameters))
+def gather_adapters(adapters: Sequence[nn.Parameter]) -> None:
+    """Gather the adapters, as DeepSpeed itself does after every step. A collective call."""
+    cast(Any, adapters[0]).all_gather(list(adapters))
 
 
 @contextmanager
-def unsharded(module: Any) -> Iterator[None]:
+def unsharded(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
     """The context in which every process holds the whole base, and may run as many passes as it likes.
 
     Evaluation needs it: processes have different numbers of batches and of tokens to generate. Entering and
@@ -59,4 +74,4 @@ def unsharded(module: Any) -> Iterator[None]:
 
     with unwrap_model_for_generation(module):
         yield
-    gather(module.optimizer.persistent_parameters)
+    gather_adapters(adapters)
