@@ -96,6 +96,13 @@ def test_one_agent_without_the_distance_is_accepted():
     assert load("num_agents: 1\nlambda_sw: 0").num_agents == 1
 
 
+def test_a_weight_that_falls_before_it_has_risen_is_refused():
+    message = refusal("lambda_sw_warmup_ratio: 0.75\nlambda_sw_decay_ratio: 0.5")
+    assert message.startswith("configs.yaml: key 'lambda_sw_decay_ratio' (line 2) is 0.5; ")
+    assert "with lambda_sw_warmup_ratio 0.75 it is above 1" in message
+    assert load("lambda_sw_warmup_ratio: 0.75\nlambda_sw_decay_ratio: 0.25").lambda_sw_decay_ratio == 0.25
+
+
 @pytest.mark.parametrize("key", ["compile", "cuda_graphs"])
 def test_what_cannot_carry_dropout_is_refused_with_it_and_auto_is_not(key):
     message = refusal(f"{key}: true\nlora_dropout: 0.1")

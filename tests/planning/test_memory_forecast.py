@@ -98,6 +98,7 @@ CASES = [  # each mode, each kind of recomputation, both precisions
     ("bf16", {**COMPARING, "swd_points_per_row": 96}),
     ("bf16", {**COMPARING, "parallel_mode": "sequential", "gradient_checkpointing": "full"}),
     ("no", {**COMPARING, "swd_representation": "mean"}),
+    ("no", {**COMPARING, "swd_space": "probabilities"}),
 ]
 
 

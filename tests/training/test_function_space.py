@@ -199,3 +199,33 @@ def test_a_row_without_targets_has_no_point():
         swd = SwdSettings(P, representation, 0, "probabilities")
         _, valid_N = projections(hidden_of(2, batch), batch, swd, 0, 4, head_of())
         assert valid_N.view(4, -1).any(1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_value_and_gradient_are_those_of_float64_at_a_vocabulary_in_pieces(dtype: torch.dtype):
+    """Also the memory: logits of all points would be 4 GB."""
+    width, points, number = 64, 4_096, 300
+    vocabulary = 256_000
+    linear = nn.Linear(width, vocabulary, bias=False, device="cuda", dtype=dtype).requires_grad_(False)
+    head, directions = Head(linear, 30.0), Directions(number, 0, 1)
+    hidden_ND = torch.randn(points, width, device="cuda", dtype=dtype, requires_grad=True)
+    upstream_NP = torch.randn(points, number, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    projected_NP = projected_probabilities(hidden_ND, head, directions)
+    projected_NP.backward(upstream_NP)
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+    slices_VP = torch.cat([own for _, own in directions.pieces(vocabulary, torch.device("cuda"))], 1)
+    assert slices_VP.shape == (vocabulary, number)
+    rows = slice(0, points, 512)
+    exact = hidden_ND.detach()[rows].double().requires_grad_()
+    logits_NV = 30 * torch.tanh(exact @ linear.weight.double().T / 30)
+    expected_NP = logits_NV.softmax(-1) @ slices_VP.double()
+    expected_NP.backward(upstream_NP[rows].double())
+    tolerance = 1e-3 if dtype == torch.float32 else 0.03
+    assert max_difference(projected_NP[rows], expected_NP) < tolerance
+    assert hidden_ND.grad is not None
+    assert exact.grad is not None
+    assert max_difference(hidden_ND.grad[rows], exact.grad) < tolerance

@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 import torch
+from mesh_worker import STEPS, Case, run
 from peft import LoraConfig, get_peft_model
 from promises import EVERY_MODE, EXACT
 from torch import Tensor
@@ -105,3 +106,19 @@ def test_the_objective_and_every_agents_gradient_are_those_of_stock_models_and_t
     assert 3 * found.item() == pytest.approx(value, rel=1e-5)
     for identity, gradient in gradients_of(agents).items():
         assert max_difference(gradient, gradients[identity]) < EXACT, identity
+
+
+def test_the_loop_takes_each_step_with_its_own_lambda_also_resumed_at_any_step():
+    """A step of the schedule is, to the bit, one from the same state with lambda constant at that value."""
+    ratios = (("lambda_sw_warmup_ratio", 0.5), ("lambda_sw_decay_ratio", 0.5))
+    whole = run(Case("fused", lambda_sw=0.8, objective=ratios))
+    lambdas = [0.4, 0.8, 0.4]  # two steps up, of which the second is also the first of two down
+    assert [whole.rows[step + 1]["lambda_sw"] for step in range(STEPS)] == lambdas
+    for step, lambda_sw in enumerate(lambdas):
+        saved = whole.states[step] if step else None
+        constant = run(Case("fused", lambda_sw=lambda_sw), saved=saved, start=step).states[step + 1]
+        resumed = run(Case("fused", lambda_sw=0.8, objective=ratios), saved=saved, start=step).states
+        for identity, weight in whole.states[step + 1].weights.items():
+            assert torch.equal(weight, constant.weights[identity]), (step, identity)
+        for identity, weight in whole.states[STEPS].weights.items():
+            assert torch.equal(weight, resumed[STEPS].weights[identity]), (step, identity)
