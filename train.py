@@ -23,6 +23,7 @@ gc.disable()  # the libraries make a million objects, and all of them stay: look
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,6 @@ from chorus.checkpoint.output_dir import prepare_output_dir
 from chorus.checkpoint.resume import (
     describe_run,
     find_start,
-    has_stopped_early,
     load_best,
     refuse_another_base,
     restore_run,
@@ -89,7 +89,7 @@ logger = logging.getLogger("chorus.train")
 def main(config: Config) -> None:
     quiet_libraries()
     # Everything the user gave is checked before the base is loaded.
-    tokenizer, skeleton = check_without_weights(config.model_name, config.max_seq_length, lora_shape(config))
+    tokenizer, skeleton = check_without_weights(config, config.max_seq_length, lora_shape(config))
     report_to = decide_trackers(config.report_to)
     if config.report:
         check_report("key 'report'")
@@ -151,8 +151,9 @@ def main(config: Config) -> None:
         evaluation = RunEvaluation(engine, evaluation_rows, config, run_log)
         evaluation.start(begin.saved)
         restore_run(engine, begin, output_dir)
+        evaluation.make_up(begin.saved)
         gc.freeze()  # the agents last, too
-        if not has_stopped_early(begin.saved, config):
+        if not evaluation.stopped_early:
             checkpointer = Checkpointer(output_dir, config, run)
             train(
                 *(engine, steps, begin.step, num_steps, config, checkpointer, run_log, evaluation),
@@ -231,7 +232,7 @@ def train(
             stop.after_step,
             skips.after_step,
             metrics.after_step,
-            *([] if evaluation is None else [evaluation.after_step]),
+            *([] if evaluation is None else [partial(evaluation.after_step, stop=stop)]),
             PeriodicCheckpoints(checkpointer, engine, skips, settings.save_steps, scores).after_step,
             profile_step,
         ]

@@ -122,7 +122,7 @@ def end_on_signals() -> None:
 
     From its first step on training replaces these handlers by its own (`training.signals.StopRequest`), which
     end the step first. Everything else may end at any moment: what it writes is whole or absent, and a run
-    that is started again goes on.
+    that is started again resumes.
     """
     for number in SIGNALS:
         signal.signal(number, _end)
@@ -132,7 +132,7 @@ def _end(number: int, _: FrameType | None) -> None:
     for other in SIGNALS:  # a launcher passes on what a terminal has sent already
         signal.signal(other, signal.SIG_IGN)
     end_now(
-        f"stopped by {signal.Signals(number).name}: no step is lost, and resume_from_checkpoint=auto goes on",
+        f"stopped by {signal.Signals(number).name}: no step is lost; resume_from_checkpoint=auto resumes the run",
         4,
     )
 

@@ -2,6 +2,7 @@
 a sample of what `make soak` does at length."""
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -80,10 +81,16 @@ def stop(number: signal.Signals, target: str, times: int) -> Strike:
 ENDED_OR_STRUCK = (None, 0)  # an evaluation takes a second; on a slow day the onlooker may miss it
 
 
+def with_settings(run: Run, *settings: str) -> Run:
+    """The same run with some keys set otherwise."""
+    keys = {setting.partition("=")[0] for setting in settings}
+    kept = [setting for setting in run.settings if setting.partition("=")[0] not in keys]
+    return run._replace(settings=[*kept, *settings])
+
+
 def evaluated(run: Run) -> Run:
     """The same run with an evaluation that takes its time."""
-    settings = [setting for setting in run.settings if not setting.startswith("eval_samples=")]
-    return run._replace(settings=[*settings, "eval_samples=20", "max_new_tokens_eval=300"])
+    return with_settings(run, "eval_samples=20", "max_new_tokens_eval=300")
 
 
 def said(run: Run) -> str:
@@ -174,7 +181,7 @@ def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked
     assert not compiled.exists()
 
 
-LINE = "stopped by {}: no step is lost, and resume_from_checkpoint=auto goes on"
+LINE = "stopped by {}: no step is lost; resume_from_checkpoint=auto resumes the run"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -218,6 +225,34 @@ def test_a_signal_outside_of_training_is_one_line_and_code_4_and_leaves_no_proce
     assert said(run).count(lost) == len(workers.pids) - len(asked), said(run)[-3000:]
     assert "Traceback" not in said(run)
     assert not processes_of(run)
+
+
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [("ddp", signal.SIGTERM), pytest.param("python", signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_a_signal_amid_an_evaluation_in_training_ends_it_on_every_process_and_the_next_life_makes_it_up(
+    engine: str, number: signal.Signals, tmp_path: Path, truth, forked
+):
+    """To one process alone, each with batches of its own; the evaluation would take minutes."""
+    run = run_in(tmp_path, "run", engine, STEPS, "eval_steps=2")._replace(forked=forked(engine))
+    workers = start(with_settings(run, "eval_samples=41", "eval_batch_size=3", "max_new_tokens_eval=900"))
+    assert isinstance(workers, Workers)
+    wait_for(lambda: run.output.exists() and "scoring 2 agents" in said(run), PATIENCE_S)
+    os.kill(next(pid for pid in reversed(workers.pids) if pid is not None), number)
+    wait_for(lambda: workers.poll() is not None, PATIENCE_S)
+    assert workers.exit_codes == [4] * len(workers.pids), said(run)[-3000:]
+    line = "stopped and saved after step 2 and before its evaluation; resume_from_checkpoint=auto resumes"
+    assert said(run).count(line) == len(workers.pids)
+    assert [step_of(folder) for folder in checkpoints(run.folder)] == [2, 1]
+
+    again = with_settings(run, "eval_samples=6", "max_new_tokens_eval=1")
+    end(again, truth(engine), {1, 2})
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["scores"] for row in rows if "scores" in row}
+    assert list(scores) == [0, 2, 4, 5]
+    # Not of the agents before they were restored, which answer as the base.
+    assert scores[2]["uniform/token/NLL"] != pytest.approx(scores[0]["base/token/NLL"], rel=1e-3)
 
 
 def test_a_signal_amid_the_export_leaves_no_agents_and_loses_nothing(tmp_path: Path, truth, forked):

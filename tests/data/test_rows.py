@@ -17,6 +17,7 @@ from tokenizers_made import make_tokenizer
 from chorus.data import cache
 from chorus.data.rows import data_fingerprint
 from chorus.data.templates import Problem
+from chorus.data.tokenise import tell_unreadable
 from chorus.errors import InputError
 
 
@@ -120,6 +121,19 @@ def test_characters_that_carry_no_loss_are_counted_and_shown(
         in caplog.text
     )
     assert f"first {path}:2, where 'b' ends the prompt and 'cd' begins the completion" in caplog.text
+
+
+def test_a_row_with_a_token_that_the_base_cannot_read_is_named(tmp_path: Path) -> None:
+    """Gemma 3's tokenizer has one for images, which a text may hold by its name."""
+    rows = [GOOD, {"question": "q", "answer": "a <image>"}, GOOD]
+    config = data_config(write(tmp_path / "rows.jsonl", rows))
+    tokenizer = make_tokenizer()
+    assert len(read_rows(config, tokenizer).train) == 3
+    tell_unreadable(tokenizer, ["<image>"])
+    words = r"rows.jsonl:2: it holds '<image>', a token .*; correct the row, or set skip_bad_rows: true"
+    with pytest.raises(InputError, match=words):
+        read_rows(config, tokenizer)
+    assert len(read_rows(config.model_copy(update={"skip_bad_rows": True}), tokenizer).train) == 2
 
 
 def test_held_out_rows_are_those_that_training_would_keep(

@@ -7,8 +7,8 @@ from toy import toy_agents
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from chorus.config import Config
-from chorus.data.templates import Problem
-from chorus.data.tokenise import Encoder
+from chorus.data.templates import Form, Problem
+from chorus.data.tokenise import Encoder, tell_unreadable
 from chorus.ensemble.load import Ensemble
 from chorus.ensemble.prompts import prompt_form
 from chorus.errors import InputError
@@ -70,3 +70,12 @@ def test_a_template_of_several_columns_takes_an_object_and_optional_columns_may_
 def test_a_form_that_is_not_there_is_refused(tokenizer: PreTrainedTokenizerBase):
     with pytest.raises(InputError, match="prompt_template"):
         prompt_form(replace(ensemble(tokenizer), description={}), "template")
+
+
+@pytest.mark.parametrize("form", ["chat", "template", "plain"])
+def test_a_prompt_with_a_token_that_the_base_cannot_read_is_refused(form: Form):
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "assets" / "tiny-gemma-2"))
+    tell_unreadable(tokenizer, ["<image>"])
+    found = prompt_form(ensemble(tokenizer, {}), form)
+    with pytest.raises(InputError, match="it holds '<image>', a token .*; ask it otherwise"):
+        found.ask([{"role": "user", "content": "What is <image>?"}])

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, LlamaConfig, LlamaForCausalLM
 
+from chorus.data.tokenise import unreadable
 from chorus.errors import InputError
 from chorus.model.base import check_base, load_model, load_tokenizer
+from chorus.model.base_checks import unreadable_tokens
 
 BUNDLED = Path("assets/tiny-gemma-2")
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -212,4 +214,11 @@ def test_a_special_token_beyond_the_embedding_is_refused_where_it_would_be_writt
     tokenizer.save_pretrained(base)
     words = "has '<image_soft_token>' at id 1024, beyond the 1024 rows"
     with pytest.raises(InputError, match=words) if is_in_template else nullcontext():
-        load_tokenizer(str(base))
+        assert unreadable(load_tokenizer(str(base))) == ["<image_soft_token>"]
+
+
+def test_tokens_in_whose_place_a_base_puts_an_image_are_no_text():
+    """Gemma 3 4B has rows of its embedding for them."""
+    tokenizer = AutoTokenizer.from_pretrained("assets/tiny-gemma-2")
+    config = Gemma3Config(image_token_index=7, boi_token_index=5, eoi_token_index=6)
+    assert {*unreadable_tokens(tokenizer, config)} == {*tokenizer.convert_ids_to_tokens([5, 6, 7])}

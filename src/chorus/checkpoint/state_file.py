@@ -102,6 +102,7 @@ class StateFile(SavedStep):
     best: BestStep | None = None
     initial_scores: InitialScores | None = None
     stopped_early: bool = False
+    evaluation_due: bool = False  # a signal has kept the evaluation of this step from its end
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "StateFile":

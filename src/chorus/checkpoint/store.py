@@ -73,7 +73,8 @@ class Checkpointer:
 
         Args:
             skips_in_a_row: how many of the last steps, without a gap, skipped an agent's update.
-            scores: the entries that say what was scored: `best`, `initial_scores`, `stopped_early`.
+            scores: the entries that say what was scored: `best`, `initial_scores`, `stopped_early`,
+                `evaluation_due`.
 
         Raises:
             RunError: on every process alike: it could not be written, or a value in it is not finite.

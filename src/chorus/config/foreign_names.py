@@ -257,7 +257,7 @@ FOREIGN_NAMES: dict[str, Answer] = {
         "before the base is loaded a line says which batch_size would fit; leave it out",
         "auto_find_batch_size",
     ),
-    **_none("a resumed run goes on at its place in the rows; leave it out", "ignore_data_skip"),
+    **_none("a resumed run continues at its place in the rows; leave it out", "ignore_data_skip"),
     **_none("train.py trains; leave it out", "do_train"),
     # evaluation
     **_same("eval_samples", "max_eval_samples", "num_eval_samples"),

@@ -24,4 +24,4 @@ class InstrumentSettings(Section):
     memory_check: MayChange[Literal["refuse", "warn", "off"]] = "refuse"
     """Before the base is loaded, what the run takes of each device's memory is forecast, in a few seconds.
     refuse: what is more than is free ends the run there, and the line says what would fit. warn: it is said,
-    and the run goes on. off: no forecast."""
+    and the run starts. off: no forecast."""

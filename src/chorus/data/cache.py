@@ -34,7 +34,7 @@ from chorus.config.data import DataSettings
 from chorus.data.chat import ChatForm, kind_of_row
 from chorus.data.sources import Split
 from chorus.data.templates import BadRow, Problem, TextForm
-from chorus.data.tokenise import LEARNT, Encoder, Tokenised, end_ids
+from chorus.data.tokenise import LEARNT, Encoder, Tokenised, end_ids, unreadable
 from chorus.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -176,11 +176,12 @@ def form_of(split: Split, settings: DataSettings, tokenizer: PreTrainedTokenizer
 
 
 def usable_rows(
-    split: Split, settings: DataSettings, form: Form, bad: list[str]
+    split: Split, settings: DataSettings, form: Form, encoder: Encoder, bad: list[str]
 ) -> Iterator[tuple[str, Problem]]:
     """(place, text) of every usable row, in order.
 
     Args:
+        encoder: whose tokenizer says which tokens the base cannot read.
         bad: the first of the rows that are skipped is added as `place (fault)`, of the others an empty text.
 
     Raises:
@@ -190,6 +191,7 @@ def usable_rows(
     for place, row in rows:
         try:
             problem = form.write(row)
+            encoder.check(problem)
         except BadRow as error:
             if not settings.skip_bad_rows:
                 raise InputError(f"{place}: {error}; {_remedy(error, rows, form, usable)}") from None
@@ -233,7 +235,7 @@ def _remedy(fault: BadRow, rows: Iterator[Any], form: Form, usable: int) -> str:
 
 def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encoder: Encoder) -> None:
     bad: list[str] = []
-    rows, facts = usable_rows(split, settings, form, bad), []
+    rows, facts = usable_rows(split, settings, form, encoder, bad), []
     with (
         pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file,
         pyarrow.ipc.new_file(file, SCHEMA) as writer,
@@ -319,7 +321,8 @@ def _key(split: Split, settings: DataSettings, form: Form, tokenizer: PreTrained
     ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.special_tokens_map)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = "" if backend is None else backend.to_str()
-    parts = (split.name, split.identity, kind, template, keys, settings.max_seq_length, ends, vocabulary)
+    of_text = (settings.max_seq_length, ends, vocabulary, unreadable(tokenizer))
+    parts = (split.name, split.identity, kind, template, keys, *of_text)
     digest.update(repr(parts).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
 

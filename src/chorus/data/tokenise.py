@@ -5,7 +5,8 @@ learnt. So a token that begins in the prompt and reaches into the completion car
 time the prompt is given without what follows. Such characters are counted, see `Tokenised.merged`.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from chorus.errors import InputError
 
 # Marks of a token. MERGED: it begins before what is to be learnt, and reaches into it.
 NOT_LEARNT, LEARNT, MERGED = 0, 1, 2
+UNREADABLE = "unreadable_by_base"  # what a tokenizer is told by `tell_unreadable`
 END_PROBE = "7"  # an answer that no template writes by itself
 
 
@@ -51,6 +53,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def tell_unreadable(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str]) -> None:
+    """Leave word with the tokenizer of those of its tokens that its base cannot read as text, for
+    `Encoder.check`."""
+    setattr(tokenizer, UNREADABLE, sorted(tokens))
+
+
+def unreadable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens of `tell_unreadable`; none of a tokenizer that was told none."""
+    return getattr(tokenizer, UNREADABLE, [])
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that stand for no text: the end token, those of turns and the like."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -79,6 +92,7 @@ class Encoder:
         self.bos, self.eos = cast(int | None, tokenizer.bos_token_id), cast(int, tokenizer.eos_token_id)
         self.beginning = self.eos if self.bos is None else self.bos
         self.special = special_ids(tokenizer)
+        self.unreadable = re.compile("|".join(map(re.escape, unreadable(tokenizer))) or r"(?!)")
         # A stray one is not told where the end token serves as it.
         self.stray = None if self.bos == self.eos else self.bos
         name = tokenizer.unk_token or getattr(self.backend.model, "unk_token", None)
@@ -90,6 +104,12 @@ class Encoder:
         self.adds_bos = (
             self.bos is not None and probe.ids[:1] == [self.bos] and probe.special_tokens_mask[0] == 1
         )
+
+    def check(self, problem: Problem) -> None:
+        """Raise BadRow where the text holds a token that the base cannot read as text."""
+        found = self.unreadable.search(problem.text)
+        if found:
+            raise BadRow(f"it holds {found.group()!r}, a token that stands for no text that the base reads")
 
     def rows(self, problems: Sequence[Problem]) -> Iterator[Tokenised]:
         """The rows for training, in order; all of them plain text, or all of them turns."""

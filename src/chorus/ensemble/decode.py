@@ -5,7 +5,7 @@ one text, which each of its members reads: a member answers at most twice as man
 asked, too. Prompts are sorted by length and taken in waves; texts that have ended leave the batch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,8 @@ from chorus.ensemble.live_batch import LiveBatch
 from chorus.ensemble.next_token import Answerer
 from chorus.ensemble.texts import Answer, Ending, Sampling, Text
 from chorus.model.agents import Agents
+
+TOKENS_AT_A_TIME = 16  # between two calls of `after_tokens`: a second on a GPU
 
 
 def generate(
@@ -30,6 +32,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompts_per_wave: int | None = None,
     captured: bool | None = None,
+    after_tokens: Callable[[], None] = lambda: None,
 ) -> list[list[Answer]]:
     """Continue every prompt by every answerer.
 
@@ -46,6 +49,7 @@ def generate(
         tokenizer: decodes the answers' texts.
         prompts_per_wave: prompts that are answered at a time; None takes what fits.
         captured: replay a step as a CUDA graph; None does so on a GPU. It changes no result.
+        after_tokens: is called whenever each text of a wave has grown by `TOKENS_AT_A_TIME` tokens.
 
     Returns:
         The answers, [answerer][prompt].
@@ -63,6 +67,10 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     for start in range(0, len(prompts) if max_new_tokens > 0 else 0, size):
         batch.join(own[index] for own in texts for index in by_length[start : start + size])
+        num_tokens = 0
         while batch.texts:
             batch.advance()
+            num_tokens += 1
+            if num_tokens % TOKENS_AT_A_TIME == 0:
+                after_tokens()
     return [[text.answer for text in own] for own in texts]

@@ -57,21 +57,30 @@ class TokenStates(NamedTuple):
 
 @torch.no_grad()
 def token_states(
-    agents: Agents, members: Sequence[Member], samples: Sequence[Sample]
+    agents: Agents,
+    members: Sequence[Member],
+    samples: Sequence[Sample],
+    after_pass: Callable[[], None] = lambda: None,
 ) -> Iterator[TokenStates]:
     """Pass by pass, the states before the target tokens of all samples, under every member."""
     lanes = lanes_of(agents, members)
     device = next(agents.parameters()).device
-    for indices in passes(agents, len(members), [len(sample.ids) - 1 for sample in samples], None):
+    lengths = [len(sample.ids) - 1 for sample in samples]
+    for indices in passes(agents, len(members), lengths, None, after_pass):
         batch = collate([samples[index] for index in indices], pad_id=0).to(device)
         hidden_MND = hidden_states(agents, lanes, batch.input_BT).flatten(1, 2)[:, batch.target_rows_N]
         row_N = torch.tensor(indices)[batch.target_rows_N.cpu() // batch.input_BT.shape[1]]
         yield TokenStates(hidden_MND, batch.target_BT.flatten()[batch.target_rows_N], row_N)
 
 
-def token_chunks(agents: Agents, members: Sequence[Member], samples: Sequence[Sample]) -> Chunks:
+def token_chunks(
+    agents: Agents,
+    members: Sequence[Member],
+    samples: Sequence[Sample],
+    after_pass: Callable[[], None] = lambda: None,
+) -> Chunks:
     """The target tokens of all samples, read once; their hidden states are kept."""
-    states = list(token_states(agents, members, samples))
+    states = list(token_states(agents, members, samples, after_pass))
     head = agents.head()
     return lambda: (chunk for state in states for chunk in state.chunks(head))
 
@@ -82,11 +91,12 @@ def choice_chunks(
     prompts: Sequence[Sequence[int]],
     choices: Sequence[Sequence[int]],
     targets: Sequence[int],
+    after_pass: Callable[[], None] = lambda: None,
 ) -> Chunks:
     """One distribution a question, over the same choices for
     all: their likelihoods, normalised over the choices."""
     questions = [Choices(prompt, choices) for prompt in prompts]
-    found = choice_log_probs(agents, members, questions) if questions else []
+    found = choice_log_probs(agents, members, questions, after_pass=after_pass) if questions else []
     if not found:
         return lambda: iter(())
     log_prob_MNV = torch.stack(found, 1).log_softmax(-1)

@@ -119,6 +119,7 @@ def evaluate(
     with_base: bool = True,
     with_agents: bool = True,
     progress: Callable[[str, int], None] = lambda task, count: None,
+    pause: Callable[[bool], bool] = lambda is_working: False,
 ) -> Evaluation:
     """Score every answerer; a collective call, with the same result on every process.
 
@@ -126,6 +127,10 @@ def evaluate(
         alpha: None mixes the agents evenly; a number also fits a mixture, see `mixture.dirichlet_weights`.
         with_agents: False scores the base alone.
         progress: is told what has been done, and of how many problems.
+        pause: is called after every forward pass over rows and every few generated tokens, with True, and
+            with False by a process that has no more of them before processes exchange results, until it says
+            that none has. It may raise on every process alike, which ends the evaluation: see
+            `training.signals.StopRequest.pause`.
     """
     counts = [sum(column) for column in zip(*gather_object([list(map(len, rows[:3]))]), strict=True)]
     if not counts[0]:
@@ -135,15 +140,18 @@ def evaluate(
         return Evaluation()
     with _answering(agents):
         answerers = [Answerer("base" if one is None else f"agent_{one}", (one,)) for one in members]
-        chunks = _calibration_chunks(agents, members, rows)
+        after_pass = partial(pause, True)
+        chunks = _calibration_chunks(agents, members, rows, after_pass)
+        _wait_for_others(pause)
         if with_agents:
             answerers += _mixtures(agents, chunks, members, settings, alpha)
         calibrated = calibrate(chunks, members, answerers)
         progress("calibrated", len(rows.calibration))
 
-        asked = (agents, members, calibrated, rows, settings)
+        asked = (agents, members, calibrated, rows, settings, after_pass)
         scored = _outcomes(*asked, rows.scored, partial(progress, "scored"), with_references=True)
         ood = _outcomes(*asked, rows.ood, partial(progress, "out of distribution"), with_references=False)
+        _wait_for_others(pause)
     names = [name for answerer in answerers for name in (answerer.name, f"{answerer.name}/{CALIBRATED}")]
     of_all = dict(zip(names, _joined(scored), strict=True))
     ood_of_all = dict(zip(names, _joined(ood), strict=True))
@@ -171,13 +179,14 @@ def _outcomes(
     calibrated: Calibrated,
     rows: EvaluationRows,
     settings: EvaluationSettings,
+    after_pass: Callable[[], None],
     own: list[HeldOutRow],
     advance: Callable[[int], None],
     with_references: bool,
 ) -> Outcomes:
     """What every answerer makes of this process's own rows: a choice, or text."""
     if rows.choices:
-        found = choice_outcomes(agents, members, calibrated, own, rows.choices, rows.text)
+        found = choice_outcomes(agents, members, calibrated, own, rows.choices, rows.text, after_pass)
         advance(len(own))
         return found
     return text_outcomes(
@@ -187,7 +196,13 @@ def _outcomes(
         prompts_at_a_time=settings.eval_batch_size,
         with_references=with_references,
         advance=advance,
+        after_pass=after_pass,
     )
+
+
+def _wait_for_others(pause: Callable[[bool], bool]) -> None:
+    while pause(False):
+        pass
 
 
 @contextmanager
@@ -201,12 +216,15 @@ def _answering(agents: Agents) -> Iterator[None]:
         agents.train(was_training)
 
 
-def _calibration_chunks(agents: Agents, members: Sequence[Member], rows: EvaluationRows) -> Chunks:
+def _calibration_chunks(
+    agents: Agents, members: Sequence[Member], rows: EvaluationRows, after_pass: Callable[[], None]
+) -> Chunks:
     if not rows.choices:
-        return token_chunks(agents, members, [row.sample for row in rows.calibration])
+        return token_chunks(agents, members, [row.sample for row in rows.calibration], after_pass)
     names = [rows.text(choice) for choice in rows.choices]
     targets = [names.index(rows.text(row.answer)) for row in rows.calibration]
-    return choice_chunks(agents, members, [row.prompt for row in rows.calibration], rows.choices, targets)
+    prompts = [row.prompt for row in rows.calibration]
+    return choice_chunks(agents, members, prompts, rows.choices, targets, after_pass)
 
 
 def mixture_names(alpha: float | None) -> list[str]:

@@ -76,6 +76,7 @@ def choice_outcomes(
     rows: Sequence[HeldOutRow],
     choices: Sequence[Sequence[int]],
     text: Text,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> Outcomes:
     """Every answerer takes the most probable choice."""
     if not rows:
@@ -83,7 +84,7 @@ def choice_outcomes(
     names = [text(choice) for choice in choices]
     references = [text(row.answer) for row in rows]
     targets = [names.index(reference) if reference in names else 0 for reference in references]
-    chunks = choice_chunks(agents, members, [row.prompt for row in rows], choices, targets)
+    chunks = choice_chunks(agents, members, [row.prompt for row in rows], choices, targets, after_pass)
     tops: list[Tensor] = []
     for chunk in chunks():
         tops = [_top(chunk.log_prob_MNV, members, answerer) for answerer in calibrated.answerers]
@@ -123,6 +124,7 @@ def text_outcomes(
     prompts_at_a_time: int,
     with_references: bool,
     advance: Callable[[int], None],
+    after_pass: Callable[[], None] = lambda: None,
 ) -> Outcomes:
     """Every answerer writes greedily; then its answers and the references are scored, all in the same passes.
 
@@ -134,7 +136,10 @@ def text_outcomes(
         wave = by_length[start : start + prompts_at_a_time]
         prompts = [rows[n].prompt for n in wave]
         written = generate(
-            agents, calibrated.answerers, prompts, max_new_tokens=max_new_tokens, end_ids=frozenset(end_ids)
+            *(agents, calibrated.answerers, prompts),
+            max_new_tokens=max_new_tokens,
+            end_ids=frozenset(end_ids),
+            after_tokens=after_pass,
         )
         for kept, new in zip(answers, written, strict=True):
             for n, answer in zip(wave, new, strict=True):
@@ -146,7 +151,7 @@ def text_outcomes(
             if with_references:
                 reader.ask(index, (n, "reference"), row.sample)
             reader.ask(index, (n, "own"), _own_sample(row, own[n], end_ids))
-    reader.read(agents)
+    reader.read(agents, after_pass)
 
     texts = [[text(answer.token_ids) for answer in own] for own in answers]
     references = [text(row.answer) for row in rows]
@@ -195,7 +200,7 @@ class _Reader:
         place = self._asked[answerer, name] = self._place[key]
         self.wanted_by[place].add(answerer)
 
-    def read(self, agents: Agents) -> None:
+    def read(self, agents: Agents, after_pass: Callable[[], None]) -> None:
         """Read all of them, those that the same members must read together."""
         answerers, temperatures = self.calibrated.answerers, _temperatures(self.calibrated)
         groups: dict[tuple[Member, ...], list[int]] = {}
@@ -206,7 +211,8 @@ class _Reader:
         head = agents.head()
         for members, places in groups.items():
             asking = sorted({index for place in places for index in self.wanted_by[place]})
-            states = token_states(agents, members, [self.samples[place] for place in places])
+            samples = [self.samples[place] for place in places]
+            states = token_states(agents, members, samples, after_pass)
             found = predict(
                 (chunk for state in states for chunk in state.chunks(head)),
                 [answerers[index] for index in asking],

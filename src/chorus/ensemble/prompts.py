@@ -45,15 +45,26 @@ class PromptForm:
             raise InputError("the prompt is empty; write a question")
         try:
             if self.chat is not None:
-                return self.encoder.prompt(_chat_problem(self.chat.prompt(turns)))
+                return self._tokens(_chat_problem(self.chat.prompt(turns)))
             text = question if self.form == "plain" else self._filled(question)
         except BadRow as error:
             raise InputError(f"the prompt cannot be asked: {error}; ask it otherwise") from None
         return self.plain(text)
 
     def plain(self, text: str) -> list[int]:
-        """The tokens of a text as it is; at least one."""
-        return self.encoder.prompt(Problem(text, ""))
+        """The tokens of a text as it is; at least one.
+
+        Raises:
+            InputError: it holds a token that the base cannot read.
+        """
+        return self._tokens(Problem(text, ""))
+
+    def _tokens(self, problem: Problem) -> list[int]:
+        try:
+            self.encoder.check(problem)
+        except BadRow as error:
+            raise InputError(f"the prompt cannot be asked: {error}; ask it otherwise") from None
+        return self.encoder.prompt(problem)
 
     def _filled(self, question: str) -> str:
         columns = template_fields(self.template)

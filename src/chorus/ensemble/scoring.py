@@ -3,7 +3,7 @@
 Full logits never exist at once: the head runs over a chunk of tokens at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ def choice_log_probs(
     members: Sequence[Member],
     questions: Sequence[Choices],
     tokens_per_pass: int | None = None,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """The log-likelihood of every choice under every member: the sum over its tokens, given the prompt.
 
@@ -72,7 +73,7 @@ def choice_log_probs(
     lanes = lanes_of(agents, members)
     totals = [torch.zeros(len(members), len(question.choice_ids)) for question in questions]
     rows, wanted = _rows_of_choices(questions)
-    for indices in passes(agents, len(members), list(map(len, rows)), tokens_per_pass):
+    for indices in passes(agents, len(members), list(map(len, rows)), tokens_per_pass, after_pass):
         length = max(len(rows[index]) for index in indices)
         ids_BT = torch.tensor([[*rows[index], *[0] * (length - len(rows[index]))] for index in indices])
         hidden_MBTD = hidden_states(agents, lanes, ids_BT.to(_device(agents)))
@@ -153,16 +154,23 @@ def hidden_states(agents: Agents, lanes: Sequence[Lane], ids_BT: Tensor) -> Tens
 
 
 def passes(
-    agents: Agents, num_members: int, lengths: Sequence[int], tokens_per_pass: int | None
+    agents: Agents,
+    num_members: int,
+    lengths: Sequence[int],
+    tokens_per_pass: int | None,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, so many
-    that a pass holds at most the tokens it may."""
+    """Indices of rows of similar length, longest first, so many that a pass holds at most the tokens it may.
+
+    `after_pass` is called when the caller is done with them.
+    """
     most = tokens_per_pass or TOKENS_PER_PASS["cuda" if _device(agents).type == "cuda" else "cpu"]
     by_length = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
     start = 0
     while start < len(by_length):
         count = max(1, most // (num_members * max(1, lengths[by_length[start]])))
         yield by_length[start : start + count]
+        after_pass()
         start += count
 
 

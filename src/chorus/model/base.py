@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from chorus.config import Config
+from chorus.data.tokenise import tell_unreadable
 from chorus.errors import InputError
 from chorus.model.attention import check_packing, choose_attention
 from chorus.model.base_checks import (
@@ -26,6 +27,7 @@ from chorus.model.base_checks import (
     check_tokenizer,
     loading_report_unprinted,
     model_errors_named,
+    unreadable_tokens,
 )
 from chorus.model.quantisation import (
     check_saved_quantisation,
@@ -86,6 +88,7 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
     check_tokenizer(tokenizer, config, model_name)
+    tell_unreadable(tokenizer, unreadable_tokens(tokenizer, config))
     return tokenizer
 
 

@@ -23,6 +23,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from chorus.errors import InputError, out_of_memory
 
 AGAIN = "download the base again, or convert it again"
+MEDIA_TOKEN = re.compile(r"(image|video|audio|boi|eoi|boa|eoa)_token_(id|index)")  # names in a config
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -216,6 +217,18 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
             f"has {last!r} at id {vocabulary[last]}, beyond the {rows} rows of the embedding",
             "give base and tokenizer of one model, or a base whose embedding was resized",
         )
+
+
+def unreadable_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[str]:
+    """The tokens that rows and prompts must not hold: those beyond the embedding, and those in whose place a
+    base of several media puts an image, a sound or a film, of which rows have none."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    media = {value for name, value in vars(config).items() if MEDIA_TOKEN.fullmatch(name)}
+    return [
+        token
+        for token, number in tokenizer.get_vocab().items()
+        if number in media or (rows is not None and number >= rows)
+    ]
 
 
 def _never_written(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -26,10 +26,9 @@ def quantisation_of(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytes
     Raises:
         InputError: bitsandbytes is not installed.
     """
+    check_asked_quantisation(settings)
     if not (settings.load_in_4bit or settings.load_in_8bit):
         return None
-    key = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
-    _refuse_without_package(f"key {key!r}")
     if settings.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -38,6 +37,13 @@ def quantisation_of(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytes
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def check_asked_quantisation(settings: ModelSettings) -> None:
+    """Raise InputError where weights are to be quantised and bitsandbytes is not installed."""
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if getattr(settings, key):
+            _refuse_without_package(f"key {key!r}")
 
 
 def check_saved_quantisation(config: PretrainedConfig, model_name: str, asked_for: bool) -> None:

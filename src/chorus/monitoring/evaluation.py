@@ -1,22 +1,24 @@
 """The scores of a run: before, while and after it trains, which step is best so far, and when to stop."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from accelerate.utils import gather_object
 
+from chorus.checkpoint.resume import has_stopped_early
 from chorus.checkpoint.state_file import BestStep, StateFile
 from chorus.config import RunConfig
 from chorus.config.evaluation import EvaluationSettings
 from chorus.ensemble.evaluate import CALIBRATED, Evaluation, evaluate, mixture_names
 from chorus.ensemble.evaluation_rows import EvaluationRows
 from chorus.ensemble.scores import is_lower_better, score_names
-from chorus.errors import InputError
+from chorus.errors import InputError, Preempted
 from chorus.monitoring.run_log import RunLog
 from chorus.spans import span
 from chorus.training.engine import Engine
+from chorus.training.signals import StopRequest, stopped_after
 from chorus.training.step import StepDone
 
 logger = logging.getLogger(__name__)
@@ -63,19 +65,21 @@ class RunEvaluation:
         initial: scores before the first step; without an answerer where they were not asked for.
         best: the best step so far; None before the first comparison.
         stopped_early: patience has ended training.
+        is_due: a signal has kept the evaluation of the last step from its end.
     """
 
     def __init__(self, engine: Engine, rows: EvaluationRows, config: RunConfig, run_log: RunLog) -> None:
         self.engine, self.rows, self.config, self.run_log = engine, rows, config, run_log
         self.initial = Evaluation()
         self.best: BestStep | None = None
-        self.stopped_early = False
+        self.stopped_early = self.is_due = False
 
     def entries(self) -> dict[str, Any]:
         """What `state.json` keeps of it."""
         best = None if self.best is None else self.best.model_dump()
         initial = {"asked": self._asked(), "report": self.initial.report()}
-        return {"best": best, "initial_scores": initial, "stopped_early": self.stopped_early}
+        ends = {"stopped_early": self.stopped_early, "evaluation_due": self.is_due}
+        return {"best": best, "initial_scores": initial, **ends}
 
     def _asked(self) -> dict[str, Any]:
         """The keys on which the initial scores depend."""
@@ -92,6 +96,7 @@ class RunEvaluation:
         """
         known = None if saved is None else saved.initial_scores
         self.best = None if saved is None else saved.best
+        self.stopped_early = has_stopped_early(saved, self.config)
         if known is not None and known.asked == self._asked():
             self.initial = Evaluation.from_report(known.report)
         elif self.config.eval_on_start:
@@ -102,9 +107,19 @@ class RunEvaluation:
             if self.initial.num_problems:
                 self.run_log.scores(0, self.initial.flat())
 
-    def after_step(self, step: StepDone) -> None:
+    def make_up(self, saved: StateFile | None) -> None:
+        """Score the step of a checkpoint whose evaluation a signal has kept from its end. A collective call,
+        after the checkpoint is restored."""
+        if saved is not None and saved.evaluation_due and self.config.eval_steps:
+            self._score(saved.step, saved.num_steps)
+
+    def after_step(self, step: StepDone, stop: StopRequest) -> None:
         """Score where it is due; ask for a checkpoint of a best
-        step, and for the end when patience is over."""
+        step, and for the end when patience is over.
+
+        A signal to any process ends the evaluation between two batches, and training with it: the step is
+        saved, and the resumed run scores it first.
+        """
         metric = self.config.metric_for_best_model
         is_last = step.number == step.num_steps
         if (
@@ -113,29 +128,45 @@ class RunEvaluation:
             or (is_last and metric is None)
         ):
             return
-        found = self._evaluate(with_base=False)
-        self.run_log.scores(step.number, found.flat())
-        if metric is not None and found.num_problems:
-            self._compare(step, metric, found.flat())
+        if step.error is not None:  # the signal has come before the evaluation
+            self.is_due = True
+            return
+        try:
+            self._score(step.number, step.num_steps, stop.pause)
+        except Preempted:
+            self.is_due = True
+            step.end(stopped_after(step, " and before its evaluation"))
+            return
+        step.must_save |= self.best is not None and self.best.step == step.number
+        if self.stopped_early:
+            step.end()
 
-    def _compare(self, step: StepDone, metric: str, scores: Mapping[str, float]) -> None:
+    def _score(
+        self, step: int, num_steps: int, pause: Callable[[bool], bool] = lambda is_working: False
+    ) -> None:
+        """Score the agents as they are, and compare the step with the best one."""
+        metric = self.config.metric_for_best_model
+        found = self._evaluate(with_base=False, pause=pause)
+        self.run_log.scores(step, found.flat())
+        if metric is not None and found.num_problems:
+            self._compare(step, step == num_steps, metric, found.flat())
+
+    def _compare(self, step: int, is_last: bool, metric: str, scores: Mapping[str, float]) -> None:
         if metric not in scores:
             _refuse(metric, scores)  # in a task of choices there are no scores of tokens
         value, best = scores[metric], self.best
         sign = -1 if is_lower_better(metric) else 1
         if best is None or best.metric != metric or not sign * value <= sign * best.value:
-            self.best = BestStep(step=step.number, metric=metric, value=value)
-            step.must_save = True
+            self.best = BestStep(step=step, metric=metric, value=value)
             return
         self.best = best.model_copy(update={"scorings_since": best.scorings_since + 1})
         is_over = 0 < self.config.early_stopping_patience <= self.best.scorings_since
-        if is_over and step.number != step.num_steps:
+        if is_over and not is_last:
             self.stopped_early = True
             logger.info(
                 "stopping after step %d: %s was best after step %d (%.4g)",
-                *(step.number, metric, best.step, best.value),
+                *(step, metric, best.step, best.value),
             )
-            step.end()
 
     def final(self, num_steps: int) -> Evaluation:
         """Scores of the agents as they are now, the base's among them. A collective call."""
@@ -149,18 +180,29 @@ class RunEvaluation:
             self.run_log.problems(found.problems)
         return found
 
-    def _evaluate(self, *, with_base: bool, with_agents: bool = True) -> Evaluation:
+    def _evaluate(
+        self,
+        *,
+        with_base: bool,
+        with_agents: bool = True,
+        pause: Callable[[bool], bool] = lambda is_working: False,
+    ) -> Evaluation:
         who = "the base" if not with_agents else f"{self.config.num_agents} agents and their mixture"
         logger.info("scoring %s on held-out problems", who)
         own = sum(map(len, self.rows[:3]))
         with span("evaluation"), self.engine.unsharded(), self.run_log.scoring(own) as progress:
-            return evaluate(
-                self.engine.agents,
-                self.rows,
-                self.config,
-                self.config.seed,
-                alpha=self.config.dirichlet_alpha_aggregator,
-                with_base=with_base,
-                with_agents=with_agents,
-                progress=progress,
-            )
+            try:
+                return evaluate(
+                    self.engine.agents,
+                    self.rows,
+                    self.config,
+                    self.config.seed,
+                    alpha=self.config.dirichlet_alpha_aggregator,
+                    with_base=with_base,
+                    with_agents=with_agents,
+                    progress=progress,
+                    pause=pause,
+                )
+            except Preempted as error:  # on every process: to leave the context is a collective call
+                preempted = error
+        raise preempted

@@ -103,7 +103,7 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
         if accelerator.num_processes > 1:
             check_processes(report, config, accelerator, folder)
         with report.trying("data, tokenizer and target modules"):
-            checked = (config.model_name, config.max_seq_length, lora_shape(config))
+            checked = (config, config.max_seq_length, lora_shape(config))
             tokenizer, skeleton = check_without_weights(*checked)
             rows = read_rows(config, config.seed, tokenizer, accelerator)
             config, note = decide_packing(config, rows.train.lengths, skeleton.config, accelerator)

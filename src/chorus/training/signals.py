@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT while training: the current step ends, and every process stops after the same step."""
+"""SIGTERM and SIGINT while training: the current step ends, and every process stops after the same step.
+
+An evaluation after that step ends between two of its batches.
+"""
 
 import os
 import signal
@@ -17,6 +20,13 @@ from chorus.training.step import StepDone
 
 # Ctrl-C reaches a process from the terminal and again from its launcher, which passes it on.
 ONE_REQUEST_S = 3.0
+
+
+def stopped_after(step: StepDone, what: str = "") -> Preempted:
+    """What training ends with when a signal has come, once this step is saved."""
+    return Preempted(
+        f"stopped and saved after step {step.number}{what}; resume_from_checkpoint=auto resumes from there"
+    )
 
 
 class StopRequest:
@@ -71,12 +81,23 @@ class StopRequest:
     def after_step(self, step: StepDone) -> None:
         """End training after this step if any process has received a signal. A collective call."""
         if self.is_agreed():
-            step.end(
-                Preempted(
-                    f"stopped and saved after step {step.number}; resume_from_checkpoint=auto goes on "
-                    "from there"
-                )
-            )
+            step.end(stopped_after(step))
+
+    def pause(self, is_working: bool) -> bool:
+        """Between two batches of work, such as an evaluation, that each process does in batches of its own. A
+        collective call.
+
+        A process calls it with True after each of its batches. Once it has done all of them it calls with
+        False until no process works any more, which is what is returned. So every process makes the same
+        number of calls, and all end the work in the same one.
+
+        Raises:
+            Preempted: on every process alike: any of them has received a signal.
+        """
+        is_stopped, do_any_work = self._any(is_working)
+        if is_stopped:
+            raise Preempted("stopped between two batches")
+        return do_any_work
 
     def is_agreed(self) -> bool:
         """Whether any process has received a signal: the same answer on all. A collective call.
@@ -85,13 +106,18 @@ class StopRequest:
         """
         if not self._before:
             self._begin_to_remember()
+        return self._any()[0]
+
+    def _any(self, *own: bool) -> list[bool]:
+        """Whether any process has received a signal, and of each given flag whether any process has it set."""
         self._is_told = self._received is not None
+        flags = [self._is_told, *own]
         if not self._has_others:
-            return self._is_told
-        received = torch.tensor([self._is_told], dtype=torch.int32)
+            return flags
+        of_all = torch.tensor(flags, dtype=torch.int32)
         with span("communication"):
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(received)
+            torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in of_all.tolist()]
 
 
 def _end_at_a_second_signal(arrivals: int) -> None:
