@@ -4,6 +4,7 @@
 by a second signal or an interrupt.
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a run to stop
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class InputError(ValueError):
@@ -126,6 +128,25 @@ def end_on_signals() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, _end)
+    if _is_under_accelerate():
+        signal_at_end_of_launcher(signal.SIGTERM)
+
+
+def _is_under_accelerate() -> bool:
+    """Whether `accelerate launch` is the parent, as it is of a run in one process."""
+    with suppress(OSError):
+        return b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    return False
+
+
+def signal_at_end_of_launcher(number: int) -> None:
+    """Have the system send this signal when the parent ends first; 0: none. Of the main thread; on Linux alone.
+
+    `accelerate launch` passes no signal on to its one process: asked to end, it would end alone, and the run
+    would train on unseen.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _end(number: int, _: FrameType | None) -> None:

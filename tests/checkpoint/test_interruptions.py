@@ -15,7 +15,7 @@ from pathlib import Path
 import preloaded
 import pytest
 import soak
-from launching import HELPERS, ROOT, ddp, environment, train, wait_for
+from launching import HELPERS, PLAIN, ROOT, ddp, environment, train, wait_for
 from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, processes_of, start, worker_of
 from preloaded import Workers, environments_once, preload
 from soak import (
@@ -182,6 +182,21 @@ def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked
 
 
 LINE = "stopped by {}: no step is lost; resume_from_checkpoint=auto resumes the run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
+def test_a_signal_to_accelerate_launch_alone_ends_its_one_process_too(tmp_path: Path):
+    """It passes none on."""
+    output = tmp_path / "said"
+    with output.open("w") as said:
+        command = [*PLAIN, f"output_dir={tmp_path}/run", "max_train_steps=1000", "save_steps=1"]
+        settings = ("debug_subset_size=20", "eval_samples=0", "logging_steps=1", "batch_size=2")
+        launcher = subprocess.Popen([*command, *settings], cwd=ROOT, env=environment(), stderr=said)
+    wait_for(lambda: "step 2 " in output.read_text(), PATIENCE_S)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(PATIENCE_S) == -signal.SIGTERM
+    wait_for(lambda: "stopped and saved after step " in output.read_text(), PATIENCE_S)
+    assert step_of(checkpoints(tmp_path / "run")[0]) < 1000
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from chorus.errors import SIGNALS, Preempted, end_now
+from chorus.errors import SIGNALS, Preempted, end_now, signal_at_end_of_launcher
 from chorus.spans import span
 from chorus.training.step import StepDone
 
@@ -77,6 +77,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
+        signal_at_end_of_launcher(0)  # it may end seconds later, which is no second request
 
     def after_step(self, step: StepDone) -> None:
         """End training after this step if any process has received a signal. A collective call."""
