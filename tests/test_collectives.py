@@ -59,7 +59,7 @@ print("goes on")
     code = code.format("stop.is_agreed()" if is_after_a_step else "pass  # compiles")
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (4, "ends the step\n" if is_after_a_step else ""), ended.stderr
-    assert ended.stderr == "stopped by SIGTERM: no step is lost; resume_from_checkpoint=auto resumes the run\n"
+    assert ended.stderr == "stopped by SIGTERM: no step is lost; resume_from_checkpoint=auto resumes it\n"
 
 
 TWO_SIGNALS = """

@@ -10,7 +10,7 @@ SETS = re.compile(
     r"|os\.environ\[[^]]+\] =|deepspeed\.ops\.__dict__|_set_pg_timeout\(|set_num_threads\("
     r"|torch\.backends\.\S+ =|set_float32_matmul_precision\(|set_default_\w+\("
     r"|use_deterministic_algorithms\(|manual_seed_all\(|torch\.manual_seed\(|random\.seed\("
-    r"|set_start_method\(|os\.umask\(|os\.chdir\(|setrlimit\("
+    r"|set_start_method\(|os\.umask\(|os\.chdir\(|setrlimit\(|\.prctl\("
 )
 
 

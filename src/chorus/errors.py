@@ -140,7 +140,7 @@ def _is_under_accelerate() -> bool:
 
 
 def signal_at_end_of_launcher(number: int) -> None:
-    """Have the system send this signal when the parent ends first; 0: none. Of the main thread; on Linux alone.
+    """Have the system send this signal when the parent ends first; 0: none. For the main thread, on Linux.
 
     `accelerate launch` passes no signal on to its one process: asked to end, it would end alone, and the run
     would train on unseen.
@@ -153,7 +153,7 @@ def _end(number: int, _: FrameType | None) -> None:
     for other in SIGNALS:  # a launcher passes on what a terminal has sent already
         signal.signal(other, signal.SIG_IGN)
     end_now(
-        f"stopped by {signal.Signals(number).name}: no step is lost; resume_from_checkpoint=auto resumes the run",
+        f"stopped by {signal.Signals(number).name}: no step is lost; resume_from_checkpoint=auto resumes it",
         4,
     )
 

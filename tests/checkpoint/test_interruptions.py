@@ -181,7 +181,7 @@ def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked
     assert not compiled.exists()
 
 
-LINE = "stopped by {}: no step is lost; resume_from_checkpoint=auto resumes the run"
+LINE = "stopped by {}: no step is lost; resume_from_checkpoint=auto resumes it"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")

@@ -1,6 +1,7 @@
 """Where a run begins, and what may differ from its checkpoint; test_resumed_runs.py has how it goes on."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from accelerate import Accelerator
@@ -10,10 +11,8 @@ from saving import state_of
 from toy import tiny_gemma
 
 from chorus.checkpoint.fingerprints import base_fingerprint
-from chorus.checkpoint.resume import (
-    find_start,
-    refuse_another_base,
-)
+from chorus.checkpoint.resume import find_start, load_best, refuse_another_base
+from chorus.checkpoint.state_file import BestStep
 from chorus.checkpoint.store import write_checkpoint
 from chorus.config import Config, on_resume
 from chorus.config.section import OnResume
@@ -54,14 +53,23 @@ def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(tmp_path: Path, 
     named = config_of(tmp_path, resume_from_checkpoint=str(folder))
     assert find_start(named, run_of(named, accelerator), accelerator).folder == folder
     (folder / "state.json").write_text("{}")
-    with pytest.raises(InputError, match=rf"^{folder}/state.json: .*; name another"):
-        find_start(named, run_of(named, accelerator), accelerator)
+    for way_out in ("null to start over", "auto, which takes .*/step_000002"):
+        with pytest.raises(InputError, match=rf"^{folder}/state.json: .*; name another.*={way_out}$"):
+            find_start(named, run_of(named, accelerator), accelerator)
+        if way_out.startswith("null"):
+            save_run(config, accelerator, 2)
     for other in (tmp_path, tmp_path / "nothing", tmp_path / ("x" * 300)):
         config = config_of(tmp_path, resume_from_checkpoint=str(other))
         with pytest.raises(
             InputError, match=r"'resume_from_checkpoint': .* is not a checkpoint; name a folder such as"
         ):
             find_start(config, run_of(config, accelerator), accelerator)
+
+
+def test_a_best_step_whose_checkpoint_is_gone_is_named_with_what_helps(tmp_path: Path):
+    best = BestStep(step=3, metric="uniform/token/NLL", value=1.0)
+    with pytest.raises(InputError, match=r"step_000003.*; it is the best step's: set load_best_model_at"):
+        load_best(cast(Any, None), tmp_path, best)
 
 
 def test_a_checkpoint_of_another_folder_is_not_gone_on_with_in_place(

@@ -77,5 +77,5 @@ def test_a_prompt_with_a_token_that_the_base_cannot_read_is_refused(form: Form):
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "assets" / "tiny-gemma-2"))
     tell_unreadable(tokenizer, ["<image>"])
     found = prompt_form(ensemble(tokenizer, {}), form)
-    with pytest.raises(InputError, match="it holds '<image>', a token .*; ask it otherwise"):
+    with pytest.raises(InputError, match=r"it holds '<image>', a token .*; ask it otherwise"):
         found.ask([{"role": "user", "content": "What is <image>?"}])

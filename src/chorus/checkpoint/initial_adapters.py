@@ -81,7 +81,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file} cannot be read ({error}); name a run's output_dir, or a list of PEFT LoRA folders", error
         )
     if peft.get("peft_type") != "LORA":
-        _refuse(f"{folder} is {peft.get('peft_type')}, and no LoRA adapter")
+        _refuse(f"{folder} is {peft.get('peft_type')}, and no LoRA adapter; name LoRA adapters")
     for key in MORE:
         if peft.get(key):
             _refuse(f"{folder} has {key}, which Chorus does not train; name plain LoRA adapters")
@@ -108,7 +108,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        _refuse(f"{file} cannot be read: {error}", error)
+        _refuse(f"{file} cannot be read: {error}; save or copy it again", error)
 
 
 @torch.no_grad()
@@ -119,7 +119,8 @@ def _fill(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path)
     for key, tensor in wanted.items():
         if found[key].shape != tensor.shape:
             _refuse(
-                f"{file}: {key} has shape {list(found[key].shape)}, and this base wants {list(tensor.shape)}"
+                f"{file}: {key} has shape {list(found[key].shape)}, and this base wants "
+                f"{list(tensor.shape)}; set model_name to the base that it was trained on"
             )
         if not bool(torch.isfinite(found[key]).all()):
             _refuse(f"{file}: {key} holds a NaN or an infinity; take an earlier save")

@@ -212,9 +212,10 @@ def _named(folder: Path, output_dir: Path) -> StateFile:
     try:
         return _verified(folder)
     except Damaged as error:
+        whole = _newest_whole(output_dir)[0]
+        way_out = f"=auto, which takes {whole}" if whole else "=null to start over"
         raise InputError(
-            f"{error}; name another checkpoint, or set resume_from_checkpoint=auto for the newest whole one "
-            f"of {output_dir}"
+            f"{error}; name another checkpoint, or set resume_from_checkpoint{way_out}"
         ) from error
 
 
@@ -325,5 +326,12 @@ def load_best(engine: Engine, output_dir: Path, best: BestStep | None) -> None:
     if best is None:
         return
     folder = output_dir / "checkpoints" / f"step_{best.step:06d}"
-    restore_state(engine, read_tensors(folder, verify(folder).optimizer_step))
+    try:
+        state = read_tensors(folder, verify(folder).optimizer_step)
+    except Damaged as error:
+        raise InputError(
+            f"{error}; it is the best step's: set load_best_model_at_end=false to export the last "
+            "step's agents"
+        ) from error
+    restore_state(engine, state)
     logger.info("the agents of step %d are the best: %s %.4g", best.step, best.metric, best.value)

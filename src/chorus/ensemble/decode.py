@@ -32,7 +32,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompts_per_wave: int | None = None,
     captured: bool | None = None,
-    after_tokens: Callable[[], None] = lambda: None,
+    after_tokens: Callable[[], object] = lambda: None,
 ) -> list[list[Answer]]:
     """Continue every prompt by every answerer.
 

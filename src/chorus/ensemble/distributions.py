@@ -60,7 +60,7 @@ def token_states(
     agents: Agents,
     members: Sequence[Member],
     samples: Sequence[Sample],
-    after_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> Iterator[TokenStates]:
     """Pass by pass, the states before the target tokens of all samples, under every member."""
     lanes = lanes_of(agents, members)
@@ -77,7 +77,7 @@ def token_chunks(
     agents: Agents,
     members: Sequence[Member],
     samples: Sequence[Sample],
-    after_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> Chunks:
     """The target tokens of all samples, read once; their hidden states are kept."""
     states = list(token_states(agents, members, samples, after_pass))
@@ -91,7 +91,7 @@ def choice_chunks(
     prompts: Sequence[Sequence[int]],
     choices: Sequence[Sequence[int]],
     targets: Sequence[int],
-    after_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> Chunks:
     """One distribution a question, over the same choices for
     all: their likelihoods, normalised over the choices."""

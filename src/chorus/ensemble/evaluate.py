@@ -179,7 +179,7 @@ def _outcomes(
     calibrated: Calibrated,
     rows: EvaluationRows,
     settings: EvaluationSettings,
-    after_pass: Callable[[], None],
+    after_pass: Callable[[], object],
     own: list[HeldOutRow],
     advance: Callable[[int], None],
     with_references: bool,
@@ -217,7 +217,7 @@ def _answering(agents: Agents) -> Iterator[None]:
 
 
 def _calibration_chunks(
-    agents: Agents, members: Sequence[Member], rows: EvaluationRows, after_pass: Callable[[], None]
+    agents: Agents, members: Sequence[Member], rows: EvaluationRows, after_pass: Callable[[], object]
 ) -> Chunks:
     if not rows.choices:
         return token_chunks(agents, members, [row.sample for row in rows.calibration], after_pass)

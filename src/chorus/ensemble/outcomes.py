@@ -76,7 +76,7 @@ def choice_outcomes(
     rows: Sequence[HeldOutRow],
     choices: Sequence[Sequence[int]],
     text: Text,
-    after_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> Outcomes:
     """Every answerer takes the most probable choice."""
     if not rows:
@@ -124,7 +124,7 @@ def text_outcomes(
     prompts_at_a_time: int,
     with_references: bool,
     advance: Callable[[int], None],
-    after_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> Outcomes:
     """Every answerer writes greedily; then its answers and the references are scored, all in the same passes.
 
@@ -200,7 +200,7 @@ class _Reader:
         place = self._asked[answerer, name] = self._place[key]
         self.wanted_by[place].add(answerer)
 
-    def read(self, agents: Agents, after_pass: Callable[[], None]) -> None:
+    def read(self, agents: Agents, after_pass: Callable[[], object]) -> None:
         """Read all of them, those that the same members must read together."""
         answerers, temperatures = self.calibrated.answerers, _temperatures(self.calibrated)
         groups: dict[tuple[Member, ...], list[int]] = {}

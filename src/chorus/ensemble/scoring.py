@@ -60,7 +60,7 @@ def choice_log_probs(
     members: Sequence[Member],
     questions: Sequence[Choices],
     tokens_per_pass: int | None = None,
-    after_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> list[Tensor]:
     """The log-likelihood of every choice under every member: the sum over its tokens, given the prompt.
 
@@ -158,7 +158,7 @@ def passes(
     num_members: int,
     lengths: Sequence[int],
     tokens_per_pass: int | None,
-    after_pass: Callable[[], None] = lambda: None,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> Iterator[list[int]]:
     """Indices of rows of similar length, longest first, so many that a pass holds at most the tokens it may.
 

@@ -110,7 +110,7 @@ class StopRequest:
         return self._any()[0]
 
     def _any(self, *own: bool) -> list[bool]:
-        """Whether any process has received a signal, and of each given flag whether any process has it set."""
+        """Whether any process has received a signal, and of each flag whether any process has set it."""
         self._is_told = self._received is not None
         flags = [self._is_told, *own]
         if not self._has_others:
