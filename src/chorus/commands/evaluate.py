@@ -143,12 +143,15 @@ def _configuration_of(path: Path) -> Mapping[str, Any] | None:
             config = json.loads(file.read_text(encoding="utf-8")).get("config")
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{file}: cannot be read as JSON with a configuration; name its agents/* instead"
+                f"{file}: cannot be read as JSON with a configuration; "
+                f"name {path / 'agents'} with --data FILE"
             ) from error
         if config is None:
             return None  # an export of PEFT folders
         if not isinstance(config, dict):
-            raise InputError(f"{file}: its configuration is no object; name its agents/* instead")
+            raise InputError(
+                f"{file}: its configuration is no object; name {path / 'agents'} with --data FILE"
+            )
         return config
     return None
 

@@ -153,13 +153,13 @@ def _of_run(run: Path) -> Source:
         base_name = entries["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: cannot be read as the description of an ensemble; name agents/* instead"
+            f"{file}: cannot be read as the description of an ensemble; name {run / 'agents'} instead"
         ) from error
     mixture = Mixture.from_json(entries, len(folders), str(file))
     for folder in folders:
         if not folder.is_dir():
             raise InputError(
-                f"{file}: names {folder}, which is not there; restore it, or name agents/* instead"
+                f"{file}: names {folder}, which is not there; restore it, or name the adapters that are"
             )
     fingerprint = None
     for folder in checkpoints(run)[:1]:
