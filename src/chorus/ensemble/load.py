@@ -159,7 +159,7 @@ def _of_run(run: Path) -> Source:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(
-                f"{file}: names {folder}, which is not there; restore it, or name the adapters that are"
+                f"{file}: names {folder}, which is not there; restore it, or name {run / 'agents'} instead"
             )
     fingerprint = None
     for folder in checkpoints(run)[:1]:
