@@ -126,6 +126,7 @@ def main(config: Config) -> None:
             rows.train,
             config,
             config,
+            agents=mesh.held_agents(config.num_agents),
             points_per_row=config.swd_points_per_row,
             pad_id=cast(int, tokenizer.eos_token_id),
             process_index=mesh.data_index,

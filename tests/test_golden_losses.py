@@ -57,6 +57,7 @@ def test_the_first_losses_of_a_run_are_unchanged(mode: Mode, tmp_path: Path):
         samples,
         config,
         config,
+        agents=agents.agents,
         points_per_row=config.swd_points_per_row,
         pad_id=1,
         process_index=0,

@@ -66,8 +66,8 @@ def test_the_agents_of_all_processes_in_order_are_all_agents_and_neighbours_shar
 def test_agents_over_processes_have_the_losses_and_weights_of_one_process(num_processes: int, tmp_path: Path):
     """In every mode, under DDP and ZeRO-2, with accumulation, packing, recomputation, DropConnect, clipping,
     values of each agent's own, lambda's schedule, predicted distributions compared, rows shared by
-    responsibilities and a loss that is not finite; also resumed with another mesh and engine than it was
-    saved with."""
+    responsibilities, bootstrap weights, batches of each agent's own and a loss that is not finite; also
+    resumed with another mesh and engine than it was saved with."""
     command = [*ddp(num_processes)[:-1], "tests/helpers/mesh_worker.py"]
     result = forked(command, str(tmp_path), str(num_processes))
     assert result.returncode == 0, result.stderr[-3000:]

@@ -104,6 +104,7 @@ def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatc
         samples,
         config,
         config,
+        agents=agents.agents,
         points_per_row=config.swd_points_per_row,
         pad_id=0,
         process_index=0,

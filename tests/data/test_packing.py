@@ -96,7 +96,13 @@ def test_packing_changes_no_step(num_processes: int):
         }
         return list(
             training_steps(
-                SAMPLES, config, config, points_per_row=config.swd_points_per_row, pad_id=0, **where
+                SAMPLES,
+                config,
+                config,
+                agents=[0],
+                points_per_row=config.swd_points_per_row,
+                pad_id=0,
+                **where,
             )
         )
 

@@ -16,6 +16,7 @@ from launching import HELPERS, PATIENCE_S, wait_for
 from samples import PAD, make_samples, training_steps
 
 from chorus.data.batches import Batch, Sample, StepBatch, epoch_order, step_rows, steps_per_epoch
+from chorus.data.bootstrap import row_weights
 
 
 def test_an_order_is_a_permutation_of_seed_and_epoch() -> None:
@@ -116,6 +117,85 @@ def test_a_resumed_run_sees_the_tail_of_the_uninterrupted_one(num_workers: int) 
     for start in range(7):
         tail = training_steps(samples, num_steps=6, start_step=start, num_workers=num_workers, **keys)
         assert as_lists(tail) == whole[start:]
+
+
+# ---- rows and weights of each agent's own ----
+
+
+def weights_of(step: StepBatch, agents: list[int]) -> dict[tuple[int, int], float]:
+    """The weight of each row of a step, by (agent, row); of packed rows, too, each of which has one token."""
+    found = {}
+    for batch in step.micro_batches:
+        sets, weight_KS = batch.num_sets, batch.weight_KS
+        assert weight_KS is not None
+        ids_KN = batch.input_BT.view(sets, -1).expand(len(agents), -1)
+        in_a_row = torch.arange(weight_KS.shape[1]).repeat_interleave(ids_KN.shape[1] // weight_KS.shape[1])
+        sample_KN = in_a_row[None].expand(len(agents), -1)
+        if batch.sample_BT is not None:
+            sample_KN = batch.sample_BT.view(sets, -1).expand(len(agents), -1)
+        for place, agent in enumerate(agents):
+            for token, sample in zip(ids_KN[place].tolist(), sample_KN[place].tolist(), strict=True):
+                if token != PAD:
+                    weight = float(weight_KS[place, sample])
+                    assert found.setdefault((agent, token - 100), weight) == weight
+    return found
+
+
+WAYS = [
+    {},
+    {"packing": True, "max_seq_length": 24},
+    {"start_step": 3},
+    {"num_workers": 1},
+    {"batch_size": 2, "gradient_accumulation_steps": 2},
+    {"batch_size": 2, "processes": 2},
+    {"shuffle": False},
+    {"swd_points_per_row": 1, "agents": [2]},
+]
+
+
+@pytest.mark.parametrize("bootstrap", ["poisson", "bayesian"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_row_has_an_agents_weight_in_every_epoch_and_split_and_after_a_resume(way: dict, bootstrap: str):
+    samples, agents = make_samples(11), way.get("agents", [0, 2, 3])
+    num_targets_N = torch.tensor([sample.num_targets for sample in samples])
+    expected_KN = row_weights(bootstrap, 5, agents, num_targets_N)  # pyright: ignore[reportArgumentType]
+    keys = {"batch_size": 4, "bootstrap": bootstrap, "seed": 5, "agents": agents, **way}
+    seen = []
+    for process in range(keys.get("processes", 1)):
+        for step in training_steps(samples, num_steps=6, process=process, **keys):
+            for (agent, row), weight in weights_of(step, agents).items():
+                assert weight == float(expected_KN[agents.index(agent), row])
+                seen.append((agent, row))
+    epochs = 2 if keys.get("start_step", 0) == 0 else 1
+    assert sorted(seen) == sorted(
+        (agent, row) for agent in agents for row in range(11) for _ in range(epochs)
+    )
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "shuffle" not in way], ids=str)
+def test_agents_with_batches_of_their_own_take_each_row_once_an_epoch_in_their_own_order(way: dict):
+    """Their losses are token means over their own targets of the step, whatever part a process computes."""
+    samples, agents = make_samples(11), way.get("agents", [0, 2, 3])
+    keys = {"batch_size": 4, "per_agent_batches": True, "lambda_sw": 0, "seed": 5, "agents": agents, **way}
+    start, processes = keys.get("start_step", 0), keys.get("processes", 1)
+    streams = [training_steps(samples, num_steps=6, process=p, **keys) for p in range(processes)]
+    for number, parts in enumerate(zip(*streams, strict=True), start):
+        epoch, place = divmod(number, 3)
+        assert {part.epoch for part in parts} == {epoch}
+        found = {key: weight for part in parts for key, weight in weights_of(part, agents).items()}
+        for agent in agents:
+            rows = epoch_order(11, 5, epoch, True, agent)[4 * place : 4 * place + 4].tolist()
+            assert sorted(row for one, row in found if one == agent) == sorted(rows)
+            own_targets = sum(samples[row].num_targets for row in rows)
+            for row in rows:
+                weight = found[agent, row] / parts[0].num_targets
+                assert weight == pytest.approx(1 / own_targets, rel=1e-6)
+        for part in parts:
+            assert (part.num_targets, part.num_rows) == (parts[0].num_targets, min(4, 11 - 4 * place))
+    orders = {
+        tuple(epoch_order(11, 5, epoch, True, agent).tolist()) for epoch in (0, 1) for agent in (0, 1, None)
+    }
+    assert len(orders) == 6
 
 
 def test_a_resumed_run_reads_no_earlier_row() -> None:

@@ -85,7 +85,7 @@ def other_value(key: str) -> Any:
         value = parsed(written)
         if is_valid(key, value) and value != default:
             try:
-                return getattr(Config.model_validate({key: value}), key)
+                return getattr(Config.model_validate({"lambda_sw": 0, key: value}), key)
             except ValueError:  # a rule of its own
                 continue
     raise AssertionError(f"{key}: no other value is known")

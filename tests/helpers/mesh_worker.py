@@ -6,7 +6,7 @@ test_mesh.py runs the same cases in one process and compares. The first process 
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -47,15 +47,17 @@ class Case(NamedTuple):
     max_grad_norm: float = 0.2
     is_broken: bool = False
     objective: tuple[tuple[str, Any], ...] = ()
+    bootstrap: Literal["none", "poisson", "bayesian"] = "none"
+    per_agent_batches: bool = False
 
 
-PLAIN = Case("fused")
+PLAIN = Case("fused", bootstrap="bayesian")
 BROKEN_CASE = Case("fused", is_broken=True)
-PACKED = Case("sequential", "full", (0.4, 0.0, 0.2, 0.1), packing=True)
+PACKED = Case("sequential", "full", (0.4, 0.0, 0.2, 0.1), packing=True, bootstrap="poisson")
 DROPPED = PACKED._replace(
     dropout_p=(0.2, 0.1, 0.0, 0.3)
 )  # dropout draws anew for each data index: comparable where that is one
-PARALLEL = Case("parallel", "selective", 0.4, lambda_sw=0.0, max_grad_norm=0.0)
+PARALLEL = Case("parallel", "selective", 0.4, lambda_sw=0.0, max_grad_norm=0.0, per_agent_batches=True)
 UNLIKE = Case(
     "fused",
     alpha=(ALPHA, 2.5 * ALPHA, 2.0, 1.0),
@@ -128,6 +130,8 @@ def run(
         max_grad_norm=case.max_grad_norm,
         swd_points_per_row=3,
         packing=case.packing,
+        bootstrap=case.bootstrap,
+        per_agent_batches=case.per_agent_batches,
         max_seq_length=16,
         lr=listed(case.lr),
         weight_decay=listed(case.weight_decay),
@@ -161,7 +165,7 @@ def run(
     samples = toy_samples(20)
     where = {"process_index": mesh.data_index, "num_processes": mesh.data_size}
     where |= {"num_steps": STEPS, "start_step": start, "points_per_row": config.swd_points_per_row}
-    steps = training_steps(samples, config, config, pad_id=0, **where)
+    steps = training_steps(samples, config, config, agents=agents.agents, pad_id=0, **where)
     checkpointer: Any = kept
     script.train(engine, steps, start, STEPS, config, checkpointer, recorder)
     with engine.unsharded(), torch.no_grad():

@@ -122,6 +122,7 @@ def run(
         samples,
         config,
         config,
+        agents=agents.agents,
         points_per_row=config.swd_points_per_row,
         pad_id=0,
         process_index=mesh.data_index,

@@ -1,7 +1,7 @@
 """Samples and steps of small made-up rows."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -34,9 +34,11 @@ def training_steps(
     start_step: int = 0,
     process: int = 0,
     processes: int = 1,
+    agents: Sequence[int] = (0,),
     **keys: object,
 ) -> Iterator[StepBatch]:
     place = {
+        "agents": agents,
         "process_index": process,
         "num_processes": processes,
         "num_steps": num_steps,

@@ -13,8 +13,11 @@ from preloaded import forked
 from promises import (
     EVERY_MODE,
     EXACT,
+    MODES,
     assert_a_forward_leaves_no_trace,
     assert_every_agent_gets_the_gradient_of_a_lone_run,
+    assert_every_agent_learns_its_rows_with_their_weights,
+    settings_of_rows,
 )
 from torch import Tensor
 from toy import (
@@ -149,6 +152,25 @@ def test_other_architectures_get_the_gradient_of_a_lone_run_too(
     execution = Execution(recompute=checkpointing)
     agents = build_agents(mode, base(), 2, shape, Regularisation(0, 0, 0), execution)
     assert_every_agent_gets_the_gradient_of_a_lone_run(agents, base, "all-linear")
+
+
+@pytest.mark.parametrize(("mode", "agents_per_pass"), [*((mode, None) for mode in MODES), ("fused", 2)])
+@CHECKPOINTING
+@pytest.mark.parametrize(
+    ("bootstrap", "per_agent_batches", "packing"),
+    [("poisson", False, False), ("bayesian", False, True), ("none", True, False), ("poisson", True, True)],
+)
+def test_every_agent_learns_its_own_rows_with_its_own_weights(
+    mode: Mode,
+    agents_per_pass: int | None,
+    checkpointing: Recompute,
+    bootstrap: str,
+    per_agent_batches: bool,
+    packing: bool,
+):
+    how = {"gradient_checkpointing": checkpointing, "agents_per_pass": agents_per_pass}
+    config = settings_of_rows(bootstrap, per_agent_batches, packing=packing)
+    assert_every_agent_learns_its_rows_with_their_weights(toy_agents(mode, **how), config)
 
 
 @EVERY_MODE

@@ -63,6 +63,15 @@ class DataSettings(Section):
     and count them. false: stop at the first one."""
     shuffle: bool = True
     """true: a new order of the rows in every epoch, drawn from the seed. false: the order of the data."""
+    bootstrap: Literal["none", "poisson", "bayesian"] = "none"
+    """Weights of each agent's own on the rows of the shared batch, drawn from the seed and the same in every
+    epoch, so that agents learn from different data at no cost in time. poisson: how often a bootstrap sample
+    has the row, which is 0 for a third of them. bayesian: exponential weights, which leave no row out. none:
+    every row counts the same. Training losses are reported weighted; evaluation is never weighted."""
+    per_agent_batches: bool = False
+    """true: every agent takes the rows in an order of its own, so that a step has other rows for each agent,
+    as independently trained models do. It needs shuffle, and lambda_sw of 0: the distance compares agents on
+    the same rows. Rows are padded to the longest that any agent has. false: all agents see the same batch."""
     debug_subset_size: ComparedByEffect[PositiveInt | None] = None
     """Keep only this many training rows, for a quick try; null keeps all."""
     num_workers: MayChange[Annotated[int, Field(ge=0, le=1024)]] = 0
@@ -91,6 +100,18 @@ class DataSettings(Section):
                 f"no row is longer than max_seq_length, which is {longest}; set it to {longest} or less"
             )
         return multiple
+
+    @field_validator("per_agent_batches")
+    @classmethod
+    def _leaves_nothing_to_compare(cls, wanted: bool, info: ValidationInfo) -> bool:
+        if wanted and info.data.get("lambda_sw"):
+            raise ValueError(
+                "the distance between agents compares them on the same rows, and lambda_sw is above 0; set "
+                "lambda_sw to 0, or use bootstrap in its place"
+            )
+        if wanted and not info.data.get("shuffle", True):
+            raise ValueError("without shuffle all agents have the order of the data; set shuffle to true")
+        return wanted
 
     @field_validator("prompt_template", "completion_template")
     @classmethod

@@ -20,7 +20,8 @@ class TrainingSettings(Section):
     """Optimiser steps: training stops there, and epochs repeat as needed to reach it. null: as many as epochs
     give; 0 trains nothing and writes the initial adapters."""
     batch_size: ComparedByEffect[Count] = 16
-    """Rows of one micro-batch on one process; every agent sees all of them."""
+    """Rows of one micro-batch on one process; every agent sees all of them, or with per_agent_batches as many
+    of its own."""
     gradient_accumulation_steps: ComparedByEffect[Count] = 1
     """Micro-batches of one optimiser step."""
     lr: PerAgent[PositiveFloat] = 8e-3

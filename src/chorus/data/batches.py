@@ -1,6 +1,6 @@
 """From samples to the batches of an optimiser step: labels, padding, order.
 
-The labels are shifted here, in `collate`, and nowhere else. Which rows a step takes is a pure function of the
+The labels are shifted here, in `_filled`, and nowhere else. Which rows a step takes is a pure function of the
 seed, the step and the global batch, so any number of processes sees the same rows, and a run resumes at any
 step without reading the ones before it.
 """
@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from chorus.config.data import DataSettings
 from chorus.config.training import TrainingSettings
-from chorus.data.packing import one_a_row, packed
+from chorus.data.bootstrap import row_weights
+from chorus.data.packing import Layout, one_a_row, packed
 from chorus.data.samples import Sample, Samples
 from chorus.errors import SIGNALS
 from chorus.seeding import derive_seed
@@ -26,16 +28,26 @@ from chorus.seeding import derive_seed
 class Batch(NamedTuple):
     """S samples in B rows of equal length, one in each or, packed, several; padded on the right.
 
-    input_BT: int64 token ids. target_BT: int64, the token that follows each input token. mask_BT: bool, where
-    loss is due on target_BT: completion and end token, not prompt or padding. target_rows_N: int64, the
-    places of the True in the flattened mask_BT. Known on the CPU, because a device would have
-        to stop and count them.
-    points_SM: int64, the places in the flattened B*T of the points that stand for a sample in the sliced
-        Wasserstein distance: targets, evenly spaced, in order, then -1. Which of a sample's tokens they are
-        depends on it alone.
-    position_BT: packed: int64, each token's place within its sample. None: one sample a row, so that its
-    place is t. sample_BT: packed: int64, the sample that each token is of, -1 for padding; no token may see
-    another sample's.
+    All agents see these rows, or each has S samples in B rows of its own: then the tensors of rows hold K x B
+    rows, one agent's after the other's.
+
+    Attributes:
+        input_BT: int64 token ids.
+        target_BT: int64, the token that follows each input token.
+        mask_BT: bool, where loss is due on target_BT: completion and end token, not prompt or padding.
+        target_rows_N: int64, the places of the True in the flattened mask_BT. Found on the CPU, because a
+            device would have to stop and count them.
+        points_SM: int64, the places in the flattened B*T of the points that stand for a sample in the sliced
+            Wasserstein distance: targets, evenly spaced, in order, then -1. Which of a sample's tokens they
+            are depends on the sample alone. Agents with rows of their own have none.
+        position_BT: packed: int64, each token's place within its sample. None: one sample a row, so that its
+            place is t.
+        sample_BT: packed: int64, the sample that each token is of, counted within an agent's own, -1 for
+            padding; no token may see another sample's.
+        weight_KS: fp32, by what the loss of each sample's tokens is multiplied, for each agent that this
+            process holds. None: 1.
+        own_targets: for each agent with rows of its own, how many of target_rows_N are its. None: all agents
+            see the same rows.
     """
 
     input_BT: Tensor
@@ -45,20 +57,57 @@ class Batch(NamedTuple):
     points_SM: Tensor
     position_BT: Tensor | None = None
     sample_BT: Tensor | None = None
+    weight_KS: Tensor | None = None
+    own_targets: tuple[int, ...] | None = None
+
+    @property
+    def num_sets(self) -> int:
+        """How many sets of rows the tensors hold: one for all agents, or one for each."""
+        return 1 if self.own_targets is None else len(self.own_targets)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
-        moved = (None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        moved = (part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
         return Batch(*moved)  # pyright: ignore[reportArgumentType]
+
+    def rows_of(self, places: Sequence[int], tensor_BT: Tensor) -> Tensor:
+        """What a pass of some agents goes through of a tensor of rows: N x T, each agent's rows in turn.
+
+        Args:
+            places: of these agents among those of this process: neighbours, in order.
+        """
+        if self.own_targets is None:
+            return tensor_BT.repeat(len(places), 1)
+        B = len(tensor_BT) // len(self.own_targets)
+        return tensor_BT[places[0] * B : (places[-1] + 1) * B]
+
+    def inputs_of(self, places: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same of input_BT, position_BT and sample_BT."""
+        packed = (self.position_BT, self.sample_BT)
+        position_NT, sample_NT = (None if one is None else self.rows_of(places, one) for one in packed)
+        return self.rows_of(places, self.input_BT), position_NT, sample_NT
+
+    def target_rows_of(self, places: Sequence[int]) -> Tensor:
+        """The places of their targets in such a tensor, flattened."""
+        size = self.input_BT.numel() // self.num_sets
+        if self.own_targets is None:
+            first_K = torch.arange(len(places), device=self.target_rows_N.device) * size
+            return (first_K[:, None] + self.target_rows_N).flatten()
+        start, stop = (sum(self.own_targets[:place]) for place in (places[0], places[-1] + 1))
+        return self.target_rows_N[start:stop] - places[0] * size
 
 
 class StepBatch(NamedTuple):
     """What one process computes in one optimiser step, and how much the whole step holds.
 
-    micro_batches: one per accumulation step. One without rows left is a single row of padding, with an
-    all-False mask. num_targets: target tokens of the step over all processes and micro-batches: what a token
-    mean divides by. num_rows: rows of the step over all processes and micro-batches. epoch: the epoch, from
-    0, whose rows these are.
+    Attributes:
+        micro_batches: one per accumulation step. One without rows left is a single row of padding, with an
+            all-False mask.
+        num_targets: target tokens of the step over all processes and micro-batches: what a token mean divides
+            by. Of agents with rows of their own it is the count of the first one on this process; the others'
+            weight_KS makes up for the difference.
+        num_rows: rows that an agent sees in the step, over all processes and micro-batches.
+        epoch: the epoch, from 0, whose rows these are.
     """
 
     micro_batches: list[Batch]
@@ -81,11 +130,49 @@ def collate(
     share a row. Of no samples it makes padding: a process without them still takes part in every collective
     of the step.
     """
+    layout = _layout(samples, pad_to_multiple_of, packing)
+    return _filled(samples, layout, pad_id, points_per_row, packing is not None)
+
+
+def collate_apart(
+    samples_of_agents: Sequence[Sequence[Sample]],
+    pad_id: int,
+    pad_to_multiple_of: int = 1,
+    packing: tuple[int, int] | None = None,
+) -> Batch:
+    """One batch in which each agent has samples of its own, as many as the others; as `collate` otherwise.
+
+    All are padded to the longest row, and to the most rows, that an agent has.
+    """
+    layouts = [_layout(samples, pad_to_multiple_of, packing) for samples in samples_of_agents]
+    B, T = max(layout.B for layout in layouts), max(layout.T for layout in layouts)
+    parts = [
+        _filled(samples, Layout(B, T, layout.places), pad_id, 1, packing is not None)
+        for samples, layout in zip(samples_of_agents, layouts, strict=True)
+    ]
+    together = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("input_BT", "target_BT", "mask_BT", "position_BT", "sample_BT")
+        if getattr(parts[0], name) is not None
+    }
+    return Batch(
+        **together,
+        target_rows_N=torch.cat([part.target_rows_N + k * B * T for k, part in enumerate(parts)]),
+        points_SM=torch.full((1, 1), -1),
+        own_targets=tuple(len(part.target_rows_N) for part in parts),
+    )
+
+
+def _layout(samples: Sequence[Sample], pad_to_multiple_of: int, packing: tuple[int, int] | None) -> Layout:
     lengths = [len(sample.ids) - 1 for sample in samples]
     if packing is None:
-        layout = one_a_row(lengths, pad_to_multiple_of)
-    else:
-        layout = packed(lengths, packing[0] - 1, pad_to_multiple_of, packing[1])
+        return one_a_row(lengths, pad_to_multiple_of)
+    return packed(lengths, packing[0] - 1, pad_to_multiple_of, packing[1])
+
+
+def _filled(
+    samples: Sequence[Sample], layout: Layout, pad_id: int, points_per_row: int, is_packed: bool
+) -> Batch:
     B, T, places = layout
     input_BT = torch.full((B, T), pad_id)
     target_BT = torch.full((B, T), pad_id)
@@ -102,14 +189,15 @@ def collate(
         points = _evenly_spaced(is_target[1:].nonzero().squeeze(1), points_per_row)
         points_SM[number, : len(points)] = row * T + start + points
     batch = Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_SM)
-    return batch if packing is None else batch._replace(position_BT=position_BT, sample_BT=sample_BT)
+    return batch._replace(position_BT=position_BT, sample_BT=sample_BT) if is_packed else batch
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
-    """The order in which an epoch takes the samples, int64: every index once."""
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool, agent: int | None = None) -> Tensor:
+    """The order in which an epoch takes the samples, int64: every index once; one for all or of an agent."""
     if not shuffle:
         return torch.arange(num_samples)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    of_whom = () if agent is None else (agent,)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", *of_whom, epoch))
     return torch.randperm(num_samples, generator=generator)
 
 
@@ -140,6 +228,7 @@ def training_steps(
     data: DataSettings,
     training: TrainingSettings,
     *,
+    agents: Sequence[int],
     points_per_row: int,
     pad_id: int,
     process_index: int,
@@ -150,11 +239,17 @@ def training_steps(
     """One process's part of the optimiser steps from `start_step` to `num_steps` - 1, epoch after epoch.
 
     Steps count over all epochs, from 0, and starting at one reads none of those before it. `num_workers`
-    processes collate ahead, with equal results; they end with the iterator. `pad_id` may be any id of the
-    vocabulary: no token sees it, and no loss falls on it.
+    processes collate ahead, with equal results; they end with the iterator.
+
+    Args:
+        agents: that this process holds.
+        pad_id: may be any id of the vocabulary: no token sees it, and no loss falls on it.
+
+    Raises:
+        InputError: bootstrap weights leave an agent without rows.
     """
     loader = DataLoader(
-        _Steps(samples, data, training, points_per_row, pad_id, process_index, num_processes),
+        _Steps(samples, data, training, agents, points_per_row, pad_id, process_index, num_processes),
         batch_size=None,
         sampler=range(start_step, num_steps),
         num_workers=data.num_workers,
@@ -177,38 +272,59 @@ class _Steps(Dataset[StepBatch]):
         samples: Sequence[Sample],
         data: DataSettings,
         training: TrainingSettings,
+        agents: Sequence[int],
         points_per_row: int,
         pad_id: int,
         process_index: int,
         num_processes: int,
     ) -> None:
-        self.samples, self.data, self.seed = samples, data, training.seed
+        self.samples, self.data, self.seed, self.agents = samples, data, training.seed, agents
         self.points_per_row, self.pad_id, self.process_index = points_per_row, pad_id, process_index
         is_table = isinstance(samples, Samples)  # which knows them without reading a token
-        self.num_targets = samples.num_targets if is_table else [sample.num_targets for sample in samples]
+        num_targets = samples.num_targets if is_table else [sample.num_targets for sample in samples]
+        self.num_targets_N = torch.from_numpy(np.array(num_targets, dtype=np.int64))
         self.batch_size = training.batch_size
         self.global_batch = (training.batch_size, training.gradient_accumulation_steps, num_processes)
         self.steps_per_epoch = steps_per_epoch(len(samples), *self.global_batch)
-        self.epoch, self.order = -1, torch.empty(0)
+        self.epoch, self.orders = -1, list[Tensor]()
+        self.weight_KN = None
+        if data.bootstrap != "none":
+            self.weight_KN = row_weights(data.bootstrap, self.seed, agents, self.num_targets_N)
 
     def __getitem__(self, step: int) -> StepBatch:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:  # the order of a large data set takes longer than a step
             self.epoch = epoch
-            self.order = epoch_order(len(self.samples), self.seed, epoch, self.data.shuffle)
-        rows = step_rows(self.order, step_in_epoch, *self.global_batch)
-        rows_of_all = [row for micro_batch in rows for part in micro_batch for row in part]
-        return StepBatch(
-            [self._collate(micro_batch[self.process_index]) for micro_batch in rows],
-            num_targets=sum(int(self.num_targets[row]) for row in rows_of_all),
-            num_rows=len(rows_of_all),
-            epoch=epoch,
-        )
+            of_whom = self.agents if self.data.per_agent_batches else (None,)
+            order = (len(self.samples), self.seed, epoch, self.data.shuffle)
+            self.orders = [epoch_order(*order, agent) for agent in of_whom]
+        # rows[order][micro_batch][process]; an order is all agents', or one agent's own
+        rows = [step_rows(order, step_in_epoch, *self.global_batch) for order in self.orders]
+        rows_of_all = [[row for micro_batch in one for part in micro_batch for row in part] for one in rows]
+        num_targets = [int(self.num_targets_N[one].sum()) for one in rows_of_all]
+        micro_batches = [
+            self._micro_batch([own[self.process_index] for own in of_orders], num_targets)
+            for of_orders in zip(*rows, strict=True)
+        ]
+        return StepBatch(micro_batches, num_targets[0], num_rows=len(rows_of_all[0]), epoch=epoch)
 
-    def _collate(self, rows: Sequence[int]) -> Batch:
-        samples, data = [self.samples[row] for row in rows], self.data
+    def _micro_batch(self, rows: Sequence[Sequence[int]], num_targets: Sequence[int]) -> Batch:
+        """The batch of one list of rows for all agents, or one for each; likewise the step's targets."""
+        samples, data = [[self.samples[row] for row in own] for own in rows], self.data
         packing = (data.max_seq_length, self.batch_size) if data.packs else None
-        return collate(samples, self.pad_id, data.padding, self.points_per_row, packing)
+        if data.per_agent_batches:
+            batch = collate_apart(samples, self.pad_id, data.padding, packing)
+        else:
+            batch = collate(samples[0], self.pad_id, data.padding, self.points_per_row, packing)
+        return batch._replace(weight_KS=self._weights(rows, num_targets))
+
+    def _weights(self, rows: Sequence[Sequence[int]], num_targets: Sequence[int]) -> Tensor | None:
+        if self.weight_KN is None and not self.data.per_agent_batches:
+            return None
+        weight_KS = torch.ones(len(self.agents), max(len(rows[0]), 1))  # padding alone is a sample, too
+        if self.weight_KN is not None and rows[0]:
+            weight_KS = self.weight_KN.gather(1, torch.tensor(rows).expand(len(self.agents), -1))
+        return weight_KS * (num_targets[0] / torch.tensor(num_targets))[:, None]
 
 
 def _leave_the_process_group(worker: int) -> None:
@@ -222,8 +338,7 @@ def _leave_the_process_group(worker: int) -> None:
 
 
 def _evenly_spaced(places_N: Tensor, count: int) -> Tensor:
-    """`count` of the places, with the last and (of two or more)
-    the first; all of them where there are no more."""
+    """`count` of the places, with the last and (of two or more) the first; all where there are no more."""
     last = len(places_N) - 1
     if last < count:
         return places_N

@@ -176,7 +176,7 @@ class Agents(nn.Module):
         """One pass of every agent over one batch.
 
         Args:
-            batch: input_BT, target_BT and what is due of them.
+            batch: the rows of all agents, or of each; input_BT, target_BT and what is due of them.
             step: the optimiser step, which names this pass's random draws. None is evaluation: no
                 DropConnect, no dropout.
             slot: which micro-batch of which process within the step.
@@ -272,8 +272,9 @@ class Agents(nn.Module):
 
         One sample a row, there is no attention mask: the padding is on the right, behind every target.
         """
-        B, T = batch.input_BT.shape
         K = max(len(agents), 1)
+        first = self.agents.index(agents[0]) if agents else 0  # the agents of a pass are neighbours
+        own = range(first, first + K)
 
         def run(rows: Rows, flat_KF: Tensor | None, masks: Any) -> Tensor:
             places = {} if rows.position_NT is None else {"position_ids": rows.position_NT}
@@ -284,20 +285,19 @@ class Agents(nn.Module):
             return output.last_hidden_state
 
         with span("_".join(["forward_pass.agent", *map(str, agents)])):
-            rows = Rows(batch.input_BT, batch.position_BT, batch.sample_BT).repeated(K)
+            rows = Rows(*batch.inputs_of(own))
+            N, T = rows.ids_NT.shape
             flat_KF = self.weights(agents, noise) if agents else None
             if self._run_pass is not None and self.training and flat_KF is not None:
-                # The agents' weights are an argument: one capture serves every group of as many agents of a
-                # model.
-                key = (self.peft_model(agents[0]), K, B, T, rows.sample_NT is None)
+                # The agents' weights are an argument: one capture serves every group of as many agents.
+                key = (self.peft_model(agents[0]), K, N, T, rows.sample_NT is None)
                 hidden_NTD = self._run_pass(key, run, rows, flat_KF)
             else:
                 hidden_NTD = run(rows, flat_KF, None)
         with span("task_loss"):
-            first_K = torch.arange(K, device=hidden_NTD.device) * (B * T)
-            rows_N = (first_K[:, None] + batch.target_rows_N).flatten()
-            nll_NT = token_nll(hidden_NTD, batch.target_BT.repeat(K, 1), rows_N, self.head())
-        return AgentOutput(nll_NT.view(K, B, T), hidden_NTD.unflatten(0, (K, B)))
+            targets = batch.rows_of(own, batch.target_BT), batch.target_rows_of(own)
+            nll_NT = token_nll(hidden_NTD, *targets, self.head())
+        return AgentOutput(nll_NT.view(K, -1, T), hidden_NTD.unflatten(0, (K, -1)))
 
     def _noise_of(self, step: int | None, slot: int) -> Noise | None:
         """The draws of this pass. Masks are drawn once a step and kept for its other micro-batches."""

@@ -39,15 +39,14 @@ class Work(NamedTuple):
         In a packed row a token attends to its own sample only.
         """
         B, T = batch.input_BT.shape
-        rows, targets = num_agents * B, num_agents * len(batch.target_rows_N)
+        times = num_agents // batch.num_sets  # agents that pass through each row
+        rows, targets = times * B, times * len(batch.target_rows_N)
         if batch.sample_BT is None:
             return self.useful_flops(rows, T, targets)
         row_BT = torch.arange(B)[:, None].expand(B, T)
         samples_2N = torch.stack((row_BT, batch.sample_BT))[:, batch.sample_BT >= 0]
         lengths = samples_2N.unique(dim=1, return_counts=True)[1].tolist()
-        attention = sum(
-            self._replace(body=0, head=0).useful_flops(num_agents, length, 0) for length in lengths
-        )
+        attention = sum(self._replace(body=0, head=0).useful_flops(times, length, 0) for length in lengths)
         return self._replace(attention=0).useful_flops(rows, T, targets) + attention
 
 

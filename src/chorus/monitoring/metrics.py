@@ -17,7 +17,8 @@ class Means(NamedTuple):
     """Means over some steps, all processes and all micro-batches.
 
     Attributes:
-        task_losses: CE of each agent, nats a token; NaN where a loss was not finite.
+        task_losses: CE of each agent, nats a token, weighted as it is minimised; NaN where a loss was not
+            finite.
         swd: R_SW; None when lambda is 0.
         objective: what is minimised, over K: the mean of the task losses, or what responsibilities put in its
             place, less lambda times R_SW, each with the lambda of its step.
@@ -53,7 +54,7 @@ class Meter:
         self.steps += 1
         for batch, losses in zip(step.batch.micro_batches, step.losses, strict=True):
             self.ce_K += losses.nll_K.double() / step.batch.num_targets
-            self.tokens += batch.input_BT.numel()
+            self.tokens += batch.input_BT.numel() // batch.num_sets
             if losses.swd is not None:
                 self.has_swd = True
                 swd = losses.swd.double() / len(step.losses)

@@ -119,8 +119,7 @@ def _profiled_step(
 ) -> ProfiledStep:
     tokens, flops = 0, 0.0
     for batch in step_batch.micro_batches:
-        rows, length = batch.input_BT.shape
-        tokens += num_agents * rows * length
+        tokens += num_agents // batch.num_sets * batch.input_BT.numel()
         flops += work.of_batch(batch, num_agents)
     is_captured = any(inner.name == "recording" for inner in timed.everything_inside())
     return ProfiledStep(timed, tokens, flops, is_warm and not is_captured)

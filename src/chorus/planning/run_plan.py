@@ -43,8 +43,8 @@ class Plan(NamedTuple):
             ("rows", f"{self.rows:,} to train on, the longest of {self.longest_row} tokens"),
             (
                 "a step",
-                f"{self.rows_of_a_step} rows = {split} x processes {self.num_processes}{spread}; every agent "
-                "sees all",
+                f"{self.rows_of_a_step} rows = {split} x processes {self.num_processes}{spread}; "
+                f"{_who_sees_them(config)}",
             ),
             *([] if self.num_processes == 1 else [("processes", self._holders()), ("sent", self._sent())]),
             ("steps", f"{self.steps:,} ({self.steps_of_an_epoch:,} an epoch, {epochs:.2f} epochs)"),
@@ -78,6 +78,12 @@ class Plan(NamedTuple):
         for name, text in self.describe(config):
             table.add_row(name, text)
         return table
+
+
+def _who_sees_them(config: RunConfig) -> str:
+    """How the agents differ in the rows of a step."""
+    seen = "every agent has its own" if config.per_agent_batches else "every agent sees all"
+    return seen if config.bootstrap == "none" else f"{seen}, weighted (bootstrap {config.bootstrap})"
 
 
 def _span(first: int, count: int) -> str:

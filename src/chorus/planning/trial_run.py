@@ -179,6 +179,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
         setting.samples,
         config,
         config,
+        agents=agents.agents,
         points_per_row=config.swd_points_per_row,
         pad_id=setting.pad_id,
         process_index=engine.mesh.data_index,

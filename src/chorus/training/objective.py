@@ -30,7 +30,7 @@ class Objective(NamedTuple):
 
     Attributes:
         share: scalar to run backward from. Shares of all micro-batches and processes sum to the objective.
-        nll_K: summed NLL of each agent over this process's target tokens, nats, detached.
+        nll_K: summed NLL of each agent over this process's target tokens, weighted, nats, detached.
         swd: R_SW of this micro-batch over all processes, detached; None when lambda is 0.
         shared_nll: what responsibilities have put in the place of the mean over agents of `nll_K`; None when
             alpha is 1.
@@ -64,6 +64,7 @@ def objective(
     Args:
         nll_KBT: fp32 token NLL, nats, 0 where no loss is due.
         hidden_KBTD: hidden states after the final norm.
+        batch: its weight_KS multiply the NLL, and nothing else.
         num_targets: target tokens of the optimiser step, over all processes and micro-batches.
         num_micro_batches: of the optimiser step; R_SW is averaged over them.
         rows_per_process: S is padded to it, so that every process gathers the same shape.
@@ -74,6 +75,7 @@ def objective(
         head: for predicted distributions, where they are compared.
         responsibilities: None: alpha is 1, each agent has its own loss on every row.
     """
+    nll_KBT = weighted(nll_KBT, batch)
     nll_K = nll_KBT.sum((1, 2))
     is_sound_K = nll_K.isfinite()
     due_K, shared_nll = nll_K, None
@@ -94,6 +96,16 @@ def objective(
     num_agents = nll_KBT.shape[0] * agent_size
     share = task - num_agents * lambda_sw * distance / num_micro_batches
     return Objective(share, nll_K.detach(), distance.detach(), shared_nll)
+
+
+def weighted(nll_KBT: Tensor, batch: Batch) -> Tensor:
+    """The NLL of each token times the weight of its sample for the agent."""
+    if batch.weight_KS is None:
+        return nll_KBT
+    if batch.sample_BT is None:
+        return nll_KBT * batch.weight_KS[:, :, None]
+    sample_KN = batch.sample_BT.view(batch.num_sets, -1).expand(len(nll_KBT), -1)
+    return nll_KBT * batch.weight_KS.gather(1, sample_KN.clamp(min=0)).view_as(nll_KBT)
 
 
 def objective_of(

@@ -41,7 +41,7 @@ class MicroBatchLosses(NamedTuple):
     """What one micro-batch of this process adds to the reported losses.
 
     Attributes:
-        nll_K: summed NLL of each agent over this process's target tokens, nats.
+        nll_K: summed NLL of each agent over this process's target tokens, weighted, nats.
         swd: R_SW over all processes; None when lambda is 0.
         shared_nll: what responsibilities have put in the place of the mean over all agents of `nll_K`; None
             without.

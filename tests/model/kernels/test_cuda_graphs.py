@@ -55,7 +55,7 @@ def test_other_packed_rows_bring_their_own_masks_into_a_recording(
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     masks_for = partial(masks_of, tiny_gemma(attention=attention))
     first, second = (packed_row(lengths) for lengths in ([200, 50], [60, 150]))
-    captured, expected = first.repeated(1), masks_for(second)
+    captured, expected = first.copied(), masks_for(second)
     masks = masks_for(captured)
     assert any(not torch.equal(dense(masks[kind]), dense(expected[kind])) for kind in expected)
     fill(captured, masks, second, masks_for)

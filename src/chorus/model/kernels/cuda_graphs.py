@@ -32,9 +32,9 @@ class Rows(NamedTuple):
     position_NT: Tensor | None
     sample_NT: Tensor | None
 
-    def repeated(self, times: int) -> "Rows":
-        """The rows over and over, in tensors of their own."""
-        tensors = (None if tensor is None else tensor.repeat(times, 1) for tensor in self)
+    def copied(self) -> "Rows":
+        """The rows in tensors of their own."""
+        tensors = (None if tensor is None else tensor.clone() for tensor in self)
         return Rows(*tensors)  # pyright: ignore[reportArgumentType]
 
 
@@ -102,7 +102,7 @@ class CapturedPasses:
         logger.info("preparing passes of %d rows of %d tokens: layers are compiled, then captured", N, T)
         try:
             with span("recording"):
-                self.captures[key] = _capture(run, rows.repeated(1), flat_KF, self.masks_of, pool)
+                self.captures[key] = _capture(run, rows.copied(), flat_KF, self.masks_of, pool)
         except RunError:
             raise
         except RuntimeError as error:

@@ -1,0 +1,53 @@
+"""Bootstrap weights: every agent weighs the rows of the shared batch in its own way, alike in each epoch.
+
+Poisson(1) counts are the bootstrap (Efron 1979) for rows that arrive one by one (Oza & Russell 2001).
+Exponential(1) weights are the Bayesian bootstrap (Rubin 1981): divided by their sum they are a draw from the
+flat Dirichlet distribution.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from chorus.errors import InputError
+from chorus.seeding import derive_seed
+
+Bootstrap = Literal["poisson", "bayesian"]
+
+
+def row_weights(kind: Bootstrap, seed: int, agents: Sequence[int], num_targets_N: Tensor) -> Tensor:
+    """Each agent's weight on each training row, a function of the seed, the agent and the row's place in the
+    data.
+
+    An agent's weights are divided by their mean over the target tokens of all rows. So over an epoch its loss
+    is the weighted token mean, sum_r w_r NLL_r / sum_r w_r n_r, and every agent learns at the same rate.
+
+    Args:
+        num_targets_N: target tokens n_r of each training row.
+
+    Returns:
+        weight_KN: fp32, in the order of `agents`. It takes 4 bytes a row and agent.
+
+    Raises:
+        InputError: an agent is left without any row, as Poisson counts may do with a handful of them.
+    """
+    weights = []
+    for agent in agents:
+        # On the CPU and without `exponential_`, so that no machine draws other numbers.
+        generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", agent))
+        if kind == "poisson":
+            one_N = torch.ones(len(num_targets_N), dtype=torch.float64)
+            weight_N = torch.poisson(one_N, generator=generator)
+        else:
+            uniform_N = torch.rand(len(num_targets_N), dtype=torch.float64, generator=generator)
+            weight_N = -torch.log1p(-uniform_N)
+        mean = (weight_N * num_targets_N).sum() / num_targets_N.sum()
+        if mean == 0:
+            raise InputError(
+                f"key 'bootstrap': poisson leaves agent {agent} none of the {len(num_targets_N)} training "
+                "rows; set it to bayesian"
+            )
+        weights.append((weight_N / mean).float())
+    return torch.stack(weights)
