@@ -103,6 +103,22 @@ def test_a_weight_that_falls_before_it_has_risen_is_refused():
     assert load("lambda_sw_warmup_ratio: 0.75\nlambda_sw_decay_ratio: 0.25").lambda_sw_decay_ratio == 0.25
 
 
+@pytest.mark.parametrize("setting", ["bootstrap: poisson", "per_agent_batches: true"])
+def test_rows_that_differ_do_not_go_with_responsibilities(setting: str):
+    message = refusal(f"lambda_sw: 0\nresponsibility_alpha: 0.5\n{setting}")
+    assert message.startswith(f"configs.yaml: key '{setting.partition(':')[0]}' (line 3) is ")
+    assert message.endswith("set responsibility_alpha to 1")
+    assert load("lambda_sw: 0\nresponsibility_alpha: 0.5\nbootstrap: none").bootstrap == "none"
+
+
+def test_batches_of_each_agents_own_need_an_order_and_nothing_that_compares_the_agents():
+    message = refusal("per_agent_batches: true\nlambda_sw: 0.5")
+    assert message.startswith("configs.yaml: key 'per_agent_batches' (line 1) is true; the distance compares")
+    assert "set lambda_sw to 0" in message
+    assert refusal("shuffle: false", "per_agent_batches=true", "lambda_sw=0").endswith("set shuffle to true")
+    assert load("per_agent_batches: true\nlambda_sw: 0\nbootstrap: poisson").per_agent_batches
+
+
 @pytest.mark.parametrize("key", ["compile", "cuda_graphs"])
 def test_what_cannot_carry_dropout_is_refused_with_it_and_auto_is_not(key):
     message = refusal(f"{key}: true\nlora_dropout: 0.1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from samples import PAD, make_samples
 
-from chorus.data.batches import Batch, Sample, collate
+from chorus.data.batches import Batch, Sample, collate, collate_apart
 
 
 @pytest.mark.parametrize("pad_to_multiple_of", [1, 8, 64])
@@ -87,6 +87,8 @@ def test_no_rows_make_one_row_of_padding(pad_to_multiple_of: int) -> None:
 
 
 def test_a_batch_moves_as_a_whole() -> None:
-    moved = collate(make_samples(2), PAD).to("meta")
+    batch = collate_apart([make_samples(2), make_samples(2)], PAD)._replace(weight_KS=torch.ones(2, 2))
+    moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    assert {tensor.device.type for tensor in moved if tensor is not None} == {"meta"}
+    assert {part.device.type for part in moved if isinstance(part, torch.Tensor)} == {"meta"}
+    assert moved.own_targets == batch.own_targets

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from chorus.data.bootstrap import Bootstrap, row_weights
+from chorus.data.bootstrap import Bootstrap, bootstrap_weights
 from chorus.errors import InputError
 
 EVERY_KIND = pytest.mark.parametrize("kind", ["poisson", "bayesian"])
@@ -20,7 +20,7 @@ def raw(weight_N: Tensor) -> Tensor:
 
 
 def test_poisson_weights_are_poisson_counts_of_mean_and_variance_1():
-    counts = raw(row_weights("poisson", 3, [5], ALIKE_N)[0])
+    counts = raw(bootstrap_weights("poisson", 3, [5], ALIKE_N)[0])
     assert torch.allclose(counts, counts.round(), atol=1e-5)
     assert counts.mean().item() == pytest.approx(1, abs=4 / N**0.5)
     assert counts.var().item() == pytest.approx(1, abs=4 * (3 / N) ** 0.5)  # four standard errors
@@ -30,7 +30,7 @@ def test_poisson_weights_are_poisson_counts_of_mean_and_variance_1():
 
 
 def test_bayesian_weights_are_exponential_of_mean_and_variance_1_and_leave_no_row_out():
-    weight_N = row_weights("bayesian", 3, [5], ALIKE_N)[0].double()
+    weight_N = bootstrap_weights("bayesian", 3, [5], ALIKE_N)[0].double()
     assert weight_N.mean().item() == pytest.approx(1, abs=1e-6)
     assert weight_N.var().item() == pytest.approx(1, abs=4 * (8 / N) ** 0.5)  # four standard errors
     assert float(weight_N.min()) > 0
@@ -39,17 +39,18 @@ def test_bayesian_weights_are_exponential_of_mean_and_variance_1_and_leave_no_ro
 
 @EVERY_KIND
 def test_an_agents_weights_have_mean_1_over_the_target_tokens(kind: Bootstrap):
-    for weight_N in row_weights(kind, 3, [0, 1, 2], UNLIKE_N).double():
+    for weight_N in bootstrap_weights(kind, 3, [0, 1, 2], UNLIKE_N).double():
         assert float((weight_N * UNLIKE_N).sum() / UNLIKE_N.sum()) == pytest.approx(1, abs=1e-6)
 
 
 @EVERY_KIND
 def test_weights_are_a_function_of_seed_agent_and_row(kind: Bootstrap):
-    weight_KN = row_weights(kind, 3, [0, 1, 7], UNLIKE_N)
-    assert torch.equal(row_weights(kind, 3, [7], UNLIKE_N)[0], weight_KN[2])  # whatever else a process holds
-    fewer_N = row_weights(kind, 3, [7], UNLIKE_N[:500])[0]
+    weight_KN = bootstrap_weights(kind, 3, [0, 1, 7], UNLIKE_N)
+    alone_N = bootstrap_weights(kind, 3, [7], UNLIKE_N)[0]  # on a process that holds no other agent
+    assert torch.equal(alone_N, weight_KN[2])
+    fewer_N = bootstrap_weights(kind, 3, [7], UNLIKE_N[:500])[0]
     assert torch.allclose(fewer_N / fewer_N.max(), weight_KN[2, :500] / weight_KN[2, :500].max())
-    others_N = torch.stack([*weight_KN, row_weights(kind, 4, [7], UNLIKE_N)[0]])
+    others_N = torch.stack([*weight_KN, bootstrap_weights(kind, 4, [7], UNLIKE_N)[0]])
     unlike = torch.corrcoef(others_N) - torch.eye(4)
     assert float(unlike.abs().max()) < 4 / N**0.5
 
@@ -59,5 +60,5 @@ def test_an_agent_without_any_row_is_refused_with_the_remedy():
     with pytest.raises(
         InputError, match=r"key 'bootstrap': poisson leaves agent \d+ none of the 1 training rows"
     ):
-        row_weights("poisson", 0, range(64), torch.tensor([9]))
-    assert bool((row_weights("bayesian", 0, range(64), torch.tensor([9])) == 1).all())
+        bootstrap_weights("poisson", 0, range(64), torch.tensor([9]))
+    assert bool((bootstrap_weights("bayesian", 0, range(64), torch.tensor([9])) == 1).all())

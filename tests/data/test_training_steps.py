@@ -16,7 +16,7 @@ from launching import HELPERS, PATIENCE_S, wait_for
 from samples import PAD, make_samples, training_steps
 
 from chorus.data.batches import Batch, Sample, StepBatch, epoch_order, step_rows, steps_per_epoch
-from chorus.data.bootstrap import row_weights
+from chorus.data.bootstrap import bootstrap_weights
 
 
 def test_an_order_is_a_permutation_of_seed_and_epoch() -> None:
@@ -158,7 +158,7 @@ WAYS = [
 def test_a_row_has_an_agents_weight_in_every_epoch_and_split_and_after_a_resume(way: dict, bootstrap: str):
     samples, agents = make_samples(11), way.get("agents", [0, 2, 3])
     num_targets_N = torch.tensor([sample.num_targets for sample in samples])
-    expected_KN = row_weights(bootstrap, 5, agents, num_targets_N)  # pyright: ignore[reportArgumentType]
+    expected_KN = bootstrap_weights(bootstrap, 5, agents, num_targets_N)  # pyright: ignore[reportArgumentType]
     keys = {"batch_size": 4, "bootstrap": bootstrap, "seed": 5, "agents": agents, **way}
     seen = []
     for process in range(keys.get("processes", 1)):

@@ -27,7 +27,7 @@ from chorus.config import Config
 from chorus.config.execution import MODES
 from chorus.config.per_agent import NumberOrList, of_agent
 from chorus.data.batches import Batch, epoch_order, training_steps
-from chorus.data.bootstrap import row_weights
+from chorus.data.bootstrap import bootstrap_weights
 from chorus.mesh import ALONE
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents
@@ -112,7 +112,7 @@ def lone_step(agent: int, bootstrap: Any, has_own_rows: bool) -> tuple[dict[tupl
     weight_N = torch.ones(len(SAMPLES))
     if bootstrap != "none":
         num_targets_N = torch.tensor([sample.num_targets for sample in SAMPLES])
-        [weight_N] = row_weights(bootstrap, config.seed, [agent], num_targets_N)
+        [weight_N] = bootstrap_weights(bootstrap, config.seed, [agent], num_targets_N)
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     model = get_peft_model(tiny_gemma().double(), lora)
     model.train()

@@ -12,7 +12,7 @@ from torch import Tensor
 from toy import ALPHA, toy_agents, toy_samples
 
 from chorus.config.per_agent import NumberOrList
-from chorus.data.batches import collate
+from chorus.data.batches import collate, collate_apart
 from chorus.model.agents import Agents, Mode
 from chorus.model.kernels.decoder_layers import Recompute
 
@@ -67,6 +67,16 @@ def test_agents_with_values_of_their_own_are_exact_on_the_gpu(execution: dict, d
     assert_as_exact_as_plain_agents(agents, dtype, "cuda", **values)
 
 
+@on_a_gpu
+@pytest.mark.parametrize("packing", [None, (40, 2)])
+@pytest.mark.parametrize("execution", [{"captured": True}, {"compiled": True, "captured": True}], ids=str)
+def test_rows_of_each_agents_own_are_exact_on_the_gpu(
+    execution: dict, packing: tuple[int, int] | None, dtype: torch.dtype
+):
+    agents = toy_agents("fused", dtype=dtype, device="cuda", **execution)
+    assert_as_exact_as_plain_agents(agents, dtype, "cuda", 0.0, packing, has_own_rows=True)
+
+
 def assert_as_exact_as_plain_agents(
     agents: Agents,
     dtype: torch.dtype,
@@ -75,6 +85,7 @@ def assert_as_exact_as_plain_agents(
     packing: tuple[int, int] | None = None,
     head_dim: int = 8,
     alpha: NumberOrList = ALPHA,
+    has_own_rows: bool = False,
 ) -> None:
     """Losses and gradients against plain fp32; in bf16 to one and a half times the error of plain bf16.
 
@@ -83,27 +94,40 @@ def assert_as_exact_as_plain_agents(
     rows than its own.
     """
     expected, allowed = (
-        plain_results(one, device, dropconnect_p, head_dim, alpha) for one in (torch.float32, dtype)
+        plain_results(one, device, dropconnect_p, head_dim, alpha, has_own_rows)
+        for one in (torch.float32, dtype)
     )
-    found = results(agents, device, packing)
+    found = results(agents, device, packing, has_own_rows)
     for name, error in distances(found, expected).items():
         assert error < 1.5 * distances(allowed, expected)[name] + 1e-4, name
 
 
 @cache
 def plain_results(
-    dtype: torch.dtype, device: str, dropconnect_p: NumberOrList, head_dim: int, alpha: NumberOrList
+    dtype: torch.dtype,
+    device: str,
+    dropconnect_p: NumberOrList,
+    head_dim: int,
+    alpha: NumberOrList,
+    has_own_rows: bool,
 ) -> dict[str, Tensor]:
     how = {"dropconnect_p": dropconnect_p, "head_dim": head_dim, "alpha": alpha}
-    return results(toy_agents("parallel", dtype=dtype, device=device, **how), device, None)
+    agents = toy_agents("parallel", dtype=dtype, device=device, **how)
+    return results(agents, device, None, has_own_rows)
 
 
-def results(agents: Agents, device: str, packing: tuple[int, int] | None) -> dict[str, Tensor]:
+def results(
+    agents: Agents, device: str, packing: tuple[int, int] | None, has_own_rows: bool
+) -> dict[str, Tensor]:
     """Eight steps' losses of each agent and, agent by agent, all gradients in one."""
     steps = []
     for step in range(8):
-        batch = collate(toy_samples(4, 20, seed=step), 0, 20, 3, packing).to(device)
-        output, gradients = run(agents, batch, step)
+        batch = collate(toy_samples(4, 20, seed=step), 0, 20, 3, packing)
+        if has_own_rows:
+            own = [toy_samples(4, 20, seed=10 * step + agent) for agent in agents.agents]
+            batch = collate_apart(own, 0, 20, packing)
+        lambda_sw = 0.0 if has_own_rows else 0.5
+        output, gradients = run(agents, batch.to(device), step, lambda_sw)
         of_agents = {
             f"agent {k}": torch.cat([g.flatten() for identity, g in gradients.items() if identity.agent == k])
             for k in agents.agents

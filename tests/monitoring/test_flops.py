@@ -2,8 +2,9 @@
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from toy import tiny_gemma, toy_agents, toy_batch
+from toy import tiny_gemma, toy_agents, toy_batch, toy_samples
 
+from chorus.data.batches import collate, collate_apart
 from chorus.model.agents import causal_lm
 from chorus.monitoring.flops import work_of
 
@@ -34,6 +35,17 @@ def test_packed_samples_meet_themselves_alone_and_padding_is_computed():
     products = work._replace(attention=0).useful_flops(6, 10, 3 * len(batch.target_rows_N))
     attention = sum(3 * 2 * length**2 * work.attention for length in (3, 7, 4))
     assert work.of_batch(batch._replace(sample_BT=sample_BT), 3) == products + 3 * attention
+
+
+def test_rows_of_each_agents_own_count_once():
+    work, samples = work_of(tiny_gemma()), toy_samples(6, longest=9)
+    for packing in (None, (20, 3)):
+        own = [samples[:3], samples[3:]]
+        T = max(len(sample.ids) for sample in samples) - 1
+        alone = [collate(rows, 0, T, packing=packing) for rows in own]
+        together = collate_apart(own, 0, T, packing)
+        assert len({len(batch.input_BT) for batch in alone}) == 1, "equal numbers of rows, so equal padding"
+        assert work.of_batch(together, 2) == sum(work.of_batch(batch, 1) for batch in alone)
 
 
 def test_adapters_are_not_the_bases():

@@ -84,12 +84,19 @@ def test_losses_and_tokens_are_summed_over_processes_and_the_distance_is_not():
     assert means.swd == pytest.approx(1.5)
 
 
-def test_the_throughput_counts_every_agents_tokens_on_every_process(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("sets", [1, 3], ids=["shared", "own"])
+def test_the_throughput_counts_every_agents_tokens_on_every_process(
+    sets: int, monkeypatch: pytest.MonkeyPatch
+):
     clock = iter([100.0, 104.0, 104.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     meter = Meter(3, torch.device("cpu"))
     for _ in range(2):
-        meter.add(step_of(part([1.0, 1.0, 1.0], None), num_targets=5, rows=5), 0.0)
+        done = step_of(part([1.0, 1.0, 1.0], None), num_targets=5, rows=5 * sets)
+        if sets > 1:  # each agent has 5 rows of its own
+            [batch] = done.batch.micro_batches
+            done.batch.micro_batches[0] = batch._replace(own_targets=(1, 1, 1))
+        meter.add(done, 0.0)
     assert read(meter, EngineOf([0.0, 0.0, 0.0, 60.0])).agent_tokens_per_second == pytest.approx(3 * 160 / 4)
 
 

@@ -81,6 +81,18 @@ def test_the_share_of_tokens_is_that_of_the_batches_of_the_first_epoch() -> None
     assert share_of_tokens(config, MIXED - 1) == pytest.approx(together / apart)
 
 
+def test_batches_of_each_agents_own_are_all_as_large_as_the_largest() -> None:
+    own = {"num_agents": 2, "per_agent_batches": True, "lambda_sw": 0}
+    config = Config.model_validate(GPU | own)
+    apart, together = 0, 0
+    for rows in epoch_order(len(MIXED), config.seed, 0, True).split(2 * 8):
+        parts = [(MIXED[part] - 1).tolist() for part in rows.split(8)]
+        apart += len(rows) * one_a_row([length for part in parts for length in part], 16).T
+        layouts = [packed(lengths, 127, 16, 8) for lengths in parts]
+        together += len(parts) * max(layout.B for layout in layouts) * layouts[0].T
+    assert share_of_tokens(config, MIXED - 1) == pytest.approx(together / apart)
+
+
 def test_what_is_given_stays_and_a_resumed_run_keeps_what_its_checkpoint_has(
     tmp_path: Path, accelerator: Accelerator
 ) -> None:

@@ -33,6 +33,18 @@ def test_steps_are_those_that_take_every_row_once_an_epoch(tmp_path: Path):
     assert planned(tmp_path, 50, 2, batch_size=4, max_train_steps=7)[0].steps == 7
 
 
+def test_it_says_in_what_the_agents_rows_differ(tmp_path: Path):
+    told = []
+    for settings in ({}, {"bootstrap": "poisson"}, {"per_agent_batches": True, "lambda_sw": 0}):
+        run, config = planned(tmp_path, 50, 1, **settings)
+        told.append(dict(run.describe(config))["a step"].partition("; ")[2])
+    assert told == [
+        "every agent sees all",
+        "every agent sees all, weighted (bootstrap poisson)",
+        "every agent has its own",
+    ]
+
+
 def test_it_says_who_holds_which_agents_and_what_each_process_sends(tmp_path: Path):
     batch = {"batch_size": 4, "swd_points_per_row": 2, "swd_num_projections": 5}
     run, config = planned(tmp_path, 50, 4, num_agents=4, agent_parallel_size=2, **batch)

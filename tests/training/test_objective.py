@@ -142,6 +142,27 @@ def test_it_is_k_times_the_mean_loss_less_lambda_times_the_distance():
     assert part.swd == distance
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_weights_multiply_the_loss_of_a_samples_tokens_and_leave_the_distance_as_it_is(is_packed: bool):
+    nll_KBT, hidden_KBTD, batch = torch.rand(3, 4, 10), torch.randn(3, 4, 10, 5), toy_batch()
+    sample_BT = torch.arange(4)[:, None].expand(4, 10)
+    if is_packed:  # a sample is half a row of an agent, and the last half is padding
+        sample_BT = torch.arange(8).repeat_interleave(5).view(4, 10)
+        sample_BT[3, 5:] = -1
+        nll_KBT[:, 3, 5:] = 0
+        batch = batch._replace(sample_BT=sample_BT)
+    weight_KS = torch.rand(3, 8 if is_packed else 4)
+    plain = loss_fn(nll_KBT, hidden_KBTD, batch, lambda_sw=0.7)
+    part = loss_fn(nll_KBT, hidden_KBTD, batch._replace(weight_KS=weight_KS), lambda_sw=0.7)
+    expected_K = [
+        sum(float(weight * nll_BT[sample_BT == s].sum()) for s, weight in enumerate(weight_S))
+        for nll_BT, weight_S in zip(nll_KBT, weight_KS, strict=True)
+    ]
+    assert part.nll_K.tolist() == pytest.approx(expected_K)
+    assert part.swd == plain.swd
+    assert part.share.item() == pytest.approx(sum(expected_K) / 20 - 3 * 0.7 * float(part.swd), abs=1e-5)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_makes_its_agents_gradient_none_and_no_other_ones(value: float):
     nll_KBT, hidden_KBTD, batch = torch.rand(3, 4, 10), torch.randn(3, 4, 10, 5), toy_batch()

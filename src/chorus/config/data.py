@@ -101,13 +101,23 @@ class DataSettings(Section):
             )
         return multiple
 
+    @field_validator("bootstrap", "per_agent_batches")
+    @classmethod
+    def _leaves_the_rows_to_all(cls, wanted: str | bool, info: ValidationInfo) -> str | bool:
+        if wanted not in ("none", False) and info.data.get("responsibility_alpha", 1.0) < 1:
+            raise ValueError(
+                "responsibilities weigh the same rows for all agents, and responsibility_alpha is below 1; "
+                "set responsibility_alpha to 1"
+            )
+        return wanted
+
     @field_validator("per_agent_batches")
     @classmethod
     def _leaves_nothing_to_compare(cls, wanted: bool, info: ValidationInfo) -> bool:
         if wanted and info.data.get("lambda_sw"):
             raise ValueError(
-                "the distance between agents compares them on the same rows, and lambda_sw is above 0; set "
-                "lambda_sw to 0, or use bootstrap in its place"
+                "the distance compares agents on the same rows, and lambda_sw is above 0; set lambda_sw to "
+                "0, or use bootstrap, which leaves the rows the same"
             )
         if wanted and not info.data.get("shuffle", True):
             raise ValueError("without shuffle all agents have the order of the data; set shuffle to true")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from chorus.config.data import DataSettings
 from chorus.config.training import TrainingSettings
-from chorus.data.bootstrap import row_weights
+from chorus.data.bootstrap import bootstrap_weights
 from chorus.data.packing import Layout, one_a_row, packed
 from chorus.data.samples import Sample, Samples
 from chorus.errors import SIGNALS
@@ -147,7 +147,7 @@ def collate_apart(
     layouts = [_layout(samples, pad_to_multiple_of, packing) for samples in samples_of_agents]
     B, T = max(layout.B for layout in layouts), max(layout.T for layout in layouts)
     parts = [
-        _filled(samples, Layout(B, T, layout.places), pad_id, 1, packing is not None)
+        _filled(samples, Layout(B, T, layout.places), pad_id, 0, packing is not None)
         for samples, layout in zip(samples_of_agents, layouts, strict=True)
     ]
     together = {
@@ -158,7 +158,7 @@ def collate_apart(
     return Batch(
         **together,
         target_rows_N=torch.cat([part.target_rows_N + k * B * T for k, part in enumerate(parts)]),
-        points_SM=torch.full((1, 1), -1),
+        points_SM=parts[0].points_SM,  # none
         own_targets=tuple(len(part.target_rows_N) for part in parts),
     )
 
@@ -184,10 +184,12 @@ def _filled(
         input_BT[row, span] = ids[:-1]
         target_BT[row, span] = ids[1:]
         mask_BT[row, span] = is_target[1:]
-        position_BT[row, span] = torch.arange(len(ids) - 1)
-        sample_BT[row, span] = number
-        points = _evenly_spaced(is_target[1:].nonzero().squeeze(1), points_per_row)
-        points_SM[number, : len(points)] = row * T + start + points
+        if is_packed:
+            position_BT[row, span] = torch.arange(len(ids) - 1)
+            sample_BT[row, span] = number
+        if points_per_row:
+            points = _evenly_spaced(is_target[1:].nonzero().squeeze(1), points_per_row)
+            points_SM[number, : len(points)] = row * T + start + points
     batch = Batch(input_BT, target_BT, mask_BT, mask_BT.flatten().nonzero().squeeze(1), points_SM)
     return batch._replace(position_BT=position_BT, sample_BT=sample_BT) if is_packed else batch
 
@@ -289,7 +291,7 @@ class _Steps(Dataset[StepBatch]):
         self.epoch, self.orders = -1, list[Tensor]()
         self.weight_KN = None
         if data.bootstrap != "none":
-            self.weight_KN = row_weights(data.bootstrap, self.seed, agents, self.num_targets_N)
+            self.weight_KN = bootstrap_weights(data.bootstrap, self.seed, agents, self.num_targets_N)
 
     def __getitem__(self, step: int) -> StepBatch:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

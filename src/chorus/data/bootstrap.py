@@ -17,7 +17,7 @@ from chorus.seeding import derive_seed
 Bootstrap = Literal["poisson", "bayesian"]
 
 
-def row_weights(kind: Bootstrap, seed: int, agents: Sequence[int], num_targets_N: Tensor) -> Tensor:
+def bootstrap_weights(kind: Bootstrap, seed: int, agents: Sequence[int], num_targets_N: Tensor) -> Tensor:
     """Each agent's weight on each training row, a function of the seed, the agent and the row's place in the
     data.
 

@@ -11,7 +11,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from chorus.collectives import on_first_process
 from chorus.config import Config
 from chorus.data.batches import epoch_order
-from chorus.data.packing import one_a_row, packed
+from chorus.data.packing import Layout, one_a_row, packed
 from chorus.errors import InputError
 from chorus.model.attention import LONG, check_packing
 from chorus.model.base import toy_like
@@ -91,11 +91,18 @@ def _against(config: Config, base: PretrainedConfig, device: torch.device, in_sh
 def share_of_tokens(config: Config, lengths: np.ndarray) -> float:
     """Tokens of packed batches, padding included, for each of batches with one sample a row."""
     order = epoch_order(len(lengths), config.seed, 0, config.shuffle).numpy()
-    apart = together = 0
+    apart, together = list[Layout](), list[Layout]()
     for start in range(0, min(len(order), BATCHES * config.batch_size), config.batch_size):
         own = lengths[order[start : start + config.batch_size]].tolist()
-        rows, length, _ = one_a_row(own, config.padding)
-        apart += rows * length
-        rows, length, _ = packed(own, config.max_seq_length - 1, config.padding, config.batch_size)
-        together += rows * length
-    return together / apart
+        apart.append(one_a_row(own, config.padding))
+        together.append(packed(own, config.max_seq_length - 1, config.padding, config.batch_size))
+    at_once = 1
+    if config.per_agent_batches and isinstance(config.num_agents, int):
+        at_once = config.num_agents  # any other batches stand for those of the agents
+    return _tokens(together, at_once) / _tokens(apart, at_once)
+
+
+def _tokens(layouts: list[Layout], at_once: int) -> int:
+    """Of batches, so many of which are padded to the size of the largest of them."""
+    groups = [layouts[first : first + at_once] for first in range(0, len(layouts), at_once)]
+    return sum(len(one) * max(own.B for own in one) * max(own.T for own in one) for one in groups)
