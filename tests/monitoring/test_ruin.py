@@ -42,7 +42,8 @@ def run(folder: Path, **keys: Any) -> tuple[list[dict[str, Any]], list[str]]:
     agents = build_agents("fused", model, 2, lora_shape(config), Regularisation(0, 0, 0))
     samples = read_rows(config, config.seed, load_tokenizer(config.model_name)).train
     where = {"process_index": 0, "num_processes": 1, "num_steps": NUM_STEPS, "pad_id": 1}
-    steps = training_steps(samples, config, config, points_per_row=config.swd_points_per_row, **where)
+    where["points_per_row"] = config.swd_points_per_row
+    steps = training_steps(samples, config, config, agents=agents.agents, **where)
     accelerator = Accelerator(cpu=True)
     engine, run_log = start_engine(accelerator, agents, config), open_run_log(accelerator, folder, {}, [])
     script.train(engine, steps, 0, NUM_STEPS, config, NoCheckpoints(folder, config, {}), run_log)
