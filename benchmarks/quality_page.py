@@ -1,0 +1,253 @@
+"""quality.md: the tables of quality.py, with intervals, and a picture of each task."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from quality_arms import APART, COMBINED, SINGLE
+from results import Row, markdown_table
+
+# Score, heading, digits.
+COLUMNS = (
+    ("accuracy", "right", 3),
+    ("nll_plain", "NLL", 4),
+    ("nll", "NLL cal.", 4),
+    ("nll_member", "of a member", 4),
+    ("brier", "Brier", 4),
+    ("ece", "ECE", 3),
+    ("auroc_errors", "AUROC err", 3),
+    ("aurc", "AURC", 4),
+    ("auroc_ood", "AUROC ood", 3),
+    ("auroc_ood_mi", "ood by MI", 3),
+    ("disagreement", "disagree", 3),
+)
+COMPARED = (("nll", -1), ("auroc_errors", 1), ("auroc_ood", 1), ("accuracy", 1))  # and which sign is better
+HEAD = """\
+# Is an ensemble worth it?
+
+`python benchmarks/quality.py` measures what stands here; its docstring says how, quality_arms.py what the arms
+are. Every arm's rate, epochs, rank and strength were chosen on tuning rows, its temperature was fitted to
+calibration rows, and the test rows were scored once. Scores are means over seeds, ± their standard deviation.
+NLL and Brier are of a question, or of a token where answers are written; NLL cal. and what stands right of it
+is at the fitted temperature. AUROC err tells wrong answers by their probability, AUROC ood rows of another kind
+by entropy, or by the members' mutual information (MI). A difference comes with the 95 % interval of a paired
+bootstrap over the test rows; **bold** is better, outside of it.
+
+A pass is one row through the base, forward and backward, for one agent. Seconds are those of one seed's
+training, from the median step of a run of its own, without compilation.
+"""
+
+
+def page(rows: list[Row]) -> str:
+    """The Markdown page of all rows."""
+    parts = [HEAD]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        measured = [row for row in own if row["kind"] == "arm" and "failed" not in row]
+        parts.append(f"## {task}\n")
+        if measured:
+            parts += [_scores(measured), _differences(measured), _verdict(measured)]
+            parts.append(f"![Calibrated NLL by seconds of training]({picture_name(task)})\n")
+        parts.append(_tuning([row for row in own if row["kind"] == "tuning"]))
+        failed = [f"- {row['arm']} ({row['kind']}): {row['failed']}" for row in own if "failed" in row]
+        if failed:
+            parts += ["Not measured:\n", "\n".join(failed) + "\n"]
+        parts.append(_about(measured))
+    return "\n".join(part for part in parts if part)
+
+
+def picture_name(task: str) -> str:
+    return f"quality-{task}.png"
+
+
+def best_single(measured: Sequence[Row]) -> Row | None:
+    """The single LoRA with the least NLL of the tuning rows, whatever its rank and number of steps."""
+    singles = [row for row in measured if row["arm"].startswith(SINGLE)]
+    return min(singles, key=lambda row: row["tuning_nll"], default=None)
+
+
+def mean_of(row: Row, score: str) -> float | None:
+    """The mean over seeds; None where it is not defined."""
+    values = [own[score] for own in row["seeds"] if own.get(score) is not None]
+    return fmean(values) if values and all(value == value for value in values) else None
+
+
+def difference(row: Row, other: Row, score: str) -> tuple[float, float, float] | None:
+    """row less other: the mean over seeds, and its 95 % interval; None where one lacks the score."""
+    means = mean_of(row, score), mean_of(other, score)
+    if None in means or score not in row["draws"] or score not in other["draws"]:
+        return None
+    apart_R = _draws(row, score) - _draws(other, score)
+    low, high = apart_R.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return means[0] - means[1], low, high  # pyright: ignore[reportOptionalOperand]
+
+
+def _draws(row: Row, score: str) -> torch.Tensor:
+    return torch.tensor([float(value) for value in row["draws"][score].split()], dtype=torch.float64)
+
+
+def is_better(row: Row, other: Row, score: str, sign: int) -> bool:
+    """Whether it is so outside the interval."""
+    found = difference(row, other, score)
+    return found is not None and min(sign * found[1], sign * found[2]) > 0
+
+
+def _scores(measured: Sequence[Row]) -> str:
+    columns = [column for column in COLUMNS if any(mean_of(row, column[0]) is not None for row in measured)]
+    head = ["arm", "K", *(heading for _, heading, _ in columns), "passes", "s"]
+    lines = [head]
+    for row in measured:
+        cost = [f"{row['passes']:,}", f"{row['train_s']:.1f}"] if "passes" in row else ["", ""]
+        cells = [_cell(row, score, digits) for score, _, digits in columns]
+        lines.append([row["arm"], str(row["size"] or ""), *cells, *cost])
+    return markdown_table(lines) + "\n"
+
+
+def _cell(row: Row, score: str, digits: int) -> str:
+    mean = mean_of(row, score)
+    if mean is None:
+        return ""
+    values = [own[score] for own in row["seeds"]]
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+def _differences(measured: Sequence[Row]) -> str:
+    """Every arm less the best single LoRA, and less K independent ones."""
+    references = [best_single(measured), _named(measured, APART)]
+    kept = [(row, other) for other in references if other is not None for row in measured if row is not other]
+    if not kept:
+        return ""
+    lines = [["arm", "less", *(score for score, _ in COMPARED)]]
+    for row, other in kept:
+        cells = []
+        for score, sign in COMPARED:
+            found = difference(row, other, score)
+            text = "" if found is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
+            cells.append(f"**{text}**" if is_better(row, other, score, sign) else text)
+        lines.append([row["arm"], other["arm"], *cells])
+    return markdown_table(lines) + "\n"
+
+
+def _named(measured: Sequence[Row], name: str) -> Row | None:
+    return next((row for row in measured if row["arm"] == name), None)
+
+
+def _verdict(measured: Sequence[Row]) -> str:
+    """What beats the best single LoRA in calibrated NLL and in telling errors or other rows, and at what
+    cost."""
+    best, apart = best_single(measured), _named(measured, APART)
+    if best is None:
+        return ""
+    ensembles = [row for row in measured if row["size"] > 1]
+    winners = [
+        row
+        for row in ensembles
+        if is_better(row, best, "nll", -1)
+        and any(is_better(row, best, score, 1) for score in ("auroc_errors", "auroc_ood"))
+    ]
+    lines = [f"Best single LoRA, by tuning: {best['arm']}, {best['train_s']:.1f} s of training."]
+    lines.append(
+        "Better in calibrated NLL and in AUROC err or ood, outside the intervals: " + _list(winners, best)
+    )
+    if apart is not None:
+        above = [row for row in ensembles if row is not apart and is_better(row, apart, "nll", -1)]
+        lines.append(f"Better than {APART} in calibrated NLL, outside the intervals: " + _list(above, apart))
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _list(rows: Sequence[Row], other: Row) -> str:
+    named = [f"{row['arm']} ({row['train_s'] / other['train_s']:.1f} times its seconds)" for row in rows]
+    return ("; ".join(named) or "none") + "."
+
+
+def _tuning(tried: Sequence[Row]) -> str:
+    """What was tried, the NLL of the tuning rows by rate; the least of an arm in bold."""
+    tried = [row for row in tried if "failed" not in row]
+    if not tried:
+        return ""
+    rates = sorted({rate for row in tried for rate in row["rates"]})
+    best = {
+        arm: min(
+            (nll for row in tried if row["arm"] == arm for nll in row["nll"] if nll == nll), default=None
+        )
+        for arm in {row["arm"] for row in tried}
+    }
+    lines = [["tuning", "epochs", "variant", *(f"{rate:g}" for rate in rates)]]
+    for row in tried:
+        of_rate = dict(zip(row["rates"], row["nll"], strict=True))
+        cells = []
+        for rate in rates:
+            text = f"{of_rate[rate]:.4f}" if rate in of_rate else ""
+            cells.append(f"**{text}**" if rate in of_rate and of_rate[rate] == best[row["arm"]] else text)
+        variant = ", ".join(f"{key} {value}" for key, value in row["variant"].items())
+        lines.append([row["arm"], str(row["epochs"]), variant, *cells])
+    return markdown_table(lines) + "\n"
+
+
+def _about(measured: Sequence[Row]) -> str:
+    """On what, and by which commands."""
+    machines = dict.fromkeys(
+        f"{about['device']}, {about['dtype']}, torch {about['torch']}, transformers {about['transformers']}, "
+        f"commit {about['commit']}: `{about['command']}`"
+        for about in (row["about"] for row in measured)
+    )
+    return "\n".join(f"- {machine}" for machine in machines) + "\n"
+
+
+def draw_pictures(rows: Sequence[Row], out: Path) -> None:
+    """For each task calibrated NLL over seconds of training, as quality-TASK.png; nothing without
+    matplotlib."""
+    try:
+        from chorus.reporting.drawing import picture
+    except ImportError:
+        print("no pictures: pip install -e '.[report]' brings matplotlib")
+        return
+    for task in dict.fromkeys(row["task"] for row in rows):
+        measured = [
+            row
+            for row in rows
+            if row["task"] == task
+            and row["kind"] == "arm"
+            and row.get("train_s", 0) > 0
+            and "failed" not in row
+        ]
+        if measured:
+            drawn = picture(
+                f"quality-{task}", task, "", lambda axes, own=measured: _draw(axes, own), size=(7.2, 4.4)
+            )
+            (out / picture_name(task)).write_bytes(drawn.png)
+
+
+def _draw(axes: Any, measured: Sequence[Row]) -> None:
+    """Points in groups, with the interval of each NLL; numbers of agents beside those of the sweeps."""
+    groups: dict[str, list[Row]] = {}
+    for row in measured:
+        groups.setdefault(_group(row["arm"]), []).append(row)
+    for number, (name, own) in enumerate(groups.items()):
+        x, y, spread = [row["train_s"] for row in own], [], []
+        for row in own:
+            mean = mean_of(row, "nll") or float("nan")
+            low, high = (
+                _draws(row, "nll").quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+            )
+            y.append(mean)
+            spread.append((max(0.0, mean - low), max(0.0, high - mean)))
+            if row["size"] > 1:
+                axes.annotate(
+                    str(row["size"]), (row["train_s"], mean), xytext=(4, 3), textcoords="offset points"
+                )
+        errors = list(zip(*spread, strict=True))
+        axes.errorbar(x, y, errors, fmt="os^Dv"[number % 5], markersize=4, elinewidth=0.8, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds of training, one seed")
+    axes.set_ylabel("calibrated NLL, nats")
+
+
+def _group(arm: str) -> str:
+    for name in (SINGLE, APART, COMBINED):
+        if arm.startswith(name):
+            return name
+    return "Chorus, one source" if arm.startswith("Chorus") else "K members of one LoRA"
