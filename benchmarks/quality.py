@@ -63,12 +63,13 @@ class Study:
 
     def __init__(self, bench: Bench, results: Results, options: argparse.Namespace, end: float) -> None:
         self.bench, self.results, self.options, self.end = bench, results, options, end
-        self.ms_per_agent = 0.0  # of a step; the slowest run so far
+        self.ms_per_agent = self.other_s = 0.0  # of a step, and beside the steps; the slowest run so far
         device = bench.accelerator.device
         self.about = conditions(device, DTYPES[decide_precision("auto")])
 
     def row(self, kind: str, arm: Arm, **more: Any) -> Row:
-        return {"kind": kind, "task": self.bench.rows.name, "arm": arm.name, "size": arm.size, **more}
+        where = {"base": Path(self.options.model).name, "task": self.bench.rows.name}
+        return {"kind": kind, **where, "arm": arm.name, "size": arm.size, **more}
 
     def rank(self, arm: Arm, variant: Settings) -> int:
         return {**arm.settings, **variant}.get("lora_rank", self.options.rank)
@@ -88,16 +89,19 @@ class Study:
 
     def chosen(self, name: str) -> Chosen | None:
         """The best of what was tried of an arm on this task."""
+        wanted = ("tuning", Path(self.options.model).name, self.bench.rows.name, name)
         found = [
             Chosen(rate, row["epochs"], row["variant"], nll)
             for row in self.results.rows
-            if (row["kind"], row["task"], row["arm"]) == ("tuning", self.bench.rows.name, name)
+            if (row["kind"], row["base"], row["task"], row["arm"]) == wanted
             for rate, nll in zip(row.get("rates", ()), row.get("nll", ()), strict=True)
             if nll == nll
         ]
         return min(found, key=lambda one: one.nll, default=None)
 
     def tune(self, arm: Arm) -> Chosen:
+        if arm.tuned_as is not None and (other := self.chosen(arm.tuned_as)) is not None:
+            return other
         for row in self.tuning_rows(arm):
             if not self.results.is_measured(row):
                 self.keep(row, lambda row=row: self.tried(arm, row["epochs"], row["variant"]))
@@ -134,7 +138,7 @@ class Study:
         """
         num_steps = steps or self.bench.steps(epochs)
         lr = [own for rate in rates for own in arm.rates(rate)]
-        expected = self.ms_per_agent * len(lr) * num_steps / 1000
+        expected = self.ms_per_agent * len(lr) * num_steps / 1000 + self.other_s
         if time.monotonic() + expected > self.end:
             raise OutOfTime
         settings = {"lambda_sw": 0.0, **arm.settings, **variant, "num_agents": len(lr), "seed": seed}
@@ -143,6 +147,7 @@ class Study:
         trained = train_agents(self.bench, settings, num_steps, snapshots)
         if trained.ms_per_step == trained.ms_per_step:
             self.ms_per_agent = max(self.ms_per_agent, trained.ms_per_step / len(lr))
+            self.other_s = max(self.other_s, trained.seconds - trained.ms_per_step * num_steps / 1000)
         return trained
 
     def committee(self, arm: Arm, variant: Settings, trained: Trained, place: int) -> Committee:
@@ -226,7 +231,7 @@ class Study:
             if (chosen := self.chosen(arm.name)) is not None
         }
         sources = [arm for arm in known if arm.is_source]
-        yield from combined_arms(options.agents, options.sizes, found, sources)
+        yield from combined_arms(options.agents, options.rank, options.sizes, found, sources)
 
     def run(self) -> None:
         """Raises OutOfTime at the end of `--minutes`."""
@@ -252,7 +257,7 @@ def _packed(drawn: Sequence[dict[str, list[float]]]) -> dict[str, str]:
 
 
 def key_of(row: Row) -> Hashable:
-    own = (row["kind"], row["task"], row["arm"], row["size"])
+    own = (row["kind"], row["base"], row["task"], row["arm"], row["size"])
     return own if row["kind"] == "arm" else (*own, row["epochs"], str(sorted(row["variant"].items())))
 
 
@@ -288,9 +293,8 @@ def benches(options: argparse.Namespace) -> Iterator[Bench]:
     """The tasks, over one base on its device."""
     accelerator = make_accelerator(RunConfig(), RunConfig())
     tokenizer = load_tokenizer(options.model)
-    sizes = Sizes(
-        options.train_rows, options.val_rows, options.test_rows, options.test_rows, options.batch_size
-    )
+    counts = (options.train_rows, options.val_rows, options.test_rows, options.test_rows)
+    sizes = Sizes(*counts, multiple=options.batch_size)
     settings = {
         "lora_rank": options.rank,
         "batch_size": options.batch_size,
@@ -318,7 +322,7 @@ def main() -> None:
     results = Results(options.out, "quality", key_of, page)
     if options.list:
         for row in results.rows:
-            print(row["task"], row["kind"], row["arm"], row.get("failed", "measured"), sep="\t")
+            print(row["base"], row["task"], row["kind"], row["arm"], row.get("failed", "measured"), sep="\t")
         return
     try:
         for bench in benches(options):

@@ -14,6 +14,7 @@ LoRA. So it is a regularisation of a single LoRA and no ensemble.
 """
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
@@ -37,6 +38,7 @@ class Arm(NamedTuple):
         variants: more settings, of which one is chosen by tuning.
         members: what the members are: the agents, snapshots of one agent, or draws of its DropConnect masks.
         epochs_of: the arm whose chosen number of epochs is taken, times `longer`; None: it is tuned.
+        tuned_as: the arm of which all that was chosen is taken.
         lr_spread: the agents' rates go from rate / lr_spread to rate x lr_spread.
         is_source: a source of diversity that the best combination may take.
     """
@@ -44,17 +46,14 @@ class Arm(NamedTuple):
     name: str
     agents: int = 1
     size: int = 1
-    settings: Settings = {}
+    settings: Settings = MappingProxyType({})
     variants: Sequence[Settings] = ({},)
     members: Literal["agents", "snapshots", "masks"] = "agents"
     epochs_of: str | None = None
     longer: int = 1
+    tuned_as: str | None = None
     lr_spread: float = 1.0
     is_source: bool = False
-
-    @property
-    def is_single(self) -> bool:
-        return self.name.startswith(SINGLE)
 
     @property
     def has_own_batches(self) -> bool:
@@ -133,7 +132,7 @@ def arms(K: int, rank: int, sizes: Sequence[int]) -> list[Arm]:
         ),
         Arm("Chorus, a rate for each agent", **source, lr_spread=2.0),
         *(
-            Arm(f"{APART}, K = {size}", agents=size, size=size, settings=own, epochs_of=APART)
+            Arm(f"{APART}, K = {size}", agents=size, size=size, settings=own, tuned_as=APART)
             for size in sizes
             if size != K
         ),
@@ -145,7 +144,11 @@ def _single(rank: int) -> str:
 
 
 def combined_arms(
-    K: int, sizes: Sequence[int], found: Mapping[str, tuple[float, Settings]], sources: Sequence[Arm]
+    K: int,
+    rank: int,
+    sizes: Sequence[int],
+    found: Mapping[str, tuple[float, Settings]],
+    sources: Sequence[Arm],
 ) -> list[Arm]:
     """The combination of all sources that help, and the same with other numbers of agents; none where fewer
     than two help.
@@ -170,13 +173,12 @@ def combined_arms(
     if count < 2:
         return []
     of_all = {"settings": taken, "lr_spread": spread}
-    main = Arm(
-        COMBINED, agents=K, size=K, **of_all, epochs_of=APART if "per_agent_batches" in taken else SHARED
-    )
+    batches_of = APART if "per_agent_batches" in taken else SHARED
+    ranks = ({}, {"lora_rank": K * rank})
     return [
-        main,
+        Arm(COMBINED, agents=K, size=K, **of_all, variants=ranks, epochs_of=batches_of),
         *(
-            Arm(f"{COMBINED}, K = {size}", agents=size, size=size, **of_all, epochs_of=COMBINED)
+            Arm(f"{COMBINED}, K = {size}", agents=size, size=size, **of_all, tuned_as=COMBINED)
             for size in sizes
             if size != K
         ),

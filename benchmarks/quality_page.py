@@ -1,6 +1,7 @@
 """quality.md: the tables of quality.py, with intervals, and a picture of each task."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,17 +24,23 @@ COLUMNS = (
     ("auroc_ood_mi", "ood by MI", 3),
     ("disagreement", "disagree", 3),
 )
-COMPARED = (("nll", -1), ("auroc_errors", 1), ("auroc_ood", 1), ("accuracy", 1))  # and which sign is better
+# What is compared, its heading, and the sign of a difference that is better.
+COMPARED = (
+    ("nll", "NLL cal.", -1),
+    ("auroc_errors", "AUROC err", 1),
+    ("auroc_ood", "AUROC ood", 1),
+    ("accuracy", "right", 1),
+)
 HEAD = """\
 # Is an ensemble worth it?
 
-`python benchmarks/quality.py` measures what stands here; its docstring says how, quality_arms.py what the arms
-are. Every arm's rate, epochs, rank and strength were chosen on tuning rows, its temperature was fitted to
-calibration rows, and the test rows were scored once. Scores are means over seeds, ± their standard deviation.
-NLL and Brier are of a question, or of a token where answers are written; NLL cal. and what stands right of it
-is at the fitted temperature. AUROC err tells wrong answers by their probability, AUROC ood rows of another kind
-by entropy, or by the members' mutual information (MI). A difference comes with the 95 % interval of a paired
-bootstrap over the test rows; **bold** is better, outside of it.
+`python benchmarks/quality.py` measures what stands here; its docstring says how, and quality_arms.py what
+the arms are. Every arm's rate, epochs, rank and strength were chosen on tuning rows, its temperature was
+fitted to calibration rows, and the test rows were scored once. Scores are means over seeds, ± their standard
+deviation. NLL and Brier are of a question, or of a token where answers are written; NLL cal. and what stands
+right of it is at the fitted temperature. AUROC err tells wrong answers by their probability, AUROC ood rows
+of another kind by entropy, or by the members' mutual information (MI). A difference comes with the 95 %
+interval of a paired bootstrap over the test rows, of the mean over seeds; **bold** is better, outside of it.
 
 A pass is one row through the base, forward and backward, for one agent. Seconds are those of one seed's
 training, from the median step of a run of its own, without compilation.
@@ -43,13 +50,14 @@ training, from the median step of a run of its own, without compilation.
 def page(rows: list[Row]) -> str:
     """The Markdown page of all rows."""
     parts = [HEAD]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        own = [row for row in rows if row["task"] == task]
+    for (base, task), own in by_task(rows).items():
         measured = [row for row in own if row["kind"] == "arm" and "failed" not in row]
-        parts.append(f"## {task}\n")
+        parts.append(f"## {task}, {base}\n")
         if measured:
             parts += [_scores(measured), _differences(measured), _verdict(measured)]
-            parts.append(f"![Calibrated NLL by seconds of training]({picture_name(task)})\n")
+            caption = "Calibrated NLL less that of the best single LoRA, by seconds of training"
+            parts.append(f"![{caption}]({picture_name(base, task)})
+")
         parts.append(_tuning([row for row in own if row["kind"] == "tuning"]))
         failed = [f"- {row['arm']} ({row['kind']}): {row['failed']}" for row in own if "failed" in row]
         if failed:
@@ -58,8 +66,16 @@ def page(rows: list[Row]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def picture_name(task: str) -> str:
-    return f"quality-{task}.png"
+def by_task(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each base and task."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["base"], row["task"]), []).append(row)
+    return found
+
+
+def picture_name(base: str, task: str) -> str:
+    return f"quality-{task}-{base}.png"
 
 
 def best_single(measured: Sequence[Row]) -> Row | None:
@@ -117,17 +133,23 @@ def _cell(row: Row, score: str, digits: int) -> str:
 def _differences(measured: Sequence[Row]) -> str:
     """Every arm less the best single LoRA, and less K independent ones."""
     references = [best_single(measured), _named(measured, APART)]
-    kept = [(row, other) for other in references if other is not None for row in measured if row is not other]
-    if not kept:
+    compared = [
+        (other, *how)
+        for other in references
+        if other is not None
+        for how in COMPARED
+        if mean_of(other, how[0]) is not None
+    ]
+    if not compared or len(measured) < 2:
         return ""
-    lines = [["arm", "less", *(score for score, _ in COMPARED)]]
-    for row, other in kept:
+    lines = [["arm", *(f"{heading} less {other['arm']}" for other, _, heading, _ in compared)]]
+    for row in measured:
         cells = []
-        for score, sign in COMPARED:
-            found = difference(row, other, score)
+        for other, score, _, sign in compared:
+            found = None if row is other else difference(row, other, score)
             text = "" if found is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
-            cells.append(f"**{text}**" if is_better(row, other, score, sign) else text)
-        lines.append([row["arm"], other["arm"], *cells])
+            cells.append(f"**{text}**" if text and is_better(row, other, score, sign) else text)
+        lines.append([row["arm"], *cells])
     return markdown_table(lines) + "\n"
 
 
@@ -149,9 +171,8 @@ def _verdict(measured: Sequence[Row]) -> str:
         and any(is_better(row, best, score, 1) for score in ("auroc_errors", "auroc_ood"))
     ]
     lines = [f"Best single LoRA, by tuning: {best['arm']}, {best['train_s']:.1f} s of training."]
-    lines.append(
-        "Better in calibrated NLL and in AUROC err or ood, outside the intervals: " + _list(winners, best)
-    )
+    both = "Better in calibrated NLL and in AUROC err or ood, outside the intervals: "
+    lines.append(both + _list(winners, best))
     if apart is not None:
         above = [row for row in ensembles if row is not apart and is_better(row, apart, "nll", -1)]
         lines.append(f"Better than {APART} in calibrated NLL, outside the intervals: " + _list(above, apart))
@@ -169,12 +190,11 @@ def _tuning(tried: Sequence[Row]) -> str:
     if not tried:
         return ""
     rates = sorted({rate for row in tried for rate in row["rates"]})
-    best = {
-        arm: min(
-            (nll for row in tried if row["arm"] == arm for nll in row["nll"] if nll == nll), default=None
+    best: dict[str, float] = {}
+    for row in tried:
+        best[row["arm"]] = min(
+            [best.get(row["arm"], float("inf")), *(nll for nll in row["nll"] if nll == nll)]
         )
-        for arm in {row["arm"] for row in tried}
-    }
     lines = [["tuning", "epochs", "variant", *(f"{rate:g}" for rate in rates)]]
     for row in tried:
         of_rate = dict(zip(row["rates"], row["nll"], strict=True))
@@ -198,52 +218,43 @@ def _about(measured: Sequence[Row]) -> str:
 
 
 def draw_pictures(rows: Sequence[Row], out: Path) -> None:
-    """For each task calibrated NLL over seconds of training, as quality-TASK.png; nothing without
-    matplotlib."""
+    """For each task the gain in calibrated NLL over seconds of training, as a file beside the page; nothing
+    without matplotlib."""
     try:
         from chorus.reporting.drawing import picture
     except ImportError:
         print("no pictures: pip install -e '.[report]' brings matplotlib")
         return
-    for task in dict.fromkeys(row["task"] for row in rows):
-        measured = [
-            row
-            for row in rows
-            if row["task"] == task
-            and row["kind"] == "arm"
-            and row.get("train_s", 0) > 0
-            and "failed" not in row
-        ]
-        if measured:
-            drawn = picture(
-                f"quality-{task}", task, "", lambda axes, own=measured: _draw(axes, own), size=(7.2, 4.4)
-            )
-            (out / picture_name(task)).write_bytes(drawn.png)
+    for (base, task), own in by_task(rows).items():
+        timed = [row for row in own if row["kind"] == "arm" and row.get("train_s", 0) > 0]
+        if (best := best_single(timed)) is not None:
+            name = picture_name(base, task)
+            drawn = picture(name, "", "", partial(_draw, measured=timed, best=best), size=(7.2, 4.4))
+            (out / name).write_bytes(drawn.png)
 
 
-def _draw(axes: Any, measured: Sequence[Row]) -> None:
-    """Points in groups, with the interval of each NLL; numbers of agents beside those of the sweeps."""
+def _draw(axes: Any, *, measured: Sequence[Row], best: Row) -> None:
+    """Points in groups, with paired intervals; beside each the number of members."""
     groups: dict[str, list[Row]] = {}
     for row in measured:
         groups.setdefault(_group(row["arm"]), []).append(row)
     for number, (name, own) in enumerate(groups.items()):
-        x, y, spread = [row["train_s"] for row in own], [], []
+        seconds, means, errors = [], [], []
         for row in own:
-            mean = mean_of(row, "nll") or float("nan")
-            low, high = (
-                _draws(row, "nll").quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-            )
-            y.append(mean)
-            spread.append((max(0.0, mean - low), max(0.0, high - mean)))
-            if row["size"] > 1:
-                axes.annotate(
-                    str(row["size"]), (row["train_s"], mean), xytext=(4, 3), textcoords="offset points"
-                )
-        errors = list(zip(*spread, strict=True))
-        axes.errorbar(x, y, errors, fmt="os^Dv"[number % 5], markersize=4, elinewidth=0.8, label=name)
+            found = difference(row, best, "nll")
+            if found is None:
+                continue
+            mean, low, high = found
+            seconds.append(row["train_s"])
+            means.append(mean)
+            errors.append((max(0.0, mean - low), max(0.0, high - mean)))
+            place = {"xytext": (4, 3), "textcoords": "offset points"}
+            axes.annotate(str(row["size"]), (row["train_s"], mean), **place)
+        both = list(zip(*errors, strict=True))
+        axes.errorbar(seconds, means, both, fmt="os^Dv"[number % 5], markersize=4, elinewidth=0.8, label=name)
     axes.set_xscale("log")
     axes.set_xlabel("seconds of training, one seed")
-    axes.set_ylabel("calibrated NLL, nats")
+    axes.set_ylabel(f"calibrated NLL less that of {best['arm']}, nats")
 
 
 def _group(arm: str) -> str:

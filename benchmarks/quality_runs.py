@@ -165,7 +165,7 @@ def train_agents(bench: Bench, settings: Mapping[str, Any], num_steps: int, snap
     """
     began = time.perf_counter()
     every = max(1, num_steps // LOGGED)
-    saving = num_steps // snapshots if snapshots else 0
+    saving = max(1, num_steps // snapshots) if snapshots else 0  # 0: after the last step alone
     config = bench.config({**settings, "logging_steps": every, "save_steps": saving})
     device = bench.accelerator.device
     execution = decide_execution(config, device)
@@ -254,9 +254,8 @@ def _resampled(found: Evaluation, name: str, rows: TaskRows) -> dict[str, list[f
     The draws depend on the numbers of rows alone. So a difference between two arms, draw by draw, is a paired
     bootstrap: what makes a row hard for all arms does not widen it.
     """
-    plain, fitted = (
-        [one["answers"][key] for one in found.problems] for key in (name, f"{name}/{CALIBRATED}")
-    )
+    answers = [one["answers"] for one in found.problems]
+    plain, fitted = ([one[key] for one in answers] for key in (name, f"{name}/{CALIBRATED}"))
     N, M = found.num_problems, found.num_ood
     is_right_N = torch.tensor([one["right"] for one in plain[:N]])
     nll_N = torch.tensor([one["reference_nll"] for one in fitted[:N]], dtype=torch.float64)
