@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1]))  # train.py
@@ -289,8 +290,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def benches(options: argparse.Namespace) -> Iterator[Bench]:
-    """The tasks, over one base on its device."""
+def benches(options: argparse.Namespace, folder: Path) -> Iterator[Bench]:
+    """The tasks, over one base on its device; their rows are written to the folder."""
     accelerator = make_accelerator(RunConfig(), RunConfig())
     tokenizer = load_tokenizer(options.model)
     counts = (options.train_rows, options.val_rows, options.test_rows, options.test_rows)
@@ -300,12 +301,12 @@ def benches(options: argparse.Namespace) -> Iterator[Bench]:
         "batch_size": options.batch_size,
         "max_new_tokens_eval": options.new_tokens,
     }
-    folder, base = Path("runs/quality"), None
+    base = None
     # Each number of agents and rank is a shape of its own. Left open, several sizes at once would take torch
     # many minutes to simplify.
     torch._dynamo.config.automatic_dynamic_shapes = False
     for argument in options.task or ["arithmetic_hard"]:
-        rows: TaskRows = read_task(argument, folder / "rows", sizes, options.model, tokenizer)
+        rows: TaskRows = read_task(argument, folder, sizes, options.model, tokenizer)
         if base is None:
             config = RunConfig(**rows.settings)
             compiled = decide_execution(config, accelerator.device).compiled
@@ -325,8 +326,9 @@ def main() -> None:
             print(row["base"], row["task"], row["kind"], row["arm"], row.get("failed", "measured"), sep="\t")
         return
     try:
-        for bench in benches(options):
-            Study(bench, results, options, end).run()
+        with TemporaryDirectory() as folder:
+            for bench in benches(options, Path(folder)):
+                Study(bench, results, options, end).run()
     except OutOfTime:
         print("the end of --minutes; the same command goes on", flush=True)
     draw_pictures(results.rows, options.out)

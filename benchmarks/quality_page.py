@@ -56,8 +56,7 @@ def page(rows: list[Row]) -> str:
         if measured:
             parts += [_scores(measured), _differences(measured), _verdict(measured)]
             caption = "Calibrated NLL less that of the best single LoRA, by seconds of training"
-            parts.append(f"![{caption}]({picture_name(base, task)})
-")
+            parts.append(f"![{caption}]({picture_name(base, task)})\n")
         parts.append(_tuning([row for row in own if row["kind"] == "tuning"]))
         failed = [f"- {row['arm']} ({row['kind']}): {row['failed']}" for row in own if "failed" in row]
         if failed:

@@ -8,8 +8,8 @@
 A task is JSON lines with `question` and `answer`, or the built-in one. The rows that are used are drawn once
 from a seed and written to a folder, so that the product reads them as it reads a user's files.
 
-Where few different answers occur it is a task of labels. Then each label becomes one token, the first of its
-own words that is one and still free: a question over 150 labels is one row to read and not 150.
+Where few different answers occur it is a task of labels. Then each label becomes one token, the longest of
+its own words that is one and still free: a question over 150 labels is one row to read and not 150.
 """
 
 import json
@@ -105,6 +105,7 @@ def read_task(
         "eval_choices": is_choice,
         "max_seq_length": LONGEST,
         "packing": False,
+        "data_cache_dir": str(folder / "tokenised"),
     }
     return _read(name, folder, settings, has_ood=bool(found["ood"]), tokenizer=tokenizer)
 
@@ -158,7 +159,8 @@ def with_one_token_labels(
     others = (text[1:] for text in vocabulary if text[:1] == " " and text[1:].isalpha())
     taken: dict[str, str] = {}
     for label in labels:
-        own = (word for word in label.split() if _is_one_token(word, tokenizer))
+        words = sorted(label.split(), key=len, reverse=True)
+        own = (word for word in words if _is_one_token(word, tokenizer))
         word = next((word for word in own if word not in taken.values()), None)
         while word is None:
             other = next(others, None)
