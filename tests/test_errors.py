@@ -1,12 +1,15 @@
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import wait_for
 
 from chorus.errors import InputError, RunError, input_errors_end_the_program, out_of_memory
 
@@ -149,3 +152,21 @@ def test_a_lack_of_memory_is_known_whoever_has_it_and_says_what_was_asked_for(
 )
 def test_no_other_error_is_a_lack_of_memory(error: BaseException):
     assert out_of_memory(error) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
+def test_a_script_that_is_called_like_the_launcher_may_end_before_its_run(tmp_path: Path):
+    script, done, go_on = tmp_path / "accelerate launch.sh", tmp_path / "done", tmp_path / "go_on"
+    program = (
+        "import pathlib, time; from chorus.errors import end_on_signals; end_on_signals();"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch();"
+        f"\nwhile not pathlib.Path({str(go_on)!r}).exists(): time.sleep(0.01)"
+        f"\npathlib.Path({str(done)!r}).touch()"
+    )
+    script.write_text(
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} &\n"
+        f"while ! [ -e {shlex.quote(str(tmp_path / 'ready'))} ]; do sleep 0.01; done\n"
+    )
+    subprocess.run(["sh", str(script)], check=True)
+    go_on.touch()
+    wait_for(done.exists, 60)

@@ -133,9 +133,16 @@ def end_on_signals() -> None:
 
 
 def _is_under_accelerate() -> bool:
-    """Whether `accelerate launch` is the parent, as it is of a run in one process."""
+    """Whether `accelerate launch` is the parent, as it is of a run in one process.
+
+    Its program is looked at, not any word of its command: a shell script may have that word in its path, and
+    may end before the run that it has started.
+    """
     with suppress(OSError):
-        return b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+        return "launch" in words and any(
+            Path(word).name == "accelerate" or word.startswith("accelerate.commands") for word in words
+        )
     return False
 
 
