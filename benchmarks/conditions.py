@@ -1,5 +1,6 @@
 """The machine, versions and commit that a figure was measured with."""
 
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -19,7 +20,7 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "deepspeed": version("deepspeed"),
         "driver": driver_version() if device.type == "cuda" else "none",
         "commit": git.stdout.strip() or "unknown",
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -85,7 +86,7 @@ def measured(rows: Sequence[Row], gpus: Sequence[str], seconds: float, limit: fl
                     time.sleep(0.1)
                 if file.exists():
                     figures = json.loads(file.read_text())
-                    about = figures["about"] | {"command": " ".join(["python", *sys.argv])}
+                    about = figures["about"] | {"command": shlex.join(["python", *sys.argv])}
                     yield {**row, **figures, "about": about}
                     continue
                 if process.poll() is not None and (process.returncode != 0 or place == 0):
