@@ -16,7 +16,7 @@ if __name__ == "__main__":
     end_on_signals()
 
 from chorus.config import load_config
-from chorus.progress import say
+from chorus.progress import IMPORTING, say
 
 if __name__ == "__main__":
     if "--help" in sys.argv or "-h" in sys.argv:
@@ -39,7 +39,7 @@ if __name__ == "__main__":
                     flush=True,
                 )
             raise
-    say("importing torch and transformers ...")
+    say(f"{IMPORTING} ...")
 
     from chorus.planning.checks import report_of_this_process
     from chorus.planning.dry_run import dry_run

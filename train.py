@@ -9,14 +9,14 @@ if __name__ == "__main__":
     end_on_signals()  # before all that takes time
 
 from chorus.config import Config, RunConfig, load_config
-from chorus.progress import announced, say
+from chorus.progress import IMPORTING, announced, say
 
 if __name__ == "__main__":
     # Before the heavy imports: a misspelt key is answered at once, not after ten seconds of loading
     # libraries.
     with input_errors_end_the_program():
         CONFIG = load_config(sys.argv[1:])
-    say("importing torch and transformers ...")
+    say(f"{IMPORTING} ...")
 
 gc.disable()  # the libraries make a million objects, and all of them stay: looking for garbage costs a second
 

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE_S = 3.0  # what is done by then needs no line
+PATIENCE_S = 2.0  # what is done by then needs no line
+IMPORTING = "importing torch and transformers"
 
 logger = logging.getLogger("chorus")
 

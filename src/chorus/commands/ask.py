@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chorus.errors import InputError
+from chorus.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
     from chorus.serving.remote import Candidate
@@ -67,8 +68,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _ask(options: argparse.Namespace, prompt: str) -> None:
-    from chorus.ensemble.mixture import Mixture
-    from chorus.serving.remote import ask_and_mix, remote_of, served_agents
+    with announced(IMPORTING):
+        from chorus.ensemble.mixture import Mixture
+        from chorus.serving.remote import ask_and_mix, remote_of, served_agents
 
     entries = _entries(options.weights)
     text = _rendered(options.template, entries, prompt, options.weights)

@@ -11,6 +11,7 @@ from chorus.ensemble.live_batch import LiveBatch
 from chorus.ensemble.texts import Ending, Sampling, Text
 from chorus.ensemble.uncertainty import uncertainty_of
 from chorus.errors import InputError
+from chorus.progress import announced
 from chorus.serving.opened import BASE, MIXTURE, Opened, open_ensemble
 
 
@@ -96,7 +97,8 @@ def ask(opened: Opened, options: argparse.Namespace, prompts: Sequence[tuple[str
 def write(opened: Opened, asked: Sequence[Asked]) -> Iterator[None]:
     """Write all texts together; after each step the caller may look at them."""
     batch = LiveBatch(opened.ensemble.agents, opened.answerers)
-    batch.join(text for one in asked for text in one.texts)
+    with announced("reading the prompts"):
+        batch.join(text for one in asked for text in one.texts)
     yield
     while batch.texts:
         batch.advance()

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chorus.errors import InputError
+from chorus.progress import IMPORTING, announced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,10 +45,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--system", metavar="TEXT", help="the system's turn, where there is a chat template")
     options = parser.parse_intermixed_args(arguments)
 
-    from rich.console import Console
+    with announced(IMPORTING):
+        from rich.console import Console
 
-    from chorus.commands.asking import open_of
-    from chorus.monitoring.run_log import quiet_libraries
+        from chorus.commands.asking import open_of
+        from chorus.monitoring.run_log import quiet_libraries
 
     quiet_libraries()
     opened = open_of(options, options.run)

@@ -11,6 +11,7 @@ from chorus.checkpoint.atomic_files import json_lines
 from chorus.commands.parser import CommandParser
 from chorus.config.load import config_over
 from chorus.errors import InputError
+from chorus.progress import IMPORTING, announced
 
 ALPHA = 1.0  # pseudo-counts an agent of the fitted mixture where dirichlet_alpha_aggregator is null
 
@@ -56,17 +57,18 @@ def main(arguments: Sequence[str]) -> None:
 
 def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.Namespace) -> None:
     # Seconds of imports, after all that can be refused without them.
-    from rich.console import Console
+    with announced(IMPORTING):
+        from rich.console import Console
 
-    from chorus.collectives import lost_processes_named
-    from chorus.data.rows import read_held_out, read_rows
-    from chorus.data.sources import open_split
-    from chorus.ensemble.evaluate import evaluate
-    from chorus.ensemble.evaluation_rows import read_evaluation_rows
-    from chorus.ensemble.load import load_ensemble
-    from chorus.ensemble.tables import evaluation_table
-    from chorus.monitoring.run_log import quiet_libraries
-    from chorus.training.engine import DTYPES, decide_precision, make_accelerator
+        from chorus.collectives import lost_processes_named
+        from chorus.data.rows import read_held_out, read_rows
+        from chorus.data.sources import open_split
+        from chorus.ensemble.evaluate import evaluate
+        from chorus.ensemble.evaluation_rows import read_evaluation_rows
+        from chorus.ensemble.load import load_ensemble
+        from chorus.ensemble.tables import evaluation_table
+        from chorus.monitoring.run_log import quiet_libraries
+        from chorus.training.engine import DTYPES, decide_precision, make_accelerator
 
     quiet_libraries()
     name, key = (options.data, "--data") if options.data else (config.dataset_name, "dataset_name")

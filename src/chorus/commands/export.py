@@ -5,6 +5,7 @@ from pathlib import Path
 
 from chorus.commands.parser import CommandParser
 from chorus.errors import InputError
+from chorus.progress import IMPORTING, announced
 
 EXAMPLES = """examples:
   chorus export runs/default exported                  # agent_0/, ..., ensemble.json, README.md
@@ -26,12 +27,14 @@ def main(arguments: Sequence[str]) -> None:
     if not runs:
         raise InputError("command line: one folder is named; give a RUN and then OUT, a new folder")
     # Seconds of imports, after all that can be refused without them.
-    from chorus.exporting.export import export
-    from chorus.monitoring.run_log import quiet_libraries
+    with announced(IMPORTING):
+        from chorus.exporting.export import export
+        from chorus.monitoring.run_log import quiet_libraries
 
     quiet_libraries()
     merge = "into-base" if options.merge_into_base else options.merge or "none"
-    export([Path(run) for run in runs], Path(out), merge, options.base)
+    with announced("writing the export"):
+        export([Path(run) for run in runs], Path(out), merge, options.base)
     print(f"{out}: written; {Path(out, 'README.md')} says how to load and serve it")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chorus.errors import InputError
+from chorus.progress import IMPORTING, announced
 
 EPILOG = """examples:
   chorus generate runs/default "Ada has 212 apples. Ben gives Ada 30 more. How many apples has Ada?"
@@ -85,12 +86,13 @@ def _of_stdin() -> str:
 
 def _generate(options: argparse.Namespace, prompts: list[str]) -> None:
     # Seconds of imports, after all that can be refused without them.
-    from rich.console import Console
+    with announced(IMPORTING):
+        from rich.console import Console
 
-    from chorus.commands.answer_page import write_page
-    from chorus.commands.answer_view import show
-    from chorus.commands.asking import ask, described, open_of, write
-    from chorus.monitoring.run_log import quiet_libraries
+        from chorus.commands.answer_page import write_page
+        from chorus.commands.answer_view import show
+        from chorus.commands.asking import ask, described, open_of, write
+        from chorus.monitoring.run_log import quiet_libraries
 
     quiet_libraries()
     opened = open_of(options, [options.run])

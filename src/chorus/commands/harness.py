@@ -12,6 +12,7 @@ from typing import Any
 from chorus.checkpoint.atomic_files import json_lines, json_text
 from chorus.commands.parser import CommandParser
 from chorus.errors import InputError
+from chorus.progress import IMPORTING, announced
 
 EXAMPLES = """examples:
   chorus harness runs/default --tasks arc_easy,hellaswag --limit 200
@@ -42,16 +43,18 @@ def main(arguments: Sequence[str]) -> None:
 
 def _run(options: argparse.Namespace, names: Sequence[str], batch_size: int | None) -> None:
     # Seconds of imports, after all that can be refused without them.
-    import torch
+    with announced(IMPORTING):
+        import torch
 
-    from chorus.ensemble.load import load_ensemble
-    from chorus.harness.run import load_tasks, run_harness
-    from chorus.monitoring.run_log import quiet_libraries
-    from chorus.training.engine import DTYPES, decide_precision
+        from chorus.ensemble.load import load_ensemble
+        from chorus.harness.run import load_tasks, run_harness
+        from chorus.monitoring.run_log import quiet_libraries
+        from chorus.training.engine import DTYPES, decide_precision
 
     quiet_libraries()
     include_path = None if options.include_path is None else Path(options.include_path)
-    manager, tasks = load_tasks(names, include_path)  # before the base is loaded
+    with announced("reading the tasks"):
+        manager, tasks = load_tasks(names, include_path)  # before the base is loaded
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ensemble = load_ensemble(
         options.runs, device=device, dtype=DTYPES[decide_precision(options.precision)], base=options.base

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from chorus.commands.parser import CommandParser
 from chorus.errors import InputError
+from chorus.progress import announced
 from chorus.reporting.run_report import check_report
 
 EXAMPLES = """examples:
@@ -31,10 +32,12 @@ def main(arguments: Sequence[str]) -> None:
     if options.out and not options.out.endswith(".html"):
         raise InputError(f"--out {options.out}: is no page; give it a name that ends in .html")
     check_report("chorus report")
-    from chorus.reporting.page import write_report  # seconds of imports
+    with announced("importing matplotlib"):  # seconds
+        from chorus.reporting.page import write_report
 
     out, problems = (None if one is None else Path(one) for one in (options.out, options.problems))
-    place = write_report([Path(path) for path in options.runs], out, problems)
+    with announced("drawing the pictures"):
+        place = write_report([Path(path) for path in options.runs], out, problems)
     print(f"{place}: open it in any browser; its pictures are in {place.with_suffix('')}")
 
 

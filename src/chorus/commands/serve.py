@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from chorus.errors import SIGNALS, InputError
+from chorus.progress import IMPORTING, announced
 
 API_KEY = "CHORUS_API_KEY"
 LONGEST = 4096  # tokens of a text where the base has more positions: every cache is as long
@@ -95,12 +96,13 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket, api_key: str | None) -> None:
-    import uvicorn
+    with announced(IMPORTING):
+        import uvicorn
 
-    from chorus.monitoring.run_log import quiet_libraries
-    from chorus.serving.app import build_app
-    from chorus.serving.opened import open_ensemble
-    from chorus.serving.scheduler import Scheduler
+        from chorus.monitoring.run_log import quiet_libraries
+        from chorus.serving.app import build_app
+        from chorus.serving.opened import open_ensemble
+        from chorus.serving.scheduler import Scheduler
 
     quiet_libraries()
     opened = open_ensemble(options.run, options.model, options.precision, options.device, options.form)

@@ -28,6 +28,7 @@ from chorus.model.agents import Agents, Mode, build_agents
 from chorus.model.base import load_model, load_skeleton, load_tokenizer
 from chorus.model.flat_adapter import Matrix
 from chorus.model.regularisation import Regularisation
+from chorus.progress import announced
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,10 @@ def load_ensemble(
     if base and source.base_name and base != source.base_name:
         logger.warning("the base is %s, in place of %s that the adapters name", base, source.base_name)
     skeleton = load_skeleton(base_name)
-    adapters = [read_adapter(folder, skeleton) for folder in source.folders]
-    names = names_of(source.folders)
-    refuse_equal_agents(adapters, names)
+    with announced("reading the adapters"):
+        adapters = [read_adapter(folder, skeleton) for folder in source.folders]
+        names = names_of(source.folders)
+        refuse_equal_agents(adapters, names)
     tokenizer = load_tokenizer(base_name)
     model = load_model(base_name, dtype, torch.device(device), attn_implementation)
     if source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
@@ -248,6 +250,7 @@ def _apart(one: Tensor | None, other: Tensor | None) -> float:
     return float((one - other).square().sum())
 
 
+@announced("building the agents")
 def _build(model: PreTrainedModel, adapters: Sequence[AdapterFile]) -> Agents:
     """Agents with the largest rank and the union of the layers of all adapters, zeros in between.
 
