@@ -4,6 +4,7 @@ Full logits never exist at once: the head runs over a chunk of tokens at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,9 @@ def choice_log_probs(
         log_prob_MC of each question, on the CPU: fp32, nats.
     """
     lanes = lanes_of(agents, members)
-    totals = [torch.zeros(len(members), len(question.choice_ids)) for question in questions]
+    counts = [len(question.choice_ids) for question in questions]
+    first_of = [0, *accumulate(counts)]  # each question's first column
+    total_MC = torch.zeros(len(members), first_of[-1])
     rows, wanted = _rows_of_choices(questions)
     for indices in passes(agents, len(members), list(map(len, rows)), tokens_per_pass, after_pass):
         length = max(len(rows[index]) for index in indices)
@@ -87,9 +90,9 @@ def choice_log_probs(
         which_Q = torch.tensor([number[position] for position in at])
         token_Q = torch.tensor([token for *_, token in places])
         log_prob_MQ = _log_probs_at(hidden_MBTD[:, row_N, place_N], agents.head(), which_Q, token_Q)
-        for column, (_, _, question, choice, _) in enumerate(places):
-            totals[question][:, choice] += log_prob_MQ[:, column]
-    return totals
+        column_Q = torch.tensor([first_of[question] + choice for _, _, question, choice, _ in places])
+        total_MC.index_add_(1, column_Q, log_prob_MQ)
+    return list(total_MC.split(counts, 1))
 
 
 def _rows_of_choices(
