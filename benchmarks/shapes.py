@@ -1,5 +1,7 @@
 """The bases of the benchmarks: Gemma-2 shapes with random weights."""
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
@@ -40,6 +42,67 @@ SHAPES = {
         "num_key_value_heads": 8,
         "query_pre_attn_scalar": 256,
     },
+}
+
+# Bases of other families: the class, and its configuration. What is left out is the class's default.
+_GEMMA_3_4B = {
+    "vocab_size": 262_208,
+    "hidden_size": 2560,
+    "intermediate_size": 10_240,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 1024,
+    "max_position_embeddings": 131_072,
+}
+_GEMMA_4_E4B = {
+    "vocab_size": 262_144,
+    "hidden_size": 2560,
+    "intermediate_size": 10_240,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 18,
+    "final_logit_softcapping": 30.0,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 7,
+    "max_position_embeddings": 131_072,
+}
+MORE_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma-3-4b": ("Gemma3ForConditionalGeneration", {"text_config": _GEMMA_3_4B}),
+    "gemma-4-e4b": ("Gemma4ForCausalLM", _GEMMA_4_E4B),
+    "llama-3.2-1b": (
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-4b": (
+        "Qwen3ForCausalLM",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 32_768,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
