@@ -44,7 +44,7 @@ from chorus.collectives import lost_processes_named, on_first_process
 from chorus.config.keys import LoopSettings
 from chorus.config.per_agent import NumberOrList
 from chorus.data.batches import StepBatch, steps_per_epoch, training_steps
-from chorus.data.rows import read_rows
+from chorus.data.rows import Rows, read_rows
 from chorus.ensemble.evaluation_rows import read_evaluation_rows
 from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import refuse_non_finite_answers
@@ -160,23 +160,7 @@ def main(config: Config) -> None:
                 *(engine, steps, begin.step, num_steps, config, checkpointer, run_log, evaluation),
                 skips_in_a_row=begin.skips_in_a_row,
             )
-        if config.load_best_model_at_end:
-            load_best(engine, output_dir, evaluation.best)
-        with engine.unsharded():
-            refuse_non_finite_answers(agents, rows.train[: config.batch_size])
-        about_rows = {"row_form": rows.chosen.table.about["form"]}  # in which form agents are to be asked
-        # Before the evaluation: nothing that follows can lose it.
-        save(engine, config, output_dir, about_rows)
-        after = evaluation.final(num_steps)
-        mixture = after.mixture or Mixture.uniform(config.num_agents)
-        scores = {"before": evaluation.initial.report(), "after": after.report()}
-        more = {**mixture.to_json(), **about_rows, "evaluation": scores}
-        on_first_process(accelerator, lambda: write_ensemble(output_dir, mixture.weights, config, more))
-        run_log.table(evaluation_table(after))
-        logger.info("the agents are in %s", output_dir / "agents")
-        if config.report:
-            on_first_process(accelerator, lambda: write_run_report(output_dir))
-        accelerator.wait_for_everyone()
+        finish(engine, rows, config, output_dir, evaluation, num_steps)
 
 
 def steps_of_run(config: RunConfig, num_rows: int, data_size: int) -> int:
@@ -276,6 +260,34 @@ def take_steps(
             raise done.error
         if done.ends_training:
             return
+
+
+def finish(
+    engine: Engine, rows: Rows, config: RunConfig, output_dir: Path, evaluation: RunEvaluation, num_steps: int
+) -> None:
+    """Export the agents, then score them and write what the scores say. Every process takes part.
+
+    Raises:
+        RunError: an agent's weights, or its losses on training rows, are not finite; nothing is exported.
+    """
+    accelerator = engine.accelerator
+    if config.load_best_model_at_end:
+        load_best(engine, output_dir, evaluation.best)
+    with engine.unsharded():
+        refuse_non_finite_answers(engine.agents, rows.train[: config.batch_size])
+    about_rows = {"row_form": rows.chosen.table.about["form"]}  # in which form agents are to be asked
+    # Before the evaluation: nothing that follows can lose it.
+    save(engine, config, output_dir, about_rows)
+    after = evaluation.final(num_steps)
+    mixture = after.mixture or Mixture.uniform(config.num_agents)
+    scores = {"before": evaluation.initial.report(), "after": after.report()}
+    more = {**mixture.to_json(), **about_rows, "evaluation": scores}
+    on_first_process(accelerator, lambda: write_ensemble(output_dir, mixture.weights, config, more))
+    evaluation.run_log.table(evaluation_table(after))
+    logger.info("the agents are in %s", output_dir / "agents")
+    if config.report:
+        on_first_process(accelerator, lambda: write_run_report(output_dir))
+    accelerator.wait_for_everyone()
 
 
 def save(engine: Engine, config: RunConfig, output_dir: Path, more: Mapping[str, Any]) -> None:

@@ -37,7 +37,8 @@ from chorus.config import Config
 from chorus.data.batches import Batch
 from chorus.errors import input_errors_end_the_program
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import build_agents, copy_sharing_storage
+from chorus.model.agents import build_agents
+from chorus.model.base import copy_sharing_storage
 from chorus.model.execution import decide_execution
 from chorus.model.regularisation import Regularisation
 from chorus.monitoring.flops import Work, work_of

@@ -15,7 +15,7 @@ from pathlib import Path
 import preloaded
 import pytest
 import soak
-from launching import HELPERS, PLAIN, ROOT, ddp, environment, train, wait_for
+from launching import HELPERS, ddp, wait_for
 from lives import PATIENCE_S, Life, Pace, Plan, Run, Strike, processes_of, start, worker_of
 from preloaded import Workers, environments_once, preload
 from soak import (
@@ -167,49 +167,7 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
     assert digest_of_end(run.folder) == truth("python").end
 
 
-def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """PyTorch locks what it compiles, or finds compiled, by a
-    file alone; for one that is left it waits without end."""
-    compiled = tmp_path / "compiled"
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
-    settings = ("num_agents=1", "lambda_sw=0", "lora_rank=2", "eval_samples=0", "debug_subset_size=20")
-    train(
-        [sys.executable, "train.py"], tmp_path / "run", "use_deepspeed=true", "max_train_steps=1", *settings
-    )
-    assert not compiled.exists()
-
-
 LINE = "stopped by {}: no step is lost; resume_from_checkpoint=auto resumes it"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")
-def test_a_signal_to_accelerate_launch_alone_ends_its_one_process_too(tmp_path: Path):
-    """It passes none on."""
-    output = tmp_path / "said"
-    with output.open("w") as said:
-        command = [*PLAIN, f"output_dir={tmp_path}/run", "max_train_steps=1000", "save_steps=1"]
-        settings = ("debug_subset_size=20", "eval_samples=0", "logging_steps=1", "batch_size=2")
-        launcher = subprocess.Popen([*command, *settings], cwd=ROOT, env=environment(), stderr=said)
-    wait_for(lambda: "step 2 " in output.read_text(), PATIENCE_S)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(PATIENCE_S) == -signal.SIGTERM
-    wait_for(lambda: "stopped and saved after step " in output.read_text(), PATIENCE_S)
-    assert step_of(checkpoints(tmp_path / "run")[0]) < 1000
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_amid_the_imports_is_one_line_and_code_4(number: signal.Signals, tmp_path: Path):
-    command = [sys.executable, "train.py", f"output_dir={tmp_path}/run"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    maps = Path(f"/proc/{process.pid}/maps")
-    wait_for(lambda: "libtorch" in maps.read_text(), PATIENCE_S)
-    process.send_signal(number)
-    said = process.communicate()[1]
-    assert said == f"importing torch and transformers ...\n{LINE.format(number.name)}\n"
-    assert process.returncode == 4
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

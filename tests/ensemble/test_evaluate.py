@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from rows import held_out_of
 from stock_answers import (
     BASE,
     MAX_NEW_TOKENS,
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from chorus.config import Config
 from chorus.data.templates import Problem
 from chorus.ensemble.evaluate import Evaluation, evaluate
-from chorus.ensemble.evaluation_rows import EvaluationRows, divided, ood_name
+from chorus.ensemble.evaluation_rows import divided
 from chorus.ensemble.mixture import dirichlet_weights
 from chorus.model.agents import Agents, Regularisation, build_agents
 from chorus.model.base import load_model, load_tokenizer
@@ -215,22 +214,6 @@ def test_a_temperature_of_its_own_lowers_the_nll_of_the_rows_that_it_is_fitted_t
     assert found.mixture.temperature == found.temperatures["uniform"]
 
 
-def test_rows_to_fit_to_are_a_choice_by_the_seed_that_no_score_has_seen(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase
-):
-    whole = held_out(problems * 4, tokenizer)
-
-    def shares(seed: int, split: float) -> EvaluationRows:
-        return divided(whole, [], tokenizer, settings(calibration_split=split), seed)
-
-    one = shares(0, 0.3)
-    assert len(one.calibration) == 6
-    assert sorted(map(id, one.scored + one.calibration)) == sorted(map(id, whole.rows))
-    assert list(map(id, one.calibration)) == list(map(id, shares(0, 0.3).calibration))
-    assert list(map(id, one.calibration)) != list(map(id, shares(1, 0.3).calibration))
-    assert len(shares(0, 0.99).scored) == 1
-
-
 # ---- choices ----
 
 
@@ -274,31 +257,6 @@ def test_a_choice_is_the_most_probable_of_all_answers(
     )
 
 
-def test_few_answers_to_many_rows_are_choices(problems: list[Problem], tokenizer: PreTrainedTokenizerBase):
-    def choices(count: int, **keys: Any) -> int:
-        rows = held_out([Problem(f"row {n}:", f" label {n % count}") for n in range(20)], tokenizer)
-        return len(divided(rows, [], tokenizer, settings(**keys), 0).choices)
-
-    assert choices(4, eval_choices="auto") == 4
-    assert choices(5, eval_choices="auto") == choices(1, eval_choices="auto") == 0
-    assert choices(20, eval_choices=True) == 20
-    assert choices(4, eval_choices=False) == 0
-
-
-@pytest.mark.parametrize("end", ["", "<eos>", "<eos>\n"])
-@pytest.mark.parametrize("space", [("A:", " "), ("A: ", "")])
-def test_choices_are_the_tokens_that_training_has_through_the_first_end(
-    space: tuple[str, str], end: str, tokenizer: PreTrainedTokenizerBase
-):
-    (prompt, begin), names = space, ("apples", "eggs")
-    problems = [Problem(f"row {n}\n{prompt}", begin + names[n % 2] + end) for n in range(4)]
-    rows = held_out_of(problems, tokenizer)
-    found = divided(rows, [], tokenizer, settings(eval_choices=True), 0)
-    assert [tokenizer.decode(ids) for ids in found.choices] == [" apples<eos>", " eggs<eos>"]
-    for row, ids in zip(rows.rows, found.choices * 2, strict=True):
-        assert row.sample.ids[len(row.prompt) :][: len(ids)].tolist() == ids
-
-
 # ---- out of distribution ----
 
 
@@ -312,19 +270,6 @@ def test_a_second_data_set_is_told_by_uncertainty(
         assert same.scores[name]["ood/AUROC/entropy"] == 0.5
     assert "ood/AUROC/mutual_information" in same.scores["uniform"]
     assert "ood/AUROC/mutual_information" not in same.scores["agent_0"]
-
-
-@pytest.mark.parametrize(
-    ("dataset", "ood", "expected"),
-    [
-        ("arithmetic_hard", "auto", "arithmetic_harder"),
-        ("arithmetic", "auto", None),
-        ("arithmetic_hard", None, None),
-        ("rows.jsonl", "others.jsonl", "others.jsonl"),
-    ],
-)
-def test_the_second_data_set_of_a_run(dataset: str, ood: str | None, expected: str | None):
-    assert ood_name(Config(dataset_name=dataset, ood_dataset_name=ood)) == expected
 
 
 # ---- what it leaves, and what it needs ----
@@ -379,22 +324,3 @@ def test_a_report_comes_back_with_its_scores(
     again = Evaluation.from_report(found.report())
     assert again.flat() == pytest.approx(found.flat(), nan_ok=True)
     assert again.report()["scores"] == found.report()["scores"]
-
-
-# ---- several processes ----
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 4, 9])
-def test_the_processes_share_the_rows_without_overlap(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, num_processes: int
-):
-    whole = held_out(problems * 2, tokenizer)
-    config = settings(calibration_split=0.3)
-    parts = [
-        divided(whole, whole.rows[:3], tokenizer, config, 0, index, num_processes)
-        for index in range(num_processes)
-    ]
-    alone = divided(whole, whole.rows[:3], tokenizer, config, 0)
-    for kind in ("scored", "calibration", "ood"):
-        shared = sorted(id(row) for part in parts for row in getattr(part, kind))
-        assert shared == sorted(id(row) for row in getattr(alone, kind))

@@ -79,15 +79,8 @@ def forward(engine: Engine, batch: Any) -> Tensor:
         return torch.stack([engine.agents.agent_pass(k, batch)[0] for k in engine.agents.agents])
 
 
-def run(
-    mode: Mode,
-    accumulation: int,
-    size: int,
-    samples: Sequence[Sample],
-    saved: Saved | None = None,
-    start: int = 0,
-) -> Saved:
-    """The run, or what is left of it after `start` steps of a saved one."""
+def engine_of(mode: Mode, accumulation: int, size: int) -> tuple[Engine, Config]:
+    """An engine at the start of the run, and the configuration of the run."""
     AcceleratorState._reset_state()
     config = Config(
         parallel_mode=mode,
@@ -111,7 +104,20 @@ def run(
     model = load_model(config.model_name, torch.float32, accelerator.device)
     rates = Regularisation(config.dropconnect_p, 0.0, config.seed)
     agents = build_agents(mode, model, 2, lora_shape(config), rates, mesh=mesh)
-    engine = start_engine(accelerator, agents, config, mesh)
+    return start_engine(accelerator, agents, config, mesh), config
+
+
+def run(
+    mode: Mode,
+    accumulation: int,
+    size: int,
+    samples: Sequence[Sample],
+    saved: Saved | None = None,
+    start: int = 0,
+) -> Saved:
+    """The run, or what is left of it after `start` steps of a saved one."""
+    engine, config = engine_of(mode, accumulation, size)
+    mesh = engine.mesh
     checkpointer, recorder = StatesKept(collate(samples[:4], pad_id=0)), Recorder()
     if saved is not None:
         restore_state(engine, clone(saved.states[start]))  # AdamW steps in the tensors that it is given
@@ -122,7 +128,7 @@ def run(
         samples,
         config,
         config,
-        agents=agents.agents,
+        agents=engine.agents.agents,
         points_per_row=config.swd_points_per_row,
         pad_id=0,
         process_index=mesh.data_index,

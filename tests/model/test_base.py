@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import of_family
 from toy import max_difference, tiny_gemma
 from transformers import (
     GPTNeoXConfig,
@@ -25,7 +24,6 @@ from chorus.model.base import (
     load_skeleton,
     load_tokenizer,
     trunk_of,
-    write_toy_like,
 )
 
 CPU = torch.device("cpu")
@@ -105,18 +103,6 @@ def test_rows_longer_than_the_bases_positions_are_refused_with_both_numbers():
     check_positions(config, 64)
     with pytest.raises(InputError, match="key 'max_seq_length' is 65, but the base has 64 positions"):
         check_positions(config, 65)
-
-
-@pytest.mark.parametrize(
-    "family", ["gemma-4 multimodal shared", "gemma-4 experts", "gemma-3n", "deepseek-v3", "gpt2"]
-)
-def test_a_toy_of_every_family_loads_and_has_its_kinds_of_layers(family: str, tmp_path: Path):
-    of_family(family).config.save_pretrained(tmp_path / "base")
-    write_toy_like(str(tmp_path / "base"), load_tokenizer("assets/tiny-gemma-2"), tmp_path / "toy")
-    toy = load_model(str(tmp_path / "toy"), torch.float32, CPU)
-    kinds = getattr(of_family(family).config.get_text_config(), "layer_types", None) or ()
-    assert set(getattr(toy.config.get_text_config(), "layer_types", None) or ()) == set(kinds)
-    assert type(toy) is type(of_family(family))
 
 
 def test_gemma_2_is_given_eager_attention_because_sdpa_drops_its_soft_cap(tmp_path: Path):

@@ -133,10 +133,8 @@ def evaluate(
             `training.signals.StopRequest.pause`.
     """
     counts = [sum(column) for column in zip(*gather_object([list(map(len, rows[:3]))]), strict=True)]
-    if not counts[0]:
-        return Evaluation()
     members: list[Member] = [*([None] if with_base else []), *(agents.agents if with_agents else [])]
-    if not members:
+    if not counts[0] or not members:
         return Evaluation()
     with _answering(agents):
         answerers = [Answerer("base" if one is None else f"agent_{one}", (one,)) for one in members]
@@ -160,12 +158,11 @@ def evaluate(
     found = _scored(answerers, of_all, ood_of_all, references, bool(rows.choices))
     found.num_problems, found.num_calibration, found.num_ood = counts
     found.temperatures = dict(zip([one.name for one in answerers], calibrated.temperatures, strict=True))
+    found.intervals = intervals_of(of_all, seed, None, found.is_choice)
     if with_agents:
         chosen = next(one for one in answerers if one.name == found.chosen)
         found.mixture = Mixture(chosen.weights, found.temperatures[chosen.name])
-    against = found.chosen if with_agents else None
-    found.intervals = intervals_of(of_all, seed, None, found.is_choice)
-    found.differences = intervals_of(of_all, seed, against, found.is_choice) if against else {}
+        found.differences = intervals_of(of_all, seed, chosen.name, found.is_choice)
     mixtures = {one.name for one in answerers if len(one.members) > 1}
     found.problems = _problems(asked, of_all, mixtures) + _problems(
         asked_ood, ood_of_all, mixtures, is_ood=True

@@ -1,6 +1,7 @@
 """What every answerer did with every problem: its answer, whether that is right, and how sure it was."""
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -130,21 +131,15 @@ def text_outcomes(
 
     A temperature does not change which token is the most probable, so both temperatures share their texts.
     """
-    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n].prompt), reverse=True)
-    answers: list[list[Answer]] = [[Answer() for _ in rows] for _ in calibrated.answerers]
-    for start in range(0, len(rows), prompts_at_a_time):
-        wave = by_length[start : start + prompts_at_a_time]
-        prompts = [rows[n].prompt for n in wave]
-        written = generate(
-            *(agents, calibrated.answerers, prompts),
-            max_new_tokens=max_new_tokens,
-            end_ids=frozenset(end_ids),
-            after_tokens=after_pass,
-        )
-        for kept, new in zip(answers, written, strict=True):
-            for n, answer in zip(wave, new, strict=True):
-                kept[n] = answer
-        advance(len(prompts))
+    write = partial(
+        generate,
+        agents,
+        calibrated.answerers,
+        max_new_tokens=max_new_tokens,
+        end_ids=frozenset(end_ids),
+        after_tokens=after_pass,
+    )
+    answers = _written(write, len(calibrated.answerers), rows, prompts_at_a_time, advance)
     reader = _Reader(calibrated)
     for index, own in enumerate(answers):
         for n, row in enumerate(rows):
@@ -175,6 +170,25 @@ def text_outcomes(
                 line.append(outcome)
         outcomes.append(of_temperatures)
     return outcomes
+
+
+def _written(
+    write: Callable[[list[list[int]]], list[list[Answer]]],
+    num_answerers: int,
+    rows: Sequence[HeldOutRow],
+    prompts_at_a_time: int,
+    advance: Callable[[int], None],
+) -> list[list[Answer]]:
+    """The answers of every answerer to every row. Prompts of like length are written to together."""
+    by_length = sorted(range(len(rows)), key=lambda n: len(rows[n].prompt), reverse=True)
+    answers = [[Answer() for _ in rows] for _ in range(num_answerers)]
+    for start in range(0, len(rows), prompts_at_a_time):
+        wave = by_length[start : start + prompts_at_a_time]
+        for kept, new in zip(answers, write([rows[n].prompt for n in wave]), strict=True):
+            for n, answer in zip(wave, new, strict=True):
+                kept[n] = answer
+        advance(len(wave))
+    return answers
 
 
 class _Reader:

@@ -14,12 +14,10 @@ single-agent PEFT runs; 4. all of it under gradient checkpointing; 5. no trace l
 random state changed by a forward.
 """
 
-import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +41,7 @@ from chorus.model.adapters import (
     take_matrices,
 )
 from chorus.model.attention import attention_masks
-from chorus.model.base import Head, base_tensors, head_of, trunk_of
+from chorus.model.base import Head, base_tensors, copy_sharing_storage, head_of, trunk_of
 from chorus.model.execution import PLAIN, Execution
 from chorus.model.flat_adapter import Layout, stack
 from chorus.model.kernels.cuda_graphs import CapturedPasses, Pass, Rows
@@ -121,12 +119,6 @@ def build_agents(
             may_fall_back=execution.may_fall_back,
         )
     return built
-
-
-def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same parameters and buffers: its own adapters, no memory for the base."""
-    tensors = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
 
 def masks_of(model: PreTrainedModel, rows: Rows, *, explicit: bool = False) -> Any:

@@ -20,8 +20,8 @@ from chorus.data.batches import Sample, collate
 from chorus.errors import InputError, out_of_memory
 from chorus.mesh import ALONE, decide_agent_size
 from chorus.model.adapters import lora_shape
-from chorus.model.agents import build_agents, copy_sharing_storage
-from chorus.model.base import load_base
+from chorus.model.agents import build_agents
+from chorus.model.base import copy_sharing_storage, load_base
 from chorus.model.execution import decide_execution
 from chorus.model.regularisation import Regularisation
 from chorus.monitoring.memory import memory_limit, peak_bytes, reset_peak

@@ -14,7 +14,7 @@ from chorus.data.batches import epoch_order
 from chorus.data.packing import Layout, one_a_row, packed
 from chorus.errors import InputError
 from chorus.model.attention import LONG, check_packing
-from chorus.model.base import toy_like
+from chorus.model.toy_base import toy_like
 from chorus.planning.auto_agents import machine_of, newest_state
 
 C = TypeVar("C", bound=Config)

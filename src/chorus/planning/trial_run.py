@@ -21,8 +21,8 @@ from chorus.data.batches import Batch, Sample, collate, training_steps
 from chorus.ensemble.mixture import dirichlet_weights, mixture_log_prob, uniform_weights
 from chorus.mesh import ALONE, Mesh
 from chorus.model.adapters import TensorId, adapter_name, lora_shape
-from chorus.model.agents import Agents, build_agents, causal_lm, copy_sharing_storage
-from chorus.model.base import base_tensors
+from chorus.model.agents import Agents, build_agents, causal_lm
+from chorus.model.base import base_tensors, copy_sharing_storage
 from chorus.model.execution import Execution, decide_execution
 from chorus.model.regularisation import Regularisation
 from chorus.monitoring.memory import peak_bytes, reset_peak
