@@ -1,4 +1,4 @@
-"""Agreement between processes: errors, equal inputs and tensors, timeouts, and the loss of a process."""
+"""Agreement between processes: shared errors, equal inputs and tensors, timeouts, and lost processes."""
 
 import hashlib
 import os
@@ -46,8 +46,8 @@ def on_first_of_each_host(accelerator: Accelerator, act: Callable[[], T]) -> T:
     call.
 
     Raises:
-        InputError or RunError of `act`, on every process alike: the first one, with its host where others
-        went well.
+        InputError or RunError of `act`, on every process alike: the first one, with its host if other hosts
+            succeeded.
     """
     outcome: tuple[T | None, InputError | RunError | None] = None, None
     if accelerator.is_local_main_process:
@@ -84,14 +84,15 @@ def on_every_process(act: Callable[[], None]) -> None:
 def refuse_differences(
     own: Mapping[str, Any], first: int = 0, group: torch.distributed.ProcessGroup | None = None
 ) -> None:
-    """Raise InputError on every process if any has another value than the first one. A collective call.
+    """Raise InputError on every process if the value of any differs from the first process's. A collective
+    call.
 
     Hosts have files of their own. If those differ, a mixture of two runs would be trained silently.
 
     Args:
         own: this process's values, by their names in the message.
-        first, group: compare within this group of processes, whose first one has rank `first`; None: all. It
-            is a collective call of all processes all the same, and they raise alike.
+        first, group: compare within this group of processes, whose first one has rank `first`; None: all.
+            Even so it is a collective call of all processes, and all raise alike.
     """
     firsts: list = [own]
     if group is None:
@@ -112,8 +113,7 @@ def refuse_differences(
 
 
 def described(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
-    """Named tensors in their order, for `refuse_differences`: the
-    name, shape and digest of 16 values of each."""
+    """Named tensors in order, for `refuse_differences`: name, shape and a digest of 16 values of each."""
     named = list(tensors)
     digests = [hashlib.sha256(values).hexdigest()[:8] for values in sampled([tensor for _, tensor in named])]
     lines = [
@@ -147,8 +147,9 @@ def limit_waiting(seconds: int) -> None:
 
 @contextmanager
 def lost_processes_named(timeout_s: int) -> Iterator[None]:
-    """Raise LostProcess, a RunError, if a collective call fails
-    because another process has ended or is silent."""
+    """Raise LostProcess, a RunError, if a collective call fails because another process has ended or does not
+    answer.
+    """
     try:
         yield
     except RuntimeError as error:

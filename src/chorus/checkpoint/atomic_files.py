@@ -18,10 +18,9 @@ from chorus.errors import RunError, out_of_memory
 
 @contextmanager
 def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
-    """Turn what the disk refuses into a RunError that names the bytes `place` needs and the bytes that are
-    free.
+    """Turn a write error into a RunError that names the bytes `place` needs and the bytes that are free.
 
-    A full disk is an OSError to some writers and a RuntimeError or SafetensorError to others.
+    Some writers raise an OSError on a full disk, others a RuntimeError or SafetensorError.
     """
     try:
         yield
@@ -40,7 +39,7 @@ def json_text(value: Any) -> str:
 
 
 def json_lines(values: Iterable[Any]) -> str:
-    """A line of JSON for each value, with null for numbers that are not finite."""
+    """A line of JSON for each value, with null for non-finite numbers."""
     lines = (
         json.dumps(finite_or_null(value), ensure_ascii=False, allow_nan=False) + "\n" for value in values
     )
@@ -48,7 +47,7 @@ def json_lines(values: Iterable[Any]) -> str:
 
 
 def finite_or_null(value: Any) -> Any:
-    """`value` with None for every float in it that is not finite."""
+    """`value` with None for every non-finite float in it."""
     if isinstance(value, Mapping):
         return {key: finite_or_null(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -57,13 +56,13 @@ def finite_or_null(value: Any) -> Any:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, for those who may read its folder."""
+    """Write a safetensors file, readable by everyone who may read its folder."""
     save_file(dict(tensors), path, metadata=metadata)
     share(path)
 
 
 def share(path: Path) -> None:
-    """Let those read a file who may read its folder. safetensors leaves what it writes to its owner alone."""
+    """Make a file readable by everyone who may read its folder: safetensors leaves it to its owner alone."""
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

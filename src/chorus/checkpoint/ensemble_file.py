@@ -1,6 +1,6 @@
-"""What a finished run leaves: `ensemble.json` and the agents that it names.
+"""The results of a finished run: `ensemble.json` and the agents that it names.
 
-`ensemble.json` says which agents make one answer, with which weights, and how well they did.
+`ensemble.json` holds the agents, their weights in the mixture, and their scores.
 """
 
 import math
@@ -28,8 +28,7 @@ class Scores(UntrustedModel):
 
 
 class EnsembleFile(UntrustedModel):
-    """The entries that are read back. `evaluation` is there
-    once the run's last act, the evaluation, is done."""
+    """The entries that are read back. `evaluation` is written last, once the final evaluation is done."""
 
     agents: Annotated[list[str], Field(min_length=1)]
     weights: list[Weight]
@@ -54,7 +53,7 @@ def read_ensemble_file(output_dir: Path) -> EnsembleFile:
     """Read `output_dir/ensemble.json`.
 
     Raises:
-        Damaged: it is missing, or not as a run writes it.
+        Damaged: it is missing, or differs from what a run writes.
     """
     return parse(output_dir / ENSEMBLE_FILE, read_bytes(output_dir, ENSEMBLE_FILE), EnsembleFile)
 
@@ -69,11 +68,10 @@ class AdapterConfig(UntrustedModel):
 
 
 def refuse_unfinished(output_dir: Path, entries: Mapping[str, Entry]) -> None:
-    """Raise Damaged unless the run's agents and scores are in `output_dir`, whole.
+    """Raise Damaged unless the run's agents and scores are complete in `output_dir`.
 
     Args:
-        entries: the manifest of the run's last checkpoint. The agents there are the agents that the run
-        exports.
+        entries: the manifest of the run's last checkpoint, whose agents are the ones exported.
     """
     ensemble = read_ensemble_file(output_dir)
     file = output_dir / ENSEMBLE_FILE

@@ -1,5 +1,4 @@
-"""What a run leaves behind: ordinary PEFT adapter folders and
-one file that says how they make an ensemble."""
+"""The export of a run: ordinary PEFT adapter folders, and one file that describes the ensemble."""
 
 import math
 import shutil
@@ -44,17 +43,16 @@ def save_ensemble(
 ) -> None:
     """Write `agents/agent_k/` for every agent, readable by stock PEFT, `ensemble.json` and `config.yaml`.
 
-    Everything is written beside its place first and then renamed into it, so a crash leaves no half-written
-    file. Between the two renames the older adapters are in `agents.old`, the newer in `agents.new`. One
-    process calls it.
+    Everything is written under a temporary name and then renamed, so a crash leaves no partial file. Between
+    the two renames the old adapters are in `agents.old`, the new ones in `agents.new`. One process calls it.
 
     Args:
         tensors: every adapter tensor under its identity, fp32, on the CPU.
-        weights: the mixture's, one an agent.
+        weights: the mixture's, one for each agent.
         more: further entries of `ensemble.json`.
 
     Raises:
-        RunError: the disk did not take it, or a weight of the mixture is not finite.
+        RunError: the write failed, or a weight of the mixture is not finite.
     """
     _refuse_non_finite_weights(weights)
     place, new = output_dir / "agents", output_dir / "agents.new"
@@ -89,7 +87,7 @@ def write_adapters(place: Path, tensors: Mapping[TensorId, Tensor], config: Conf
 def _modules_of(model_name: str) -> tuple[str, ...]:
     """Paths of all modules of the base, of which the configuration alone is read, once in a process.
 
-    None where it cannot be read any more: that must not keep agents from being saved.
+    None where it is no longer readable: the agents must be saved all the same.
     """
     try:
         return tuple(path for path, _ in load_skeleton(model_name).named_modules())
@@ -100,11 +98,10 @@ def _modules_of(model_name: str) -> tuple[str, ...]:
 def write_ensemble(
     output_dir: Path, weights: Sequence[float], config: Config, more: Mapping[str, Any]
 ) -> None:
-    """Write `ensemble.json`, which says how the agents of `agents/` make one answer, and the resolved
-    `config.yaml`.
+    """Write `ensemble.json`, which describes the mixture of the agents, and the resolved `config.yaml`.
 
     Raises:
-        RunError: the disk did not take it, or a weight of the mixture is not finite.
+        RunError: the write failed, or a weight of the mixture is not finite.
     """
     _refuse_non_finite_weights(weights)
     ensemble = {
@@ -135,8 +132,9 @@ def peft_key(identity: TensorId) -> str:
 
 
 def _swap(new: Path, place: Path) -> None:
-    """Put folder `new` in `place`. A folder cannot be renamed
-    over a full one, so the old one is renamed first."""
+    """Put folder `new` in `place`. A folder cannot be renamed over a non-empty one, so the old one is renamed
+    first.
+    """
     old = place.with_name(place.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():

@@ -1,4 +1,4 @@
-"""Digests by which a checkpoint tells that base and tokenizer are those of the run that saved it."""
+"""Digests that show whether base and tokenizer are those of the run that saved a checkpoint."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def base_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over every parameter's name, shape and 16 evenly spaced values, and the model's configuration.
 
-    Hashing all weights would read gigabytes; this is cheap. It notices another model, and a base that was
+    Hashing all weights would read gigabytes; this is cheap. It detects another model, or a base that was
     trained further, but not a change of a few weights.
     """
-    # The path, the library version and the attention kernel say nothing about the model.
+    # The path, the library version and the attention kernel are not part of the model's identity.
     beside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
     config = {key: value for key, value in model.config.to_dict().items() if key not in beside}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

@@ -1,5 +1,6 @@
-"""Agents that start from adapters that exist (`init_adapters_from`):
-their weights, a new optimizer and schedule."""
+"""Agents that start from existing adapters (`init_adapters_from`): their weights, a new optimizer and
+schedule.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from chorus.errors import InputError
 from chorus.model.agents import Agents
 
 CONFIG_FILE = "adapter_config.json"  # PEFT's name
-# What PEFT can do beside plain LoRA, and Chorus does not train.
+# PEFT's extensions of plain LoRA, which Chorus does not train.
 MORE = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
@@ -51,7 +52,7 @@ def initial_folders(config: RunConfig) -> list[Path]:
 
 
 def start_from(agents: Agents, folders: Sequence[Path]) -> None:
-    """Write the weights of each folder over those of its agent; none without folders. A collective call.
+    """Load the weights of each folder into its agent; does nothing without folders. A collective call.
 
     Raises:
         InputError: on every process alike: an adapter lacks a layer of the run's, has one more, or is not
@@ -91,7 +92,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _refuse_another_shape(
     folders: Sequence[Path], configs: Sequence[Mapping[str, Any]], config: RunConfig
 ) -> None:
-    """Refuse adapters of another shape than the agents, who start from one folder each."""
+    """Refuse adapters whose shape differs from the agents'. Each agent starts from one folder."""
     alphas = [peft.get("lora_alpha") for peft in configs]
     for agent, (folder, peft) in enumerate(zip(folders, configs, strict=True)):
         alpha = of_agent(config.lora_alpha, agent)

@@ -41,7 +41,7 @@ class Manifest(UntrustedModel, extra="forbid"):
 
 
 def expected_files(num_agents: int) -> list[str]:
-    """The files that the manifest of a checkpoint of so many agents must list, sorted by path."""
+    """The files that the manifest of a checkpoint of `num_agents` agents must list, sorted by path."""
     of_agents = (
         f"agents/{adapter_name(agent)}/{name}"
         for agent in range(num_agents)
@@ -107,7 +107,7 @@ def entry_of(folder: Path, name: str, most_bytes: int | None = None) -> Entry:
 
 
 def unexpected_files(folder: Path, num_agents: int) -> list[str]:
-    """Files in a checkpoint's folder that no run has put there, apart from those of systems and editors."""
+    """Files in a checkpoint's folder that no run has written, apart from those of systems and editors."""
     expected = {*expected_files(num_agents), MANIFEST}
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = (str(path.relative_to(folder)) for path in found if not is_incidental(path.name))

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, read back when a run resumes: the rows of the steps that are done stay."""
+"""`metrics.jsonl`, read back when a run resumes: the rows of completed steps are kept."""
 
 import logging
 from collections.abc import Iterator
@@ -22,8 +22,9 @@ class MetricsRow(UntrustedModel):
 
 
 class LossRow(MetricsRow):
-    """Of a row of losses, what is minimised: task_loss - lambda_sw x swd, means over the steps since the row
-    before. Rows of a run without the distance have none."""
+    """The minimised quantity in a row of losses: task_loss - lambda_sw x swd, means over the steps since the
+    previous row. Rows of a run without the distance have no `swd`.
+    """
 
     task_loss: float
     swd: float

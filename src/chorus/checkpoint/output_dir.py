@@ -1,9 +1,8 @@
-"""The folder of a run: made, checked, and taken by one run alone.
+"""The folder of a run: created, checked, and locked by one run at a time.
 
-A run takes its folder by locking `run.lock` in it, and keeps the lock until its process ends, however it
-ends. The lock is tried without waiting, and nothing in the folder is moved or written before it is held. The
-folder itself stays where it is: what an earlier run left in it is moved out, so a link or a mount point keeps
-its place.
+A run locks `run.lock` in its folder and keeps the lock until its process ends, however it ends. It does not
+wait for the lock, and moves or writes nothing in the folder before it holds it. The folder itself stays where
+it is: the files of an earlier run are moved out of it, so a link or a mount point stays valid.
 """
 
 import fcntl
@@ -29,8 +28,8 @@ from chorus.errors import InputError
 
 LOCK_FILE = "run.lock"
 MARKS = ("metrics.jsonl", LOCK_FILE)  # a folder with one of these is a run's
-EARLIER = "earlier."  # begins the name of a folder of earlier runs, where they cannot stand beside
-# A client of a network file system may believe for so long that a new file does not exist.
+EARLIER = "earlier."  # prefix of a folder of earlier runs inside `output_dir`
+# For so long a client of a network file system may cache that a new file does not exist.
 SHARED_WITHIN_S = 60.0
 
 
@@ -38,9 +37,9 @@ SHARED_WITHIN_S = 60.0
 def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None = None) -> Iterator[Path]:
     """Take `output_dir` for this run. Within the context no other run can take it.
 
-    A run that resumes from a checkpoint of this folder finds it as it was. Any other run finds it empty: what
-    earlier runs left is moved to `NAME.1`, `NAME.2`, ... beside it, or to `earlier.1`, ... in it where it is
-    a mount point or nothing can be made beside it. A collective call.
+    A run that resumes from a checkpoint of this folder finds it unchanged. Any other run finds it empty: the
+    files of earlier runs are moved to `NAME.1`, `NAME.2`, ... beside it, or to `earlier.1`, ... inside it
+    where it is a mount point or its parent is read-only. A collective call.
 
     Args:
         begin: where the run begins, as found before the folder was locked.
@@ -83,8 +82,7 @@ def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None 
 
 
 def refuse_unshared(token: Path) -> None:
-    """Raise InputError on a host that has a folder of its own
-    under that name: the first process alone writes."""
+    """Raise InputError on a host where the folder is not the shared one: only the first process writes."""
     end = time.monotonic() + SHARED_WITHIN_S
     while not token.exists():
         if time.monotonic() > end:
@@ -107,9 +105,9 @@ def _as_input_errors(folder: Path) -> Iterator[None]:
 
 
 def refuse_unusable(folder: Path, resumed: bool) -> None:
-    """Raise InputError where a run could not write `folder`, or must not. It changes nothing.
+    """Raise InputError where a run cannot or must not write `folder`. Changes nothing.
 
-    Whether another run is at work in it, only the lock can tell: `refuse_taken`.
+    Only the lock tells whether another run is using it: `refuse_taken`.
     """
     with _as_input_errors(folder):
         if Path.cwd().is_relative_to(os.path.realpath(folder)):
@@ -134,13 +132,14 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raise InputError where another run is at work in `folder`, now. A dry run asks, and takes nothing."""
+    """Raise InputError where another run is using `folder` now. For a dry run, which does not lock it."""
     if os.path.isfile(folder / LOCK_FILE):
         _lock(folder).close()
 
 
 def _lock(folder: Path) -> TextIO:
-    """Lock the folder, without waiting, until the file that is returned is closed or the process ends.
+    """Lock the folder without waiting. The lock is held until the returned file is closed or the process
+    ends.
 
     The lock is POSIX's: a network file system passes it to its server, and a process that the run has forked
     does not hold it. The system drops it with the first file of that name that the process closes, so nothing
@@ -150,7 +149,8 @@ def _lock(folder: Path) -> TextIO:
         InputError: another process has locked it, or the file system has no locks.
     """
     place = folder / LOCK_FILE
-    # A link or a device under that name must not be written to, nor a FIFO waited for.
+    # Under that name there may be a link or a device, which must not be written to, or a FIFO, which would
+    # block.
     descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     file = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
     try:
@@ -159,7 +159,9 @@ def _lock(folder: Path) -> TextIO:
     except OSError as error:
         holder = file.readline(200).strip()
         file.close()
-        if not isinstance(error, (BlockingIOError, PermissionError)):  # either, by POSIX, where it is locked
+        if not isinstance(
+            error, (BlockingIOError, PermissionError)
+        ):  # POSIX allows either error for a held lock
             raise InputError(
                 f"key 'output_dir': {folder}: it cannot be locked ({error.strerror}); name a folder on a "
                 "file system that has locks"
@@ -172,7 +174,9 @@ def _lock(folder: Path) -> TextIO:
 
 
 def _refuse_changed(folder: Path, begin: Start) -> None:
-    """Raise InputError where another run has worked here between the search for a checkpoint and the lock."""
+    """Raise InputError where another run has changed the folder between the search for a checkpoint and the
+    lock.
+    """
     if begin.seen is not None and tuple(begin.seen) != tuple(path.name for path in checkpoints(folder)):
         raise InputError(
             f"key 'output_dir': {folder}: another run has changed its checkpoints a moment ago; start this "

@@ -1,7 +1,7 @@
-"""Where a run begins: at step 0, or at a checkpoint that is whole and belongs to the same run.
+"""Where a run begins: at step 0, or at an intact checkpoint of the same run.
 
-Everything is verified before anything is changed. What the run is (its objective, rows, base, schedule) must
-be equal; how it is carried out (mode, engine, processes, logging) may change.
+Everything is verified before anything is changed. What defines the run (objective, rows, base, schedule) must
+be equal; how it is executed (mode, engine, processes, logging) may change.
 """
 
 import logging
@@ -45,10 +45,10 @@ class Start(NamedTuple):
 
     folder: the checkpoint, verified; None is a fresh start.
     saved: its `state.json`.
-    in_place: it lies in `output_dir`, in which the run resumes.
+    in_place: the checkpoint is in `output_dir`, where the run resumes.
     is_finished: nothing is left to do.
     notes: warnings for the log, such as checkpoints that were passed over.
-    seen: names of the checkpoints that `output_dir` had; None where they do not matter.
+    seen: names of the checkpoints in `output_dir` at the time of the search; None where they do not matter.
     """
 
     folder: Path | None = None
@@ -65,7 +65,7 @@ class Start(NamedTuple):
 
     @property
     def skips_in_a_row(self) -> int:
-        """How many of the last steps in a row skipped the update of some agent."""
+        """Number of consecutive steps, up to this one, in which some agent's update was skipped."""
         return 0 if self.saved is None else self.saved.skips_in_a_row
 
     def log(self) -> None:
@@ -78,7 +78,7 @@ class Start(NamedTuple):
             )
 
     def finished_message(self, output_dir: str) -> str:
-        """What to tell a user who starts a run that is done."""
+        """The message to a user who starts a finished run again."""
         return (
             f"{output_dir} holds this run, finished after {self.step} steps: nothing is left to do.\n  its "
             f"agents:     {output_dir}/agents, scores in {output_dir}/ensemble.json\n  to start over:  "
@@ -95,11 +95,11 @@ def describe_run(
     precision: str,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """The entries of `state.json` that hold for the whole run, but for `num_steps` and the base's
+    """The entries of `state.json` that are constant over a run, except `num_steps` and the base's
     fingerprint.
 
     Raises:
-        InputError: on every process alike: another host has other values.
+        InputError: on every process alike: the values differ between hosts.
     """
     stage = zero_stage(accelerator)
     engine = f"zero{stage}" if stage else "plain" if accelerator.num_processes == 1 else "ddp"
@@ -186,12 +186,14 @@ def _find(config: Config, run: Mapping[str, Any]) -> Start:
 
 
 def has_stopped_early(saved: StateFile | None, config: Config) -> bool:
-    """Whether patience has ended the run of a checkpoint; without patience, it resumes from there."""
+    """Whether early stopping has ended the run of a checkpoint; without early stopping the run resumes from
+    there.
+    """
     return saved is not None and saved.stopped_early and config.early_stopping_patience > 0
 
 
 def _newest_whole(output_dir: Path) -> tuple[Path | None, StateFile | None, list[str]]:
-    """The newest checkpoint that is whole, and a warning for each newer one."""
+    """The newest intact checkpoint, and a warning for each newer, damaged one."""
     notes = []
     for folder in checkpoints(output_dir):
         try:
@@ -231,7 +233,7 @@ def _verified(folder: Path) -> StateFile:
 
 
 def _ways_out(config: Config) -> str:
-    """How to leave the run of a checkpoint. A checkpoint that is named is used in every output_dir."""
+    """The remedies for a checkpoint of another run. A named checkpoint is used whatever the output_dir."""
     start_over = "start over with resume_from_checkpoint=null"
     return start_over if config.resume_from_checkpoint != "auto" else f"{start_over} or another output_dir"
 

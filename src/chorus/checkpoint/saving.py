@@ -1,4 +1,4 @@
-"""Checkpoints while a run trains: every so many steps, and before it ends."""
+"""Checkpoints during training: every `save_steps` steps, and before it ends."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,8 +11,7 @@ from chorus.training.step import StepDone
 
 
 class PeriodicCheckpoints:
-    """Saves every `save_steps` steps (0: never), and wherever a
-    hook before this one asks for a checkpoint."""
+    """Saves every `save_steps` steps (0: never), and whenever an earlier hook asks for a checkpoint."""
 
     def __init__(
         self,
@@ -29,7 +28,7 @@ class PeriodicCheckpoints:
         """Save where it is due. A collective call there.
 
         Raises:
-            RunError: on every process alike: the disk did not take it, or a value is not finite.
+            RunError: on every process alike: the write failed, or a value is not finite.
         """
         if step.must_save or step.is_due(self.save_steps):
             self.skips.settle(step)

@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: how far the run was, and what the run is."""
+"""`state.json` of a checkpoint: the progress of the run, and what defines it."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,11 +19,11 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class SavedStep(UntrustedModel):
-    """How far the run was: all that is needed to read the tensors beside it.
+    """The progress of the run: all that is needed to read the tensors beside it.
 
-    step: optimiser steps that are done. epoch: the epoch of the last one. optimizer_step: steps that AdamW
-    has taken, one number or one for each agent; fewer where updates were skipped. skips_in_a_row: the last so
-    many steps each skipped the update of some agent.
+    step: optimiser steps that are done. epoch: the epoch of the last one. optimizer_step: AdamW's step count,
+    one number or one for each agent; fewer where updates were skipped. skips_in_a_row: number of consecutive
+    steps, up to this one, in which some agent's update was skipped.
     """
 
     format: int
@@ -51,8 +51,7 @@ class Fingerprints(UntrustedModel):
 
 
 class SavedConfig(UntrustedModel):
-    """The run's configuration. Typed are the keys that are
-    computed with; the others are compared as they are."""
+    """The run's configuration. The keys used in computations are typed; the others are only compared."""
 
     num_agents: PositiveInt
     model_name: str
@@ -64,16 +63,16 @@ class SavedConfig(UntrustedModel):
     max_train_steps: NonNegativeInt | None
 
     def values(self) -> dict[str, Any]:
-        """Every key of today's configuration; one that the file does not have had its default."""
+        """Every key of the current configuration. A key missing from the file had its default."""
         saved = self.model_dump()
         return {key: saved.get(key, field.default) for key, field in Config.model_fields.items()}
 
 
 class BestStep(UntrustedModel):
-    """The best scoring so far, by `metric_for_best_model`.
+    """The best evaluation so far, by `metric_for_best_model`.
 
     step: whose checkpoint is kept.
-    scorings_since: scorings after it, none of them better.
+    scorings_since: evaluations since then, none of them better.
     """
 
     step: Annotated[int, Field(ge=1, le=MOST_STEPS)]
@@ -90,7 +89,7 @@ class InitialScores(UntrustedModel):
 
 
 class StateFile(SavedStep):
-    """The whole file: how far the run was, and what the run is."""
+    """The whole file: the progress of the run, and what defines it."""
 
     parallel_mode: str
     engine: str
@@ -102,7 +101,7 @@ class StateFile(SavedStep):
     best: BestStep | None = None
     initial_scores: InitialScores | None = None
     stopped_early: bool = False
-    evaluation_due: bool = False  # a signal has kept the evaluation of this step from its end
+    evaluation_due: bool = False  # a signal interrupted the evaluation of this step
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "StateFile":
@@ -129,7 +128,7 @@ class _Format(UntrustedModel):
 
 
 def read_saved_step(folder: Path) -> SavedStep:
-    """How far the run of this checkpoint was.
+    """The progress of the run at this checkpoint.
 
     Raises:
         Damaged: the file is not as a run writes it.

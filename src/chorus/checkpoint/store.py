@@ -1,4 +1,4 @@
-"""A checkpoint: all that a run needs to resume, in a folder that is whole or absent, and readable without
+"""A checkpoint: all that a run needs to resume, in a folder that is complete or absent, readable without
 pickle.
 
     output_dir/checkpoints/step_000200/
@@ -7,8 +7,8 @@ pickle.
       state.json              step, epoch, AdamW's step count, how it was trained, fingerprints
       MANIFEST.json           size and SHA-256 of every other file; written last
 
-It is written under a name that no reader looks for, flushed to the disk, then renamed. The next save removes
-what a kill has left under such a name.
+It is written under a temporary name, flushed to the disk, then renamed. The next save removes what a killed
+save has left under such a name.
 """
 
 import logging
@@ -50,12 +50,14 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"step_\d{6,18}", re.ASCII)
 REMEDY = "earlier checkpoints are whole; make room, then resume with resume_from_checkpoint=auto"
-HALF_DONE = ".half-done"  # ends the name of a folder that is being written or removed
+HALF_DONE = ".half-done"  # suffix of a folder that is being written or removed
 
 
 @dataclass
 class Checkpointer:
-    """Writes this run's checkpoints. `facts` are the entries of `state.json` that hold for the whole run."""
+    """Writes this run's checkpoints. `facts` are the entries of `state.json` that are constant over the
+    run.
+    """
 
     output_dir: Path
     config: Config
@@ -72,12 +74,13 @@ class Checkpointer:
         """Write the checkpoint after `step` optimiser steps. A collective call; the first process writes.
 
         Args:
-            skips_in_a_row: how many of the last steps, without a gap, skipped an agent's update.
+            skips_in_a_row: number of consecutive steps, up to this one, in which some agent's update was
+                skipped.
             scores: the entries that say what was scored: `best`, `initial_scores`, `stopped_early`,
                 `evaluation_due`.
 
         Raises:
-            RunError: on every process alike: it could not be written, or a value in it is not finite.
+            RunError: on every process alike: the write failed, or a value is not finite.
         """
         state = read_state(engine)
         for tensors in (state.weights, *state.moments.values()):
@@ -98,7 +101,7 @@ def write_checkpoint(
     One process calls it.
 
     Raises:
-        RunError: the disk did not take it; earlier checkpoints are as they were.
+        RunError: the write failed; earlier checkpoints are as they were.
     """
     folder = output_dir / "checkpoints" / f"step_{facts['step']:06d}"
     half_done = folder.with_name(folder.name + HALF_DONE)
@@ -129,7 +132,7 @@ def write_checkpoint(
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders of finished saves, whole or damaged since, newest first."""
+    """The folders of finished saves, newest first. They may have been damaged since."""
     place = output_dir / "checkpoints"
     if not os.path.isdir(place):  # False also for a name that is too long
         return []
@@ -149,10 +152,10 @@ def step_of(folder: Path) -> int:
 
 
 def verify(folder: Path) -> SavedStep:
-    """Compare every file with the manifest; how far the run was.
+    """Compare every file with the manifest; returns the progress of the run.
 
     Raises:
-        Damaged: a file is missing, cannot be read, was changed, or says what no run writes.
+        Damaged: a file is missing, unreadable, changed, or has content that no run writes.
         InputError: the checkpoint has a format that this version does not know.
     """
     num_agents = num_agents_of(verify_files(folder))
@@ -173,7 +176,7 @@ def read_tensors(folder: Path, optimizer_step: int | list[int]) -> TrainingState
     """The tensors of a checkpoint that has been verified, on the CPU.
 
     Raises:
-        Damaged: the folder has changed since, or a file holds other tensors than a run saves.
+        Damaged: the folder has changed since, or a file does not hold the tensors that a run saves.
     """
     weights: dict[TensorId, Tensor] = {}
     for agent in range(num_agents_of(read_manifest(folder))):
@@ -220,7 +223,7 @@ def moment_key(name: str, identity: TensorId) -> str:
 def set_aside_later(output_dir: Path, step: int) -> None:
     """Move checkpoints beyond `step` into `checkpoints/set_aside/`, before a run resumes from `step`.
 
-    They are damaged, or the user has gone back behind them. Nothing is deleted.
+    They are damaged, or the user resumes from an earlier step. Nothing is deleted.
     """
     for folder in checkpoints(output_dir):
         if step_of(folder) > step:

@@ -26,7 +26,7 @@ INCIDENTAL = (
 
 
 class Damaged(InputError):
-    """A file is not as a run wrote it. The message names the file."""
+    """A file differs from what a run writes. The message names the file."""
 
 
 class UntrustedModel(BaseModel):
@@ -37,7 +37,7 @@ class UntrustedModel(BaseModel):
 
 
 def is_incidental(name: str) -> bool:
-    """Whether a file of this name is left by a system or an editor. It says nothing about a run."""
+    """Whether a file of this name was left by the system or an editor; such files are ignored."""
     return any(fnmatchcase(name, pattern) for pattern in INCIDENTAL)
 
 
@@ -46,8 +46,7 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
     one.
 
     Raises:
-        Damaged: it is missing, is not a regular file, cannot be read, or leads out of the folder through a
-        link.
+        Damaged: it is missing, not a regular file, unreadable, or outside the folder because of a link.
     """
     file = folder / name
     try:

@@ -1,1 +1,1 @@
-"""The subcommands of `chorus`: a file each, whose `main` takes the arguments behind its name."""
+"""The subcommands of `chorus`: one file each, whose `main` takes the remaining arguments."""

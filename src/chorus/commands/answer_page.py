@@ -1,4 +1,4 @@
-"""One self-contained page of answers, whose tokens are coloured by how far the agents disagree."""
+"""One self-contained page of answers, whose tokens are coloured by how much the agents disagree."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Answers for a terminal: text as it comes, coloured by how far the agents disagree, and what that means."""
+"""Answers in a terminal: streamed text, coloured by how much the agents disagree, and a sentence about it."""
 
 import math
 import re
@@ -11,10 +11,10 @@ from chorus.commands.asking import Asked
 from chorus.ensemble.texts import Text
 from chorus.ensemble.uncertainty import AnswerUncertainty, uncertainty_of
 
-# Shares of log K, the most that K agents can disagree, from which on a token has the next colour.
+# Thresholds of the colours, as fractions of log K, the maximum disagreement of K agents.
 SHADES = ((0.02, "green"), (0.1, "yellow"), (0.25, "red"), (1.01, "bold white on red"))
 AGREE, MOSTLY = 0.1, 0.25
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would steer the terminal
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters would change the terminal
 
 
 def shade(mutual_information: float, num_members: int) -> int:
@@ -32,7 +32,7 @@ class Stream:
         self._shown = 0
 
     def show(self, is_done: bool) -> None:
-        """Print what has come since the last call."""
+        """Print the text added since the last call."""
         ending, answer = self.text.ending, self.text.answer
         if is_done:
             del self._ends[len(answer.token_ids) :]
@@ -53,11 +53,11 @@ class Stream:
 
 
 def in_words(uncertainty: AnswerUncertainty, name: str, least_agreed: str) -> str:
-    """What an answer's uncertainty says, in one line.
+    """An answer's uncertainty in words, one line.
 
     Args:
         name: of the answerer.
-        least_agreed: the token on which the members differ most.
+        least_agreed: the token with the largest disagreement.
     """
     members = len(uncertainty.member_probabilities)
     figures = (
@@ -94,7 +94,7 @@ def _percent(share: float) -> str:
 
 
 def show(console: Console, asked: Sequence[Asked], steps: Iterator[None]) -> None:
-    """Print the answers in order: the first one that has not ended as it comes."""
+    """Print the answers in order; the first unfinished one is streamed."""
     place, stream = 0, None
     for _ in steps:
         while place < len(asked):

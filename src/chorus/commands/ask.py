@@ -1,4 +1,4 @@
-"""`chorus ask URL PROMPT`: one mixed answer of agents that another server serves."""
+"""`chorus ask URL PROMPT`: one mixed answer of agents behind another server."""
 
 import argparse
 import json
@@ -117,7 +117,9 @@ def _entries(file: str | None) -> Mapping[str, Any]:
 
 
 def _rendered(template: str | None, entries: Mapping[str, Any], prompt: str, file: str | None) -> str:
-    """The prompt as the agents were trained on it; the server's /v1/completions takes it as it is."""
+    """The prompt in the form that the agents were trained on; the server's /v1/completions does not change
+    it.
+    """
     from chorus.data.templates import template_fields
 
     place = "--template"
@@ -188,14 +190,14 @@ def _described(
 
 
 def _shares(found: "Sequence[Candidate]") -> list[float]:
-    """Of the probability that the mixture gives all these answers together."""
+    """Each answer's share of the probability that the mixture gives all these answers together."""
     most = found[0].mixed_log_prob
     parts = [math.exp(one.mixed_log_prob - most) for one in found]
     return [part / math.fsum(parts) for part in parts]
 
 
 def _print(found: "Sequence[Candidate]", asked: int) -> None:
-    """The answer; in a terminal also the others, with what the mixture makes of them."""
+    """Print the answer; in a terminal also the other answers, with their probabilities under the mixture."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""What `chorus generate` and `chorus chat` share: who answers, and the answers."""
+"""Shared by `chorus generate` and `chorus chat`: the choice of answerers, and their answers."""
 
 import argparse
 from collections import Counter
@@ -16,7 +16,7 @@ from chorus.serving.opened import BASE, MIXTURE, Opened, open_ensemble
 
 
 def open_of(options: argparse.Namespace, paths: Sequence[str]) -> Opened:
-    """The ensemble that the options name, after their own checks.
+    """The ensemble that the options name, once the options are checked.
 
     Raises:
         InputError: it cannot be opened, or has no such member.
@@ -31,7 +31,7 @@ def open_of(options: argparse.Namespace, paths: Sequence[str]) -> Opened:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """Who answers, when it is one."""
+    """The name of the answerer, where there is a single one."""
     if options.member is not None:
         return f"agent_{options.member}"
     return BASE if options.base else MIXTURE
@@ -39,10 +39,10 @@ def name_of(options: argparse.Namespace) -> str:
 
 @dataclass
 class Asked:
-    """A prompt and those who answer it: one of them, or every agent for a vote.
+    """A prompt and its answerers: one of them, or every agent for a vote.
 
     Attributes:
-        names: of the answerers, one for each text.
+        names: the answerer of each text.
     """
 
     prompt: str
@@ -54,7 +54,7 @@ class Asked:
         return all(text.has_ended for text in self.texts)
 
     def votes(self) -> list[tuple[str, int]]:
-        """The agents' answers with their counts, the one of the most first; of equals the first agent's.
+        """The agents' answers with their counts, the most frequent first; among ties the first agent's.
 
         Answers are compared as exact match compares them, see `answers.final_answer`.
         """
@@ -64,7 +64,7 @@ class Asked:
 
     @property
     def chosen(self) -> int:
-        """The text that is the answer: of a vote, the first that agrees with the most."""
+        """The text of the answer; of a vote, the first text with the majority's answer."""
         if len(self.texts) == 1:
             return 0
         keys = [_compared(text.answer.text) for text in self.texts]
@@ -76,7 +76,7 @@ def _compared(text: str) -> str:
 
 
 def ask(opened: Opened, options: argparse.Namespace, prompts: Sequence[tuple[str, list[int]]]) -> list[Asked]:
-    """Texts to be written for prompts: their words, and their tokens.
+    """The texts to generate for some prompts: the prompts as text and as tokens.
 
     Raises:
         InputError: a prompt that leaves no room for an answer.
@@ -95,7 +95,7 @@ def ask(opened: Opened, options: argparse.Namespace, prompts: Sequence[tuple[str
 
 
 def write(opened: Opened, asked: Sequence[Asked]) -> Iterator[None]:
-    """Write all texts together; after each step the caller may look at them."""
+    """Generate all texts together; yields after each step, so that the caller may show them."""
     batch = LiveBatch(opened.ensemble.agents, opened.answerers)
     with announced("reading the prompts"):
         batch.join(text for one in asked for text in one.texts)

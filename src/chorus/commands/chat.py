@@ -24,10 +24,10 @@ not on turns, are asked each question by itself."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load, then answer question after question.
+    """Load, then answer one question after another.
 
     Raises:
-        InputError: what is named is no ensemble.
+        InputError: the paths hold no ensemble.
     """
     from chorus.commands.options import Parser, add_options
 
@@ -84,7 +84,7 @@ def _converse(console: "Console", opened: "Opened", options: argparse.Namespace)
 
 
 def _line(console: "Console") -> str | None:
-    """The next line, without white space at its ends; None at the end of the conversation."""
+    """The next line, stripped; None at the end of the conversation."""
     try:
         return input("> " if console.is_terminal and sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -97,7 +97,7 @@ def _line(console: "Console") -> str | None:
 def _answer(
     console: "Console", opened: "Opened", options: argparse.Namespace, turns: Sequence["Turn"]
 ) -> str | None:
-    """Write an answer as it comes; None where the question cannot be asked. Ctrl-C ends the answer."""
+    """Stream an answer; None where the question cannot be asked. Ctrl-C ends the answer."""
     from chorus.commands.answer_view import show
     from chorus.commands.asking import ask, write
 

@@ -13,7 +13,7 @@ from chorus.config.load import config_over
 from chorus.errors import InputError
 from chorus.progress import IMPORTING, announced
 
-ALPHA = 1.0  # pseudo-counts an agent of the fitted mixture where dirichlet_alpha_aggregator is null
+ALPHA = 1.0  # pseudo-counts for each agent in the fitted mixture, where dirichlet_alpha_aggregator is null
 
 EXAMPLES = """examples:
   chorus evaluate runs/default
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load, score, print.
 
     Raises:
-        InputError: what is named is no ensemble or no usable data.
+        InputError: the paths hold no ensemble, or the data cannot be used.
     """
     options = _parser().parse_intermixed_args(arguments)
     runs = [one for one in options.run if _is_path(one)]
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.Namespace) -> None:
-    # Seconds of imports, after all that can be refused without them.
+    # These imports take seconds: bad arguments are refused before.
     with announced(IMPORTING):
         from rich.console import Console
 
@@ -75,7 +75,7 @@ def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.
     if options.data or options.split:
         open_split(
             name, options.split, key, "--split" if options.split else None
-        )  # whether it is there at all, before the base is loaded
+        )  # refused before the base is loaded
     dtype = DTYPES[decide_precision(config.mixed_precision)]
     accelerator = make_accelerator(config, config)
     with lost_processes_named(config.collective_timeout_s):
@@ -112,7 +112,7 @@ def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.
 
 @contextmanager
 def _progress(is_shown: bool, num_scored: int, num_ood: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar over this process's problems, on stderr, so that stdout holds the scores alone."""
+    """A progress bar over this process's problems, on stderr, so that stdout holds only the scores."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

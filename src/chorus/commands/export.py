@@ -1,4 +1,4 @@
-"""`chorus export RUN... OUT`: agents for other tools, with a card and the commands that serve them."""
+"""`chorus export RUN... OUT`: agents for other tools, with a model card and the commands to serve them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ def main(arguments: Sequence[str]) -> None:
     """Write the export, and say where it is.
 
     Raises:
-        InputError: what is named holds no agents, or OUT is in use.
+        InputError: the paths hold no agents, or OUT is in use.
     """
     options = _parser().parse_args(arguments)
     *runs, out = options.paths
     if not runs:
         raise InputError("command line: one folder is named; give a RUN and then OUT, a new folder")
-    # Seconds of imports, after all that can be refused without them.
+    # These imports take seconds: bad arguments are refused before.
     with announced(IMPORTING):
         from chorus.exporting.export import export
         from chorus.monitoring.run_log import quiet_libraries

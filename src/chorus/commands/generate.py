@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load, answer, print.
 
     Raises:
-        InputError: what is named is no ensemble, or a prompt that cannot be asked.
+        InputError: the paths hold no ensemble, or a prompt cannot be used.
     """
     from chorus.commands.options import Parser, add_options
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _prompts(given: Sequence[str]) -> list[str]:
-    """The prompts, of which - stands for stdin.
+    """The prompts; - reads one from stdin.
 
     Raises:
         InputError: there is none, or one is empty, a folder or a key.
@@ -85,7 +85,7 @@ def _of_stdin() -> str:
 
 
 def _generate(options: argparse.Namespace, prompts: list[str]) -> None:
-    # Seconds of imports, after all that can be refused without them.
+    # These imports take seconds: bad arguments are refused before.
     with announced(IMPORTING):
         from rich.console import Console
 

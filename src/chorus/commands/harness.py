@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load, evaluate, print.
 
     Raises:
-        InputError: what is named is no ensemble or no task, or lm-eval is not installed.
+        InputError: the paths hold no ensemble, a task does not exist, or lm-eval is not installed.
     """
     options = _parser().parse_args(arguments)
     for path in options.runs:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _run(options: argparse.Namespace, names: Sequence[str], batch_size: int | None) -> None:
-    # Seconds of imports, after all that can be refused without them.
+    # These imports take seconds: bad arguments are refused before.
     with announced(IMPORTING):
         import torch
 
@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace, names: Sequence[str], batch_size: int | No
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int], None]]:
-    """A count of requests on stderr, so that stdout holds the results alone."""
+    """A count of requests on stderr, so that stdout holds only the results."""
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
@@ -90,7 +90,7 @@ def _progress() -> Iterator[Callable[[int], None]]:
 
 
 def _print_tables(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """A table a task, a row an answerer."""
+    """One table for each task, one row for each answerer."""
     from rich.console import Console
     from rich.table import Table
 

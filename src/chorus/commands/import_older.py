@@ -28,12 +28,12 @@ from chorus.model.adapters import TensorId, lora_shape
 from chorus.model.base import load_skeleton
 
 META = "ci_llm_meta_config.json"
-KEYS = {  # the older layout's name of a key, and ours
+KEYS = {  # a key's name in the older layout, and ours
     **{"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
     **{"target_modules": "lora_target_modules", "K_agents": "num_agents"},
     **{"parallel_mode": "parallel_mode", "model_name": "model_name"},
 }
-FIXED = {"bias": "none", "task_type": "CAUSAL_LM"}  # further keys, and the only value each may have
+FIXED = {"bias": "none", "task_type": "CAUSAL_LM"}  # further keys, and the only value allowed for each
 NOT_CARRIED_OVER = ["optimizer moments", "step and position in the data", "how the run was trained"]
 TENSOR = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<adapter>\w+))?\.weight"
@@ -47,7 +47,7 @@ def import_older(old: Path, new: Path, model_name: str | None = None) -> list[st
         model_name: the base; only its configuration is read. None: `ci_llm_meta_config.json` names it.
 
     Returns:
-        Remarks for the user, such as an agent that was never trained.
+        Warnings for the user, such as an agent that was never trained.
 
     Raises:
         InputError: a file is missing, damaged, does not fit the base, or would run code.
@@ -166,8 +166,8 @@ def _read_agent(
 
 
 def _unpickle(file: Path) -> dict[Any, Any]:
-    """The state dict in a file of `torch.save`. A file of more than tensors and plain containers is refused,
-    and no code of it is run.
+    """The state dict in a file of `torch.save`. A file with anything but tensors and plain containers is
+    refused, and none of its code is run.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,4 +1,6 @@
-"""Options that several commands share. Light to import: a slip is refused before the heavy libraries load."""
+"""Options that several commands share. Cheap to import: a mistake is refused before the heavy libraries
+load.
+"""
 
 import argparse
 from typing import NoReturn
@@ -17,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of who answers, and how."""
+    """The options that choose the answerer and how it answers."""
     who = parser.add_argument_group("who answers (the mixture, unless one of these is given)")
     one = who.add_mutually_exclusive_group()
     one.add_argument("--member", metavar="K", type=int, help="agent K alone")
@@ -28,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
-    """The options of how an answer is written."""
+    """The options of how an answer is generated."""
     how = parser.add_argument_group("how")
     how.add_argument(
         "--temperature",
@@ -50,7 +52,7 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_place_options(parser: argparse.ArgumentParser) -> None:
-    """The options of how prompts are made, and where answers are computed."""
+    """The options of how prompts are formed, and where answers are computed."""
     parser.add_argument(
         "--form",
         choices=FORMS,

@@ -1,4 +1,4 @@
-"""How every subcommand reads its arguments: a mistake is one line on stderr, and exit code 2."""
+"""The argument parser of every subcommand: a mistake is one line on stderr, and exit code 2."""
 
 import argparse
 from typing import NoReturn
@@ -19,5 +19,5 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise InputError in place of argparse's own end of the program."""
+        """Raise InputError where argparse would exit the program."""
         raise InputError(f"command line: {message}; --help shows what there is")

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     """Write the page, and say where it is.
 
     Raises:
-        InputError: what is named is no run, or matplotlib is not installed.
+        InputError: a path is not a run, or matplotlib is not installed.
     """
     options = _parser().parse_args(arguments)
     for path in options.runs:

@@ -11,7 +11,7 @@ from chorus.errors import SIGNALS, InputError
 from chorus.progress import IMPORTING, announced
 
 API_KEY = "CHORUS_API_KEY"
-LONGEST = 4096  # tokens of a text where the base has more positions: every cache is as long
+LONGEST = 4096  # default limit on a text's tokens: every KV cache is that long
 TEXTS = {"cuda": 32, "cpu": 8}
 
 EPILOG = """examples:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     """Load, then answer until a signal comes.
 
     Raises:
-        InputError: what is named is no ensemble, or an address that cannot be used.
+        InputError: the paths hold no ensemble, or the address cannot be used.
     """
     from chorus.commands.options import Parser, add_place_options, at_least_1
 
@@ -79,7 +79,7 @@ def _port(text: str) -> int:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket on the address, before seconds of loading.
+    """A socket on the address, opened before the seconds of loading.
 
     Raises:
         InputError: the address cannot be used.
@@ -120,7 +120,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, api_key: str | 
     warning = f"; anyone who reaches {host} may ask: set {API_KEY}" if is_open else ""
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
     print(f"serving {', '.join(opened.names)} at {url}{warning}", file=sys.stderr, flush=True)
-    # uvicorn raises the signal again once all is done, which would spoil the exit code.
+    # uvicorn raises the signal again at its end, which would change the exit code.
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: None)
     server.run(sockets=[listener])

@@ -39,7 +39,7 @@ def export(paths: Sequence[Path], out: Path, merge: Merge = "none", base: str | 
     Raises:
         InputError: `out` is in use, what `load_ensemble` refuses of adapters, or a base that cannot be merged
             into.
-        RunError: the disk did not take it.
+        RunError: the write failed.
     """
     refuse_used(out)
     source = find_source(paths)

@@ -46,7 +46,7 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         num_bytes: about what will be written, for the message.
 
     Raises:
-        RunError: the disk did not take it.
+        RunError: the write failed.
     """
     place = Path(os.path.realpath(out))  # a link to an empty folder keeps its place
     new = place.with_name(f".{place.name}.{uuid4().hex[:8]}.unfinished")

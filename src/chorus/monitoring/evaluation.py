@@ -65,7 +65,7 @@ class RunEvaluation:
         initial: scores before the first step; without an answerer where they were not asked for.
         best: the best step so far; None before the first comparison.
         stopped_early: patience has ended training.
-        is_due: a signal has kept the evaluation of the last step from its end.
+        is_due: a signal interrupted the evaluation of the last step.
     """
 
     def __init__(self, engine: Engine, rows: EvaluationRows, config: RunConfig, run_log: RunLog) -> None:
@@ -108,8 +108,9 @@ class RunEvaluation:
                 self.run_log.scores(0, self.initial.flat())
 
     def make_up(self, saved: StateFile | None) -> None:
-        """Score the step of a checkpoint whose evaluation a signal has kept from its end. A collective call,
-        after the checkpoint is restored."""
+        """Repeat the evaluation that a signal interrupted, after its checkpoint is restored. A collective
+        call.
+        """
         if saved is not None and saved.evaluation_due and self.config.eval_steps:
             self._score(saved.step, saved.num_steps)
 

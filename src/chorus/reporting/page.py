@@ -44,7 +44,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None, problems: Path 
 
     Raises:
         InputError: what is named is no run.
-        RunError: the disk did not take it.
+        RunError: the write failed.
     """
     runs = [read_run(path, problems) for path in paths]
     runs = runs if len({run.name for run in runs}) == len(runs) else _told_apart(runs, paths)
