@@ -117,9 +117,7 @@ def test_a_run_that_loses_a_process_ends_and_goes_on_from_its_last_checkpoint(
 ):
     timeout_s = 30 if act == "stop" else 600
     is_whole = request.node.get_closest_marker("slow") is not None
-    # The launcher itself ends what the loss has left.
-    is_launched = is_whole or act == "kill"
-    codes, said, seconds = lose(COMMANDS[engine], where, act, tmp_path, timeout_s, is_launched)
+    codes, said, seconds = lose(COMMANDS[engine], where, act, tmp_path, timeout_s, is_launched=is_whole)
     assert any(codes), said[-3000:]
     survivor = 1 if where == "save" else 0
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]

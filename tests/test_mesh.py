@@ -62,18 +62,18 @@ def test_the_agents_of_all_processes_in_order_are_all_agents_and_neighbours_shar
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_agents_over_processes_have_the_losses_and_weights_of_one_process(num_processes: int, tmp_path: Path):
+@pytest.mark.parametrize("which", ["2", "4", pytest.param("4, the rest", marks=pytest.mark.slow)])
+def test_agents_over_processes_have_the_losses_and_weights_of_one_process(which: str, tmp_path: Path):
     """In every mode, under DDP and ZeRO-2, with accumulation, packing, recomputation, DropConnect, clipping,
     values of each agent's own, lambda's schedule, predicted distributions compared, rows shared by
     responsibilities, bootstrap weights, batches of each agent's own and a loss that is not finite; also
     resumed with another mesh and engine than it was saved with."""
-    command = [*ddp(num_processes)[:-1], "tests/helpers/mesh_worker.py"]
-    result = forked(command, str(tmp_path), str(num_processes))
+    command = [*ddp(int(which[0]))[:-1], "tests/helpers/mesh_worker.py"]
+    result = forked(command, str(tmp_path), which)
     assert result.returncode == 0, result.stderr[-3000:]
     of_runs = torch.load(tmp_path / "runs.pt", weights_only=False)
     of_runs = {key: Done(*done) for key, done in of_runs.items()}
-    assert of_runs.keys() >= set(RUNS[num_processes])
+    assert of_runs.keys() >= set(RUNS[which])
     for how, done in of_runs.items():
         case, start = how[0], how[3] if len(how) > 3 else 0
         assert_same_run(done, alone(case), case, start, str(how))

@@ -68,12 +68,13 @@ def test_one_process_of_8_rows_equals_two_of_4_in_every_mode_and_engine(
         assert "DeepSpeed ZeRO-2 is active" in (tmp_path / "train.log").read_text()
 
 
-def test_one_process_accumulating_four_equals_four_processes_and_two_of_two(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("command", "accumulation"), [(zero2(2), 2), pytest.param(ddp(4), 1, marks=pytest.mark.slow)]
+)
+def test_one_process_accumulating_four_equals_more_processes_accumulating_less(
+    command: list[str], accumulation: int, tmp_path: Path
+):
     settings = (*SMALL, "max_train_steps=3", "lambda_sw=0", "batch_size=3", "max_grad_norm=0.5")
-    runs = {
-        "1x4": train(PLAIN, tmp_path / "1x4", *settings, "gradient_accumulation_steps=4"),
-        "2x2": train(zero2(2), tmp_path / "2x2", *settings, "gradient_accumulation_steps=2"),
-        "4x1": train(ddp(4), tmp_path / "4x1", *settings, "gradient_accumulation_steps=1"),
-    }
-    for name in ("2x2", "4x1"):
-        assert_same_run(tmp_path / "1x4", tmp_path / name, runs["1x4"], runs[name], tolerance=2e-5)
+    rows = train(PLAIN, tmp_path / "one", *settings, "gradient_accumulation_steps=4")
+    more = train(command, tmp_path / "more", *settings, f"gradient_accumulation_steps={accumulation}")
+    assert_same_run(tmp_path / "one", tmp_path / "more", rows, more, tolerance=2e-5)

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from accelerate import Accelerator
 from folders import adapters
 from launching import PATIENCE_S, PLAIN, ROOT, environment, processes_of, train, wait_for, zero2
 from peft import PeftModel
-from preloaded import forked
+from preloaded import Workers, environments_once, forked, preload
 from preloaded import train as forked_train
 from transformers import AutoModelForCausalLM
 
@@ -203,43 +201,46 @@ def test_non_finite_losses_are_skipped_and_then_end_the_run_with_agents_step_and
     assert not (run / "agents").exists()
 
 
-@contextmanager
-def running(command: list[str], folder: Path, *settings: str) -> Iterator[subprocess.Popen]:
-    """A run that is taking steps, in a session of its own; whatever is left of it is killed at the end."""
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, *SMALL, "max_train_steps=100000", f"output_dir={folder}/run", *settings],
+def rows_of(folder: Path) -> int:
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
+    settings = (*SMALL, "max_train_steps=100000", f"output_dir={tmp_path}/run", "num_workers=1")
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*zero2(2), *settings],
             cwd=ROOT,
-            env=environment(CHORUS_TEST_RUN=str(folder)),
+            env=environment(CHORUS_TEST_RUN=str(tmp_path)),
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    metrics = folder / "run" / "metrics.jsonl"
     try:
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
-        yield process
-    finally:
-        for number in processes_of(folder):
-            os.kill(number, signal.SIGKILL)
-        process.wait()
-
-
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
-    with running(zero2(2), tmp_path, "num_workers=1") as process:
+        wait_for(lambda: rows_of(tmp_path) > 2)
         assert len(processes_of(tmp_path)) >= 5  # launcher, two trainers, their workers
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-        assert process.wait(timeout=PATIENCE_S) != 0
+        os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does
+        assert launcher.wait(timeout=PATIENCE_S) != 0
         wait_for(lambda: not processes_of(tmp_path))
+    finally:
+        for number in processes_of(tmp_path):
+            os.kill(number, signal.SIGKILL)
+        launcher.wait()
 
 
 def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes_on(tmp_path: Path):
-    with running([sys.executable, "train.py"], tmp_path, "save_steps=1"):
+    command = [sys.executable, "train.py"]
+    settings = (*SMALL, "max_train_steps=100000", f"output_dir={tmp_path}/run", "save_steps=1")
+    preload()
+    first = Workers(environments_once(command), settings, tmp_path / "log")
+    try:
+        wait_for(lambda: rows_of(tmp_path) > 2)
         for how in ("auto", "null"):
-            settings = (*SMALL, "max_train_steps=100000", f"output_dir={tmp_path}/run", "save_steps=1")
-            again = forked([sys.executable, "train.py"], *settings, f"resume_from_checkpoint={how}")
+            again = forked(command, *settings, f"resume_from_checkpoint={how}")
             assert again.returncode == 2
             assert f"error: key 'output_dir': {tmp_path}/run: another run is at work in it" in again.stderr
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        rows = metrics.read_text().count("\n")
-        wait_for(lambda: metrics.read_text().count("\n") > rows)
+        rows = rows_of(tmp_path)
+        wait_for(lambda: rows_of(tmp_path) > rows)
+    finally:
+        first.kill()

@@ -3,7 +3,6 @@ of its own; for the log, a limit on a file's size."""
 
 import functools
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import PATIENCE_S, ROOT, ddp, environment
-from preloaded import train
+from preloaded import Workers, environments_once, preload, train
 
 from chorus.checkpoint.store import checkpoints, step_of, verify
 
@@ -119,27 +118,28 @@ def test_a_disk_full_at_the_first_save_leaves_no_checkpoint(tmp_path: Path):
 ONE_SMALL_AGENT = (*SETTINGS, "num_agents=1", "lambda_sw=0", "lora_rank=1", "lora_target_modules=[q_proj]")
 
 
-def run_with_small_files(
-    command: list[str], output_dir: Path, *settings: str
-) -> subprocess.CompletedProcess[str]:
-    """A run in which no file can grow beyond 16,000 bytes: a checkpoint's are smaller."""
-    return subprocess.run(
-        [*command, *ONE_SMALL_AGENT, *settings, f"output_dir={output_dir}"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-        preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (16_000, 16_000)),
-    )
+def errors_with_small_files(folder: Path, *settings: str) -> list[str]:
+    """What two processes say of a run in `folder`/run in which no file can grow beyond 16,000 bytes: a
+    checkpoint's are smaller. Both must end with code 3.
+    """
+    preload()
+    said = folder / "said"
+    keys = [*ONE_SMALL_AGENT, *settings, f"output_dir={folder}/run"]
+    workers = Workers(environments_once(ddp(2)), keys, said, most_bytes=16_000)
+    try:
+        workers.wait()
+    finally:
+        workers.kill()
+    assert workers.exit_codes == [3, 3], said.read_text()[-3000:]
+    errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert len(set(errors)) == 1, "the same words on both"
+    return errors
 
 
 def test_a_log_that_can_grow_no_more_ends_every_process_and_leaves_the_checkpoints(tmp_path: Path):
     """The rows of the steps reach the limit first."""
-    result = run_with_small_files(ddp(2), tmp_path / "run", "max_train_steps=1000", "save_steps=5")
-    assert_all_are_out_with_code_3(result)
-    for line in errors_of(result):
+    for line in errors_with_small_files(tmp_path, "max_train_steps=1000", "save_steps=5"):
         assert_says_the_bytes(line, f"{tmp_path}/run/metrics.jsonl could not")
     assert [step_of(folder) % 5 for folder in checkpoints(tmp_path / "run")] == [0, 0, 0]
     assert all(verify(folder) for folder in checkpoints(tmp_path / "run"))
@@ -153,8 +153,6 @@ def test_a_log_line_beside_the_steps_that_the_disk_refuses_ends_every_process_al
     shutil.rmtree(run / "checkpoints" / "step_000004")
     log = run / "train.log"
     log.write_text(log.read_text().ljust(15_990))
-    result = run_with_small_files(ddp(2), run, *steps)
-    assert_all_are_out_with_code_3(result)
-    for line in errors_of(result):
+    for line in errors_with_small_files(tmp_path, *steps):
         assert_says_the_bytes(line, f"{log} could not")
     assert [verify(folder).step for folder in checkpoints(run)] == [2]

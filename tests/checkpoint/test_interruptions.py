@@ -114,8 +114,7 @@ def end(run: Run, truth: Uninterrupted, announced: set[int]) -> None:
 def test_two_zero2_processes_killed_and_then_stopped_through_one_of_them_end_as_if_neither_had_been(
     tmp_path: Path, truth, forked
 ):
-    """SIGKILL in a save; then SIGINT, twice, to the second worker, in a save, with DataLoader workers.
-    The second life is the real launcher's."""
+    """SIGKILL in a save; then SIGINT, twice, to the second worker, in a save, with DataLoader workers."""
     run, announced, tally = (
         run_in(tmp_path, "run", "zero2", STEPS, f"save_total_limit={LIMIT}"),
         set[int](),
@@ -124,7 +123,7 @@ def test_two_zero2_processes_killed_and_then_stopped_through_one_of_them_end_as_
     forks = run._replace(forked=forked("zero2"))
     assert not one_life(forks, Plan("save", 2, 0.5), truth("zero2"), tally, announced)
     assert announced
-    with_workers = run._replace(settings=[*run.settings, "num_workers=1"])
+    with_workers = forks._replace(settings=[*run.settings, "num_workers=1"])
     life = Life(with_workers, Pace())
     assert life.until(Plan("save", 1, 0.2), stop(signal.SIGINT, "worker", times=2)) is None, said(run)[-3000:]
     assert life.resumed_from() == life.newest > 0

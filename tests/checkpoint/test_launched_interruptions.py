@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import PLAIN, ROOT, environment, train, wait_for
+from launching import PLAIN, ROOT, environment, wait_for
 from lives import PATIENCE_S
+from preloaded import forked
 
 from chorus.checkpoint.store import checkpoints, step_of
 
@@ -15,17 +16,13 @@ pytestmark = pytest.mark.launch
 LINE = "stopped by {}: no step is lost; resume_from_checkpoint=auto resumes it"
 
 
-def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """PyTorch locks what it compiles, or finds compiled, by a
-    file alone; for one that is left it waits without end."""
+def test_a_start_under_deepspeed_compiles_nothing_that_a_kill_could_leave_locked(tmp_path: Path):
+    """PyTorch locks its folder of compiled extensions by a mere file: one that is left blocks every start."""
     compiled = tmp_path / "compiled"
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
     settings = ("num_agents=1", "lambda_sw=0", "lora_rank=2", "eval_samples=0", "debug_subset_size=20")
-    train(
-        [sys.executable, "train.py"], tmp_path / "run", "use_deepspeed=true", "max_train_steps=1", *settings
-    )
+    settings = (*settings, "use_deepspeed=true", "max_train_steps=1", f"output_dir={tmp_path}/run")
+    ended = forked([sys.executable, "train.py"], *settings, TORCH_EXTENSIONS_DIR=str(compiled))
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert not compiled.exists()
 
 

@@ -154,7 +154,7 @@ def test_another_engine_mode_and_number_of_processes_goes_on_within_rounding(
     assert all(torch.allclose(tensor, theirs[name], rtol=0, atol=2e-4) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("kind", ["plain-parallel", "zero2"])
+@pytest.mark.parametrize("kind", ["plain-parallel", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_finished_run_says_so_and_another_learning_rate_is_refused(kind: str, uninterrupted):
     folder = uninterrupted(kind)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import PLAIN, ddp, launch
+from launching import PLAIN, ddp
 from peft import LoraConfig, PeftModel, get_peft_model
 from preloaded import forked, train
 from stock_adapters import BASE, base, write_adapters
@@ -108,9 +108,7 @@ def test_a_run_is_scored_on_its_own_held_out_rows(run: Path):
 
 
 def test_a_checkpoint_gives_a_table_with_every_answerer(run: Path):
-    """Started as its users start it."""
-    command = [sys.executable, "-m", "chorus", "evaluate", str(checkpoints(run)[0])]
-    result = launch(command, "eval_samples=4", *FEW)
+    result = evaluate(checkpoints(run)[0], "eval_samples=4", *FEW)
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("base", "agent 0", "agent 1", "mixture", "fitted"):
         assert f"│ {name} " in result.stdout

@@ -244,8 +244,8 @@ from samples import make_samples, training_steps
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: None)  # as a trainer that ends its step first
 steps = training_steps(make_samples(9), num_steps=400, batch_size=3, num_workers=2)
-if sys.argv[1:]:
-    os.killpg(0, int(sys.argv[1]))  # the workers have just been forked
+for number in sys.argv[1:]:
+    os.killpg(0, int(number))  # the workers have just been forked
 next(steps)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 sys.stdin.readline()
@@ -264,11 +264,12 @@ def start_trainer(*arguments: str) -> tuple[subprocess.Popen, list[int]]:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_workers_outlive_a_signal_to_the_process_group(number: signal.Signals) -> None:
-    trainer, workers = start_trainer(str(int(number)))
+def test_workers_outlive_signals_to_the_process_group() -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    trainer, workers = start_trainer(*(str(int(number)) for number in numbers))
     assert len(workers) == 2
-    os.killpg(trainer.pid, number)
+    for number in numbers:
+        os.killpg(trainer.pid, number)
     output, _ = trainer.communicate("go\ngo\n", timeout=PATIENCE_S)
     assert (trainer.returncode, output) == (0, "400\n")
 

@@ -1,7 +1,7 @@
 """One of two ZeRO-2 processes: the gradients of half the samples in every mode, read from DeepSpeed's engine.
 
-Run by test_agents.py as under torch's launcher; writes a file of gradients for each combination into a
-folder.
+Run by test_agents.py as under torch's launcher: `deepspeed_worker.py FOLDER sample|all`. It writes a file of
+gradients for each combination.
 """
 
 import json
@@ -29,7 +29,7 @@ def gather(own: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, which: str) -> None:
     look_up_no_operators()  # as the engine does: it would compile for a minute, once on each machine
     deepspeed.init_distributed(dist_backend="gloo")
     rank = distributed.get_rank()
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
     # No clipping: the norm of all agents would come between an agent and its own gradient.
     config = Config(max_grad_norm=0.0, batch_size=4)
     settings = deepspeed_json(config, config, "no", num_processes=2)
-    for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
+    for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES[which]:
         batch = collate(own, 0, points_per_row=3, packing=(20, 4) if packing else None)
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         # Half of the cases with buckets smaller than an adapter, as the usual ones are for gemma-2-9b.
@@ -66,4 +66,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

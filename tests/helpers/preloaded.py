@@ -12,6 +12,7 @@ As a script this file is what a launcher launches to learn that environment: `pr
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -73,14 +74,16 @@ def environments_once(launcher: Sequence[str]) -> list[dict[str, str]]:
 
 
 def forked(
-    command: Sequence[str], *settings: str, timeout: float = PATIENCE_S
+    command: Sequence[str], *settings: str, timeout: float = PATIENCE_S, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """As `launching.launch`, forked: the script that ends
-    `command`. Its exit code is the first one that is not 0."""
+    """As `launching.launch`, forked: the script that ends `command`, with more variables in its environment.
+    Its exit code is the first one that is not 0.
+    """
     preload()
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "stdout"), Path(place, "stderr")
-        workers = Workers(environments_once(command), settings, out, err, script=command[-1])
+        of_ranks = [{**own, **environment} for own in environments_once(command)]
+        workers = Workers(of_ranks, settings, out, err, script=command[-1])
         end = time.monotonic() + timeout
         while workers.poll() is None:
             if time.monotonic() > end:
@@ -107,7 +110,9 @@ class Workers:
         log: Path,
         error_log: Path | None = None,
         script: str = "train.py",
+        most_bytes: int = resource.RLIM_INFINITY,
     ):
+        """most_bytes: beyond which no file of theirs can grow."""
         meeting = {}
         if len(of_ranks) > 1:  # as under torchrun, whose launcher holds the store, not the first worker
             self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -115,7 +120,7 @@ class Workers:
         with LOCK:
             logs = (log, error_log or log)
             self._processes = [
-                FORKS.Process(target=work, args=({**own, **meeting}, script, settings, logs))
+                FORKS.Process(target=work, args=({**own, **meeting}, script, settings, logs, most_bytes))
                 for own in of_ranks
             ]
             for process in self._processes:
@@ -148,9 +153,12 @@ class Workers:
                 process.join()
 
 
-def work(own: Mapping[str, str], script: str, settings: Sequence[str], logs: tuple[Path, Path]) -> None:
+def work(
+    own: Mapping[str, str], script: str, settings: Sequence[str], logs: tuple[Path, Path], most_bytes: int
+) -> None:
     """The script, as a launcher's process."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     for number, log in enumerate(logs, start=1):
         with log.open("a") as file:
             os.dup2(file.fileno(), number)

@@ -19,6 +19,7 @@ from promises import (
     assert_every_agent_learns_its_rows_with_their_weights,
     settings_of_rows,
 )
+from sampling import sampled
 from torch import Tensor
 from toy import (
     ALPHA,
@@ -44,8 +45,8 @@ from chorus.model.base import trunk_of
 from chorus.model.execution import Execution
 from chorus.model.kernels.decoder_layers import Recompute
 
-CHECKPOINTING = pytest.mark.parametrize("checkpointing", get_args(Recompute))
-DROPCONNECT = pytest.mark.parametrize("dropconnect_p", [0.0, 0.4], ids=["", "dropconnect"])
+RECOMPUTE = get_args(Recompute)
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", RECOMPUTE)
 
 
 # ---- 1: agents in order, shapes, dtypes ----
@@ -99,9 +100,9 @@ def test_every_agent_gets_the_gradient_of_a_lone_run(mode: Mode, checkpointing: 
     assert_every_agent_gets_the_gradient_of_a_lone_run(toy_agents(mode, gradient_checkpointing=checkpointing))
 
 
-@EVERY_MODE
-@CHECKPOINTING
-@pytest.mark.parametrize("base", [small_llama, small_gpt_neox])
+@pytest.mark.parametrize(
+    ("mode", "checkpointing", "base"), sampled(MODES, RECOMPUTE, [small_llama, small_gpt_neox])
+)
 def test_other_architectures_get_the_gradient_of_a_lone_run_too(
     mode: Mode, checkpointing: Recompute, base: Callable
 ):
@@ -111,29 +112,33 @@ def test_other_architectures_get_the_gradient_of_a_lone_run_too(
     assert_every_agent_gets_the_gradient_of_a_lone_run(agents, base, "all-linear")
 
 
-@pytest.mark.parametrize(("mode", "agents_per_pass"), [*((mode, None) for mode in MODES), ("fused", 2)])
-@CHECKPOINTING
 @pytest.mark.parametrize(
-    ("bootstrap", "per_agent_batches", "packing"),
-    [("poisson", False, False), ("bayesian", False, True), ("none", True, False), ("poisson", True, True)],
+    ("passes", "checkpointing", "rows"),
+    sampled(
+        [*((mode, None) for mode in MODES), ("fused", 2)],
+        RECOMPUTE,
+        [
+            ("poisson", False, False),
+            ("bayesian", False, True),
+            ("none", True, False),
+            ("poisson", True, True),
+        ],
+    ),
 )
 def test_every_agent_learns_its_own_rows_with_its_own_weights(
-    mode: Mode,
-    agents_per_pass: int | None,
-    checkpointing: Recompute,
-    bootstrap: str,
-    per_agent_batches: bool,
-    packing: bool,
+    passes: tuple[Mode, int | None], checkpointing: Recompute, rows: tuple[str, bool, bool]
 ):
+    """passes: mode and agents_per_pass. rows: bootstrap, per_agent_batches, packing."""
+    (mode, agents_per_pass), (bootstrap, per_agent_batches, packing) = passes, rows
     how = {"gradient_checkpointing": checkpointing, "agents_per_pass": agents_per_pass}
     config = settings_of_rows(bootstrap, per_agent_batches, packing=packing)
     assert_every_agent_learns_its_rows_with_their_weights(toy_agents(mode, **how), config)
 
 
-@EVERY_MODE
-@CHECKPOINTING
-@DROPCONNECT
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize(
+    ("mode", "checkpointing", "dropconnect_p", "dropout_p"),
+    sampled(MODES, RECOMPUTE, [0.0, 0.4], [0.0, 0.3]),
+)
 def test_every_mode_gives_the_same_values_and_gradients(
     mode: Mode, checkpointing: Recompute, dropconnect_p: float, dropout_p: float
 ):
@@ -160,9 +165,9 @@ def test_every_mode_agrees_in_bf16_to_two_percent(mode: Mode, checkpointing: Rec
         assert max_difference(gradients[identity], gradient) < 0.02, identity
 
 
-@CHECKPOINTING
-@DROPCONNECT
-@pytest.mark.parametrize("agents_per_pass", [1, 2])
+@pytest.mark.parametrize(
+    ("agents_per_pass", "checkpointing", "dropconnect_p"), sampled([1, 2], RECOMPUTE, [0.0, 0.4])
+)
 def test_groups_of_fused_agents_give_what_all_of_them_give(
     agents_per_pass: int, checkpointing: Recompute, dropconnect_p: float
 ):
@@ -245,9 +250,7 @@ def test_fused_agents_refuse_a_layer_that_is_given_other_rows_than_the_batchs():
 # ---- 5: no trace ----
 
 
-@EVERY_MODE
-@CHECKPOINTING
-@DROPCONNECT
+@pytest.mark.parametrize(("mode", "checkpointing", "dropconnect_p"), sampled(MODES, RECOMPUTE, [0.0, 0.4]))
 def test_a_forward_leaves_no_trace(mode: Mode, checkpointing: Recompute, dropconnect_p: float):
     noise = {"dropconnect_p": dropconnect_p, "dropout_p": 0.3}
     assert_a_forward_leaves_no_trace(toy_agents(mode, gradient_checkpointing=checkpointing, **noise))
@@ -300,12 +303,13 @@ def test_sequential_mode_holds_the_activations_of_one_agent_at_a_time():
 
 
 @pytest.mark.launch
-def test_two_zero2_processes_get_the_gradients_of_one_plain_process(tmp_path: Path):
+@pytest.mark.parametrize("which", ["sample", pytest.param("all", marks=pytest.mark.slow)])
+def test_two_zero2_processes_get_the_gradients_of_one_plain_process(which: str, tmp_path: Path):
     """Each process holds half of the samples; gradients are read from the engine (deepspeed_worker.py)."""
-    result = forked([*ddp(2)[:-1], "tests/helpers/deepspeed_worker.py"], str(tmp_path))
+    result = forked([*ddp(2)[:-1], "tests/helpers/deepspeed_worker.py"], str(tmp_path), which)
     assert result.returncode == 0, result.stderr[-3000:]
     batch = collate(toy_samples(8), 0, points_per_row=3)
-    for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES:
+    for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES[which]:
         plain = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         _, expected = run(plain, batch)
         found = torch.load(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launching import PATIENCE_S, ROOT, ZERO2, environment
+from launching import ZERO2, launch
 from preloaded import forked
 from safetensors.torch import load_file, save_file
 
@@ -28,15 +28,10 @@ from train import train
 SMALL = ("num_agents=3", "batch_size=2", "debug_subset_size=40", "eval_samples=8", "max_seq_length=80")
 
 
-def tried_in_forks(command: list[str], *settings: str) -> subprocess.CompletedProcess[str]:
-    return forked([*command, "dry_run_sanity_check.py"], "--json", *SMALL, *settings)
-
-
-def started(command: list[str], *settings: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, "dry_run_sanity_check.py", "--json", *SMALL, *settings],
-        cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
+def tried_in_forks(
+    command: list[str], *settings: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return forked([*command, "dry_run_sanity_check.py"], "--json", *SMALL, *settings, **environment)
 
 
 def checks_of(told: dict[str, Any]) -> dict[str, str]:
@@ -84,7 +79,7 @@ def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
 
 @pytest.mark.launch
 def test_deepspeed_that_is_asked_for_and_not_active_is_caught(tmp_path: Path):
-    result = started(
+    result = tried_in_forks(
         [sys.executable], "use_deepspeed=true", f"output_dir={tmp_path}/run", ACCELERATE_USE_CPU="true"
     )
     assert result.returncode == 2, result.stderr[-3000:]
@@ -94,7 +89,7 @@ def test_deepspeed_that_is_asked_for_and_not_active_is_caught(tmp_path: Path):
 
 
 def test_a_misspelt_key_is_answered_at_once_in_json_too():
-    result = started([sys.executable], "num_agent=3")
+    result = launch([sys.executable, "dry_run_sanity_check.py", "--json", "num_agent=3"])
     assert result.returncode == 2
     assert "did you mean 'num_agents'" in json.loads(result.stdout)["checks"][0]["found"]
     assert len(result.stderr.splitlines()) == 1

@@ -4,11 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import forked
 
 from chorus.training.signals import StopRequest
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The code as the main program of a forked process."""
+    script = folder / "script.py"
+    script.write_text(code)
+    return forked([sys.executable, str(script)])
 
 
 class FirstOfOne:
@@ -29,7 +38,7 @@ def test_a_signal_is_remembered_and_ends_nothing():
 
 
 @pytest.mark.parametrize("is_after_a_step", [False, True])
-def test_a_signal_in_the_first_step_or_after_the_last_one_ends_the_run(is_after_a_step: bool):
+def test_a_signal_in_the_first_step_or_after_the_last_one_ends_the_run(is_after_a_step: bool, tmp_path: Path):
     """In the first one there is nothing to save yet, and after the last one all is saved."""
     code = """
 import os, signal
@@ -44,7 +53,7 @@ with StopRequest(One(), timeout_s=60) as stop:
 print("goes on")
 """
     code = code.format("stop.is_agreed()" if is_after_a_step else "pass  # compiles")
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = run(code, tmp_path)
     assert (ended.returncode, ended.stdout) == (4, "ends the step\n" if is_after_a_step else ""), ended.stderr
     assert ended.stderr == "stopped by SIGTERM: no step is lost; resume_from_checkpoint=auto resumes it\n"
 
@@ -68,7 +77,7 @@ with signals.StopRequest(One(), timeout_s=600) as stop:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once_whatever_the_process_waits_for(number: signal.Signals):
+def test_a_second_signal_ends_at_once_whatever_the_process_waits_for(number: signal.Signals, tmp_path: Path):
     code = (
         TWO_SIGNALS.format(int(number))
         + """
@@ -82,7 +91,7 @@ def test_a_second_signal_ends_at_once_whatever_the_process_waits_for(number: sig
     print("goes on")
 """
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = run(code, tmp_path)
     assert (ended.returncode, ended.stdout) == (130, ""), ended.stderr
     assert ended.stderr == (
         f"ended at once by a second {number.name}: resume_from_checkpoint=auto resumes from the "
@@ -90,7 +99,7 @@ def test_a_second_signal_ends_at_once_whatever_the_process_waits_for(number: sig
     )
 
 
-def test_two_signals_of_one_request_are_one_although_the_second_is_handled_much_later():
+def test_two_signals_of_one_request_are_one_although_the_second_is_handled_much_later(tmp_path: Path):
     code = (
         TWO_SIGNALS.format(int(signal.SIGINT))
         + """
@@ -100,5 +109,5 @@ def test_two_signals_of_one_request_are_one_although_the_second_is_handled_much_
     print("saved", stop.is_agreed(), flush=True)
 """
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = run(code, tmp_path)
     assert (ended.returncode, ended.stdout) == (0, "saved True\n"), ended.stderr
