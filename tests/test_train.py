@@ -30,21 +30,22 @@ SMALL = ("num_agents=3", "batch_size=2", "eval_samples=0", "logging_steps=1", "d
 
 
 def test_every_agent_learns_the_default_task(tmp_path: Path):
-    """Half of the default run, with few problems: a broken gradient would show in these scores."""
-    rows = train(PLAIN, tmp_path, "max_train_steps=50", "eval_samples=40", "ood_samples=5")
+    """A third of the default run, with few problems: a broken gradient would show in these scores."""
+    settings = ("num_agents=3", "batch_size=8", "max_train_steps=50", "eval_samples=24", "ood_samples=3")
+    rows = train(PLAIN, tmp_path, *settings)
     report = json.loads((tmp_path / "ensemble.json").read_text())["evaluation"]
     before, after = report["before"]["scores"], report["after"]["scores"]
     assert list(before) == ["base", "base/calibrated"]
     assert [name for name in after if "/" not in name] == [
         "base",
-        *(f"agent_{k}" for k in range(4)),
+        *(f"agent_{k}" for k in range(3)),
         "uniform",
     ]
     assert after["base"] == before["base"]
     assert before["base"]["cls/Acc"] <= 0.05
-    for name in ("agent_0", "agent_1", "agent_2", "agent_3", "uniform"):
-        assert after[name]["cls/Acc"] > 0.5, name
-        assert after[name]["token/NLL"] < before["base"]["token/NLL"] / 4, name
+    for name in ("agent_0", "agent_1", "agent_2", "uniform"):
+        assert after[name]["cls/Acc"] > 0.25, name
+        assert after[name]["token/NLL"] < before["base"]["token/NLL"] / 20, name
     assert rows[-1]["step"] == 50
     for key in (
         "loss",
