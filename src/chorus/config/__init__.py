@@ -1,4 +1,4 @@
-"""The configuration of a run: typed, strict, checked before anything heavy is imported."""
+"""The configuration of a run: typed, strict, and checked before heavy imports."""
 
 from chorus.config.keys import Config, RunConfig, on_resume
 from chorus.config.load import load_config, render

@@ -1,15 +1,14 @@
-"""What users of transformers, TRL, PEFT, LLaMA-Factory, Axolotl and torchtune write, and what it is called
-here.
+"""Keys of transformers, TRL, PEFT, LLaMA-Factory, Axolotl and torchtune, and what they are called here.
 
-A table entry is our key, and where ours differs, how. An entry without a key says why there is none, and what
-to do. A name that is a key of ours is never looked up.
+An entry gives our key and how its meaning differs. An entry without a key says why there is none and what to
+do instead. A name that is one of our keys is never looked up.
 """
 
 from typing import NamedTuple
 
 
 class Answer(NamedTuple):
-    """Our key for a foreign name, None where there is none, and what the user must know beside it."""
+    """Our key for a foreign name (None: there is none) and a note for the user."""
 
     key: str | None
     note: str = ""
@@ -322,6 +321,6 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
 
 
 def answer(name: str) -> Answer | None:
-    """What a foreign name is called here; torchtune's and Axolotl's may be nested, as `optimizer.lr` is."""
+    """Look up a foreign name. Those of torchtune and Axolotl may be nested, such as `optimizer.lr`."""
     plain = name.lower().replace("-", "_")
     return FOREIGN_NAMES.get(plain) or FOREIGN_NAMES.get(plain.rpartition(".")[2])

@@ -33,10 +33,10 @@ SECTIONS: tuple[type[Section], ...] = (
 
 
 class LoopSettings(InstrumentSettings, EngineSettings, OutputSettings, TrainingSettings, ObjectiveSettings):
-    """The sections that the training loop reads, and what happens every so many of its steps."""
+    """The sections that the training loop and its hooks read."""
 
 
-class Config(  # the last section first: pydantic takes the keys of the last base first
+class Config(  # in reverse: pydantic takes the keys of the last base class first
     LoopSettings,
     InstrumentSettings,
     EngineSettings,
@@ -49,7 +49,9 @@ class Config(  # the last section first: pydantic takes the keys of the last bas
     AdapterSettings,
     ModelSettings,
 ):
-    """Every key of a run. A section is a base class, so a room that reads one takes a `Config` as it is."""
+    """Every key of a run. Each section is a base class, so a function that takes a section also takes a
+    `Config`.
+    """
 
 
 class RunConfig(Config):

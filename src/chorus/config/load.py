@@ -1,7 +1,7 @@
 """The configuration of a run from `configs.yaml` and the command line, and back to commented YAML.
 
 `python -m chorus.config [--config FILE] [key=value ...]` prints the configuration that a run would use;
-`python -m chorus.config --defaults` prints `configs.yaml` as the repository holds it.
+`python -m chorus.config --defaults` prints the repository's `configs.yaml`.
 """
 
 import argparse
@@ -34,15 +34,14 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 
 def config_over(entries: Mapping[str, object], arguments: Sequence[str], place: str) -> Config:
-    """A saved configuration with `key=value` arguments over it; keys that this version does not know are left
-    out.
+    """A saved configuration, overridden by `key=value` arguments. Keys unknown to this version are dropped.
 
     Args:
-        entries: as `Config.model_dump` has written them.
+        entries: as `Config.model_dump` wrote them.
         place: where they come from, for errors.
 
     Raises:
-        InputError: an argument or an entry that is no valid setting.
+        InputError: an argument or an entry is not a valid setting.
     """
     saved = {key: value for key, value in entries.items() if key in Config.model_fields}
     settings = {key: Setting(value, as_yaml(value), f"{place}: key {key!r}") for key, value in saved.items()}
@@ -98,12 +97,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _resolve(options: argparse.Namespace) -> Config:
-    """The file's keys, the command line's over them, the defaults under them, all of them checked."""
+    """The checked configuration: the command line overrides the file, the file the defaults."""
     return _validated(settings_of_file(options.config) | _given(options.settings), options.config)
 
 
 def _given(arguments: Sequence[str]) -> dict[str, Setting]:
-    """The `key=value` arguments, the values of text keys as they stand."""
+    """The `key=value` arguments; values of text keys are taken literally."""
     text_keys = [key for key in Config.model_fields if is_text(key)]
     return settings_of_command_line(arguments, text_keys, [key for key in text_keys if is_nullable(key)])
 
@@ -118,7 +117,7 @@ def _validated(settings: dict[str, Setting], file: str) -> Config:
 def _refuse_the_first(errors: list[ErrorDetails], settings: dict[str, Setting], file: str) -> NoReturn:
     first = min(
         errors, key=lambda one: one["type"] != "extra_forbidden"
-    )  # a misspelt key may be the cause of the others
+    )  # first: a misspelt key may cause the other errors
     key = str(first["loc"][0])
     if key not in settings:  # its default does not go with another key
         settings[key] = Setting(None, as_yaml(first["input"]), f"{file}: key {key!r} (left out)")
@@ -135,7 +134,7 @@ def _refuse_the_first(errors: list[ErrorDetails], settings: dict[str, Setting], 
 
 
 def _unknown(key: str) -> str:
-    """What to say of a key that is not one of ours."""
+    """The error text for an unknown key."""
     own = key.rpartition(".")[2].lower().replace("-", "_")
     foreign = Answer(own) if own in Config.model_fields else answer(key)
     if foreign is None:
@@ -147,7 +146,7 @@ def _unknown(key: str) -> str:
 
 
 def _remedy(key: str, written: str, wanted: str) -> str:
-    """What to write instead, where pydantic's words alone leave that open."""
+    """What to write instead, where pydantic's message does not say it."""
     foreign = FOREIGN_VALUES.get(key, {}).get(written.strip("'\"").lower())
     if foreign is not None:
         return f"; write {foreign}"

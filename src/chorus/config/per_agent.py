@@ -1,4 +1,4 @@
-"""Keys that take a value for each agent: a plain number holds for all, a list has one number an agent."""
+"""Keys with a value for each agent: a number holds for all agents, a list has one number for each."""
 
 from collections.abc import Sequence
 from typing import Annotated, TypeVar
@@ -10,8 +10,9 @@ NumberOrList = float | Sequence[float]
 
 
 def _one_for_each_agent(value: float | list[float], info: ValidationInfo) -> float | list[float]:
-    """The value, as a plain number where all agents have the same one: that costs nothing, and is the same
-    run."""
+    """The value; a list of equal numbers becomes that number, which is the same run and needs no extra
+    work.
+    """
     if not isinstance(value, list):
         return value
     num_agents = info.data.get("num_agents")  # missing where it is itself refused
@@ -31,7 +32,7 @@ def _kind(value: object) -> str:
     return "list" if isinstance(value, list) else "number"
 
 
-# A mistake is then answered for what was written, a number or a list, and not for both.
+# So an error message refers to what was written, a number or a list, and not to both.
 PerAgent = Annotated[
     Annotated[T, Tag("number")] | Annotated[list[T], Tag("list")],
     Discriminator(_kind),

@@ -1,9 +1,8 @@
-"""What sections of the configuration share: strictness, common types, and what a resumed run may change.
+"""Shared by all sections of the configuration: strictness, common types, and what a resumed run may change.
 
-A key says all about itself in its field: type, default, the comment over it in `configs.yaml` (the text under
-the field), its section (the class) and, by `MayChange` or `ComparedByEffect` around the type, whether a
-resumed run may change it. A room takes the sections that it reads, and not the whole `Config`, which is all
-of them.
+A field defines everything about its key: type, default, comment in `configs.yaml` (the text under the field),
+section (the class) and, by `MayChange` or `ComparedByEffect` around the type, whether a resumed run may
+change it. A function takes the sections that it reads, not the whole `Config`.
 """
 
 import os
@@ -15,9 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 T = TypeVar("T")
 Text = Annotated[
     str, Field(min_length=1)
-]  # any min_length also refuses a lone surrogate, which YAML can spell
-MOST_STEPS = 10**12  # no run takes so many; a larger number is a slip, or a damaged file
-Count = Annotated[int, Field(ge=1, le=2**20)]  # of things that are held in memory; a larger number is a slip
+]  # min_length also makes pydantic refuse lone surrogates, which YAML can contain
+MOST_STEPS = 10**12  # more than any run; a larger number is a mistake or a damaged file
+Count = Annotated[int, Field(ge=1, le=2**20)]  # of objects held in memory; a larger number is a mistake
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -35,13 +34,12 @@ Place = Annotated[Text, AfterValidator(_place)]  # a path, or a name that is not
 
 
 class OnResume(Enum):
-    """Whether a run that resumes from a checkpoint may have
-    another value for a key than the run that saved it."""
+    """Whether a run that resumes from a checkpoint may change the value of a key."""
 
-    MUST_EQUAL = "the key shapes the run; of a key without a mark this is assumed"
-    MAY_CHANGE = "how a run is carried out, or what is looked at beside it"
+    MUST_EQUAL = "the key defines the run; the default for a key without a mark"
+    MAY_CHANGE = "how a run is executed, or what is observed"
     COMPARED_BY_EFFECT = (
-        "its effect is compared: base or data may lie elsewhere, a step may be split otherwise"
+        "its effect is compared: base or data may be elsewhere, a step may be split differently"
     )
 
 

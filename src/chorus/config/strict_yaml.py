@@ -1,8 +1,7 @@
-"""YAML as a configuration needs it: strict, plain, and with a place for every error.
+"""YAML for configurations: strict, plain data only, with the location of every error.
 
-YAML 1.2 by ruamel: `3e-5` is a number and `no` is a word. A duplicate key, a tag that names code and a byte
-order mark are errors. Every value keeps how it was written and where, so that a later check can name the
-line.
+YAML 1.2 by ruamel: `3e-5` is a number and `no` is a word. Duplicate keys, tags that name code and byte order
+marks are errors. Every value keeps its source text and line, so that a later check can name them.
 """
 
 import json
@@ -18,7 +17,7 @@ from chorus.errors import InputError
 
 
 class Setting(NamedTuple):
-    """One value with what an error message says of it: how it was written, and where."""
+    """One value with its source text and location, for error messages."""
 
     value: object
     written: str
@@ -26,7 +25,7 @@ class Setting(NamedTuple):
 
 
 def settings_of_file(file: str) -> dict[str, Setting]:
-    """The `key: value` lines of a file. Raises InputError for whatever is not one."""
+    """The `key: value` lines of a file. Raises InputError for anything else."""
     try:
         text = Path(file).read_bytes().decode()
     except OSError as error:
@@ -89,7 +88,7 @@ def settings_of_command_line(
 
 
 def _text(written: str, place: str) -> str:
-    """What a text key's value on the command line means."""
+    """The text that a text key's value on the command line stands for."""
     quote = written[:1]
     if len(written) < 2 or quote not in ("'", '"') or written[-1] != quote:
         return written
@@ -113,8 +112,9 @@ def _yaml() -> YAML:
 
 
 def as_yaml(value: object) -> str:
-    """A value on one line: words plain, all else as JSON, which
-    is YAML (ruamel's own flow style loses `[?a]`)."""
+    """A value on one line: words plain, the rest as JSON, which is YAML (ruamel's own flow style loses
+    `[?a]`).
+    """
     if isinstance(value, list):
         return f"[{', '.join(map(as_yaml, value))}]"
     if isinstance(value, str) and re.fullmatch(r"[a-zA-Z/_][\w/.-]*", value) and _yaml().load(value) == value:
@@ -139,5 +139,5 @@ def _yaml_errors_refused(place: str) -> Iterator[None]:
 
 
 def refuse(place: str, message: str) -> NoReturn:
-    """Raise InputError in one line, whatever is quoted in it."""
+    """Raise InputError with a message of one line, whatever text it quotes."""
     raise InputError(" ".join(f"{place} {message}".split())) from None

@@ -3,7 +3,7 @@
 A row is `{"question": ..., "answer": ...}`; the answer is one worked step a line, then `#### ` and the
 result, as in Cobbe et al. 2021 (https://arxiv.org/abs/2110.14168).
 
-The splits are disjoint in what is computed, not only in how it is told. A problem's identity is its
+The splits are disjoint in the computations, not only in their wording. A problem's identity is its
 computation (the operators and the numbers, without the story, the names and the things), and a hash of that
 identity names the one split in which the problem may appear, whatever the seed of the caller.
 """
@@ -21,7 +21,7 @@ Variant = Literal["standard", "larger_numbers", "more_steps", "three_digits", "t
 
 
 class Story(NamedTuple):
-    """One way to tell a computation, whose operators work from left to right; `*` is only ever the first."""
+    """One way to tell a computation, evaluated from left to right; `*` can only be the first operator."""
 
     operators: str
     situation: str

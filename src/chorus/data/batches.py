@@ -71,7 +71,8 @@ class Batch(NamedTuple):
         return Batch(*moved)  # pyright: ignore[reportArgumentType]
 
     def rows_of(self, places: Sequence[int], tensor_BT: Tensor) -> Tensor:
-        """What a pass of some agents goes through of a tensor of rows: N x T, each agent's rows in turn.
+        """The part of a tensor of rows that a pass of some agents reads: N x T, one agent's rows after
+        another's.
 
         Args:
             places: of these agents among those of this process: neighbours, in order.
@@ -82,7 +83,7 @@ class Batch(NamedTuple):
         return tensor_BT[places[0] * B : (places[-1] + 1) * B]
 
     def inputs_of(self, places: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The same of input_BT, position_BT and sample_BT."""
+        """The same for input_BT, position_BT and sample_BT."""
         packed = (self.position_BT, self.sample_BT)
         position_NT, sample_NT = (None if one is None else self.rows_of(places, one) for one in packed)
         return self.rows_of(places, self.input_BT), position_NT, sample_NT
@@ -98,14 +99,14 @@ class Batch(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """What one process computes in one optimiser step, and how much the whole step holds.
+    """One process's part of an optimiser step, and the size of the whole step.
 
     Attributes:
         micro_batches: one per accumulation step. One without rows left is a single row of padding, with an
             all-False mask.
-        num_targets: target tokens of the step over all processes and micro-batches: what a token mean divides
-            by. Of agents with rows of their own it is the count of the first one on this process; the others'
-            weight_KS makes up for the difference.
+        num_targets: target tokens of the step over all processes and micro-batches, the divisor of a token
+            mean. If agents have rows of their own, the count of this process's first agent; weight_KS
+            corrects for the others.
         num_rows: rows that an agent sees in the step, over all processes and micro-batches.
         epoch: the epoch, from 0, whose rows these are.
     """
@@ -127,8 +128,8 @@ def collate(
 
     One a row, T is the longest sample's length minus one, rounded up to `pad_to_multiple_of`; M is
     `points_per_row`. With `packing`, the most tokens of a sample and the most samples of a batch, several
-    share a row. Of no samples it makes padding: a process without them still takes part in every collective
-    of the step.
+    share a row. Without samples it returns padding: such a process still takes part in every collective of
+    the step.
     """
     layout = _layout(samples, pad_to_multiple_of, packing)
     return _filled(samples, layout, pad_id, points_per_row, packing is not None)
@@ -195,7 +196,9 @@ def _filled(
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool, agent: int | None = None) -> Tensor:
-    """The order in which an epoch takes the samples, int64: every index once; one for all or of an agent."""
+    """The order of the samples in an epoch, int64, every index once: shared by all agents, or one agent's
+    own.
+    """
     if not shuffle:
         return torch.arange(num_samples)
     of_whom = () if agent is None else (agent,)
@@ -256,9 +259,10 @@ def training_steps(
         sampler=range(start_step, num_steps),
         num_workers=data.num_workers,
         worker_init_fn=_leave_the_process_group,
-        generator=torch.Generator(),  # the loader draws a seed that nothing uses: not from the global one
+        generator=torch.Generator(),  # the loader draws an unused seed; not from the global generator
     )
-    # A worker is born with the signals blocked, and so outlives one that comes before it has left the group.
+    # A worker starts with the signals blocked, so one that arrives before it has left the group cannot end
+    # it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return iter(loader)
@@ -282,7 +286,7 @@ class _Steps(Dataset[StepBatch]):
     ) -> None:
         self.samples, self.data, self.seed, self.agents = samples, data, training.seed, agents
         self.points_per_row, self.pad_id, self.process_index = points_per_row, pad_id, process_index
-        is_table = isinstance(samples, Samples)  # which knows them without reading a token
+        is_table = isinstance(samples, Samples)  # known without reading tokens
         num_targets = samples.num_targets if is_table else [sample.num_targets for sample in samples]
         self.num_targets_N = torch.from_numpy(np.array(num_targets, dtype=np.int64))
         self.batch_size = training.batch_size
@@ -330,9 +334,10 @@ class _Steps(Dataset[StepBatch]):
 
 
 def _leave_the_process_group(worker: int) -> None:
-    """A launcher's SIGTERM and a terminal's SIGINT go to the whole group. A worker that dies of one would
-    fail the step that its trainer still wants to end; out of the group, it ends when its trainer does,
-    whatever ends that."""
+    """A launcher's SIGTERM and a terminal's SIGINT go to the whole process group. A worker killed by one
+    would fail the step that its trainer still has to finish. Outside of the group a worker ends when its
+    trainer ends.
+    """
     os.setpgrp()
     while signal.sigtimedwait(SIGNALS, 0):
         pass
@@ -340,7 +345,9 @@ def _leave_the_process_group(worker: int) -> None:
 
 
 def _evenly_spaced(places_N: Tensor, count: int) -> Tensor:
-    """`count` of the places, with the last and (of two or more) the first; all where there are no more."""
+    """`count` evenly spaced places, including the last and, if two or more, the first; all if there are not
+    more.
+    """
     last = len(places_N) - 1
     if last < count:
         return places_N

@@ -1,4 +1,4 @@
-"""Bootstrap weights: every agent weighs the rows of the shared batch in its own way, alike in each epoch.
+"""Bootstrap weights: every agent has its own weights on the rows of the shared batch, the same in each epoch.
 
 Poisson(1) counts are the bootstrap (Efron 1979) for rows that arrive one by one (Oza & Russell 2001).
 Exponential(1) weights are the Bayesian bootstrap (Rubin 1981): divided by their sum they are a draw from the
@@ -31,7 +31,7 @@ def bootstrap_weights(kind: Bootstrap, seed: int, agents: Sequence[int], num_tar
         weight_KN: fp32, in the order of `agents`. It takes 4 bytes a row and agent.
 
     Raises:
-        InputError: an agent is left without any row, as Poisson counts may do with a handful of them.
+        InputError: an agent has no row with a weight above 0, which Poisson counts may cause with few rows.
     """
     weights = []
     for agent in agents:

@@ -1,12 +1,12 @@
 """Tokenised rows on disk: an Arrow file that every process of a host maps into memory, written once.
 
-A cache is a folder whose name is a digest of all that its rows depend on: the source's files or version,
-templates, chat template, tokenizer, `max_seq_length`, and this package's own code. So it never has to be
-refreshed.
+The name of a cache folder is a digest of everything that its rows depend on: the source's files or version,
+templates, chat template, tokenizer, `max_seq_length`, and this package's own code. So a cache never becomes
+stale.
 
     rows.arrow    place, prompt, completion, ids and marks of every usable row, in the order of the source
     facts.npy     a few numbers of every row, FACTS
-    about.json    counts, and what is said of them at every start
+    about.json    counts, and warnings that are logged at every start
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from chorus.errors import InputError
 logger = logging.getLogger(__name__)
 
 BATCH = 1_000  # rows of a batch of the Arrow file; row n is in batch n // BATCH
-LOOKED_AT = 100  # rows from which the form of all is told, and whether skip_bad_rows would leave any
+LOOKED_AT = 100  # rows that decide the form of all, and whether skip_bad_rows would leave any
 SCHEMA = pyarrow.schema(
     {
         "place": pyarrow.string(),
@@ -67,8 +67,7 @@ class TokenRow(NamedTuple):
 
 
 class TokenTable:
-    """The rows of a cache folder, read where they are asked
-    for. Pickled as its path, so that workers map it too."""
+    """The rows of a cache folder, read on demand. Pickled as its path, so that workers map the file too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,7 +97,7 @@ class TokenTable:
         return pyarrow.ipc.open_file(source, options=options)
 
     def tokens(self, row: int) -> TokenRow:
-        """The tokens of a row. The arrays lie in the mapped file: they are not to be changed."""
+        """The tokens of a row. The arrays are views of the mapped file: do not write to them."""
         batch = self._tokens.get_batch(row // BATCH)
         return TokenRow(*(column[row % BATCH].values.to_numpy() for column in batch.columns))
 
@@ -107,14 +106,16 @@ class TokenTable:
         return self._texts.get_batch(row // BATCH).column(0)[row % BATCH].as_py()
 
     def problem(self, row: int) -> Problem:
-        """The row's text. Of turns, its `learnt` is the completion alone, which is what is asked for."""
+        """The row's text. For turns, `learnt` is only the completion, which is what the model is asked
+        for.
+        """
         batch = self._texts.get_batch(row // BATCH)
         prompt, completion = (batch.column(one)[row % BATCH].as_py() for one in (1, 2))
         learnt = ((len(prompt), len(prompt) + len(completion)),) if self.about["is_chat"] else ()
         return Problem(prompt, completion, learnt)
 
     def texts(self) -> Iterator[Problem]:
-        """Prompt and completion of every row, in order; read in passing, not mapped."""
+        """Prompt and completion of every row, in order; streamed, not mapped."""
         reader = self._reader("prompt", "completion", mapped=False)
         for number in range(reader.num_record_batches):
             columns = reader.get_batch(number).to_pydict()
@@ -143,7 +144,7 @@ def cached_rows(split: Split, settings: DataSettings, tokenizer: PreTrainedToken
             except OSError:
                 if not (
                     folder / "about.json"
-                ).is_file():  # otherwise another run has written the same at this time
+                ).is_file():  # otherwise another run has just written the same cache
                     raise
             finally:
                 shutil.rmtree(made, ignore_errors=True)
@@ -155,7 +156,7 @@ def cached_rows(split: Split, settings: DataSettings, tokenizer: PreTrainedToken
 
 
 def form_of(split: Split, settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Form:
-    """How the rows of a split become text, told from the first of them."""
+    """How the rows of a split become text, decided by the first rows."""
     if settings.row_format != "text":
         for _, row in islice(split.rows(None, ()), LOOKED_AT):
             kind = kind_of_row(row, settings)
@@ -211,7 +212,7 @@ def usable_rows(
 
 
 def _remedy(fault: BadRow, rows: Iterator[Any], form: Form, usable: int) -> str:
-    """What helps against a bad row. To skip such rows is offered only where others are left."""
+    """The remedy for a bad row. Skipping is offered only where usable rows remain."""
     words, is_text = "correct the row", isinstance(form, TextForm)
     if " is float" in str(fault) or " is bool" in str(fault):
         words = "write such values as text"
@@ -263,8 +264,9 @@ def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encod
 
 
 def _encoded(rows: Iterator[tuple[str, Problem]], encoder: Encoder) -> Iterator[Any]:
-    """(places, problems, encodings) of a batch after the other; the
-    next one is encoded beside what is done with it."""
+    """(places, problems, encodings), batch by batch; the next batch is encoded while the caller uses the
+    current one.
+    """
     with ThreadPoolExecutor(1) as beside:
         waiting = None
         while batch := list(islice(rows, BATCH)):
@@ -285,7 +287,7 @@ def _columns(
     for number, row in enumerate(rows):
         marks_T = np.frombuffer(bytes(row.marks[:max_seq_length]), np.int8)  # faster than from a list
         is_lost = not 0 < row.answer <= max_seq_length and (row.merged > 0 or len(row.ids) > max_seq_length)
-        # The first token has none before it to be predicted from.
+        # Nothing predicts the first token.
         targets = row.marks[1:max_seq_length].count(LEARNT)
         facts[number] = (len(row.ids), targets, row.merged, row.strays, row.unknown, is_lost)
         ids.append(np.array(row.ids[:max_seq_length], dtype=np.int32))

@@ -1,9 +1,8 @@
-"""Rows of turns: read from the forms that people have, rendered by a chat template, with loss on the
-assistant's turns.
+"""Rows of turns: read from common formats, rendered by a chat template, with loss on the assistant's turns.
 
-Which characters an assistant wrote is found in two ways. A template may mark them itself, with `{% generation
-%}` (transformers' chat templates). And the turns before one, rendered with the generation prompt, are where
-it begins; the turns up to it are where it ends. Where both can be told they must agree, except for white
+The assistant's characters are found in two ways. A template may mark them with `{% generation %}`
+(transformers' chat templates). Otherwise a turn begins where the earlier turns, rendered with the generation
+prompt, end, and it ends where the turns up to it end. If both are available they must agree, except for white
 space.
 """
 
@@ -40,7 +39,7 @@ BESIDE = ("tools", "system")  # columns that go with turns
 
 
 def kind_of_row(row: Mapping[str, Any], settings: DataSettings) -> Kind | None:
-    """How the row holds turns; None for a row of plain text, or of nothing known.
+    """How the row holds turns; None for plain text or an unknown format.
 
     Plain columns become turns only where `row_format` says so, or where the templates' columns are missing.
     """
@@ -73,8 +72,8 @@ class ChatForm:
 
     Attributes:
         kind: how the rows hold turns.
-        plain: the templates, of which the turns of plain columns are made.
-        columns, optional: what is read of a row, and what of it a table may lack.
+        plain: the templates that make turns from plain columns.
+        columns, optional: the columns that are read, and those of them that a table may lack.
     """
 
     kind: Kind
@@ -98,7 +97,7 @@ class ChatForm:
         return cls(kind, plain, [*dict.fromkeys([*columns, *optional])], optional, template, tokenizer)
 
     def write(self, row: Mapping[str, Any]) -> Problem:
-        """The rendered turns, the last of the assistant's being the completion.
+        """The rendered turns; the assistant's last turn is the completion.
 
         Raises:
             BadRow: no turns, turns that are not well formed, or that the template refuses.
@@ -119,15 +118,16 @@ class ChatForm:
         return self._problem([self._as_rendered(turn) for turn in turns], tools, learnt)
 
     def _as_rendered(self, turn: Turn) -> Turn:
-        """Without its weight, and without an end token that the assistant's text brings: the template writes
-        one."""
+        """The turn without its weight, and without an end token in the assistant's text: the template writes
+        one.
+        """
         turn, end = {key: value for key, value in turn.items() if key != "weight"}, self.tokenizer.eos_token
         if turn["role"] == "assistant" and end and turn["content"].rstrip().endswith(end):
             turn["content"] = turn["content"].rstrip().removesuffix(cast(str, end))
         return turn
 
     def write_turns(self, turns: Sequence[Turn]) -> Problem:
-        """As `write`, of turns that are well formed, with loss on every turn of the assistant's."""
+        """As `write`, for well-formed turns, with loss on every turn of the assistant."""
         return self._problem(
             turns, None, [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
         )
@@ -158,7 +158,7 @@ class ChatForm:
     def _spans_by_prefixes(
         self, turns: Sequence[Turn], tools: list[Any] | None, text: str
     ) -> dict[int, tuple[int, int]] | None:
-        """Where each of the assistant's turns stands in the text; None where prefixes render otherwise."""
+        """The span of each of the assistant's turns in the text; None where a prefix renders differently."""
         spans = {}
         for place, turn in enumerate(turns):
             if turn["role"] == "assistant":
@@ -190,7 +190,7 @@ class ChatForm:
     def _render(
         self, turns: Sequence[Turn], tools: list[Any] | None, asks: bool = False
     ) -> tuple[str, list[tuple[int, int]] | None]:
-        """The text, and what the template marks as generated (None: it has no marks)."""
+        """The text, and the spans that the template marks as generated (None: no marks)."""
         has_marks = MARKS.search(self.template) is not None and not asks
         names: dict[str, Any] = dict(self.tokenizer.special_tokens_map)  # a template writes `bos_token`
         try:
@@ -210,7 +210,7 @@ class ChatForm:
         return text, [(start, stop) for start, stop in spans if stop > start] if has_marks else None
 
     def prompt(self, turns: Sequence[Turn], tools: list[Any] | None = None) -> str:
-        """What is asked for the assistant's next turn.
+        """The prompt for the assistant's next turn.
 
         Raises:
             BadRow: the template refuses the turns.
@@ -218,7 +218,7 @@ class ChatForm:
         return self._render(turns, tools, asks=True)[0]
 
     def _turns_of(self, row: Mapping[str, Any]) -> tuple[list[Turn], int]:
-        """The turns of a row, and the place of the first that may be learnt."""
+        """The turns of a row, and the index of the first one that may be learnt."""
         if self.kind == "prompt and completion":
             prompt = _read_turns(row, "prompt")
             return prompt + _read_turns(row, "completion"), len(prompt)

@@ -1,5 +1,5 @@
-"""Rows of one file: JSON lines, JSON, CSV, TSV or parquet, text files also gzipped. Each row comes with its
-place.
+"""Rows of one file: JSON lines, JSON, CSV, TSV or parquet, text files also gzipped. Each row has its
+location.
 
 Nothing here needs torch, a model or a tokenizer.
 """
@@ -15,7 +15,7 @@ from chorus.data.json_files import json_rows, jsonl_rows
 from chorus.data.text_files import Row, listed, text_lines
 from chorus.errors import InputError
 
-DELIMITERS = ",;\t|"  # of CSV, by preference
+DELIMITERS = ",;\t|"  # separators of CSV, the preferred one first
 READ_AT_A_TIME = 1_000  # rows of a parquet file; more of them take more memory and save no time
 
 
@@ -39,11 +39,11 @@ def rows_of_file(
     """The rows of a file in order.
 
     Args:
-        columns: what is needed of a row; of a table nothing else is read. None: everything.
+        columns: the needed columns; nothing else of a table is read. None: everything.
         optional: those of them that a table may lack.
 
     Raises:
-        InputError: the file is damaged or not of its kind, or a table lacks a column.
+        InputError: the file is damaged or not in its format, or a table lacks a column.
     """
     kind = kind_of(path)
     assert kind is not None, "the caller has looked"
@@ -51,8 +51,9 @@ def rows_of_file(
 
 
 def without_filled(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of an Arrow table without the nulls that it fills in for keys of other rows' objects: without
-    them a call of a tool would have the arguments of all tools."""
+    """A row of an Arrow table without the nulls that Arrow adds for keys of other rows' objects. With them a
+    tool call would have the arguments of all tools.
+    """
     return {
         key: _as_written(value) if isinstance(value, list | dict) else value for key, value in row.items()
     }
@@ -77,7 +78,9 @@ def check_columns(
 
 
 def _csv_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Row]:
-    """Cells of any length, separated by what makes the needed columns out of the header: , ; tab or |."""
+    """Cells of any length. The separator (, ; tab or |) is the one that splits the header into the needed
+    columns.
+    """
     csv.field_size_limit(
         sys.maxsize
     )  # the default refuses cells above 131,072 characters; it holds for the process
@@ -113,7 +116,9 @@ def _csv_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]
 
 
 def _delimiter(header_line: str, columns: Sequence[str] | None) -> str:
-    """What splits the header into the most of the needed columns and, among equals, into the most cells."""
+    """The separator that splits the header into the most needed columns and, among ties, into the most
+    cells.
+    """
 
     def found(delimiter: str) -> tuple[int, int]:
         try:

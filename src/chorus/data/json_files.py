@@ -1,4 +1,4 @@
-"""Rows of JSON files: one object a line, or a list, which is read in passing. Each comes with its line."""
+"""Rows of JSON files: one object per line, or a list, which is streamed. Each row has its line number."""
 
 import json
 import re
@@ -26,8 +26,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _json_errors_named(path: Path, line: int, column: int = 1) -> Iterator[None]:
-    """Turn the errors of parsing a text that begins at `line` and `column`; a syntax error counts its own
-    from there."""
+    """Name the location of errors in a text that begins at `line` and `column`, where a syntax error counts
+    from.
+    """
     try:
         yield
     except InputError:  # of reading on
@@ -61,7 +62,7 @@ def _rows_of_lines(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row
 
 
 def json_rows(path: Path, columns: object, optional: object) -> Iterator[Row]:
-    """A list of objects; or one object a line, as many tools write under this name."""
+    """A list of objects; or one object per line, which many tools write under this name."""
     if _first_character(path) == "[":
         yield from _listed_rows(path)
         return
@@ -80,7 +81,7 @@ def json_rows(path: Path, columns: object, optional: object) -> Iterator[Row]:
 
 
 def _first_character(path: Path) -> str:
-    """The first that is not white space; "" of an empty file."""
+    """The first character that is not white space; "" for an empty file."""
     chunks = (chunk.lstrip() for chunk in text_chunks(path))
     return next((chunk[0] for chunk in chunks if chunk), "")
 
@@ -96,7 +97,7 @@ def _is_a_row(line: str) -> bool:
 
 
 def _key_of_rows(value: object) -> str | None:
-    """The key under which an object holds rows, as `{"data": [...]}` does. Turns and tools are no rows."""
+    """The key under which an object holds rows, as in `{"data": [...]}`. Turns and tools are not rows."""
     if not isinstance(value, dict) or any(isinstance(one, str) for one in value.values()):
         return None
     lists = {key: one for key, one in value.items() if isinstance(one, list)}
@@ -115,7 +116,7 @@ def _not_a_list(path: Path, value: object) -> str:
 
 
 def _listed_rows(path: Path) -> Iterator[Row]:
-    """The entries of a JSON list, read in passing: what is held is a chunk of the file, and one entry."""
+    """The entries of a JSON list, streamed: only a chunk of the file and one entry are in memory."""
     decoder, text = json.JSONDecoder(object_pairs_hook=_unique_keys), _Passing(path)
     text.skip()
     text.take(1)  # the bracket
@@ -136,7 +137,7 @@ def _listed_rows(path: Path) -> Iterator[Row]:
 
 
 class _Passing:
-    """A text that is read in passing: `rest` begins at a line and column, counted from 1.
+    """A text that is streamed: `rest` begins at a line and column, counted from 1.
 
     Attributes:
         entries: how many values were taken.
@@ -159,7 +160,7 @@ class _Passing:
         return len(parts) > 1
 
     def take(self, count: int) -> None:
-        """Leave characters behind."""
+        """Consume characters."""
         taken = self.rest[self.at : self.at + count]
         lines = taken.count("\n")
         self.line += lines
@@ -167,7 +168,7 @@ class _Passing:
         self.at += count
 
     def skip(self) -> str:
-        """The next character that is not white space, which is left there; "" at the end of the file."""
+        """Skip white space; the next character, not consumed, or "" at the end of the file."""
         while True:
             space = SPACE.match(self.rest, self.at)
             self.take(space.end() - self.at if space else 0)
@@ -187,7 +188,7 @@ class _Passing:
             try:
                 value, end = decoder.raw_decode(self.rest, self.at)
             except json.JSONDecodeError as error:
-                # What is cut off at the end of a chunk fails near it, or as a string without its end.
+                # A value cut off by the end of a chunk fails near that end, or as an unterminated string.
                 is_cut = error.pos > len(self.rest) - LONGEST_WORD or error.msg.startswith("Unterminated")
                 is_whole = not is_cut or not self.more(max(CHUNK, len(self.rest) - self.at))
                 if is_whole:

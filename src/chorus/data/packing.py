@@ -1,4 +1,4 @@
-"""Several samples in one row of a batch, for less padding. Which samples a step takes is decided before that.
+"""Several samples in one row of a batch, for less padding. The samples of a step are chosen before that.
 
 Every sample keeps positions of its own and sees no other (`attention.attention_masks`).
 """
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
-MAX_SHAPES = 8  # of a batch in a run: each may be compiled and recorded on its own
+MAX_SHAPES = 8  # of batches in a run: each may be compiled and captured
 
 
 class Layout(NamedTuple):
@@ -20,14 +20,13 @@ class Layout(NamedTuple):
 
 
 def one_a_row(lengths: Sequence[int], multiple_of: int) -> Layout:
-    """A row for each sample, as long as the longest of them,
-    rounded up. Of no samples: one row of padding."""
+    """One row for each sample, as long as the longest, rounded up. Without samples: one row of padding."""
     T = ceil(max(lengths, default=1) / multiple_of) * multiple_of
     return Layout(max(len(lengths), 1), T, [(row, 0) for row in range(len(lengths))])
 
 
 def packed(lengths: Sequence[int], max_length: int, multiple_of: int, batch_size: int) -> Layout:
-    """As few rows as first-fit decreasing finds (Johnson 1973: at most 11/9 of the fewest, and one), none
+    """Few rows, by first-fit decreasing (Johnson 1973: at most 11/9 of the minimum, plus one); no sample is
     cut.
 
     T is always `max_length` rounded up, and the number of rows is rounded up so that at most `MAX_SHAPES`

@@ -1,4 +1,4 @@
-"""The rows of a run: which are trained on, which are held out, and what is said about them.
+"""The rows of a run: which are trained on, which are held out, and the warnings about them.
 
 Rows are tokenised once per host (`prepare_rows`, for one process of it) and then read by all (`Rows`). What a
 process holds of a million rows is 8 bytes each, their order; the tokens stay in a mapped file.
@@ -29,7 +29,7 @@ from chorus.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
-# What else is wrong with tokens, by the column of FACTS that counts it.
+# Other problems with tokens, by the column of FACTS that counts them.
 STRAY = {
     "strays": ("beginning tokens stand behind the beginning", "take them out of the templates or the data"),
     "unknown": ("tokens stand for characters that the tokenizer does not know", "no agent can learn those"),
@@ -62,7 +62,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         train: cache folder of the training split.
-        validation: that of the split that is held out; None where the training split gives up some rows.
+        validation: that of the held-out split; None where held-out rows are taken from the training split.
         fingerprint: SHA-256 over the text of every training row, in order.
         trains_on_held_out: both are the same rows of the same source.
     """
@@ -121,8 +121,9 @@ class Rows:
         return [self.train[int(index)] for index in order[:count]]
 
     def log(self) -> None:
-        """Say how rows are read; warn of rows that were skipped, cut
-        or dropped, and of text that carries no loss."""
+        """Log how rows are read; warn about rows that were skipped, cut or dropped, and about text without
+        loss.
+        """
         tables = dict.fromkeys([self.chosen.table, self.held_out_samples.table])
         for about in (table.about for table in tables):
             empty = [
@@ -171,7 +172,7 @@ def read_held_out(
     accelerator: Accelerator | None = None,
     split: str | None = None,
 ) -> HeldOutRows:
-    """The first `count` rows of another source than the run's, read as its rows are. A collective call,
+    """The first `count` rows of a source other than the run's, read like the run's rows. A collective call,
     likewise.
 
     Args:
@@ -202,7 +203,7 @@ def _held_out_rows(asked: Samples, tokenizer: PreTrainedTokenizerBase, settings:
     prompts, answers = map(encoder.prompt, problems), map(encoder.answer, problems)
     rows = [HeldOutRow(*parts) for parts in zip(prompts, answers, kept, strict=True)]
     fitting = [row for row in rows if len(row.prompt) < settings.max_seq_length]
-    if len(fitting) < len(rows):  # of turns, the last answer may be cut off while an earlier one is left
+    if len(fitting) < len(rows):  # with turns, the last answer may be cut off while an earlier one remains
         logger.warning(
             "left %d of %d held-out rows out: what stands before their last answer has more than "
             "max_seq_length %d tokens, and training never sees that answer",
@@ -275,8 +276,7 @@ def refuse_lost(samples: Samples, what: str, settings: DataSettings) -> None:
 
 
 def warn_of_losses(samples: Samples, what: str, max_seq_length: int) -> None:
-    """Say how many rows are cut or dropped, and what of their
-    text carries no loss, with the first of them."""
+    """Warn about rows that are cut or dropped and text without loss, each with its count and first row."""
     facts = samples.facts
     cut = np.flatnonzero(facts["length"] > max_seq_length)
     if len(cut):
@@ -319,8 +319,7 @@ def data_fingerprint(rows: Iterable[Problem]) -> str:
 
 
 def _fingerprint(table: TokenTable, rows: np.ndarray) -> str:
-    """`data_fingerprint` of some rows of a table, kept beside
-    it: to read a million rows again takes seconds."""
+    """`data_fingerprint` of some rows of a table, cached beside it: reading a million rows takes seconds."""
     file = table.folder / f"fingerprint-{hashlib.sha256(rows.tobytes()).hexdigest()[:16]}.txt"
     if not file.is_file():
         is_chosen = np.zeros(len(table), dtype=bool)

@@ -1,4 +1,4 @@
-"""Tokenised rows as training takes them, one by one or out of a mapped file."""
+"""Tokenised rows for training, in memory or in a mapped file."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, overload
@@ -20,12 +20,12 @@ class Sample(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Tokens on which loss is due. The first token has none before it to be predicted from."""
+        """Tokens on which loss is due. Nothing predicts the first token."""
         return int(self.is_target[1:].sum())
 
 
 class Samples(Sequence[Sample]):
-    """Some rows of a table as samples, read when they are asked for."""
+    """Some rows of a table as samples, read on demand."""
 
     def __init__(self, table: TokenTable, rows: np.ndarray) -> None:
         self.table, self.rows = table, rows

@@ -45,9 +45,8 @@ STANDARD: dict[str, tuple[arithmetic.Split, int]] = {
     "train": ("train", 4_000),
     "validation": ("validation", 500),
 }
-# Few rows, so that agents differ in what they make of them. The defaults of a run were chosen on the
-# validation split of this task; so that no scored row has had a part in that, held-out rows come from its
-# test split.
+# Few rows, so that agents differ in what they learn. The defaults of a run were tuned on the validation split
+# of this task, so held-out rows come from its test split.
 HARD: dict[str, tuple[arithmetic.Split, int]] = {"train": ("train", 300), "validation": ("test", 500)}
 BUILT_IN = {
     "arithmetic": BuiltIn(arithmetic.problems, "standard", STANDARD),
@@ -56,11 +55,10 @@ BUILT_IN = {
     "arithmetic_harder": BuiltIn(arithmetic.problems, "three_digits_more_steps", HARD),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-# How the files of a folder say their split, as in `train-00000-of-00002.parquet`, `data/dev.jsonl` or
-# `test/0.csv`.
+# How file names tell their split, as in `train-00000-of-00002.parquet`, `data/dev.jsonl` or `test/0.csv`.
 SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 SPLIT_WORDS |= {"val": "validation", "dev": "validation", "test": "test", "testing": "test"}
-# What other tools write about data, beside them.
+# Metadata files that other tools write beside data.
 ABOUT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 READ_AT_A_TIME = 1_000
 
@@ -113,7 +111,7 @@ def open_splits(settings: DataSettings) -> Splits:
 
 
 def open_split(name: str, split: str | None, key: str, split_key: str | None = None) -> Split:
-    """A split of another source than the run's; None is its only one, or `validation`.
+    """A split of a source other than the run's; None: its only one, or `validation`.
 
     Raises:
         InputError: the source does not exist, cannot be read or has no such split. It names `key`, or
@@ -174,7 +172,7 @@ def open_source(name: str, subset: str | None, key: str = "dataset_name") -> dic
 
 
 def _built_in(name: str, split: str) -> Split:
-    """Data, like a file: the seed of a run does not change them."""
+    """A built-in data set. Like a file it does not depend on the seed of a run."""
     make, variant, splits = BUILT_IN[name]
     drawn_from, count = splits[split]
 
@@ -206,7 +204,8 @@ def _files_in(name: str, folder: Path, key: str) -> list[Path]:
 
 
 def _files_by_split(name: str, folder: Path, files: Sequence[Path], key: str) -> dict[str, Split]:
-    """Files by the split that their names tell. A file that tells none, or the only split, is for training.
+    """Files by the split in their names. A file without a split in its name, or the only split, is for
+    training.
 
     Raises:
         InputError: a file is there in two formats.

@@ -20,7 +20,7 @@ FORMS: tuple[Form, ...] = ("chat", "template", "plain")
 
 
 class Problem(NamedTuple):
-    """A row as text: what the model is given, and what it shall answer.
+    """A row as text: what the model is given, and what it should answer.
 
     Attributes:
         learnt: (start, stop) of the characters of `prompt + completion + rest` that carry loss; empty for
@@ -68,7 +68,7 @@ def text_of(row: Mapping[str, Any], column: str, is_optional: bool = False) -> s
         raise BadRow(f"field {column!r} is missing (the row has {listed(row)})")
     if value is None:
         raise BadRow(f"field {column!r} is null")
-    if isinstance(value, float | bool):  # which text stands for it is not ours to say: 0.10, 1e-1, yes?
+    if isinstance(value, float | bool):  # its text would be ambiguous: 0.10, 1e-1, yes?
         kind = type(value).__name__
         raise BadRow(f"field {column!r} must be text or a whole number, is {kind} ({value})")
     if not isinstance(value, str):

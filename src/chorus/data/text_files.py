@@ -1,4 +1,4 @@
-"""Text of files, plain or gzipped, line by line or in chunks; what is no UTF-8 is named with its line.
+"""Text of files, plain or gzipped, by lines or in chunks; invalid UTF-8 is reported with its line.
 
 With the standard library: `datasets` fills missing keys, merges types and drops line numbers.
 """

@@ -1,4 +1,4 @@
-"""From the text of rows to token ids and what of them is learnt, and the tokens that are asked of a model.
+"""From the text of rows to token ids and loss masks, and from prompts to the tokens that a model is given.
 
 Prompt and completion are tokenised as one text, and a token is learnt where it begins in what is to be
 learnt. So a token that begins in the prompt and reaches into the completion carries no loss: at generation
@@ -19,8 +19,8 @@ from chorus.errors import InputError
 
 # Marks of a token. MERGED: it begins before what is to be learnt, and reaches into it.
 NOT_LEARNT, LEARNT, MERGED = 0, 1, 2
-UNREADABLE = "unreadable_by_base"  # what a tokenizer is told by `tell_unreadable`
-END_PROBE = "7"  # an answer that no template writes by itself
+UNREADABLE = "unreadable_by_base"  # attribute of the tokenizer, set by `tell_unreadable`
+END_PROBE = "7"  # a placeholder answer that no template contains
 
 
 class Tokenised(NamedTuple):
@@ -54,18 +54,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def tell_unreadable(tokenizer: PreTrainedTokenizerBase, tokens: Collection[str]) -> None:
-    """Leave word with the tokenizer of those of its tokens that its base cannot read as text, for
-    `Encoder.check`."""
+    """Record in the tokenizer which of its tokens the base cannot read as text, for `Encoder.check`."""
     setattr(tokenizer, UNREADABLE, sorted(tokens))
 
 
 def unreadable(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens of `tell_unreadable`; none of a tokenizer that was told none."""
+    """The tokens recorded by `tell_unreadable`; none by default."""
     return getattr(tokenizer, UNREADABLE, [])
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that stand for no text: the end token, those of turns and the like."""
+    """The special tokens, which stand for no text: the end token, turn markers and the like."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {*tokenizer.all_special_ids, *added}
 
@@ -73,11 +72,10 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 class Encoder:
     """Tokenises rows for training and prompts for generation, alike in all that they share.
 
-    One beginning token: of several in front of a text, written by the text, the tokenizer or both, one is
-    kept; where a chat template does not write it and the tokenizer would, it is added. A text that would
-    begin with a learnt token gets the beginning token, or without one the end token, before it: nothing else
-    could predict its first token. One end token: where the tokenizer or the template writes it, also with
-    white space behind it, none is added.
+    One beginning token: of several at the start, written by the text, the tokenizer or both, one is kept;
+    where a chat template omits it and the tokenizer would write it, it is added. A text whose first token is
+    learnt gets a beginning token, or else an end token, before it, so that something predicts it. One end
+    token: none is added where the tokenizer or the template writes it, even if white space follows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,7 +91,7 @@ class Encoder:
         self.beginning = self.eos if self.bos is None else self.bos
         self.special = special_ids(tokenizer)
         self.unreadable = re.compile("|".join(map(re.escape, unreadable(tokenizer))) or r"(?!)")
-        # A stray one is not told where the end token serves as it.
+        # Strays cannot be counted where the end token is also the beginning token.
         self.stray = None if self.bos == self.eos else self.bos
         name = tokenizer.unk_token or getattr(self.backend.model, "unk_token", None)
         unknown = None if name is None else self.backend.token_to_id(str(name))
@@ -116,7 +114,7 @@ class Encoder:
         return self.marked(problems, self.encode(problems))
 
     def encode(self, problems: Sequence[Problem]) -> list[Encoding]:
-        """The first half of `rows`, which lets other threads of Python run."""
+        """The first half of `rows`, which releases Python's lock."""
         is_chat = bool(problems and problems[0].learnt)
         return self._encode([problem.text for problem in problems], not is_chat)
 
@@ -126,7 +124,7 @@ class Encoder:
             start = len(self.asked(problem.prompt))
             first = None if problem.learnt else _token_at(encoding, start)
             ids, added = self._one_beginning(encoding, bool(problem.learnt))
-            if first is not None and added[-1] == 0:  # nothing of the tokenizer's own stands behind the text
+            if first is not None and added[-1] == 0:  # the tokenizer adds nothing after the text
                 first -= len(encoding.ids) - len(ids)
                 yield self._tokenised(
                     ids, [NOT_LEARNT] * first + [LEARNT] * (len(ids) - first), added, 0, False
@@ -149,21 +147,20 @@ class Encoder:
         return ids or [self.beginning]
 
     def answer(self, problem: Problem) -> list[int]:
-        """The tokens of the completion behind `prompt`, as training has them, with the end token."""
+        """The tokens of the completion after `prompt`, as in training, with the end token."""
         prompt = self.prompt(problem)
         [row] = self.rows([problem._replace(rest="")])
         if row.ids[: len(prompt)] == prompt and len(row.ids) > len(prompt):
             return row.ids[len(prompt) :]
-        # A token of the prompt reaches into the completion, which then is written otherwise than it was
-        # learnt.
+        # A token of the prompt reaches into the completion, so the completion's tokens differ from training.
         [alone] = self._encode([problem.completion], add_special_tokens=False)
         return [*alone.ids, self.eos]
 
     def asked(self, prompt: str) -> str:
         """The prompt without the spaces at its end that the tokenizer joins to a following word.
 
-        They are the completion's: kept in the prompt they would take the completion's first word out of the
-        loss, and a model would be asked after a token that training never showed in that place.
+        They belong to the completion: in the prompt they would remove the completion's first word from the
+        loss, and a model would be asked after a token that training never had in that place.
         """
         bare = prompt.rstrip()
         spaces = prompt[len(bare) :]
@@ -182,7 +179,7 @@ class Encoder:
         return next((count for count, ids in enumerate(own) if whole[: len(ids)] == ids), 0)
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
-        """By the backend: the wrapper would turn every offset into Python's objects."""
+        """Calls the backend directly: the wrapper would convert every offset into Python objects."""
         return self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
 
     def _one_beginning(self, encoding: Encoding, is_chat: bool) -> tuple[list[int], list[int]]:
@@ -201,7 +198,7 @@ class Encoder:
     ) -> Tokenised:
         ids, added = self._one_beginning(encoding, is_chat)
         starts, ends = _places(encoding.offsets, text)
-        shift = len(ids) - len(starts)  # by what was added or left out in front
+        shift = len(ids) - len(starts)  # shifted by what was added or removed at the start
         if shift:
             starts, ends = (np.pad(one, (shift, 0)) if shift > 0 else one[-shift:] for one in (starts, ends))
         own = ~np.array(added, dtype=bool)
@@ -274,10 +271,9 @@ def _places(offsets: Sequence[tuple[int, int]], text: str) -> tuple[np.ndarray, 
 
 
 def _token_at(encoding: Encoding, char: int) -> int | None:
-    """The token that begins at a character, if what is before it ends there; None where that takes a closer
-    look.
+    """The token that begins at a character, if the token before it ends there; None where that is not clear.
 
-    For most rows this is all there is to know, at a third of the time that all offsets take.
+    This suffices for most rows, in a third of the time that all offsets take.
     """
     token = encoding.char_to_token(char)
     chars = None if token is None else encoding.token_to_chars(token)
@@ -288,7 +284,9 @@ def _token_at(encoding: Encoding, char: int) -> int | None:
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, form: ChatForm | None) -> list[int]:
-    """The tokens that end an answer: the end token and, of turns, what closes one of the assistant's."""
+    """The tokens that end an answer: the end token and, for turns, the token that closes an assistant's
+    turn.
+    """
     ends = [cast(int, tokenizer.eos_token_id)]
     if form is not None:
         asked = [{"role": "user", "content": END_PROBE}]

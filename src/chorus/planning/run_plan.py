@@ -147,7 +147,7 @@ def sent_in_a_step(config: RunConfig, adapter: int, machine: Machine, precision:
 def sample_tokens(samples: Samples, index: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Each token of a sample with its id, whether loss is due on it, and whether it should be but is not.
 
-    The first token has none before it to be predicted from.
+    Nothing predicts the first token.
     """
     sample = samples[index]
     texts = [tokenizer.decode([token]) for token in sample.ids.tolist()]
