@@ -1,8 +1,8 @@
-"""Stock PEFT LoRA folders: what is read of them, and what is refused.
+"""Stock PEFT LoRA folders: what is read from them, and what is refused.
 
-PEFT's own loader is silent about missing, renamed, partial or non-finite tensors, and a model with such an
-adapter answers as the base does. Here every tensor that the folder's configuration announces must be there,
-and no other.
+PEFT's own loader does not report missing, renamed, partial or non-finite tensors, and a model with such an
+adapter answers like the base. Here the file must hold exactly the tensors that the folder's configuration
+implies.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE = (
 )
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
-# Fields of PEFT's LoraConfig that this module applies, or that change nothing once training is over. A folder
-# that sets any other is refused: what it asks for would silently be left out.
+# Fields of PEFT's LoraConfig that this module applies, or that have no effect after training. A folder that
+# sets any other field is refused: it would silently be ignored.
 APPLIED = {
     "r",
     "lora_alpha",
@@ -55,7 +55,7 @@ HARMLESS = {
     "eva_config",
 }
 HARMLESS |= {"init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
-# Starts of training that change the base's own weights, so that the stock base is another model.
+# Initialisations that change the base's own weights, so that the stock base is another model.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -116,8 +116,8 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
     """The adapter of a folder, checked against the base's modules, which need no weights.
 
     Raises:
-        InputError: a tensor is missing, unknown, of another shape or not finite, or the file is no
-        safetensors file.
+        InputError: a tensor is missing, unknown, of another shape or not finite, or the file is not in
+            safetensors format.
     """
     config, file = read_config(folder), folder / ADAPTER_FILE
     if not file.is_file():
@@ -150,7 +150,7 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
 
 
 def _by_pattern(patterns: Mapping[str, int] | None, name: str, otherwise: int) -> int:
-    """What the first pattern that fits a layer's name says, as PEFT finds it."""
+    """The value of the first pattern that matches a layer's name, by PEFT's rule."""
     patterns = patterns or {}
     return patterns.get(get_pattern_key(list(patterns), name), otherwise)
 

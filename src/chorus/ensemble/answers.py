@@ -1,5 +1,4 @@
-"""Whether an answer is right, told from its text. What is
-written and what is expected are read in the same way."""
+"""Whether an answer is right, by its text. Answers and references are parsed in the same way."""
 
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -10,21 +9,20 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-ANSWER_MARK = "####"  # GSM8K's: what stands behind it is the result
+ANSWER_MARK = "####"  # GSM8K's mark: the result follows it
 
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) -> str:
-    """The text of an answer, written or expected: up to the
-    first token that ends one, without special tokens."""
+    """The text of an answer or a reference, up to the first end token, without special tokens."""
     end = next((place for place, token in enumerate(ids) if token in end_ids), len(ids))
     return cast(str, tokenizer.decode(list(ids[:end]), skip_special_tokens=True))
 
 
 def pieces(ids: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[str]:
-    """What each token adds to a text: joined, they are the text.
+    """The piece of text that each token adds; joined, the pieces are the text.
 
-    A token alone may decode to something else: without the space before it, or to half a character, which
-    then is wholly its last token's.
+    A token decoded alone may lack its leading space, or be part of a character, which here belongs to the
+    last of its tokens.
 
     Args:
         text: decodes some tokens.
@@ -40,15 +38,16 @@ def pieces(ids: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[str
 def is_exact(text: str, reference: str) -> bool:
     """Whether the results agree where the reference marks one with `####`, otherwise the whole texts.
 
-    White space is not compared: not how much of it stands between words, nor at either end.
+    White space is normalised between words and ignored at both ends.
     """
     is_marked = ANSWER_MARK in reference
     return final_answer(text, is_marked) == final_answer(reference, is_marked)
 
 
 def final_answer(text: str, marked: bool) -> str | None:
-    """What stands behind the last `####`, without commas and
-    dollar signs (None without one); or the whole text."""
+    """The text after the last `####`, without commas and dollar signs (None if there is none); or the whole
+    text.
+    """
     if not marked:
         return " ".join(text.split())
     _, mark, result = text.rpartition(ANSWER_MARK)
@@ -60,8 +59,7 @@ def final_answer(text: str, marked: bool) -> str | None:
 def warn_of_long_references(
     references: Sequence[Sequence[int]], end_ids: Collection[int], max_new_tokens: int
 ) -> int:
-    """Count, and say, how many references no answer of
-    `max_new_tokens` can match, because they have more tokens."""
+    """Warn about references with more than `max_new_tokens` tokens, which no answer can match."""
     lengths = [next((n for n, token in enumerate(ids) if token in end_ids), len(ids)) for ids in references]
     count = sum(length > max_new_tokens for length in lengths)
     if count:

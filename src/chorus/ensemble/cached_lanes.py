@@ -1,9 +1,9 @@
 """The KV caches of texts that are being decoded.
 
-Prompts are read once per member; what was read is then shared among the rows of all answerers that the member
-is of. The caches are transformers' own. Where every layer is full or sliding attention they are static, so
-that a step has fixed shapes and can be captured; a sliding layer then keeps all keys, and the mask hides
-those outside of its window. Architectures with other layers (recurrent, hybrid) get a dynamic cache.
+Each member reads each prompt once; the result is shared among the rows of all answerers with that member. The
+caches are transformers' own. If every layer has full or sliding attention they are static, so that a step has
+fixed shapes and can be captured; a sliding layer then keeps all keys, and the mask hides those outside of its
+window. Architectures with other layers (recurrent, hybrid) get a dynamic cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,14 @@ from chorus.ensemble.lanes import Lane, Member, lanes_of
 from chorus.model.agents import Agents
 from chorus.model.kernels.grouped_attention import attention_over_caches
 
-# Of one pass over prompts: 8 rows of 4,096; eager attention's scores grow with their square.
+# Tokens of one pass over prompts: 8 rows of 4,096. Eager attention's scores grow with the square of the
+# length.
 PREFILL_TOKENS = 32_768
 
 
 @dataclass
 class _LaneState:
-    """What the rows of one lane have read so far.
+    """The state of one lane's rows: what they have read so far.
 
     Attributes:
         row_L: the lane's rows among those of the batch; None is all of them, in order.
@@ -49,11 +50,10 @@ class CachedLanes:
     """A batch of R rows that are being decoded.
 
     Attributes:
-        column: columns of the caches that are filled; whoever takes a step counts it.
+        column: number of filled columns of the caches; the caller of a step increments it.
         is_static: every step has the same shapes.
-        order_R: the place of each row among those of the lanes one after the other; None where they lie in
-        order.
-        step_1: steps taken since the masks were made; on the device, so that a captured step finds its own.
+        order_R: the index of each row in the concatenated rows of the lanes; None where they are in order.
+        step_1: steps since the masks were made; on the device, so that a captured step can read it.
     """
 
     agents: Agents
@@ -75,7 +75,7 @@ class CachedLanes:
     def prepare_steps(self, steps: int) -> None:
         """Make the masks of the next steps, in the same tensors as before: a captured step reads them.
 
-        Within `stepping`: which kind of mask is made depends on the attention.
+        Call it within `stepping`: the kind of mask depends on the attention.
         """
         self.step_1.zero_()
         for state in self.states if self.is_static else []:
@@ -101,14 +101,14 @@ class CachedLanes:
                     use_cache=True,
                 ).last_hidden_state
             outputs.append(self.agents.head().linear(hidden_L1D[:, -1]))
-            # A text that has ended goes on until its row is used again; it must not leave the positions.
+            # A text that has ended is still decoded until its row is reused; its position must stay in range.
             state.position_L1.add_(1).clamp_(max=state.seen_LC.shape[1] - 1)
         self.step_1.add_(1)
         logits_RV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return logits_RV if self.order_R is None else logits_RV[self.order_R]
 
     def move_to(self, column: int) -> None:
-        """Move all texts so that their next tokens stand in `column`, in the same tensors.
+        """Shift all texts, in place, so that their next tokens go to `column`.
 
         Static caches only. No text may be longer than `column`.
         """
@@ -124,9 +124,10 @@ class CachedLanes:
             state.seen_LC[:, column:] = True
 
     def put(self, rows: Sequence[int], other: "CachedLanes", other_rows: Sequence[int]) -> None:
-        """Put texts of another batch in the place of some rows, in the same tensors; static caches only.
+        """Replace some rows by texts of another batch, in place; static caches only.
 
-        Both batches have the same columns and column, and every lane of the other's is one of this one's.
+        Both batches have the same number of columns and the same `column`, and this batch has every lane of
+        the other.
         """
         source_of = dict(zip(rows, other_rows, strict=True))
         others = {state.lane.name: state for state in other.states}
@@ -152,13 +153,12 @@ class CachedLanes:
         source_R: Sequence[int],
         other: "CachedLanes | None" = None,
     ) -> None:
-        """Make the batch anew: each row continues the text of
-        the row `source_R` before, of the same member.
+        """Rebuild the batch: each row continues the text of the previous row `source_R`, of the same member.
 
         Rows of another batch are counted after this one's; see `put` for what both must have in common.
         """
         before = [self] if other is None else [self, other]
-        place_of: dict[int, int] = {}  # of a row among those of its lane in all batches
+        place_of: dict[int, int] = {}  # the index of a row within its lane, over all batches
         was: dict[Any, list[_LaneState]] = {}
         first = 0
         for lanes in before:
@@ -206,7 +206,7 @@ def prefill(
     """
     device = next(agents.parameters()).device
     T = max(map(len, prompts))
-    # Padding on the left, so that the next token of every row stands in the same column.
+    # Padding on the left, so that the next token of every row goes to the same column.
     ids_PT = torch.tensor([[pad_id] * (T - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     real_PT = torch.tensor(
         [[False] * (T - len(prompt)) + [True] * len(prompt) for prompt in prompts], device=device
@@ -231,8 +231,9 @@ def prefill(
 
 
 def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
-    """A cache of `length` columns; None for an architecture
-    with other layers than full and sliding attention."""
+    """A cache of `length` columns; None if the architecture has layers other than full and sliding
+    attention.
+    """
     try:
         cache = StaticCache(config=model.config, max_cache_len=length)
     except KeyError:  # a kind of layer that transformers has no static cache for
@@ -281,7 +282,7 @@ def _read_rows(reader: Lane, ids_PT: Tensor, real_PT: Tensor, cache: Cache) -> T
 
 
 def _chosen_rows(caches: Sequence[Cache], index_L: Tensor) -> Cache:
-    """Rows of several caches, counted through; the first one is changed, layer by layer."""
+    """Rows of several concatenated caches; the first cache is changed, layer by layer."""
     into, *others = caches
     if not others:
         into.reorder_cache(index_L)  # pyright: ignore[reportArgumentType]
@@ -300,7 +301,7 @@ def _copy_rows(read: Cache, into: StaticCache, index_L: Tensor, P: int, prompts:
     from_L = member_L[to_L] * (prompts.stop - prompts.start) + prompt_L[to_L] - prompts.start
     layers: Any = zip(
         read.layers, into.layers, strict=True
-    )  # one class a kind; all have keys and values here
+    )  # the classes differ, but all have keys and values
     for old, new in layers:
         if not new.is_initialized:
             keys, values = (

@@ -15,7 +15,7 @@ Observations = Literal["token", "sequence"]
 
 
 class Calibrated(NamedTuple):
-    """Answerers and the temperature that suits each of them: 1 where there was nothing to fit it to."""
+    """Answerers and the fitted temperature of each: 1 where there was nothing to fit it to."""
 
     answerers: list[Answerer]
     temperatures: list[float]

@@ -1,8 +1,8 @@
 """Answers of many answerers in one batched pass: the base, every agent, and mixtures of them.
 
-All of them decode together, so that the base's weights are read once a token for everybody. A mixture writes
-one text, which each of its members reads: a member answers at most twice as many rows when a mixture is
-asked, too. Prompts are sorted by length and taken in waves; texts that have ended leave the batch.
+All answerers decode together, so that the base's weights are read once for each token. A mixture writes one
+text, which each of its members reads: with a mixture a member has at most twice as many rows. Prompts are
+sorted by length and taken in waves; texts that have ended leave the batch.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -47,9 +47,9 @@ def generate(
         seed: of the draws. They depend on it, the answerer's name and the prompt's index, not on the batch.
         stop: strings that end an answer; they need `tokenizer`.
         tokenizer: decodes the answers' texts.
-        prompts_per_wave: prompts that are answered at a time; None takes what fits.
+        prompts_per_wave: prompts answered at a time; None: as many as fit.
         captured: replay a step as a CUDA graph; None does so on a GPU. It changes no result.
-        after_tokens: is called whenever each text of a wave has grown by `TOKENS_AT_A_TIME` tokens.
+        after_tokens: called after every `TOKENS_AT_A_TIME` tokens of a wave.
 
     Returns:
         The answers, [answerer][prompt].

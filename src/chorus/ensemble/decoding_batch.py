@@ -18,7 +18,7 @@ from chorus.model.kernels.decode_graphs import CapturedStep
 STEPS_AT_A_TIME = 16  # on a GPU
 PROMPTS_ON_A_CPU = 64  # of one wave
 FREE_SHARE = 0.8  # of a GPU's free memory that caches and logits may fill
-SHRINK = 0.75  # the batch shrinks once this share of its rows is left: that costs a copy of the caches
+SHRINK = 0.75  # the batch shrinks at this fraction of its rows, because shrinking copies the caches
 
 
 @dataclass
@@ -30,7 +30,7 @@ class DecodingBatch:
         plan: how each text's tokens are drawn.
         token_X: the last token of each text.
         text_R: the slot of each row's text.
-        out: what the last steps have written, a `Choice` whose tensors have the step as a second dimension.
+        out: the tokens of the last steps, a `Choice` whose tensors have the step as a second dimension.
         taken: steps of `out` that count.
     """
 
@@ -88,11 +88,13 @@ class DecodingBatch:
         return DecodingBatch(lanes, rule, seating, steps, plan, choice.token_X, places, first, 1, is_captured)
 
     def written(self) -> Choice:
-        """What the last steps have chosen, on the CPU."""
+        """The tokens of the last steps, on the CPU."""
         return Choice(*(figure[:, : self.taken].cpu() for figure in self.out))
 
     def leave(self, live: Collection[int], spare: bool = False) -> None:
-        """Let texts that have ended leave the batch, once that makes it enough smaller: only `live` go on."""
+        """Remove texts that have ended, once that makes the batch enough smaller; only `live` texts
+        remain.
+        """
         live_A = [[text for text in texts if text is not None] for texts in self.seating.kept(live).texts_A]
         seating = seat(self.seating.answerers, live_A, spare)
         if len(seating.slot_of_row()) > SHRINK * len(self.text_R):
@@ -101,7 +103,7 @@ class DecodingBatch:
             self._reseat(seating)
 
     def join(self, new: "DecodingBatch", live: Collection[int], column: int) -> None:
-        """Take in the texts of a batch that has just been made; of this one's, only `live` go on.
+        """Add the texts of a new batch; of this batch only `live` texts remain.
 
         Both have static caches of the same length. Where there are empty slots for them the batch keeps its
         shape, and what was captured.
@@ -172,7 +174,7 @@ class DecodingBatch:
             into.index_copy_(1, place_1, figure[:, None])
 
     def _counters(self) -> list[Tensor]:
-        """What a step changes beside its output and the columns of the caches that it fills."""
+        """The tensors that a step changes besides its output and the caches."""
         own = [self.token_X, self.plan.drawn_X, self.lanes.step_1]
         for state in self.lanes.states:
             layers: Any = state.cache.layers
@@ -194,12 +196,12 @@ def _without_gaps(numbers: Sequence[int | None]) -> list[int]:
 
 
 def steps_at_a_time(device: torch.device) -> int:
-    """Steps between two looks at what has ended: a look makes a GPU wait for the host."""
+    """Steps between two checks for ended texts: a check makes a GPU wait for the host."""
     return STEPS_AT_A_TIME if device.type == "cuda" else 1
 
 
 def is_capturable(agents: Agents) -> bool:
-    """On a GPU, unless the base lies in shards (ZeRO-3), whose weights are fetched inside of a pass."""
+    """On a GPU, unless the base is sharded (ZeRO-3), whose weights are fetched within a pass."""
     parameter = next(iter(agents.frozen_tensors().values()))
     return parameter.is_cuda and not hasattr(parameter, "ds_id")
 
@@ -216,7 +218,7 @@ def fitting_prompts(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
     length = max(map(len, prompts), default=1) + max_new_tokens + STEPS_AT_A_TIME
-    logits = 4 * config.vocab_size  # of a row, in the head's dtype and what else is made of them
+    logits = 4 * config.vocab_size  # of a row: logits in the head's dtype, and the tensors derived from them
     rows = sum(len(answerer.members) for answerer in answerers)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(model.device)

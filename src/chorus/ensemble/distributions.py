@@ -1,7 +1,7 @@
 """The members' predictive distributions: of every token of given answers, or over the choices of a question.
 
-Logits of all tokens never exist at once. What is kept are hidden states, from which a chunk's are made when
-it is looked at; a fit that looks several times pays for the head alone.
+Logits of all tokens never exist at once. Hidden states are kept, and a chunk's logits are computed when it is
+read; a fit with several passes pays only for the head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +22,12 @@ from chorus.model.token_nll import CHUNK_ELEMENTS
 
 
 class Chunk(NamedTuple):
-    """Distributions of M members for N outcomes.
+    """Distributions of M members over N outcomes.
 
     Attributes:
         log_prob_MNV: over V outcomes, normalised, fp32.
-        target_N: the outcomes that came true.
-        row_N: the row that each is of, on the CPU.
+        target_N: the actual outcomes.
+        row_N: the row of each, on the CPU.
     """
 
     log_prob_MNV: Tensor
@@ -35,7 +35,7 @@ class Chunk(NamedTuple):
     row_N: Tensor
 
 
-Chunks = Callable[[], Iterator[Chunk]]  # each call goes through all of them once more
+Chunks = Callable[[], Iterator[Chunk]]  # each call iterates over all of them again
 
 
 class TokenStates(NamedTuple):

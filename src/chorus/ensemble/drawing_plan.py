@@ -1,4 +1,4 @@
-"""How the tokens of a batch of texts are drawn: each text's numbers that decide, temperature and top-p."""
+"""How the tokens of a batch of texts are drawn: each text's uniform random numbers, temperature and top-p."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,18 +57,20 @@ class DrawingPlan:
         return Draws(uniform_X, self.temperature_X, self.top_p_X if self.is_cut else None)
 
     def count(self) -> None:
-        """Count one token of every text. One that has ended goes on, but has no numbers of its own left."""
+        """Advance every text by one token. One that has ended advances too, but has no random numbers
+        left.
+        """
         self.drawn_X.add_(1)
         if self.is_drawn:
             self.drawn_X.clamp_(max=self.uniform_XN.shape[1] - 1)
 
     def covers(self, other: "DrawingPlan") -> bool:
-        """Whether texts of the other plan need nothing that is not computed for these."""
+        """Whether this plan already computes everything that texts of the other plan need."""
         is_wide = self.is_drawn >= other.is_drawn and self.is_cut >= other.is_cut
         return is_wide and self.num_tops >= other.num_tops
 
     def widen(self, other: "DrawingPlan") -> None:
-        """Compute from now on what texts of the other plan need, too; both then have as many numbers."""
+        """From now on also compute what texts of the other plan need; both then have equally many numbers."""
         self.is_drawn |= other.is_drawn
         self.is_cut |= other.is_cut
         self.num_tops = max(self.num_tops, other.num_tops)
@@ -96,7 +98,9 @@ class DrawingPlan:
 
 
 def _uniforms(answerers: Sequence[Answerer], text: Text, count: int) -> Tensor:
-    """The text's numbers; zeros for what the last steps may draw beyond its limit, which is thrown away."""
+    """The text's random numbers; zeros beyond its limit, where the last steps may draw tokens that are
+    discarded.
+    """
     temperature, _, seed, number = text.sampling
     own = min(count, text.ending.max_new_tokens)
     if temperature == 0:

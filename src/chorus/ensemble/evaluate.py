@@ -1,7 +1,8 @@
-"""How well the base, each agent and their mixtures answer held-out problems, and how well they know it.
+"""How well the base, each agent and their mixtures answer held-out problems, and how well calibrated they
+are.
 
-Held-out rows fall into two shares: one to which weights and temperatures are fitted, and one that is scored.
-Both are kept from training. Every process answers its part of them, and all know the result.
+Held-out rows are divided into calibration rows, to which weights and temperatures are fitted, and rows that
+are scored. Neither is trained on. Every process answers its part of them, and all get the result.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ class Evaluation:
     `fitted`; and of each at its own temperature under the same name with `/calibrated` behind it.
 
     Attributes:
-        mixture: the weights and the temperature that were fitted; None of the base alone.
+        mixture: the fitted weights and temperature; None where only the base was scored.
         intervals: 95 % intervals of scores; `differences`: of their differences to those of the chosen
         mixture.
         problems: one object a problem, for JSON; those of the second data set come last.
@@ -87,7 +88,7 @@ class Evaluation:
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> "Evaluation":
-        """What a report says again, but for the problems."""
+        """The evaluation in a report, without the problems."""
         if not report:
             return cls()
         scores = {
@@ -126,10 +127,10 @@ def evaluate(
     Args:
         alpha: None mixes the agents evenly; a number also fits a mixture, see `mixture.dirichlet_weights`.
         with_agents: False scores the base alone.
-        progress: is told what has been done, and of how many problems.
-        pause: is called after every forward pass over rows and every few generated tokens, with True, and
-            with False by a process that has no more of them before processes exchange results, until it says
-            that none has. It may raise on every process alike, which ends the evaluation: see
+        progress: called with what has been done, and for how many problems.
+        pause: called with True after every forward pass and every few generated tokens. A process that has
+            finished its part calls it with False until it returns False: then all have finished, and results
+            are exchanged. It may raise on every process alike, which ends the evaluation: see
             `training.signals.StopRequest.pause`.
     """
     counts = [sum(column) for column in zip(*gather_object([list(map(len, rows[:3]))]), strict=True)]
@@ -181,7 +182,7 @@ def _outcomes(
     advance: Callable[[int], None],
     with_references: bool,
 ) -> Outcomes:
-    """What every answerer makes of this process's own rows: a choice, or text."""
+    """The outcomes of every answerer on this process's rows: choices, or generated texts."""
     if rows.choices:
         found = choice_outcomes(agents, members, calibrated, own, rows.choices, rows.text, after_pass)
         advance(len(own))
@@ -259,7 +260,7 @@ def _asked(own: Sequence[HeldOutRow], rows: EvaluationRows) -> list[tuple[str, s
 
 
 def _interleaved(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """What every `len(parts)`-th went to each process, in its old order."""
+    """Undo the distribution over processes, where each got every `len(parts)`-th item."""
     return [
         parts[process][index]
         for index in range(max(map(len, parts), default=0))
@@ -291,7 +292,7 @@ def _scored(
 
 
 def _compared(outcomes: Sequence[Outcome], references: Sequence[str]) -> list[str]:
-    """What is compared of two members' answers: the results where the references mark one."""
+    """The answers in the form in which members are compared: the results where the references mark one."""
     pairs = zip(outcomes, references, strict=True)
     return [final_answer(one.answer, ANSWER_MARK in reference) or "" for one, reference in pairs]
 
@@ -302,7 +303,7 @@ def _problems(
     mixtures: set[str],
     is_ood: bool = False,
 ) -> list[dict[str, Any]]:
-    """One object a problem: what was asked, and what every answerer said of it."""
+    """One object for each problem: prompt, reference, and every answerer's answer."""
     return [
         {
             "prompt": prompt,

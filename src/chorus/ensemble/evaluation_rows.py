@@ -1,5 +1,6 @@
-"""The rows of an evaluation: those to score, those to fit to,
-and those of another kind, shared between processes."""
+"""The rows of an evaluation: to score, to calibrate on, and out of distribution; divided between
+processes.
+"""
 
 import random
 from collections.abc import Sequence
@@ -15,21 +16,19 @@ from chorus.ensemble.answers import answer_text, warn_of_long_references
 from chorus.progress import announced
 from chorus.seeding import derive_seed
 
-MOST_CHOICES = 32  # that eval_choices auto takes for a task of labels
+MOST_CHOICES = 32  # that eval_choices auto treats as a classification task
 ROWS_OF_A_CHOICE = 5
-HARDER = {
-    "arithmetic_hard": "arithmetic_harder"
-}  # what ood_dataset_name auto takes beside a built-in data set
+HARDER = {"arithmetic_hard": "arithmetic_harder"}  # what ood_dataset_name auto means for a built-in data set
 
 
 class EvaluationRows(NamedTuple):
-    """This process's part of the rows of an evaluation: every so many-th of each kind.
+    """This process's part of the rows of an evaluation: every N-th row of each kind, for N processes.
 
     Attributes:
         scored: held-out rows to score.
         calibration: held-out rows to fit to.
         ood: rows of the second data set.
-        choices: token ids of each choice with its end token; empty where answers are written.
+        choices: token ids of each choice with its end token; empty where answers are generated.
         end_ids: tokens that end an answer, the end token first.
     """
 
@@ -68,7 +67,7 @@ def read_evaluation_rows(
 
 
 def ood_name(config: Config) -> str | None:
-    """What `ood_dataset_name` comes to."""
+    """The data set that `ood_dataset_name` means."""
     return HARDER.get(config.dataset_name) if config.ood_dataset_name == "auto" else config.ood_dataset_name
 
 
@@ -81,7 +80,9 @@ def divided(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> EvaluationRows:
-    """Held-out rows in a share to fit to and one to score, at least one row of it, chosen by the seed."""
+    """Held-out rows divided by the seed into calibration rows and rows to score, at least one of the
+    latter.
+    """
     rows, end_ids = held_out
     count = min(round(settings.calibration_split * len(rows)), max(len(rows) - 1, 0))
     fitted_to = set(random.Random(derive_seed(seed, "calibration")).sample(range(len(rows)), count))
@@ -98,8 +99,9 @@ def divided(
 def _choices(
     rows: Sequence[HeldOutRow], settings: EvaluationSettings, found: EvaluationRows
 ) -> list[list[int]]:
-    """The different answers of all rows, each through its first end token, in a fixed order; empty where
-    answers are to be written."""
+    """The distinct answers of all rows, each up to its first end token, in a fixed order; empty where answers
+    are to be generated.
+    """
     answers = {found.text(row.answer): row.answer for row in rows}
     is_task_of_labels = 2 <= len(answers) <= min(MOST_CHOICES, len(rows) // ROWS_OF_A_CHOICE)
     if settings.eval_choices is False or (settings.eval_choices == "auto" and not is_task_of_labels):

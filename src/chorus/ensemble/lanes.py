@@ -1,9 +1,8 @@
-"""Passes of several members together: which rows of a batch are whose.
+"""Passes of several members together: which rows of a batch belong to which member.
 
-A member is an agent or, as None, the base without an adapter. A lane is one module tree with the members that
-pass through it: fused and sequential agents share one, in which the rows lie group by group, each group under
-its own adapter, and the base's under an adapter of zeros. Parallel agents have a lane each, and the base one
-of its own.
+A member is an agent or, as None, the base without an adapter. A lane is one module tree and the members that
+use it: fused and sequential agents share one lane, in which each group of rows has its own adapter, the
+base's group an adapter of zeros. Parallel agents have a lane each, and so has the base.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +28,8 @@ class Lane:
     Attributes:
         name: the lane's member, or all of them.
         groups: indices of the caller's groups, whose rows lie one after the other in this order.
-        context: the adapters that the rows are under, in the base's dtype: one a group, or a single one for
-        all rows.
+        context: the adapters of the rows, in the base's dtype: one for each group, or a single one for all
+            rows.
     """
 
     agents: Agents

@@ -1,4 +1,4 @@
-"""Texts that are decoded together, while others come and go between the steps."""
+"""Texts that are decoded together; texts may join and leave between the steps."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,9 +14,9 @@ from chorus.model.agents import Agents, causal_lm
 class LiveBatch:
     """A batch of texts by any of the answerers.
 
-    Texts join with `join`, which reads their prompts beside the batch, and leave when they have ended or with
-    `drop`. Architectures without static caches (see `cached_lanes`) take no texts in while others are under
-    way: then `can_join` is False.
+    Texts join with `join`, which reads their prompts in a pass of their own, and leave when they end or with
+    `drop`. With architectures without static caches (see `cached_lanes`) no text can join a running batch:
+    `can_join` is False.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class LiveBatch:
 
     @torch.no_grad()
     def join(self, texts: Iterable[Text]) -> None:
-        """Read the prompts and choose the first token of each text. One that ends with it does not stay."""
+        """Read the prompts and choose the first token of each text. A text that ends with it is not kept."""
         numbered = {self._count + n: text for n, text in enumerate(texts)}
         self._count += len(numbered)
         if not self.texts and self.length is None:
-            self._batch = None  # its caches must be gone before others are made
+            self._batch = None  # its caches must be freed before new ones are allocated
         new = DecodingBatch.of(
             *(self.agents, self.rule, numbered, self._captured), self.length, spare=self.length is not None
         )
@@ -73,18 +73,18 @@ class LiveBatch:
         self.texts |= {number: numbered[number] for number in live}
 
     def _fits(self, new: DecodingBatch) -> bool:
-        """Whether the batch, in which no text is under way, has seats for these."""
+        """Whether the batch, while it is empty, has seats for these texts."""
         assert self._batch is not None
         sizes = zip(self._batch.seating.slots_A, new.seating.slots_A, strict=True)
         return self.is_static and all(own >= needed for own, needed in sizes)
 
     def drop(self, text: Text) -> None:
-        """Stop writing a text: its seat is free."""
+        """Stop generating a text and free its seat."""
         self.texts = {number: other for number, other in self.texts.items() if other is not text}
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Take the next steps of all texts under way; those that have ended leave."""
+        """Take the next steps of all texts; those that have ended leave."""
         if not self.texts:
             return
         assert self._batch is not None
@@ -98,8 +98,7 @@ class LiveBatch:
 
 
 def _append(batch: DecodingBatch, texts: dict[int, Text]) -> list[int]:
-    """Add what the batch has just written to the answers, and
-    say which texts go on."""
+    """Append the batch's new tokens to the answers; returns the texts that continue."""
     token_ids, log_probs, entropies, mutual, of_rows, top_ids, top_log_probs = (
         figure.tolist() for figure in batch.written()
     )

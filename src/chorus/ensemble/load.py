@@ -1,5 +1,4 @@
-"""An ensemble from disk: of a run, of a checkpoint, or of PEFT
-LoRA folders that any tool has made over one base."""
+"""An ensemble from disk: from a run, a checkpoint, or PEFT LoRA folders of any tool over one base."""
 
 import json
 import logging
@@ -33,7 +32,7 @@ from chorus.progress import announced
 logger = logging.getLogger(__name__)
 
 PEFT_PREFIX = "base_model.model."
-EQUAL = 1e-6  # relative difference of two adapters' outputs under which they are the same function
+EQUAL = 1e-6  # two adapters with a smaller relative difference of outputs count as equal
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Source:
-    """What paths hold, before a tensor is read.
+    """What the paths hold, before tensors are read.
 
     Attributes:
         folders: PEFT LoRA folders, in the agents' order.
@@ -165,7 +164,7 @@ def _of_run(run: Path) -> Source:
             )
     fingerprint = None
     for folder in checkpoints(run)[:1]:
-        with suppress(InputError):  # damaged: the agents themselves are elsewhere, and may be whole
+        with suppress(InputError):  # damaged: the agents are in other files, which may be intact
             fingerprint = read_state_file(folder).fingerprints.base
     return Source(folders, mixture, base_name, fingerprint, entries)
 
@@ -205,13 +204,13 @@ def base_of(source: Source) -> str:
 
 
 def names_of(folders: Sequence[Path]) -> tuple[str, ...]:
-    """The folders' own names where these tell them apart, otherwise their paths."""
+    """The folders' own names if they are distinct, otherwise their paths."""
     short = [folder.resolve().name for folder in folders]
     return tuple(short if len(set(short)) == len(short) else map(str, folders))
 
 
 def refuse_equal_agents(adapters: Sequence[AdapterFile], names: Sequence[str]) -> None:
-    """Compare what the adapters add to the outputs of their layers, on one random input for each layer.
+    """Compare the adapters' contributions to the outputs of their layers, on one random input for each layer.
 
     Raises:
         InputError: an adapter adds nothing, so that its agent is the base, or two add the same.
@@ -252,7 +251,7 @@ def _apart(one: Tensor | None, other: Tensor | None) -> float:
 
 @announced("building the agents")
 def _build(model: PreTrainedModel, adapters: Sequence[AdapterFile]) -> Agents:
-    """Agents with the largest rank and the union of the layers of all adapters, zeros in between.
+    """Agents with the largest rank and the union of all adapters' layers, padded with zeros.
 
     Fused, or parallel where the base mixes the rows of a batch, as experts that carry adapters do.
     """
@@ -287,7 +286,7 @@ def _agents(model: PreTrainedModel, adapters: Sequence[AdapterFile], mode: Mode)
 
 
 def _common_scaling(layer: str, adapters: Sequence[AdapterFile]) -> float:
-    """The scaling of all agents on this layer; 1 where they differ, which leaves each agent's to its B."""
+    """The scaling of all agents on this layer; 1 where they differ, and each agent's scaling is in its B."""
     found = {adapter.scaling[layer] for adapter in adapters if layer in adapter.scaling}
     return found.pop() if len(found) == 1 else 1.0
 
@@ -302,5 +301,5 @@ def _padded(adapter: AdapterFile, key: Matrix, shape: torch.Size, scaling: Mappi
     A_RI, B_OR = (matrix.float() for matrix in adapter.matrices[layer])
     if letter == "A":
         return pad(A_RI, (0, 0, 0, shape[0] - A_RI.shape[0]))
-    # Equal scalings leave B as it was; a power of two between them is exact, too.
+    # Equal scalings leave B unchanged; a ratio that is a power of two is exact, too.
     return pad(B_OR * (adapter.scaling[layer] / scaling[layer]), (0, shape[1] - B_OR.shape[1]))

@@ -1,10 +1,10 @@
 """Scores of probabilities and of uncertainties. Names in reports are those of torch-uncertainty, where it has
 them.
 
-Everything takes plain tensors of one number a problem (or a token) and gives a float; `nan` where a score is
-not defined, such as error detection without an error. The tests compare them with torchmetrics and
-scikit-learn; a run does not use these, because to import torchmetrics alone takes as long as a fifth of the
-default run's evaluation.
+Every function takes plain tensors with one number for each problem (or token) and returns a float; `nan`
+where a score is not defined, such as error detection without an error. The tests compare them with
+torchmetrics and scikit-learn. A run does not use these: importing torchmetrics takes as long as a fifth of
+the default run's evaluation.
 """
 
 import math
@@ -32,7 +32,7 @@ def calibration_error(confidence_N: Tensor, is_right_N: Tensor) -> float:
 
 
 def adaptive_calibration_error(confidence_N: Tensor, is_right_N: Tensor) -> float:
-    """The same over 15 bins that hold equally many predictions each (Nixon et al. 2019)."""
+    """As `calibration_error`, over 15 bins with equally many predictions (Nixon et al. 2019)."""
     if not len(confidence_N):
         return math.nan
     order_N = confidence_N.argsort(stable=True)
@@ -51,15 +51,13 @@ def auroc(score_N: Tensor, is_positive_N: Tensor) -> float:
     if not num_positive or not num_negative:
         return math.nan
     _, tie_N, count_M = score_N.unique(return_inverse=True, return_counts=True)
-    rank_M = (
-        count_M.cumsum(0).double() - (count_M.double() - 1) / 2
-    )  # from 1, the mean of those that are tied
+    rank_M = count_M.cumsum(0).double() - (count_M.double() - 1) / 2  # ranks from 1; ties get their mean rank
     of_positives = float(rank_M[tie_N][is_positive_N].sum())
     return (of_positives - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
 def fpr_at_95(score_N: Tensor, is_positive_N: Tensor) -> float:
-    """The share of negatives that a threshold flags which flags 95 % of the positives."""
+    """The false positive rate at the threshold with a true positive rate of 95 %."""
     if bool(is_positive_N.all()) or not bool(is_positive_N.any()):
         return math.nan
     positive_P = score_N[is_positive_N].sort(descending=True).values
@@ -70,7 +68,7 @@ def fpr_at_95(score_N: Tensor, is_positive_N: Tensor) -> float:
 def risk_at_coverage(uncertainty_N: Tensor, is_wrong_N: Tensor) -> Tensor:
     """risk_N[n - 1]: the share of errors among the n least uncertain answers.
 
-    Equally uncertain ones stand in no order: each counts as the mean of all of them.
+    Ties have no order: each counts as the mean over all of them.
     """
     order_N = uncertainty_N.argsort(stable=True)
     _, tie_N = uncertainty_N[order_N].unique_consecutive(return_inverse=True)
@@ -115,12 +113,11 @@ def paired_bootstrap(
 ) -> dict[str, Interval]:
     """95 % percentile intervals of means, or of their differences to that of `against` (Efron 1979).
 
-    Problems are drawn with replacement, the same ones for every answerer, so that what makes a problem hard
-    for all of them does not widen a difference.
+    Problems are drawn with replacement, the same ones for every answerer, so that the difficulty that
+    answerers share does not widen the interval of a difference.
 
     Args:
-        sums: by answerer, of each problem the summed values and how many they are: the score is a ratio of
-        sums.
+        sums: by answerer, each problem's summed values and their count: the score is a ratio of sums.
         seed: of the draws.
         against: an answerer in `sums`.
     """

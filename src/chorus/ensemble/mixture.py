@@ -1,4 +1,4 @@
-"""Many agents, one answer: the weights and the temperature of a mixture, and how they are fitted."""
+"""Mixtures of agents: weights, temperature, and how they are fitted."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from chorus.errors import InputError
 
-COLDEST, HOTTEST = 0.1, 10.0  # temperatures; of predictions that are all right, the best one would be 0
-SUM_TOLERANCE = 1e-4  # of weights that were written by hand, or as fp32
+COLDEST, HOTTEST = 0.1, 10.0  # range of temperatures: if all predictions are right, the optimum would be 0
+SUM_TOLERANCE = 1e-4  # tolerance for weights written by hand or as fp32
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Mixture:
     """A linear opinion pool: q(v) is proportional to (sum_k w_k p_k(v))^(1/T).
 
     Attributes:
-        weights: w, one a member, summing to 1.
+        weights: w, one for each member, summing to 1.
         temperature: T, after pooling.
     """
 
@@ -94,7 +94,7 @@ def dirichlet_weights(log_prob_KN: Tensor, alpha: float, tolerance: float = 1e-7
     weights, so the start does not matter.
 
     An observation is a token, or a whole answer with the sum of its tokens' log-probabilities. The tokens of
-    an answer are not independent, so that a fit to tokens is more certain of its weights than the data allow.
+    an answer are not independent, so a fit to tokens is overconfident in its weights.
 
     Args:
         log_prob_KN: log-probabilities of the observations.
@@ -131,10 +131,11 @@ def temperature_slope(log_prob_NV: Tensor, target_N: Tensor, beta: float) -> tup
 
 
 def fit_temperatures(slopes: Callable[[list[float]], list[tuple[float, float]]], count: int) -> list[float]:
-    """The temperatures of the least NLL (Guo et al. 2017), from 0.1 to 10, for several predictors at once.
+    """The temperatures that minimise the NLL (Guo et al. 2017), from 0.1 to 10, for several predictors at
+    once.
 
-    The NLL is convex in 1 / temperature: Newton's steps, kept within the interval in which the slope changes
-    its sign.
+    The NLL is convex in 1 / temperature: Newton's method, with bisection bounds around the sign change of the
+    slope.
 
     Args:
         slopes: `temperature_slope` of every predictor at its inverse temperature.

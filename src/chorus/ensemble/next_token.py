@@ -31,10 +31,10 @@ class Answerer(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The next token of X texts and what is to be said of it; see `texts.Answer`.
+    """The next token of X texts, with its statistics; see `texts.Answer`.
 
-    member_log_prob_R has a number for every row of the batch, that is for every text and member. The last
-    two have N columns, the most probable tokens; none where nobody asks for them.
+    member_log_prob_R has one number for every row of the batch, that is for every text and member. The last
+    two have N columns, the most probable tokens; 0 columns where they are not wanted.
     """
 
     token_X: Tensor
@@ -101,8 +101,7 @@ class NextTokenRule:
         return Choice(*map(torch.cat, zip(*parts, strict=True)))
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """How many answerers from which on are handled together:
-        neighbours of one member each are, as one batch."""
+        """Runs of consecutive answerers with one member each, which are handled as one batch."""
         index = 0
         while index < len(self.answerers):
             count = 1
@@ -180,15 +179,15 @@ def draw(log_prob_NV: Tensor, draws: Draws) -> Tensor:
         sorted_NV, order_NV = prob_NV.sort(dim=-1, descending=True, stable=True)
         before_NV = sorted_NV.cumsum(-1) - sorted_NV
         is_out_NV = (before_NV >= top_p_N[:, None]) & (top_p_N[:, None] < 1)
-        # Back in the order of the vocabulary: a draw without top-p must not depend on its neighbours' top-p.
+        # Back in vocabulary order: a draw without top-p must not depend on top-p of other texts.
         prob_NV = prob_NV.masked_fill(torch.empty_like(is_out_NV).scatter_(-1, order_NV, is_out_NV), 0)
     sum_NV = prob_NV.cumsum(-1)
-    # Rounding must not carry the target to the last sum, behind which no token stands.
+    # Rounding must not move the target beyond the last cumulative sum.
     target_N1 = (uniform_N[:, None] * sum_NV[:, -1:]).minimum(sum_NV[:, -1:] * (1 - 1e-15))
     return torch.searchsorted(sum_NV, target_N1, right=True)[:, 0]
 
 
 def uniforms(seed: int, answerer: str, prompt: int, count: int) -> Tensor:
-    """The numbers that decide one answer's draws: they do not depend on what else is answered beside it."""
+    """The uniform random numbers of one answer, independent of the other answers in the batch."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "sampled tokens", answerer, prompt))
     return torch.rand(count, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What every answerer did with every problem: its answer, whether that is right, and how sure it was."""
+"""The outcome of every answerer on every problem: its answer, whether it is right, and its uncertainty."""
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -192,8 +192,9 @@ def _written(
 
 
 class _Reader:
-    """Rows to read, and the answerers that want to know of
-    them: equal rows once, by no more members than must."""
+    """Samples to score and the answerers that need them. Equal samples are read once, and only by the members
+    needed.
+    """
 
     def __init__(self, calibrated: Calibrated) -> None:
         self.calibrated = calibrated
@@ -204,8 +205,9 @@ class _Reader:
         self._found: dict[tuple[int, int], list[Predictions]] = {}
 
     def ask(self, answerer: int, name: Hashable, sample: Sample) -> None:
-        """Note that the answerer of this index wants to know of
-        the targets of a sample, which it calls `name`."""
+        """Register that the answerer of this index needs the predictions on a sample's targets, under
+        `name`.
+        """
         key = (int(sample.is_target.sum()), *sample.ids.tolist())
         if key not in self._place:
             self._place[key] = len(self.samples)
@@ -215,7 +217,7 @@ class _Reader:
         self.wanted_by[place].add(answerer)
 
     def read(self, agents: Agents, after_pass: Callable[[], object]) -> None:
-        """Read all of them, those that the same members must read together."""
+        """Read all samples; those needed by the same members are read together."""
         answerers, temperatures = self.calibrated.answerers, _temperatures(self.calibrated)
         groups: dict[tuple[Member, ...], list[int]] = {}
         for place, wanted_by in enumerate(self.wanted_by):
@@ -239,18 +241,17 @@ class _Reader:
                     self._found[index, place] = [predicted[row] for predicted in of_temperatures]
 
     def found(self, answerer: int, name: Hashable) -> list[Predictions]:
-        """What an answerer predicts of a sample, at each of its temperatures."""
+        """An answerer's predictions on a sample, at each of its temperatures."""
         return self._found[answerer, self._asked[answerer, name]]
 
 
 def _key(text: str, reference: str) -> str | None:
-    """What of an answer is compared with others."""
+    """The form of an answer in which answers are compared."""
     return final_answer(text, ANSWER_MARK in reference)
 
 
 def _own_sample(row: HeldOutRow, answer: Answer, end_ids: Sequence[int]) -> Sample:
-    """An answer after its prompt, with the end token that ended
-    it: of several, the one that the reference has."""
+    """An answer after its prompt, with its end token: of several end tokens, the one in the reference."""
     ids = list(answer.token_ids)
     if answer.ended == "end" or not ids:
         last = int(row.sample.ids[-1])

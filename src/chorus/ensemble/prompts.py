@@ -1,4 +1,4 @@
-"""From what a person asks to the tokens that agents are asked: in the form in which they were trained."""
+"""From a user's question to the tokens of a prompt, in the form in which the agents were trained."""
 
 import json
 from collections.abc import Mapping, Sequence

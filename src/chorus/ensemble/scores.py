@@ -1,4 +1,4 @@
-"""Scores of answerers from what they did with every problem.
+"""Scores of answerers from their outcomes on every problem.
 
     cls/Acc                 share of exact matches, or of right choices
     cls/NLL, cls/Brier      of a whole reference answer, nats; cls/Brier for choices only
@@ -38,8 +38,8 @@ OF_TOKENS = tuple(f"token/{name}" for name in ("NLL", "perplexity", "Acc", "Brie
 OF_UNCERTAINTY = ("sc/AUROC", "sc/AURC", "sc/Risk@80Cov", "sc/PRR", "ood/AUROC", "ood/FPR95")
 OF_MIXTURES = ("ens/Ambiguity", "ens/Disagreement", "ens/MutualInformation")
 
-# Scores that are means over problems or tokens, for which intervals are drawn: summed values and counts of a
-# problem.
+# Scores that are means over problems or tokens, for which intervals are computed: a problem's summed values
+# and counts.
 MEANS: dict[str, Callable[[Outcome], tuple[float, float]]] = {
     "cls/Acc": lambda one: (float(one.is_right), 1),
     "cls/NLL": lambda one: (-float(one.log_prob_T.double().sum()), 1),
@@ -69,7 +69,7 @@ def score_names(is_mixture: bool) -> list[str]:
 
 
 def uncertainties(is_mixture: bool) -> Sequence[str]:
-    """Those that say something: a single member has no members to disagree."""
+    """The uncertainties that are defined: a single member has no disagreement."""
     return UNCERTAINTIES if is_mixture else UNCERTAINTIES[:2]
 
 
@@ -142,7 +142,7 @@ def ensemble_scores(
     answers: Sequence[Sequence[str]],
     key: str,
 ) -> Scores:
-    """What a mixture gains over its members, and how often these differ.
+    """A mixture's gain over its members, and how often the members differ.
 
     Args:
         answers: of the members, [member][problem], as they are compared.

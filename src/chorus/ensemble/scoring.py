@@ -65,8 +65,8 @@ def choice_log_probs(
 ) -> list[Tensor]:
     """The log-likelihood of every choice under every member: the sum over its tokens, given the prompt.
 
-    Choices that begin alike share a row as far as they can: a question whose choices have one token each
-    costs one row.
+    Choices with a common beginning share a row where possible: a question whose choices have one token each
+    takes one row.
 
     Returns:
         log_prob_MC of each question, on the CPU: fp32, nats.
@@ -108,7 +108,7 @@ def _rows_of_choices(
             range(len(choice_ids)), key=lambda choice: len(choice_ids[choice]), reverse=True
         ):
             own = tuple(choice_ids[choice])
-            if own[:-1] not in row_of:  # a longer choice that begins so has a row for it
+            if own[:-1] not in row_of:  # the row of a longer choice with this beginning covers it
                 for end in range(len(own)):
                     row_of.setdefault(own[:end], len(rows))
                 rows.append([*prompt_ids, *own[:-1]])
@@ -163,7 +163,7 @@ def passes(
     tokens_per_pass: int | None,
     after_pass: Callable[[], object] = lambda: None,
 ) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, so many that a pass holds at most the tokens it may.
+    """Indices of rows of similar length, longest first, up to the allowed number of tokens in a pass.
 
     `after_pass` is called when the caller is done with them.
     """

@@ -1,6 +1,6 @@
-"""Which row of a decoding batch is whose: texts, and the members that read them.
+"""The rows of a decoding batch: which text and which member each belongs to.
 
-Every group of rows is under one adapter, and all groups have as many rows. Each text has a row with every
+Every group of rows has one adapter, and all groups have equally many rows. Each text has a row with every
 member of its answerer. An answerer's texts fill one or more blocks of equal size, so that answerers with many
 unended texts and with few share a batch without empty rows.
 """
@@ -67,7 +67,7 @@ class Seating:
         return from_slots, from_rows
 
     def places(self) -> tuple[dict[int, int], dict[int, list[int]]]:
-        """The slot of each text, and its rows, one a member."""
+        """The slot of each text, and its rows, one for each member."""
         slot_of, rows_of, slot, row = {}, {}, 0, 0
         for answerer, texts in zip(self.answerers, self.texts_A, strict=True):
             for place, text in enumerate(texts):
@@ -79,7 +79,7 @@ class Seating:
         return slot_of, rows_of
 
     def kept(self, live: Collection[int]) -> "Seating":
-        """The same seats, those of all other texts empty."""
+        """The same seats, with the seats of all other texts empty."""
         texts_A = (tuple(text if text in live else None for text in texts) for texts in self.texts_A)
         return Seating(self.answerers, self.block, tuple(texts_A))
 

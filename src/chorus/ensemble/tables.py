@@ -11,7 +11,7 @@ LABELS = {"base": "base", UNIFORM: "mixture", FITTED: "fitted"}
 
 
 class ScoreTable(NamedTuple):
-    """Scores as text: a row an answerer.
+    """Scores as text: one row for each answerer.
 
     Attributes:
         columns: what each cell of a row is.
@@ -29,7 +29,7 @@ class ScoreTable(NamedTuple):
 
 
 def score_table(found: Evaluation) -> ScoreTable | None:
-    """Right answers, NLL before and after calibration, what uncertainty tells; None if nothing was scored."""
+    """Accuracy, NLL before and after calibration, quality of the uncertainty; None if nothing was scored."""
     if not found.num_problems:
         return None
     nll = "cls/NLL" if found.is_choice else "token/NLL"

@@ -1,11 +1,11 @@
-"""Texts that are being written: what was asked, how tokens are chosen, when a text ends, and what it says."""
+"""Texts that are being generated: prompt, sampling, end conditions and answer."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-HALF = "\ufffd"  # what a tokenizer writes for the first bytes of a character
+HALF = "\ufffd"  # what a tokenizer decodes an incomplete character to
 
 
 @dataclass
@@ -81,9 +81,9 @@ class Ending:
         return text[: min(places)] if places else text
 
     def settled_text_of(self, answer: Answer) -> str:
-        """What of an unfinished answer's text no further token can change.
+        """The part of an unfinished answer's text that no further token can change.
 
-        The last character may be half of one, and the last characters may be the beginning of a stop string.
+        The last character may be incomplete, and the last characters may be the beginning of a stop string.
         """
         text = self.text_of(answer).rstrip(HALF)
         longest = max(map(len, self.stop), default=0)

@@ -1,5 +1,4 @@
-"""What a predictive distribution says of itself: probability, entropy, disagreement. Each quantity is defined
-once.
+"""Statistics of a predictive distribution: probability, entropy, disagreement. Each is defined once, here.
 
 A distribution is over the vocabulary (of the next token) or over the choices of a question. A mixture of K
 members with weights w is pooled in probability space and then, where it has a temperature T, sharpened or
@@ -24,7 +23,7 @@ UNCERTAINTIES = ("max_p", "entropy", "mutual_information", "disagreement")
 
 
 class Predictions(NamedTuple):
-    """Of N predictive distributions and the N outcomes that came true; fp32.
+    """Statistics of N predictive distributions and their N actual outcomes; fp32.
 
     Attributes:
         log_prob_N: log q of the outcome.
@@ -66,7 +65,7 @@ class AnswerUncertainty(NamedTuple):
 
 
 def uncertainty_of(answer: Answer) -> AnswerUncertainty:
-    """The uncertainty of an answer; of one without tokens, that of a certain one."""
+    """The uncertainty of an answer; an answer without tokens counts as certain."""
     count = max(1, len(answer.log_probs))
     log_prob = math.fsum(answer.log_probs)
     return AnswerUncertainty(
@@ -122,5 +121,5 @@ def pairwise_disagreement(answer_KN: Sequence[Sequence[object]]) -> float:
 
 
 def disagreement(answer: object, members: Sequence[object]) -> float:
-    """The share of the members whose own answer is another than this one."""
+    """The fraction of the members whose own answer differs from this one."""
     return sum(own != answer for own in members) / len(members)
