@@ -1,11 +1,11 @@
-"""The mesh of processes: data x agents. Which rows and which agents a process has, and with whom it talks.
+"""The mesh of processes, data x agents: each process's rows, agents and groups for collective calls.
 
     rank = agent index * data size + data index
 
 Processes with the same data index, an agent group, see the same rows; each holds K / A of the K agents.
 Processes with the same agent index, a data group, hold the same agents; their gradients are reduced.
-Neighbouring ranks are of one data group, because gradients are megabytes and what agent groups exchange is
-kilobytes: so a data group stays on one host where it can, and only projections travel between hosts.
+Neighbouring ranks form a data group, because gradients are megabytes and the data of agent groups are
+kilobytes: so a data group stays on one host where possible, and only projections are sent between hosts.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from chorus.errors import InputError
 from chorus.spans import span
 
-MOST_SPREAD = 64  # num_agents auto takes no more agents than that
+MOST_SPREAD = 64  # num_agents auto uses at most so many agents
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Mesh:
 
     Attributes:
         agent_size: A, the processes of an agent group. Each holds K / A agents.
-        data_size: the processes of a data group. A micro-batch has so many times `batch_size` rows.
+        data_size: the processes of a data group. A micro-batch has data_size x `batch_size` rows.
         agent_index, data_index: the place of this process in its agent group, and in its data group.
         agent_group, data_group: for collective calls; None where A is 1: then a data group is all processes.
     """
@@ -48,21 +48,21 @@ class Mesh:
         return range(self.agent_index * self.data_size, (self.agent_index + 1) * self.data_size)
 
     def held_agents(self, num_agents: int) -> tuple[int, ...]:
-        """The agents that this process holds: neighbours, so that agent groups gather them in order."""
+        """The agents that this process holds: consecutive, so that agent groups gather them in order."""
         held = num_agents // self.agent_size
         return tuple(range(self.agent_index * held, (self.agent_index + 1) * held))
 
     def gather_rows(self, own: Tensor) -> Tensor:
         """Concatenate `own` over the data group along its first axis; a gradient flows to the own slice only.
 
-        That is enough: each process adds its own slice's part, and the reduction of gradients sums the parts.
+        This is sufficient: each process contributes its own slice's gradient, and the reduction sums them.
         """
         return _gather(own, self.data_size, self.data_index, self.data_group)
 
     def gather_agents(self, own: Tensor) -> Tensor:
-        """The same over the agent group: all K agents, in order, from the rows of each process's own ones.
+        """As `gather_rows`, over the agent group: all K agents in order, from each process's own.
 
-        The gradient of an agent needs its own slice alone, which no other process of the group holds.
+        An agent's gradient needs only its own slice, which no other process of the group holds.
         """
         return _gather(own, self.agent_size, self.agent_index, self.agent_group)
 
@@ -94,8 +94,8 @@ def _gather(own: Tensor, size: int, index: int, group: ProcessGroup | None) -> T
 def decide_agent_size(wanted: int | str, num_agents: int | str, num_processes: int) -> int:
     """A, from `agent_parallel_size`. auto: the largest that divides both the processes and the agents.
 
-    The larger A, the fewer gradients travel. Where `num_agents` is auto too, A is the largest divisor of the
-    processes up to `MOST_SPREAD`.
+    The larger A, the fewer gradients are sent. Where `num_agents` is auto too, A is the largest divisor of
+    the processes up to `MOST_SPREAD`.
 
     Raises:
         InputError: A does not divide the agents, or the processes.
@@ -117,7 +117,7 @@ def decide_agent_size(wanted: int | str, num_agents: int | str, num_processes: i
 
 
 def refuse_spread_agents(size: int, precision: str, stage: int) -> None:
-    """Refuse what agents that are spread over processes do not go with.
+    """Refuse settings that are incompatible with agents spread over processes.
 
     Raises:
         InputError: ZeRO stage 3, whose shards of the base are cut for all processes; fp16, whose loss scale

@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, how well it did, how to load and to serve it."""
+"""README.md of an export: what it is, its scores, how to load and to serve it."""
 
 import os
 from collections.abc import Sequence

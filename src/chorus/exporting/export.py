@@ -1,4 +1,4 @@
-"""Agents for other tools: as PEFT folders, as one adapter, or merged into the base."""
+"""Export of agents for other tools: as PEFT folders, as one adapter, or merged into the base."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ Merge = Literal["none", "cat", "into-base"]
 
 
 def export(paths: Sequence[Path], out: Path, merge: Merge = "none", base: str | None = None) -> None:
-    """Write agents into the new folder `out`, whole or not at all.
+    """Write agents into the new folder `out`, atomically.
 
     Args:
         paths: a finished output folder, a checkpoint, or PEFT LoRA folders of any ranks, scalings and layers.
@@ -74,7 +74,7 @@ def export(paths: Sequence[Path], out: Path, merge: Merge = "none", base: str | 
 
 @contextmanager
 def _finished(out: Path, size: int, tokenizer: PreTrainedTokenizerBase, card: str) -> Iterator[Path]:
-    """The new folder, with what stands beside the weights in every kind of export."""
+    """The new folder, with the files besides the weights that every kind of export has."""
     with new_folder(out, size) as new:
         yield new
         tokenizer.save_pretrained(new)
@@ -82,7 +82,7 @@ def _finished(out: Path, size: int, tokenizer: PreTrainedTokenizerBase, card: st
 
 
 def _entries(source: Source, base_name: str) -> dict[str, Any]:
-    """`ensemble.json` of the export, as of a run: agents, mixture, base, and what the run said of itself."""
+    """`ensemble.json` of the export, as in a run: agents, mixture, base, and the run's own entries."""
     of_run = dict(source.description)
     if "agents" not in of_run:  # a checkpoint's state, or none
         of_run = {key: of_run[key] for key in ("config",) if key in of_run}
@@ -118,7 +118,7 @@ def _refuse_quantised(base_name: str) -> None:
 
 
 def _load_as_it_is(base_name: str) -> PreTrainedModel:
-    """The base in the dtype of its file, and with its own configuration, which is saved with it."""
+    """The base in the dtype of its file and with its own configuration, both of which are saved."""
     with model_errors_named(base_name):
         return AutoModelForCausalLM.from_pretrained(
             base_name, dtype="auto", use_safetensors=True, trust_remote_code=False

@@ -1,4 +1,4 @@
-"""The folders of an export: written beside their place, and renamed into it when they are whole."""
+"""The folders of an export: written under a temporary name, and renamed when they are complete."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def refuse_used(out: Path) -> None:
-    """Raise InputError where `out` is a file, holds something, or cannot be made. It changes nothing."""
+    """Raise InputError where `out` is a file, is not empty, or cannot be made. Changes nothing."""
     try:
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             what = "is a file" if out.is_file() else "is not empty"
@@ -37,9 +37,9 @@ def refuse_used(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
-    """A new folder beside `out`, which takes its place once all is written and flushed.
+    """A new folder beside `out`, renamed to `out` once everything is written and flushed.
 
-    After an error, or if the process is killed, `out` is as it was. One that is killed leaves the unfinished
+    After an error, or if the process is killed, `out` is unchanged. A killed process leaves the unfinished
     folder, whose name begins with a dot.
 
     Args:
@@ -48,7 +48,7 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     Raises:
         RunError: the write failed.
     """
-    place = Path(os.path.realpath(out))  # a link to an empty folder keeps its place
+    place = Path(os.path.realpath(out))  # a link to an empty folder stays a link
     new = place.with_name(f".{place.name}.{uuid4().hex[:8]}.unfinished")
     with disk_errors(out, num_bytes, "make room, or name another folder"):
         new.mkdir(parents=True)
@@ -63,10 +63,10 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def write_agent(folder: Path, adapter: AdapterFile, base_name: str, skeleton: PreTrainedModel) -> None:
-    """Write one agent's folder: its files as they are, but for the base that they name.
+    """Write one agent's folder: its files, unchanged except for the name of the base.
 
-    An adapter whose layers differ in rank or scaling is written with one rank and a scaling of 1 on all
-    layers. It adds the same; vLLM would take the folder's `r` and `lora_alpha` for all layers.
+    An adapter whose layers differ in rank or scaling is rewritten with one rank and a scaling of 1 on all
+    layers, which computes the same: vLLM uses the folder's `r` and `lora_alpha` for all layers.
     """
     entries = json.loads((adapter.folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if any(entries.get(name) for name in PATTERNS):

@@ -24,7 +24,7 @@ class MeanAdapter(NamedTuple):
 
     Attributes:
         matrices: fp32 A_RI and B_OR of every layer, by the layer's name in the base.
-        rank: R, of all layers: where the agents have less, the rest is zero.
+        rank: R, of all layers; padded with zeros where the agents have less.
     """
 
     matrices: dict[str, tuple[Tensor, Tensor]]
@@ -44,7 +44,7 @@ def mean_adapter(adapters: Sequence[AdapterFile], weights: Sequence[float]) -> M
         scaled = [adapter.matrices[layer][1].float() * (w * adapter.scaling[layer]) for adapter, w in own]
         found[layer] = (A_RI, torch.cat(scaled, 1))
     rank = max(len(A_RI) for A_RI, _ in found.values())
-    # Tools that serve adapters read one rank for all layers of a folder, and no pattern of ranks.
+    # Serving tools read one rank for all layers of a folder, and ignore rank patterns.
     padded = {
         layer: (pad(A_RI, (0, 0, 0, rank - len(A_RI))), pad(B_OR, (0, rank - len(A_RI))))
         for layer, (A_RI, B_OR) in found.items()

@@ -41,7 +41,7 @@ def choice_scores(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def _right(task: Any, doc: Mapping[str, Any]) -> list[int]:
-    """Indices of the right choices, as the harness itself reads them."""
+    """Indices of the right choices, read as the harness reads them."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, str):
         choices = task.doc_to_choice(doc)

@@ -1,7 +1,7 @@
 """An answerer as a model of lm-evaluation-harness.
 
 Tokens, chat templates, rolling windows and limits of length are those of the harness's own HFLM, so that
-figures can be compared with other models' figures. What is different is how requests are answered: by the
+results can be compared with other models'. Only the computation differs: requests are answered by the
 ensemble's passes, in which a mixture is one model.
 """
 
@@ -18,7 +18,7 @@ from chorus.model.agents import causal_lm
 
 HFLM: Any = huggingface.HFLM  # a decorator hides the class from type checkers
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
-PLAIN = {"num_beams": 1, "use_cache": True}  # what they mean here anyhow
+PLAIN = {"num_beams": 1, "use_cache": True}  # generation arguments that have no effect here
 
 
 class AnswererLM(HFLM):
@@ -30,7 +30,7 @@ class AnswererLM(HFLM):
             pretrained=causal_lm(agents.peft_model(agents.agents[0])),
             tokenizer=passes.ensemble.tokenizer,
             backend="causal",
-            batch_size=passes.batch_size or 64,  # of rolling windows, which are asked for in batches
+            batch_size=passes.batch_size or 64,  # windows of rolling log-likelihoods in one batch
         )
         self.passes, self.answerer = passes, answerer
 

@@ -1,7 +1,7 @@
-"""What every answerer says to the harness's requests, computed for all of them in the same passes.
+"""Every answerer's results for the harness's requests, computed in the same passes.
 
-The harness evaluates one model after another. The first one that asks something has it computed for all; the
-others find it here. Full logits of all members never exist at once: see `ensemble/distributions.py`.
+The harness evaluates one model after another. The first request computes the result for all answerers; the
+others reuse it. Full logits of all members never exist at once: see `ensemble/distributions.py`.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -54,7 +54,7 @@ class SharedPasses:
         answerers: the base, agents and mixtures, all of this ensemble.
         end_id: the token that ends a text.
         batch_size: requests that are read or continued at a time; None takes what fits.
-        progress: is told how many requests are done.
+        progress: called with the number of finished requests.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ def run_harness(
     end_id = ensemble.tokenizer.eos_token_id
     assert isinstance(end_id, int)
     passes = SharedPasses(ensemble, answerers, end_id, batch_size, progress)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it repeats itself for every answerer
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its log lines would repeat for every answerer
     found = HarnessResults({}, {})
     for index, answerer in enumerate(answerers):
         evaluated: Any = simple_evaluate(

@@ -1,9 +1,8 @@
-"""LoRA adapters of K agents: PEFT makes and names them; a pass says explicitly which agents it is for.
+"""LoRA adapters of K agents: PEFT creates and names them; each pass states explicitly which agents it is for.
 
-PEFT selects an adapter by mutating every layer (`set_adapter`), which flips `requires_grad` and lets a
-recomputed activation run under whatever adapter is active by then. Here a forward pass carries an
-`AdapterContext` (whose pass, which weights and random draws), and every recomputation runs under the context
-of its forward pass.
+PEFT selects an adapter by mutating every layer (`set_adapter`), which changes `requires_grad`, and a
+recomputation then uses whatever adapter is active at that time. Here a forward pass has an `AdapterContext`
+(its agents, weights and random draws), and every recomputation uses the context of its forward pass.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ RANDOM_INITIAL_STD = 0.02  # `initialize_adapters_rand: true`
 
 
 class TensorId(NamedTuple):
-    """The one identity of a trainable matrix, whatever mode, engine or process holds it."""
+    """The identity of a trainable matrix, independent of mode, engine and process."""
 
     agent: int
     path: str  # PEFT's path of the layer, e.g. base_model.model.model.layers.0.self_attn.q_proj
@@ -39,10 +38,11 @@ class TensorId(NamedTuple):
 
 
 class AdapterContext(NamedTuple):
-    """Whose pass runs through the shared base: that of some agents together, or of the base alone (no agent).
+    """The context of a pass through the shared base: of some agents together, or of the base alone (no
+    agent).
 
     Attributes:
-        agents: the rows of the pass are theirs in this order, as many for each (agent-major).
+        agents: the rows of the pass belong to them in this order, equally many each (agent-major).
         num_tokens: rows x tokens of the pass, over all of them.
         weights: A_KRI and B_KOR of every layer that the pass goes through, in the dtype of the base.
         noise: only in training.
@@ -65,8 +65,8 @@ class AdapterRouter:
 
     @contextmanager
     def of(self, context: AdapterContext) -> Iterator[None]:
-        """The context manager of a pass under `context`. Afterwards the one before is restored, also on an
-        error.
+        """The context manager of a pass under `context`. Afterwards the previous context is restored, also on
+        an error.
         """
         before = self.context
         self._take(context)
@@ -76,9 +76,9 @@ class AdapterRouter:
             self._take(before)
 
     def _take(self, context: AdapterContext) -> None:
-        # Each layer holds its own pair, and does not look it up by a name of its own: to torch.compile the
-        # decoder layers are then one piece of code. Past nn.Module's slow __setattr__: recomputed layers all
-        # come through here.
+        # Each layer gets its own pair and needs no lookup by its name, so that torch.compile sees the same
+        # code in all decoder layers. This bypasses nn.Module's slow __setattr__, because every recomputed
+        # layer runs this.
         for layer in self.context.weights:
             vars(layer)["active_weights"] = None
         for layer, pair in context.weights.items():
@@ -88,7 +88,7 @@ class AdapterRouter:
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """`context_fn` for torch's checkpoint: recompute under the context of the forward pass.
 
-        Without it the recomputation runs under the context at backward: wrong gradients, and no error.
+        Without it the recomputation would use the context at backward time: wrong gradients, and no error.
         """
         return nullcontext(), self.of(self.context)
 
@@ -102,7 +102,7 @@ class LoraLinear(PeftLoraLinear):
 
     router: AdapterRouter
     path: str
-    has_weight: bool  # the base's layer is x Wᵀ + b, and no more: a quantised one has a forward of its own
+    has_weight: bool  # the base's layer is exactly x Wᵀ + b; a quantised one has a forward of its own
     active_weights: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -140,7 +140,7 @@ def adapter_name(agent: int) -> str:
 
 @dataclass(frozen=True)
 class LoraShape:
-    """What makes one adapter: its rank, scaling and place, and how it starts.
+    """The definition of an adapter: rank, scaling, target layers and initialisation.
 
     Attributes:
         alpha: scales an adapter's output, by alpha / rank; of all agents, or of each.
@@ -165,10 +165,10 @@ class LoraShape:
         return not isinstance(self.alpha, float | int)
 
     def gain_of_B(self, agent: int) -> float:
-        """What an agent's B is multiplied by in a pass.
+        """The factor on an agent's B in a pass.
 
-        The layers scale all agents' outputs by the alpha of agent 0, in one product. Where another agent's
-        alpha differs, the rest of its scaling is in its B; a power of two is exact there.
+        The layers scale all agents' outputs by the alpha of agent 0, in one product. If another agent's alpha
+        differs, the ratio is multiplied into its B; a power of two is exact.
         """
         return of_agent(self.alpha, agent) / of_agent(self.alpha, 0)
 
@@ -223,7 +223,7 @@ def attach_agents(
     """
     paths = shape.targets(model).paths if paths is None else paths
     lora_config = shape.peft_config(model.name_or_path or None, paths)
-    # PEFT's own way to bring a layer of one's own.
+    # PEFT's interface for custom layers.
     lora_config._register_custom_module({nn.Linear: LoraLinear, Conv1D: LoraLinear})
     with _peft_draws(shape, agents[0]):
         peft_model = _first_adapter(model, lora_config, agents[0])
@@ -236,7 +236,7 @@ def attach_agents(
 def _first_adapter(model: PreTrainedModel, lora_config: LoraConfig, agent: int) -> PeftModel:
     try:
         return get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
-    except ValueError as error:  # such as a layer of Mamba whose forward would pass an adapter by
+    except ValueError as error:  # such as a layer of Mamba whose forward would bypass an adapter
         raise InputError(
             f"key 'lora_target_modules': {next(iter(str(error).splitlines()), error)}"
         ) from error
@@ -244,7 +244,9 @@ def _first_adapter(model: PreTrainedModel, lora_config: LoraConfig, agent: int) 
 
 @contextmanager
 def _peft_draws(shape: LoraShape, agent: int) -> Iterator[None]:
-    """PEFT initialises from the global generator: lend it one that is seeded for this agent."""
+    """PEFT initialises from the global generator, which is seeded for this agent here and restored
+    afterwards.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(shape.seed, "initial adapter", agent))
         yield
@@ -253,10 +255,9 @@ def _peft_draws(shape: LoraShape, agent: int) -> Iterator[None]:
 def take_matrices(
     peft_model: PeftModel, layers: Mapping[str, LoraLinear], agent: int, shape: LoraShape
 ) -> dict[Matrix, Tensor]:
-    """An agent's initial matrices, as PEFT draws them. PEFT's layers do not keep them: they have another
-    owner.
+    """An agent's initial matrices, as PEFT draws them, removed from PEFT's layers: `Agents` owns them.
 
-    `PeftModel.add_adapter` draws the same, and walks through the model some twenty times for each agent: 18
+    `PeftModel.add_adapter` would draw the same, but traverses the model some twenty times for each agent: 18
     seconds for 64 agents on a model of four layers.
     """
     name, lora_config = adapter_name(agent), next(iter(peft_model.peft_config.values()))
@@ -266,7 +267,7 @@ def take_matrices(
                 layer.update_layer(name, lora_config.r, lora_config.lora_alpha, config=lora_config)  # pyright: ignore
     found: dict[Matrix, Tensor] = {}
     for path, layer in layers.items():
-        # In fp32, as PEFT trains them on a base of lower precision, to which they were rounded at first.
+        # In fp32, as PEFT trains them: on a base of lower precision they were first rounded to its dtype.
         found[path, "A"] = layer.lora_A.pop(name).weight.detach().float()  # pyright: ignore
         found[path, "B"] = layer.lora_B.pop(name).weight.detach().float()  # pyright: ignore
         if name not in peft_model.peft_config:
@@ -283,7 +284,7 @@ def take_matrices(
 
 
 def _fill_normal(weight: Tensor, identity: TensorId, seed: int) -> None:
-    """N(0, 0.02) from the CPU's generator, so that a run starts alike on every device."""
+    """N(0, 0.02) from a CPU generator, so that a run has the same initial weights on every device."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "initial normal", *identity))
     weight.copy_(torch.randn(weight.shape, generator=generator) * RANDOM_INITIAL_STD)
 
@@ -294,7 +295,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def factors_of(shape: LoraShape, is_B_F: Tensor | None, agent: int | None, noise: Noise | None) -> Factors:
-    """What an agent's weights are multiplied by in a pass; those of the base (None), which are zeros, by 1.
+    """The factors on an agent's weights in a pass; 1 for the base (None), whose weights are zeros.
 
     Args:
         is_B_F: see `Layout.is_B`; None where all agents have one scaling.
@@ -315,8 +316,7 @@ def adapter_context(
     num_tokens: int,
     noise: Noise | None,
 ) -> AdapterContext:
-    """The context of a pass of `agents` together through `layers`,
-    with their weights as the pass is to see them."""
+    """The context of a joint pass of `agents` through `layers`, with the weights that the pass uses."""
     matrices = layout.stacked(flat_KF)
     pairs = {layer: (matrices[path, "A"], matrices[path, "B"]) for path, layer in layers.items()}
     return AdapterContext(tuple(agents), num_tokens, pairs, noise)

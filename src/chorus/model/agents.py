@@ -6,7 +6,7 @@ fused       one PeftModel with K adapters; all agents in one pass over K x B row
 sequential  groups of one: the least memory, one forward pass more.
 parallel    K PeftModels whose frozen parameters and buffers are the same storage; all activations are held.
 
-Every mode keeps five promises (tests/model/test_agents.py holds them):
+Every mode keeps five promises, tested in tests/model/test_agents.py:
 
 1. the agents in order, the stated shapes and dtypes; 2. gradients reach the adapters of every agent and
 nothing else; 3. same weights, batch and step: the values and gradients of every other mode, and of K
@@ -50,8 +50,8 @@ from chorus.model.regularisation import Noise, Regularisation, draw_noise
 from chorus.model.token_nll import token_nll
 from chorus.spans import span
 
-# Carries out `pass(rows, flat_KF, masks)` of a key; passes of equal keys do the same. `CapturedPasses` is
-# one.
+# Runs `pass(rows, flat_KF, masks)` for a key; passes of equal keys do the same. Implemented by
+# `CapturedPasses`.
 RunPass = Callable[[Hashable, Pass, Rows, Tensor], Tensor]
 
 
@@ -81,11 +81,11 @@ def build_agents(
     draw: DrawNoise = draw_noise,
     mesh: Mesh = ALONE,
 ) -> "Agents":
-    """Put the agents this process holds on `model`, which must already lie on its device, frozen.
+    """Attach this process's agents to `model`, which must be frozen and on its device.
 
     Args:
-        num_agents: of the run. This process holds those that `mesh` says.
-        run_pass: carries out training passes; None: as CUDA graphs or not, as `execution` says.
+        num_agents: of the run. `mesh` decides which of them this process holds.
+        run_pass: runs training passes; None: with or without CUDA graphs, as `execution` says.
         draw: draws the noise of an optimiser step.
 
     Raises:
@@ -151,7 +151,7 @@ class Agents(nn.Module):
         self.rates = rates
         self.config = causal_lm(peft_models[0]).config
         self._run_pass, self._draw = run_pass, draw
-        # Looked up once: a walk through some thousand modules takes the host as long as a small pass.
+        # Looked up once: traversing thousands of modules takes the host as long as a small pass.
         self._layers = {peft_model: lora_layers(peft_model) for peft_model in peft_models}
         for agent in self.agents:
             peft_model = self.peft_model(agent)
@@ -168,7 +168,7 @@ class Agents(nn.Module):
         """One pass of every agent over one batch.
 
         Args:
-            batch: the rows of all agents, or of each; input_BT, target_BT and what is due of them.
+            batch: the rows, shared by all agents or one set for each.
             step: the optimiser step, which names this pass's random draws. None is evaluation: no
                 DropConnect, no dropout.
             slot: which micro-batch of which process within the step.
@@ -188,8 +188,7 @@ class Agents(nn.Module):
             yield trunk
 
     def weights(self, members: Sequence[int | None], noise: Noise | None = None) -> Tensor:
-        """flat_KF, in the base's dtype: the weights under which these agents' rows pass through the layers.
-        None, beside an agent, is the base: zeros."""
+        """flat_KF, in the base's dtype: the weights of these members in a pass. None, the base, has zeros."""
         own, dtype = self.adapters(), causal_lm(self.peft_model(self.agents[0])).dtype
         zero_F = torch.zeros_like(own[self.agents[0]]) if None in members else torch.empty(0)
         adapters = [zero_F if member is None else own[member] for member in members]
@@ -218,7 +217,9 @@ class Agents(nn.Module):
 
     @contextmanager
     def also_holding(self, others: Mapping[int, Tensor]) -> Iterator[None]:
-        """The context in which other agents, given by their flat adapters, are held too: for evaluation."""
+        """The context in which agents of other processes, given by their flat adapters, are held too: for
+        evaluation.
+        """
         own = self.agents
         for agent, flat_F in others.items():
             self.register_parameter(adapter_name(agent), nn.Parameter(flat_F, requires_grad=False))
@@ -259,13 +260,13 @@ class Agents(nn.Module):
         return nll_1BT[0], hidden_1BTD[0]
 
     def joint_pass(self, agents: tuple[int, ...], batch: Batch, noise: Noise | None) -> AgentOutput:
-        """One pass of these agents together through one trunk, agent-major; of the base, as if one, for no
-        agent.
+        """One pass of these agents together through one trunk, agent-major; without agents, of the base as
+        one member.
 
-        One sample a row, there is no attention mask: the padding is on the right, behind every target.
+        With one sample in each row there is no attention mask: padding is on the right, after every target.
         """
         K = max(len(agents), 1)
-        first = self.agents.index(agents[0]) if agents else 0  # the agents of a pass are neighbours
+        first = self.agents.index(agents[0]) if agents else 0  # the agents of a pass are consecutive
         own = range(first, first + K)
 
         def run(rows: Rows, flat_KF: Tensor | None, masks: Any) -> Tensor:
@@ -335,7 +336,7 @@ class ParallelAgents(Agents):
     """K PeftModels over one storage: each agent has a module tree of its own, no adapter is ever switched."""
 
     def peft_model(self, agent: int) -> PeftModel:
-        # Within `also_holding` there are more agents than trees; any tree takes any agent's weights.
+        # Within `also_holding` there are more agents than trees; any tree can run any agent's weights.
         place = self.agents.index(agent) % len(self.peft_models)
         return self.peft_models[place]  # pyright: ignore[reportReturnType]
 

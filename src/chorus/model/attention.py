@@ -1,4 +1,4 @@
-"""Which attention a run computes, and which tokens see each other."""
+"""The attention implementation of a run, and its masks."""
 
 import logging
 from typing import Any
@@ -13,7 +13,7 @@ from chorus.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# From so many tokens a row, attention's T x T scores cost more than what fused kernels lose elsewhere.
+# Above this row length attention's T x T scores cost more than what fused kernels lose elsewhere.
 LONG = 1024
 
 
@@ -27,7 +27,7 @@ def choose_attention(
     compiled: bool,
     packing: bool,
 ) -> str | None:
-    """`attn_implementation` with `auto` decided, and said in the log; None is transformers' own choice.
+    """`attn_implementation` with `auto` decided and logged; None is transformers' own choice.
 
     Args:
         wanted: as in configs.yaml.
@@ -36,13 +36,13 @@ def choose_attention(
         compiled: whether decoder layers are compiled, so that lengths are few.
 
     Raises:
-        InputError: what is asked for would be wrong for this base, or fall back to something slow, or fail in
-        training.
+        InputError: the implementation would be wrong for this base, fall back to a slow one, or fail in
+            training.
     """
     has_softcap = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
     lacks_flash = _what_flash_lacks(device, dtype, packing)
     refusal = {
-        # some versions of transformers leave the soft-cap out without a word
+        # some versions of transformers silently omit the soft-cap
         "sdpa": "drops this model's soft-cap" if has_softcap else None,
         "flex_attention": f"has no backward pass on {device.type}" if device.type != "cuda" else None,
         "flash_attention_2": lacks_flash,
@@ -87,24 +87,22 @@ def _what_flash_lacks(device: torch.device, dtype: torch.dtype, packing: bool) -
 def attention_masks(
     model: PreTrainedModel, ids_NT: Tensor, sample_NT: Tensor | None = None, *, explicit: bool = False
 ) -> Any:
-    """The masks that the trunk would make for rows without a mask of their own, to be given to it ready-made.
+    """The masks that the trunk would make for these rows, precomputed.
 
     Args:
-        sample_NT: packed rows: the sample that each token is of. Of what a token would see, it sees its own
-        sample's.
-        explicit: never None. sdpa needs no mask for plain causal attention, and given none the trunk decides
-            by itself whether to make one: it does so while a stream is captured, and otherwise not. What is
-            given stays.
+        sample_NT: packed rows: the sample of each token. A token attends only within its own sample.
+        explicit: never None. sdpa needs no mask for plain causal attention. Given None, the trunk makes a
+            mask only while a stream is captured, so that a captured pass would differ from its warm-up.
     """
     rows_NT1 = torch.empty(
         *ids_NT.shape, 1, dtype=model.dtype, device=ids_NT.device
-    )  # stands for its shape and dtype
+    )  # only its shape and dtype are used
     apart = None if sample_NT is None else packed_sequence_mask_function(sample_NT)
     masks = create_masks_for_generate(
         model.config, rows_NT1, attention_mask=None, past_key_values=None, and_mask_function=apart
     )
     if masks is None and explicit and sample_NT is None:
-        return attention_masks(model, ids_NT, torch.zeros_like(ids_NT))  # all of a row is one sample
+        return attention_masks(model, ids_NT, torch.zeros_like(ids_NT))  # the whole row is one sample
     return masks
 
 
@@ -131,7 +129,7 @@ def check_packing(model: PreTrainedModel) -> None:
         TypeError,
         ValueError,
         LookupError,
-    ):  # how it refuses masks that it cannot take depends on the version
+    ):  # the error for unsupported masks depends on the version
         difference = float("nan")
     if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * float(alone_SLD.abs().max()):
         raise InputError(

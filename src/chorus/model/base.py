@@ -63,7 +63,7 @@ class Head:
         return self.linear.bias
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """fp32 logits_BTV. For the last token of a few rows; the training loss never makes them whole."""
+        """fp32 logits_BTV. For the last token of a few rows; the training loss computes them in chunks."""
         logits_BTV = nn.functional.linear(hidden_BTD, self.weight_VD, self.bias_V).float()
         if self.scale != 1:
             logits_BTV = logits_BTV * self.scale
@@ -71,20 +71,20 @@ class Head:
 
 
 def base_reference(model_name: str) -> str:
-    """How files of other folders name a base: by its absolute path, if it is a local folder, or its hub id.
+    """The name of a base in files elsewhere: its absolute path, if it is a local folder, or its hub id.
 
-    A relative path would be searched for in whatever directory the reader works in.
+    A relative path would depend on the reader's working directory.
     """
     return str(Path(model_name).absolute()) if Path(model_name).is_dir() else model_name
 
 
 @announced("reading the tokenizer")
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
-    """The base's own tokenizer. Cheap: it tells a wrong `model_name` before any weight is read.
+    """The base's own tokenizer. Cheap: detects a wrong `model_name` before any weight is read.
 
     Raises:
-        InputError: `model_name` is neither a folder with a model nor a hub id that answers, or its tokenizer
-            cannot be the base's own.
+        InputError: `model_name` is neither a folder with a model nor a reachable hub id, or its tokenizer
+            does not belong to the base.
     """
     with model_errors_named(model_name):
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=False)
@@ -96,10 +96,9 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
 
 @announced("reading the headers of the base's files")
 def check_base(model_name: str) -> None:
-    """Look whether the base's files hold the model that its config.json describes. Reads headers, and no
-    weight.
+    """Check that the base's files hold the model that its config.json describes. Reads headers, not weights.
 
-    Of a base that was saved quantised only the config: its files are checked as they are loaded.
+    Of a base saved quantised only the config is checked here; its files are checked when they are loaded.
 
     Raises:
         InputError: no such model, one with custom code or quantised, a file that is damaged, a weight that is
@@ -130,9 +129,9 @@ def _from_files(model_name: str, config: PretrainedConfig, **how: object) -> Pre
 
 @announced("reading the base's config")
 def load_skeleton(model_name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The base's modules without weights, on the meta device: a second's work, which tells what the base has.
+    """The base's modules without weights, on the meta device: takes a second and shows the architecture.
 
-    With eager attention. Without a dtype it is that of the weights.
+    With eager attention. dtype None: that of the weights.
 
     Raises:
         InputError: no such model, or one with custom code.
@@ -158,18 +157,19 @@ def load_model(
     packing: bool = False,
     quantisation: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
-    """The base with its weights frozen and its own dropout off: one function, the same in every pass.
+    """The base with frozen weights and its own dropout off, so that every pass computes the same function.
 
-    Weights are read from safetensors only, and a model that brings code of its own is refused. What comes
-    after `*` decides about attention, see `attention.choose_attention`, and whether weights are quantised as
-    they are read.
+    Weights are read from safetensors only, and a model with custom code is refused. The arguments after `*`
+    decide the attention, see `attention.choose_attention`, and the quantisation of the weights.
 
     Raises:
         InputError: what `check_base` refuses, weights that are not finite, a head or an attention that Chorus
             would compute wrongly.
     """
     with model_errors_named(model_name):
-        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)  # unset, it would ask
+        config = AutoConfig.from_pretrained(
+            model_name, trust_remote_code=False
+        )  # unset, it would ask the user
         _switch_dropout_off(config)
         check_saved_quantisation(config, model_name, asked_for=quantisation is not None)
         is_quantised = quantisation is not None or saved_quantisation(config) is not None
@@ -178,7 +178,7 @@ def load_model(
         more = {"quantization_config": quantisation, "device_map": {"": device}} if is_quantised else {}
         model = _from_files(model_name, config, dtype=dtype, attn_implementation=attention, **more)
     model.requires_grad_(False)
-    if is_quantised:  # on the device, from which they cannot be moved
+    if is_quantised:  # already on the device, and cannot be moved
         keep_differentiable(model)
     else:
         model.to(device)  # pyright: ignore[reportArgumentType]
@@ -206,7 +206,7 @@ def load_base(
 
 
 def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
-    """Raises InputError where rows may be longer than the base has, or has ever seen, positions."""
+    """Raises InputError where rows may be longer than the base's number of positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and max_seq_length > positions:
         raise InputError(
@@ -216,7 +216,9 @@ def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same parameters and buffers: its own adapters, no memory for the base."""
+    """A second module tree over the same parameters and buffers: room for its own adapters, no copy of the
+    base.
+    """
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
@@ -256,7 +258,7 @@ def trunk_of(model: PreTrainedModel) -> nn.Module:
 def _switch_dropout_off(config: PretrainedConfig) -> None:
     """Set every dropout rate of a (possibly nested) model configuration to zero.
 
-    A frozen base with dropout would draw from the global generator: another draw in every mode and at
+    A frozen base with dropout would draw from the global generator: different draws in every mode and on
     recomputation.
     """
     for name, value in vars(config).items():
@@ -268,8 +270,9 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, model_name: str) -> None:
-    """Compare head(trunk(x)) with the model's own logits on four
-    tokens: an architecture may scale them in between."""
+    """Compare head(trunk(x)) with the model's own logits on four tokens: an architecture may do more in
+    between.
+    """
     model.eval()
     ids_BT = torch.arange(1, 5, device=model.device)[None]
     own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()

@@ -1,8 +1,7 @@
-"""What a base must be before it is trained on: whole, read from its files alone, finite, with a tokenizer of
-its own.
+"""Checks of a base before training: complete, finite, every weight from its files, with its own tokenizer.
 
-Each check raises InputError with one line. transformers draws a missing weight at random, and makes an empty
-tokenizer of a folder without one; both would train to the end.
+Each check raises InputError with one line. transformers initialises a missing weight at random, and makes an
+empty tokenizer for a folder without one; training would run with both.
 """
 
 import json
@@ -29,10 +28,9 @@ LFS_POINTER = b"version https://git-lfs"
 
 @contextmanager
 def model_errors_named(model_name: str) -> Iterator[None]:
-    """Turn what the loaders say about a model into one line that names the key, and the file where one is
-    damaged.
+    """Turn the loaders' errors into one line that names the key and, if a file is damaged, the file.
 
-    A lack of memory passes: it is no fault of the model.
+    Out-of-memory errors pass through: they are not the model's fault.
     """
     _refuse_no_model(model_name)
     try:
@@ -82,8 +80,8 @@ def _base_of_adapter(file: Path) -> str:
 
 
 def _damaged_file(model_name: str) -> str | None:
-    """The first weight file that is missing, cut short or no safetensors file, and what to do; None if all
-    are whole.
+    """The first weight file that is missing, truncated or not in safetensors format, with the remedy; None if
+    all are intact.
 
     Only headers are read. safetensors refuses a file that is not exactly as long as its header says.
     """
@@ -112,7 +110,7 @@ def _damaged_file(model_name: str) -> str | None:
             with safe_open(file, framework="pt"):
                 pass
         except FileNotFoundError:
-            if is_local:  # of a hub id: it is not here yet, and the loader's own words say why
+            if is_local:  # a hub id: not downloaded yet, and the loader's own message says why
                 return f"{file} is missing: it is named in {index.name}; {AGAIN}"
         except Exception as error:  # safetensors' own, an OSError
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -129,12 +127,12 @@ def _no_safetensors(folder: Path) -> str:
 
 
 def check_report(report: Mapping[str, Collection[Any]], model: PreTrainedModel, model_name: str) -> None:
-    """Refuse a model one of whose parameters did not come from the files, or that has no place for one of
-    theirs.
+    """Refuse a model if a parameter did not come from the files, or if the files hold one that the model
+    lacks.
 
     Args:
-        report: transformers' loading info: missing_keys, mismatched_keys, unexpected_keys. Tied weights, and
-            what an architecture declares as harmless, are not in it.
+        report: transformers' loading info: missing_keys, mismatched_keys, unexpected_keys. It omits tied
+            weights and keys that an architecture declares harmless.
     """
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
@@ -149,8 +147,9 @@ def check_report(report: Mapping[str, Collection[Any]], model: PreTrainedModel, 
             f"key 'model_name': {model_name}: {missing[0]} is not in the files{_and_more(missing)}, so it "
             f"would be drawn at random; {AGAIN}"
         )
-    # A tower that a text model lacks, such as one for images, stands apart; what lies among its own weights
-    # was trained with them: a layer beyond the config's number, an adapter, the scale of a quantised weight.
+    # A tower that a text model lacks, such as one for images, is separate. An unexpected key among the
+    # model's own modules was trained with them: a layer beyond the config's number, an adapter, the scale of
+    # a quantised weight.
     stems = {_stem(name) for name in model.state_dict()}
     left_over = sorted(name for name in report["unexpected_keys"] if _stem(name) in stems)
     if left_over:
@@ -171,9 +170,9 @@ def _and_more(names: Collection[object]) -> str:
 
 @torch.no_grad()
 def check_finite(model: PreTrainedModel, model_name: str) -> None:
-    """Refuse a model with a NaN or Inf among its weights. One read of them, one wait for the device."""
+    """Refuse a model with a NaN or Inf among its weights. Reads them once and waits for the device once."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
-    # The largest magnitude of each: a mask of a whole embedding would take half a gigabyte.
+    # By the largest magnitude of each: a mask of an embedding would take half a gigabyte.
     largest = [torch.linalg.vector_norm(weight, torch.inf).float() for _, weight in named if weight.numel()]
     is_finite_N = torch.stack(largest).isfinite().tolist()
     names = [name for name, weight in named if weight.numel()]
@@ -192,7 +191,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
     """Refuse a tokenizer that is not the base's: empty, slow, without an end token, with ids beyond the
     embedding.
 
-    A special token that its vocabulary lacks is among the latter: transformers adds it behind the others.
+    The latter includes special tokens missing from the vocabulary: transformers appends them.
     """
 
     def refuse(
@@ -220,8 +219,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 
 
 def unreadable_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[str]:
-    """The tokens that rows and prompts must not hold: those beyond the embedding, and those in whose place a
-    base of several media puts an image, a sound or a film, of which rows have none."""
+    """The tokens that rows and prompts must not contain: ids beyond the embedding, and placeholders of a
+    multimodal base for images, audio or video, which rows do not have.
+    """
     rows = getattr(config.get_text_config(), "vocab_size", None)
     media = {value for name, value in vars(config).items() if MEDIA_TOKEN.fullmatch(name)}
     return [
@@ -232,8 +232,9 @@ def unreadable_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConf
 
 
 def _never_written(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Special tokens that neither the tokenizer nor the chat template writes. Gemma 3 1B has one for images,
-    which its embedding lacks."""
+    """Special tokens that neither the tokenizer nor the chat template writes. Gemma 3 1B has one for images
+    that its embedding lacks.
+    """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     written = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token]
     template = str(tokenizer.chat_template or "")

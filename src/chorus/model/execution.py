@@ -1,5 +1,4 @@
-"""How passes are carried out: recomputed, in groups, compiled,
-captured. It changes no result, beyond rounding."""
+"""How passes are executed: recomputed, in groups, compiled, captured. No result changes, beyond rounding."""
 
 import logging
 from dataclasses import dataclass
@@ -26,10 +25,11 @@ class Execution:
     Attributes:
         recompute: what of each decoder layer's activations is recomputed in backward.
         agents_per_pass: fused mode's groups; None takes all agents together.
-        compiled: torch.compile the decoder layers; a word is the name of another backend than inductor.
+        compiled: torch.compile the decoder layers; a string names a backend other than inductor.
         captured: replay a training pass as a CUDA graph. Not with dropout on activations, whose draws a
             replay would repeat.
-        may_fall_back: what cannot be compiled or captured is a warning and runs without, and no error.
+        may_fall_back: a layer or pass that cannot be compiled or captured runs without, with a warning
+            instead of an error.
     """
 
     recompute: Recompute = "none"
@@ -43,7 +43,7 @@ PLAIN = Execution()
 
 
 def with_padding(config: C, device: torch.device, base_in_shards: bool = False) -> C:
-    """The configuration with a number for `pad_to_multiple_of`, which `decide_execution` says in the log.
+    """The configuration with a number for `pad_to_multiple_of`, which `decide_execution` logs.
 
     Without it a plain run's batches come in any length, and nothing is compiled or captured. An eighth of the
     longest row costs a batch half of that in padding, on average, and a GPU gains more by the fast path.
@@ -58,7 +58,7 @@ def with_padding(config: C, device: torch.device, base_in_shards: bool = False) 
 
 
 def decide_execution(config: Config, device: torch.device, base_in_shards: bool = False) -> Execution:
-    """What a configuration asks for, with `auto` decided and said in the log.
+    """The execution that a configuration asks for, with `auto` decided and logged.
 
     Raises:
         InputError: graphs without a GPU; compilation, graphs or selective recomputation of a base in shards.

@@ -1,8 +1,8 @@
-"""An agent's adapter as one flat parameter, F numbers: every A and B, one after the other.
+"""An agent's adapter as one flat parameter of F numbers: every A and B, concatenated.
 
-Engines and optimizers pay for each tensor: a reduction's hook, a copy into a bucket, a place in the lists of
-clipping and AdamW. Gemma-2-2b has 364 matrices an agent; sixteen agents are sixteen tensors this way, and not
-5,824.
+Engines and optimizers have a cost for each tensor: a reduction hook, a copy into a bucket, an entry in the
+lists of clipping and AdamW. Gemma-2-2b has 364 matrices for each agent; sixteen agents are sixteen tensors
+instead of 5,824.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,9 @@ Matrix = tuple[str, Literal["A", "B"]]  # PEFT's path of the layer, and which of
 
 
 class Layout:
-    """Where each matrix lies in a flat adapter: in the model's
-    order, A before B; alike for every agent and mode."""
+    """The position of each matrix in a flat adapter: in the model's order, A before B; the same for every
+    agent and mode.
+    """
 
     def __init__(self, shapes: Mapping[Matrix, torch.Size]):
         self.shapes = dict(shapes)
@@ -47,7 +48,9 @@ class Layout:
 
 
 class _Split(torch.autograd.Function):
-    """Autograd's own views would add each gradient to a zero tensor of the whole."""
+    """A split with one gradient: autograd's views would add each part's gradient to a zero tensor of full
+    size.
+    """
 
     @staticmethod
     def forward(ctx: Any, flat_KF: Tensor, shapes: Iterable[torch.Size]) -> tuple[Tensor, ...]:
@@ -61,7 +64,7 @@ class _Split(torch.autograd.Function):
 
 
 class Factors(NamedTuple):
-    """What the weights of one agent are multiplied by in a pass, in their own dtype.
+    """The factors on one agent's weights in a pass, in the weights' dtype.
 
     Attributes:
         keep_F: DropConnect's mask (Wan et al. 2013): a weight is kept where it is True. None: it is off.
@@ -88,14 +91,14 @@ class Factors(NamedTuple):
 
 def stack(adapters: Sequence[Tensor], dtype: torch.dtype, factors: Sequence[Factors] | None = None) -> Tensor:
     """Flat adapters of several agents as flat_KF of `dtype`, each times its factors: the weights of one pass.
-    They themselves are not written.
+    The adapters are not modified.
     """
     factors = factors or [Factors()] * len(adapters)
     return _Stack.apply(dtype, factors, *adapters)  # pyright: ignore[reportReturnType]
 
 
 class _Stack(torch.autograd.Function):
-    """As torch.stack and a cast, without a stack of the weights in their own, wider dtype."""
+    """Equal to torch.stack and a cast, without a stack in the weights' own, wider dtype."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, factors: Sequence[Factors], *adapters: Tensor) -> Tensor:
@@ -110,7 +113,6 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         due: list[Tensor] = []
         for row_F, own in zip(gradients[0], ctx.factors, strict=True):
-            # A copy each, which the parameter may keep: a captured pass writes over its own gradient at every
-            # replay.
+            # A copy for each parameter to keep: a captured pass overwrites its own gradient at every replay.
             due.append(own.times(row_F.to(ctx.dtype, copy=True), in_place=True))
         return None, None, *due
