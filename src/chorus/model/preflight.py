@@ -1,4 +1,4 @@
-"""What can be checked of a base, its tokenizer and the targets before its weights are read."""
+"""The checks of a base, its tokenizer and the target modules that need no weights."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: how it is asked for, what it needs, and how much it takes.
+"""A base in 4 or 8 bits: how it is loaded, what it requires, and its memory.
 
 4 bits are NF4 with double quantisation (QLoRA, Dettmers et al. 2023), 8 bits are LLM.int8 (Dettmers et al.
 2022), both by bitsandbytes. Its layers compute x Wᵀ themselves; the adapters beside them stay in the
@@ -21,7 +21,7 @@ SHARED = 256
 
 
 def quantisation_of(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers is told in order to quantise the weights as it reads them; None: nothing.
+    """transformers' configuration to quantise the weights while reading them; None: no quantisation.
 
     Raises:
         InputError: bitsandbytes is not installed.
@@ -47,11 +47,11 @@ def check_asked_quantisation(settings: ModelSettings) -> None:
 
 
 def check_saved_quantisation(config: PretrainedConfig, model_name: str, asked_for: bool) -> None:
-    """Look at how the base was saved, before any weight is read.
+    """Check how the base was saved, before any weight is read.
 
     Raises:
-        InputError: quantised in a way that Chorus does not train over, or in one that needs a package or that
-            another key contradicts.
+        InputError: quantised in a way that Chorus does not support, that needs a missing package, or that
+            contradicts another key.
     """
     saved = saved_quantisation(config)
     if saved is None:
@@ -79,7 +79,7 @@ def keep_differentiable(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for a CPU's AVX-512, which it does at the first
     evaluation.
 
-    Its product with packed weights has no backward pass: training would go on with wrong gradients and no
+    Its product with packed weights has no backward pass: training would continue with wrong gradients and no
     error.
     """
     for module in model.modules():
@@ -96,7 +96,7 @@ def bits_of_base(settings: ModelSettings, config: PretrainedConfig) -> int | Non
 
 
 def spared_bytes(model: PreTrainedModel, bits: int | None) -> tuple[int, int]:
-    """What quantisation spares a model, and the largest weight as a pass makes it whole again; in bytes.
+    """The bytes that quantisation saves, and those of the largest weight once dequantised in a pass.
 
     Args:
         model: not quantised, on any device: all its linear layers will be, but the head.

@@ -1,4 +1,6 @@
-"""Dropout and DropConnect: the random draws of a training pass, equal in every mode and on recomputation."""
+"""Dropout and DropConnect: the random draws of a training pass, the same in every mode and on
+recomputation.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from chorus.seeding import derive_seed
 
 @dataclass(frozen=True)
 class Noise:
-    """The random draws of one training pass. Equal for a pass and its recomputation, and in every mode.
+    """The random draws of one training pass, the same for its recomputation and in every mode.
 
     Attributes:
         seed: the run's seed.
@@ -37,8 +39,9 @@ class Noise:
         return largest(self.dropout_p) > 0
 
     def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
-        """Dropout on a LoRA's input from a generator of its own: nothing global moves, and a recomputation
-        draws the same."""
+        """Dropout on a LoRA's input from its own generator: no global generator advances, and a recomputation
+        draws the same.
+        """
         p = of_agent(self.dropout_p, agent)
         if p == 0:
             return x_NI
@@ -76,7 +79,7 @@ class Regularisation:
 
     @property
     def is_off(self) -> bool:
-        """Whether a training pass is the same as one of evaluation."""
+        """Whether a training pass has no randomness."""
         return largest(self.dropconnect_p) == 0 and largest(self.dropout_p) == 0
 
 

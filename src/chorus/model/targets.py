@@ -1,9 +1,8 @@
-"""Which layers of a base carry adapters: `lora_target_modules` and what narrows it, resolved to paths in the
-model.
+"""The layers of a base that carry adapters: `lora_target_modules` and related keys, resolved to module paths.
 
-Adapters belong where text passes: a tower for images or sound, and a projection that a layer has but does not
-use because it shares another layer's keys and values, would be trained without ever getting a gradient. One
-short forward pass tells which linear layers take part.
+Adapters belong on layers that text passes through. Adapters on a tower for images or audio, or on an unused
+projection of a layer that shares another layer's keys and values, would never get a gradient. One short
+forward pass shows which linear layers take part.
 """
 
 import logging
@@ -25,23 +24,22 @@ logger = logging.getLogger(__name__)
 Names = Sequence[str] | str  # names, paths or ends of paths; or one regular expression over whole paths
 LINEAR = (nn.Linear, Conv1D)  # GPT-2's Conv1D is a linear layer that stores its weight transposed
 AUTO, ALL_LINEAR = "auto", "all-linear"
-# What `auto` takes for a part of attention or of an MLP, below the decoder layer. OPT has fc1 and fc2 in it
+# Modules of a decoder layer that `auto` recognises as attention or MLP. OPT has fc1 and fc2 in the layer
 # itself.
 BLOCK = re.compile(r"attn|attention|mlp|ffn|feed_?forward|mixer|^fc\d$|_experts?$")
-# Routers choose experts: an adapter on one would change which experts see a token, and its gradient is a few
-# numbers.
+# Routers select experts: an adapter on one would change which experts see a token.
 ROUTER = re.compile(r"^(router|gate|shared_expert_gate)$")
 FEW = 8  # names shown in a message
 
 
 class Targets(NamedTuple):
-    """The layers that carry adapters, and what was left out of those asked for.
+    """The layers that carry adapters, and those that were requested but left out.
 
     Attributes:
         paths: modules of the model, in its order.
-        unreached: linear layers that match, and that no text passes through.
-        experts: modules that hold experts as parameters, which have no adapter of their own.
-        for_experts: linear layers that match and whose name PEFT takes to mean the experts.
+        unreached: matching linear layers that no text passes through.
+        experts: modules that hold experts as parameters, which get no adapter.
+        for_experts: matching linear layers whose name PEFT interprets as the experts.
     """
 
     paths: list[str]
@@ -50,7 +48,7 @@ class Targets(NamedTuple):
     for_experts: list[str]
 
     def log(self) -> None:
-        """Say how many layers carry adapters, and what was left out."""
+        """Log how many layers carry adapters, and what was left out."""
         left_out = [
             f"{len(paths)} {what} ({_some(paths)})"
             for paths, what in (
@@ -69,8 +67,8 @@ def find_targets(
 ) -> Targets:
     """Resolve `lora_target_modules`, `lora_exclude_modules` and `layers_to_transform` in this model.
 
-    A model on the meta device has no values to pass through it: what no text reaches is then told by the
-    module tree alone, which may count a few layers too many.
+    A model on the meta device cannot run a pass: unreached layers are then found by the module tree alone,
+    which may miss a few.
 
     Raises:
         InputError: nothing matches, a match is no linear layer, or a decoder layer does not exist.
@@ -109,7 +107,7 @@ def peft_target_modules(
 ) -> list[str] | str:
     """`target_modules` of a PEFT configuration that means exactly these of a model's `modules`.
 
-    Plain names where they are enough, as every tool reads them; otherwise one regular expression over whole
+    Plain names where they suffice, because every tool reads them; otherwise one regular expression over whole
     paths.
 
     Args:
@@ -120,7 +118,9 @@ def peft_target_modules(
     is_known = bool(modules) or not isinstance(wanted, str)
     if is_known and {path for path in modules or paths if _matches(path, names)} == set(paths):
         return names
-    numbers_of: dict[str, dict[str, None]] = {}  # the path after its first number -> the numbers, in order
+    numbers_of: dict[
+        str, dict[str, None]
+    ] = {}  # path with its first number replaced -> the numbers, in order
     whole = []
     for path in paths:
         match = re.match(r"(.*?\.)(\d+)(\..*)", path)
@@ -140,7 +140,7 @@ def peft_target_modules(
 def _chosen(
     model: PreTrainedModel, modules: dict[str, nn.Module], text: dict[str, None], wanted: Names
 ) -> list[str]:
-    """Paths that `wanted` means. By name also outside of the text model, to be counted as left out."""
+    """Paths that `wanted` matches. Names also match outside of the text model, to be counted as left out."""
     head = model.get_output_embeddings()
     linear = [path for path, module in modules.items() if isinstance(module, LINEAR) and module is not head]
     if wanted in (AUTO, ALL_LINEAR):
@@ -156,7 +156,7 @@ def _chosen(
         others = [path for path in hits if path not in linear]
         if any(
             path in linear and path in text for path in hits
-        ):  # what a tower has under this name is left out
+        ):  # modules of this name in a tower are left out
             others = [path for path in others if path in text]
         if not hits or others:
             found = (
@@ -178,7 +178,7 @@ def _is_in_block(path: str) -> bool:
 
 
 def _text_modules(model: PreTrainedModel) -> dict[str, None]:
-    """Paths of the modules of the text decoder, in the model's order; of a model without towers, of all."""
+    """Paths of the text decoder's modules, in the model's order; all modules of a model without towers."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = {id(module) for module in (decoder or model).modules()}
     return {path: None for path, module in model.named_modules() if id(module) in inside}
@@ -192,8 +192,8 @@ def _is_meta(model: PreTrainedModel) -> bool:
 def _reached(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
     """Which of these layers are called when text passes through in training mode.
 
-    Not called is one of which only the weight is read (AltUp's coefficients in Gemma 3n): its adapter would
-    do nothing.
+    A layer whose weight is read directly (AltUp's coefficients in Gemma 3n) is not called: its adapter would
+    have no effect.
     """
     reached: set[str] = set()
     hooks = [
@@ -203,7 +203,7 @@ def _reached(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
     was_training = model.training
     try:
         model.train()
-        with torch.random.fork_rng():  # a base that was not loaded by us may have dropout
+        with torch.random.fork_rng():  # a base loaded elsewhere may have dropout
             model.base_model(
                 input_ids=torch.ones(1, 2, dtype=torch.int64, device=model.device), use_cache=False
             )
@@ -213,18 +213,19 @@ def _reached(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
             hook.remove()
     return reached | {
         path for path in paths if "experts" in path.split(".")
-    }  # a router sends few tokens to each
+    }  # a router may send these few tokens to other experts
 
 
 def _meant_for_experts(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
-    """Layers whose name PEFT replaces by the experts' parameters, so
-    that no PEFT folder could hold their adapters."""
+    """Layers whose name PEFT maps to the experts' parameters, so that no PEFT folder can hold their
+    adapters.
+    """
     taken = set()
     for name in {_leaf(path) for path in paths}:
         config = LoraConfig(target_modules=[name])
         try:
             convert_peft_config_for_transformers(config, model, None)
-        except ValueError:  # it would also have to replace another name
+        except ValueError:  # PEFT would also have to map another name
             taken.add(name)
         if name not in (config.target_modules or ()):
             taken.add(name)

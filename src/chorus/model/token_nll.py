@@ -1,8 +1,8 @@
-"""Token negative log-likelihood from hidden states, without ever making the logits of a whole batch.
+"""Token negative log-likelihood from hidden states, without materialising the logits of a whole batch.
 
-With Gemma's 256,000 tokens of vocabulary, K x B x T x V logits of a small batch are gigabytes. Only rows on
-which loss is due are computed, a chunk at a time, and each chunk's gradient with respect to the hidden states
-is taken while its logits exist: they are not made a second time in backward, which only scales rows.
+With Gemma's 256,000 tokens of vocabulary, K x B x T x V logits of a small batch are gigabytes. Only rows with
+loss are computed, a chunk at a time, and each chunk's gradient with respect to the hidden states is computed
+while its logits exist: backward does not recompute them, it only scales rows.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from chorus.model.base import Head
 CHUNK_ELEMENTS = (
     2**27
 )  # logits held at once: 512 rows of 256,000, in bf16 a quarter of a gigabyte; as fast as more
-# Up to it exp(logits) and their sum are far from both ends of fp32, without a maximum taken off.
+# Up to this soft-cap exp(logits) and its sum cannot over- or underflow in fp32, without subtracting a
+# maximum.
 SMALL_CAP = 64.0
 
 
@@ -83,19 +84,19 @@ def _of_logits(
 ) -> Tensor:
     """nll_C, and the slope written over the logits.
 
-    With z = x / cap, logits = cap · tanh(z): d nll / d x = (softmax − onehot) · (1 − tanh(z)²). Of x = scale
-    · output of the head, the slope by that output is scale times as large.
+    With z = x / cap, logits = cap · tanh(z): d nll / d x = (softmax − onehot) · (1 − tanh(z)²). For x = scale
+    · head output, the gradient by the head output is scale times as large.
     """
     x_CV = logits_CV.float()
     if scale != 1:
         x_CV = x_CV * scale
     tanh_CV = None
     if softcap is not None:
-        # an exponential; a GPU's tanh takes several times as long
+        # by an exponential; a GPU's tanh takes several times as long
         tanh_CV = 2 * torch.sigmoid(x_CV * (2 / softcap)) - 1
         x_CV = tanh_CV * softcap
     is_small = softcap is not None and softcap <= SMALL_CAP
-    # logsumexp takes a pass more, to look for the maximum
+    # logsumexp needs one more pass, for the maximum
     log_norm_C = x_CV.exp().sum(-1).log() if is_small else x_CV.logsumexp(-1)
     nll_C = log_norm_C - x_CV.gather(-1, target_C[:, None]).squeeze(-1)
     if need_slope:
@@ -111,6 +112,7 @@ def _of_logits(
 
 @cache
 def _compiled_of_logits() -> Callable[..., Tensor]:
-    """Two passes over the logits, where PyTorch's own operators take a dozen. Made at its first use:
-    torch.compile imports for a second, and a run without a GPU never needs it."""
+    """Two passes over the logits instead of a dozen by PyTorch's operators. Created at its first use:
+    importing torch.compile takes a second, and a run without a GPU never needs it.
+    """
     return torch.compile(_of_logits)

@@ -1,8 +1,8 @@
-"""CUDA graphs of a training pass: the launches of forward and of backward, captured once and replayed whole.
+"""CUDA graphs of a training pass: the kernel launches of forward and backward, captured once and replayed.
 
-With few tokens a pass is some thousand short kernels, and the host that launches them one by one is three
-times slower than the GPU. What is random or of changing shape stays outside: weights arrive masked and cast,
-the loss comes after.
+With few tokens a pass is thousands of short kernels, and launching them one by one takes three times as long
+as running them. Random or changing shapes stay outside: weights are passed in masked and cast, and the loss
+follows.
 """
 
 import logging
@@ -22,11 +22,11 @@ from chorus.spans import span
 
 logger = logging.getLogger(__name__)
 
-MAX_CAPTURES = 8  # each keeps its rows' inputs and outputs; other shapes run without a graph
+MAX_CAPTURES = 8  # each keeps its inputs and outputs; further shapes run without a graph
 
 
 class Rows(NamedTuple):
-    """What of a batch a pass goes through, of all its agents: as in `data.Batch`, N = K x B."""
+    """The inputs of a pass, for all its agents: as in `data.Batch`, N = K x B."""
 
     ids_NT: Tensor
     position_NT: Tensor | None
@@ -49,23 +49,21 @@ class _Capture:
     flat_KF: Tensor
     hidden_NTD: Tensor
     hidden_gradient_NTD: Tensor
-    masks: Any  # held, because a replay reads them
+    masks: Any  # kept alive, because a replay reads them
     flat_gradient_KF: Tensor
 
 
 @dataclass
 class CapturedPasses:
-    """Passes by graph. Their intermediate tensors share one pool of memory: only one pass may await its
+    """Passes as CUDA graphs. Their intermediate tensors share one memory pool, so only one pass may await its
     backward.
 
-    A pass while another does so, and one of a shape beyond the first `MAX_CAPTURES`, runs as it would without
-    graphs.
+    A second such pass, and shapes beyond the first `MAX_CAPTURES`, run without graphs.
 
     Attributes:
-        masks_of: ready-made masks, none of them None: what the trunk would make by itself differs in a
-        capture.
-        may_fall_back: a pass that cannot be captured is a warning, and passes run without graphs from then
-        on.
+        masks_of: precomputed masks, none of them None: the masks that the trunk would make differ during a
+            capture.
+        may_fall_back: if a pass cannot be captured, warn, and run all passes without graphs from then on.
     """
 
     masks_of: Callable[[Rows], Any]
@@ -75,7 +73,7 @@ class CapturedPasses:
     has_failed: bool = False
 
     def __call__(self, key: Hashable, run: Pass, rows: Rows, flat_KF: Tensor) -> Tensor:
-        """`run(rows, flat_KF, None)`, which must do the same for all arguments of an equal `key`.
+        """`run(rows, flat_KF, None)`, which must compute the same for all calls with an equal `key`.
 
         Raises:
             RunError: the pass cannot be captured, and may not fall back.
@@ -106,7 +104,7 @@ class CapturedPasses:
         except RunError:
             raise
         except RuntimeError as error:
-            if out_of_memory(error) is not None:  # a capture that it ends raises an error of its own on top
+            if out_of_memory(error) is not None:  # within a capture another error is raised on top of it
                 raise
             reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
             if not self.may_fall_back:
@@ -122,7 +120,7 @@ class CapturedPasses:
 
 
 class _Replayed(torch.autograd.Function):
-    """What leaves a graph is copied: its own tensors are written again by the next replay."""
+    """Outputs of a graph are copied: the next replay overwrites its own tensors."""
 
     @staticmethod
     def forward(ctx: Any, passes: CapturedPasses, capture: _Capture, rows: Rows, flat_KF: Tensor) -> Tensor:
@@ -143,8 +141,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def fill(into: Rows, masks: Any, rows: Rows, masks_of: Callable[[Rows], Any]) -> None:
-    """Write `rows` over the rows that a graph reads, and their
-    masks, where packing makes them differ, likewise."""
+    """Copy `rows` into the rows that a graph reads, and likewise their masks where packing changes them."""
     for old, new in zip(into, rows, strict=True):
         if old is not None and new is not None:
             old.copy_(new)
@@ -168,18 +165,18 @@ def _capture(run: Pass, rows: Rows, flat_KF: Tensor, masks_of: Callable[[Rows], 
     flat_KF, masks = flat_KF.detach().clone().requires_grad_(), masks_of(rows)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # compiles and sizes workspaces, which a capture must not
+    with torch.cuda.stream(aside):  # compiles, and allocates workspaces, which is not allowed in a capture
         for _ in range(2):
             hidden_NTD = run(rows, flat_KF, masks)
             torch.autograd.grad(hidden_NTD, flat_KF, torch.zeros_like(hidden_NTD))
             del hidden_NTD
     torch.cuda.current_stream().wait_stream(aside)
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    # Other threads, such as NCCL's watchdog or one that pins memory, may call CUDA meanwhile: not an error of
-    # ours.
+    # Other threads, such as NCCL's watchdog or one that pins memory, may call CUDA meanwhile: not an error
+    # here.
     with torch.cuda.stream(
         torch.cuda.current_stream()
-    ):  # a capture that fails leaves its own stream the current one
+    ):  # a failed capture leaves its stream as the current one
         with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
             hidden_NTD = run(rows, flat_KF, masks)
         gradient_NTD = torch.zeros_like(hidden_NTD)

@@ -1,6 +1,6 @@
-"""A decoding step as a CUDA graph: some thousand short kernels, launched as one.
+"""A decoding step as a CUDA graph: thousands of short kernels, launched as one.
 
-While few texts are decoded, the host that launches kernels one by one is slower than the GPU that runs them.
+With few texts, launching the kernels one by one takes longer than running them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,20 +16,22 @@ class CapturedStep:
         """Capture `step`.
 
         Args:
-            step: works in place. What it writes beside `counters` may be written again.
-            counters: what a step changes and the next one reads; they are as before after the capture.
+            step: works in place. Its outputs, apart from `counters`, may be overwritten.
+            counters: tensors that a step changes and the next one reads; the capture restores them.
         """
         before = [counter.clone() for counter in counters]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles kernels and sizes workspaces, which a capture must not
+        with torch.cuda.stream(
+            aside
+        ):  # compiles kernels, and allocates workspaces, which is not allowed in a capture
             for _ in range(2):
                 step()
                 for counter, value in zip(counters, before, strict=True):
                     counter.copy_(value)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may call CUDA meanwhile: not an error of ours.
+        # Other threads may call CUDA meanwhile: not an error here.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             step()
 

@@ -1,5 +1,6 @@
-"""How decoder layers run in training, compiled, recomputed in
-backward, both or neither; and passes, recomputed."""
+"""How decoder layers run in training: compiled, recomputed in backward, both or neither; and recomputed
+passes.
+"""
 
 import logging
 import os
@@ -30,22 +31,20 @@ logger = logging.getLogger(__name__)
 
 CACHE_KEY = "TORCHINDUCTOR_CACHE_DIR"  # torch's own environment variable
 
-# What selective recomputation keeps: the results of products with the base's weights, which take nearly all
-# of a forward pass's time. Those of attention's own products grow with the square of the length and are
-# recomputed.
+# What selective recomputation keeps: products with the base's weights, which take nearly all of a forward
+# pass's time. Attention's own products grow with the square of the length and are recomputed.
 KEPT = frozenset(
     {ONE, SEVERAL, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-)  # the latter two: of linears without an adapter
+)  # the latter two: linears without an adapter
 
 
 @dataclass
 class _Compilation:
-    """Of one model's layers, as far as it has come.
+    """The state of one model's compilation.
 
     Attributes:
-        may_fall_back: a layer that cannot be compiled is a warning, and all layers run uncompiled from then
-        on.
-        lengths: of the rows so far, in tokens.
+        may_fall_back: if a layer cannot be compiled, warn, and run all layers uncompiled from then on.
+        lengths: row lengths so far, in tokens.
     """
 
     may_fall_back: bool
@@ -61,20 +60,18 @@ def prepare_layers(
     compiled: bool | str,
     may_fall_back: bool = False,
 ) -> None:
-    """Have torch compile each decoder layer, and recompute it in backward under the context of its forward
-    pass.
+    """Compile each decoder layer, and recompute it in backward with the adapter context of its forward pass.
 
-    A layer is wrapped and not the model: equal layers are compiled once, for all of them. In evaluation mode
-    the layers run as they are: its shapes change with every batch. The recomputation is not transformers'
-    own, which lies inside of a layer's forward, where it would be compiled with it.
+    Layers are wrapped, not the model: equal layers share one compilation. In evaluation mode the layers run
+    uncompiled, because shapes change with every batch. transformers' own recomputation is not used: it is
+    inside a layer's forward and would be compiled with it.
 
     Args:
-        recompute: none of a layer; selective: all but the results of its products with weights; full: all of
-        it.
-        may_fall_back: a layer that cannot be compiled is a warning and no error.
+        recompute: none of a layer; selective: all but its products with weights; full: all of it.
+        may_fall_back: a layer that cannot be compiled is a warning, not an error.
 
     Raises:
-        InputError: the architecture does not mark its layers as ones that may be recomputed.
+        InputError: the architecture does not support gradient checkpointing.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for key, wanted, off in (
@@ -84,7 +81,8 @@ def prepare_layers(
         if wanted and not layers:
             raise InputError(f"key {key!r}: {type(model).__name__} does not support it; set it to {off}")
     if compiled or model.config._attn_implementation == "flex_attention":
-        # Kinds of layers x shapes; running out of it is not to be a silent return to what is uncompiled.
+        # Kinds of layers x shapes; exceeding the limit must be an error, not a silent return to uncompiled
+        # code.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     if compiled:
@@ -98,8 +96,7 @@ def prepare_layers(
 
 
 def _keep_what_is_compiled() -> None:
-    """Have inductor keep its code from run to run: by default it
-    lies in a temporary folder, gone with the machine."""
+    """Keep inductor's code between runs: by default it is in a temporary folder."""
     folder = os.environ.setdefault(CACHE_KEY, str(Path.home() / ".cache" / "chorus" / "compiled"))
     logger.info("compiled layers are kept in %s (%s names another folder)", folder, CACHE_KEY)
 
@@ -107,12 +104,13 @@ def _keep_what_is_compiled() -> None:
 def _in_training(
     plain: Callable, router: AdapterRouter, recompute: Recompute, compiled: bool | str
 ) -> Callable:
-    # No draw of ours comes from the global generators, so there is no state of theirs to preserve.
+    # No random draw comes from the global generators, so their state need not be preserved.
     recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     backend = compiled if isinstance(compiled, str) else "inductor"
     compile_whole = partial(torch.compile, fullgraph=True, backend=joining(backend))
     if recompute == "selective" and compiled:
-        # Inside, where the compiler sees what is to be kept: its backward needs no layer, and so no turn.
+        # Inside, where the compiler sees what is kept: its backward does not run the layer, so it needs no
+        # adapter context.
         return compile_whole(partial(recomputed, plain, context_fn=_selective_contexts))
     run = compile_whole(plain) if compiled else plain
     match recompute:
@@ -145,10 +143,10 @@ def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Itera
 
 
 def _keep_rows_static(arguments: object) -> None:
-    """Have layers compiled for this number of rows.
+    """Compile layers for a fixed number of rows.
 
-    Where rows and length are both unknown, torch takes many minutes to simplify the sizes of nine heads over
-    three key heads.
+    With both rows and length dynamic, torch takes many minutes to simplify the sizes of nine heads over three
+    key heads.
     """
     for value in tree_leaves(arguments):
         if isinstance(value, Tensor) and value.ndim > 1:
@@ -169,7 +167,7 @@ def _run(
     if compilation.has_failed:
         return uncompiled(*args, **kwargs)
     compilation.lengths.add((args[0] if args else kwargs["hidden_states"]).shape[1])
-    if len(compilation.lengths) > 1:  # not where rows are packed: these have one length, and any number
+    if len(compilation.lengths) > 1:  # not for packed rows: their length is fixed and their number varies
         _keep_rows_static((args, kwargs))
     try:
         return in_training(*args, **kwargs)
@@ -196,11 +194,10 @@ def _run(
 def recomputed(
     run: Callable[[], tuple[Tensor, ...]], parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor, ...]:
-    """`run()` without its activations: forward keeps the outputs alone, backward runs it again.
+    """`run()` with recomputation: forward keeps only the outputs, backward runs it again.
 
-    The parameters are arguments of one autograd node, so their gradients leave it as ordinary outputs: a
-    single backward serves all agents, and the hooks by which DDP and DeepSpeed reduce gradients see each of
-    them once.
+    The parameters are inputs of one autograd node, so their gradients are its ordinary outputs: one backward
+    serves all agents, and the hooks of DDP and DeepSpeed see each gradient once.
     """
     return _Recomputed.apply(run, *parameters)  # pyright: ignore[reportReturnType]
 
@@ -211,9 +208,7 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, run: Callable[[], tuple[Tensor, ...]], *parameters: nn.Parameter
     ) -> tuple[Tensor, ...]:
         ctx.run = run
-        ctx.set_materialize_grads(
-            False
-        )  # without the diversity term no gradient comes through the hidden states
+        ctx.set_materialize_grads(False)  # without the diversity term the hidden states get no gradient
         ctx.save_for_backward(*parameters)
         return run()
 

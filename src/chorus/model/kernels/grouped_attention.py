@@ -1,9 +1,9 @@
 """Attention over a KV cache, without the copy of keys and values that transformers' eager attention makes.
 
-With grouped queries (Ainslie et al. 2023) several query heads read one key head. Eager attention repeats the
-keys and values for each of them; while decoding that copy moves several times the bytes of the cache itself.
-Here the query heads of a group are rows of one product. The rest is eager attention's arithmetic: soft-cap,
-mask, softmax in fp32.
+With grouped queries (Ainslie et al. 2023) several query heads share one key head. Eager attention repeats the
+keys and values for each of them; in decoding that copy moves several times the bytes of the cache. Here the
+query heads of a group are rows of one matrix product. The rest equals eager attention: soft-cap, mask,
+softmax in fp32.
 """
 
 import sys
@@ -18,7 +18,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "chorus_grouped"
-OWN = ("s_aux", "position_bias")  # transformers' names of what only a model's own attention knows, as sinks
+OWN = (
+    "s_aux",
+    "position_bias",
+)  # transformers' names of arguments that only a model's own attention supports, such as sinks
 
 
 def grouped_attention(
@@ -33,8 +36,7 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Eager attention of H query heads over G key heads, G dividing H. Returns the output, N x T x H x d.
 
-    With an argument of `OWN` the call is left to the model's own eager attention. The mask has the sliding
-    window.
+    With an argument of `OWN` it calls the model's own eager attention. The mask has the sliding window.
     """
     if any(kwargs.get(name) is not None for name in OWN):
         own = sys.modules[type(module).__module__].eager_attention_forward

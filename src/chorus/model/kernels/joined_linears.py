@@ -1,7 +1,7 @@
-"""Linears of one input, found in what torch.compile has traced of a layer and made one operator.
+"""Linear layers with the same input, found in torch.compile's trace of a layer and joined into one operator.
 
-Found there and not among the modules: whatever the architecture and its names, a trace tells which linears
-share their input, and the model's own code stays as it is.
+Found in the trace, not among the modules: a trace shows which linears share their input, whatever the
+architecture and its names, and the model's code stays unchanged.
 """
 
 from collections import defaultdict
@@ -15,13 +15,13 @@ from torch.fx import GraphModule, Node
 from chorus.model.kernels.lora_linear import ONE, SEVERAL
 
 
-@cache  # one object for all layers: to torch.compile, each backend is a reason to compile anew
+@cache  # one object for all layers: torch.compile recompiles for every new backend object
 def joining(backend: str) -> Callable:
-    """This backend of torch.compile, given traces in which the linears of one input are joined."""
+    """A torch.compile backend that joins linears with the same input and passes the trace to `backend`."""
     compile_trace: Any = torch._dynamo.lookup_backend(backend)
 
     def join_and_compile(trace: GraphModule, example_inputs: list[Any]) -> Callable:
-        for part in trace.modules():  # what backward recomputes is a part of its own
+        for part in trace.modules():  # what backward recomputes is a subgraph of its own
             if isinstance(part, GraphModule):
                 join_linears(part)
         return compile_trace(trace, example_inputs)
@@ -30,13 +30,14 @@ def joining(backend: str) -> Callable:
 
 
 def join_linears(trace: GraphModule) -> None:
-    """Put one operator in the place of every two or more LoRA
-    linears of one input. Those with a bias stay alone."""
+    """Replace two or more LoRA linears with the same input by one operator. Those with a bias are left
+    alone.
+    """
     found: defaultdict[Any, list[Node]] = defaultdict(list)
     for node in trace.graph.find_nodes(op="call_function", target=ONE):
         x_KNI, _, bias_O, _, _, scaling = node.args
         if bias_O is None:
-            found[x_KNI.target, x_KNI.args, scaling].append(node)  # each takes a view of its own
+            found[x_KNI.target, x_KNI.args, scaling].append(node)  # each has its own view node
     for nodes in found.values():
         if len(nodes) > 1:
             _join(trace, nodes)

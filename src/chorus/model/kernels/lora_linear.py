@@ -1,12 +1,12 @@
 """Frozen linear layers with the adapters of several agents: one call for all of them, forward and backward.
 
-Rows of the agents lie one after the other (agent-major), so the base's product is one large matrix product
-and LoRA's thin ones are batched over agents. The thin product is written first and the large one added to it:
-it has arithmetic enough to hide reading what it adds to, and the thin one has not.
+The agents' rows are concatenated (agent-major), so the base's product is one large matrix product and LoRA's
+thin ones are batched over agents. The thin product is written first and the large one accumulates onto it:
+the large one has enough arithmetic to hide the extra read, the thin one has not.
 
-A thin product takes as long as reading or writing its wide side. Linears of one input, as attention's q, k
-and v, are therefore one call where they can be (`shared_input`): x is read, and its gradient written, once
-for all of them.
+A thin product takes as long as reading or writing its wide side. So linears with the same input, such as
+attention's q, k and v, are one call where possible (`joined_linears`): x is read, and its gradient written,
+once for all of them.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Registered operators, and not an autograd.Function alone: torch.compile takes them as they are. Traced
-# through, the addition in place would become a copy. Compiled code that is kept on disk is found by their
-# names alone: an operator whose backward is to be another needs another name.
+# Registered operators, not only an autograd.Function: torch.compile does not trace into them; traced, the
+# addition in place would become a copy. Compiled code cached on disk is looked up by their names, so an
+# operator whose backward changes needs a new name.
 
 
 @torch.library.custom_op("chorus::lora_linear", mutates_args=())
@@ -95,8 +95,8 @@ def lora_linear(
 ) -> Tensor:
     """y_KNO = x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ (Hu et al. 2021), agent k by A_RI and B_OR of its own.
 
-    All tensors have one dtype. Gradients reach x, A and B; W and bias are frozen. Kept for backward: x, its
-    low-rank image and the weights.
+    All tensors have one dtype. Gradients reach x, A and B; W and bias are frozen. Saved for backward: x, x Aᵀ
+    and the weights.
     """
     return _forward(x_KNI, weight_OI, bias_O, A_KRI, B_KOR, scaling)[0]
 
@@ -105,8 +105,7 @@ def lora_linear(
 def _forward_of_several(
     x_KNI: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scaling: float
 ) -> list[Tensor]:
-    """What `_forward` gives of several layers without bias:
-    every y_KNO, then the low-rank images side by side."""
+    """`_forward` for several layers without bias: every y_KNO, then the x Aᵀ of all, concatenated."""
     low_KNR = torch.bmm(x_KNI, torch.cat(list(As), dim=1).mT)
     layers = zip(low_KNR.split(_ranks(As), dim=2), weights, Bs, strict=True)
     return [
@@ -136,7 +135,7 @@ def _backward_of_several(
     scaling: float,
     need_dx: bool,
 ) -> list[Tensor]:
-    """dx of all, the gradients of the As side by side, and every dB."""
+    """The summed dx, the concatenated gradients of all A, and every dB."""
     dlow_KNR = torch.empty_like(low_KNR)
     lows, dlows = (low.split(_ranks(As), dim=2) for low in (low_KNR, dlow_KNR))
     for dlow, dy_KNO, B_KOR in zip(dlows, dys, Bs, strict=True):
@@ -177,5 +176,5 @@ def _gradient_of_several(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
 
 _forward_of_several.register_autograd(_gradient_of_several, setup_context=_save_of_several)
 
-# As they stand in a trace.
+# As they appear in a trace.
 ONE, SEVERAL = torch.ops.chorus.lora_linear.default, torch.ops.chorus.lora_linears.default

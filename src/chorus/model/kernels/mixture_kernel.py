@@ -1,13 +1,13 @@
-"""What a mixture of K next-token distributions says: its entropy, its best token, and how much its members
-disagree.
+"""Statistics of a mixture of K next-token distributions: most probable token, entropy, and the members'
+disagreement.
 
 The mixture is pooled in probability space and then, where it has a temperature, sharpened or flattened:
 
     p(v) = sum_k w_k p_k(v),    q(v) = p(v)^(1/T) / sum_u p(u)^(1/T)
 
 With a vocabulary of 256,000 the logits of K members are the largest tensors of a decoding step. They are read
-twice, as the head wrote them, and nothing of their size is written: one pass takes each member's normaliser
-and entropy, the other one pools.
+twice in the head's dtype, and nothing of their size is written: the first pass computes each member's
+normaliser and entropy, the second one pools.
 """
 
 from typing import NamedTuple
@@ -63,7 +63,7 @@ def mixture_statistics(
     how = {"temperature": temperature, "softcap": softcap, "scale": scale, "want_log_prob": want_log_prob}
     if not logits_KNV.is_cuda:
         return torch_statistics(logits_KNV, weight_K, **how)
-    from chorus.model.kernels.mixture_triton import triton_statistics  # Triton is there where CUDA is
+    from chorus.model.kernels.mixture_triton import triton_statistics  # Triton is installed where CUDA is
 
     return MixtureStatistics(*triton_statistics(logits_KNV, weight_K, **how))
 

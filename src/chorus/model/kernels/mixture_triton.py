@@ -1,7 +1,7 @@
 # pyright: reportIndexIssue=false
 """The Triton kernels behind `mixture_kernel.mixture_statistics`: two passes over the logits, each with a
-small second kernel that joins what the parts of a row have found. A row is split over several programs, so
-that few rows fill a GPU.
+small second kernel that reduces the partial results of a row. A row is split over several programs, so that
+few rows can fill a GPU.
 """
 
 from typing import Any
