@@ -1,4 +1,4 @@
-"""No silence: what takes longer than a few seconds says what it is."""
+"""Messages about work that takes longer than a few seconds."""
 
 import logging
 import os
@@ -7,14 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PATIENCE_S = 2.0  # what is done by then needs no line
+PATIENCE_S = 2.0  # faster work is not announced
 IMPORTING = "importing torch and transformers"
 
 logger = logging.getLogger("chorus")
 
 
 def say(line: str) -> None:
-    """One line, from the first process alone: to the run's log where it is open, to stderr before."""
+    """Print one line on the first process: to the run's log if it is open, otherwise to stderr."""
     if os.environ.get("RANK", "0") != "0":
         return
     if logger.handlers:
@@ -25,7 +25,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def announced(what: str) -> Iterator[None]:
-    """Say `what` is under way if it takes longer than `PATIENCE_S` seconds. Also a decorator of functions."""
+    """Print `what` if it takes longer than `PATIENCE_S` seconds. A context manager and a decorator."""
     timer = threading.Timer(PATIENCE_S, say, [f"{what} ..."])
     timer.daemon = True
     timer.start()

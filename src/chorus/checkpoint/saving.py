@@ -25,7 +25,7 @@ class PeriodicCheckpoints:
         self.save_steps, self.scores = save_steps, scores
 
     def after_step(self, step: StepDone) -> None:
-        """Save where it is due. A collective call there.
+        """Save if it is due, which is a collective call.
 
         Raises:
             RunError: on every process alike: the write failed, or a value is not finite.

@@ -1,4 +1,4 @@
-"""The scores of a run: before, while and after it trains, which step is best so far, and when to stop."""
+"""The scores of a run before, during and after training, the best step so far, and early stopping."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """Refuse keys that do not go together, before anything is loaded.
+    """Refuse incompatible keys, before anything is loaded.
 
     Raises:
-        InputError: a best step is asked for and nothing says which, or a metric that no answerer has.
+        InputError: a best step is asked for without a metric, or by a metric that does not exist.
     """
     metric = config.metric_for_best_model
     if metric is None:
@@ -62,9 +62,9 @@ class RunEvaluation:
     """Scores every `eval_steps` steps, and remembers the best step by `metric_for_best_model`.
 
     Attributes:
-        initial: scores before the first step; without an answerer where they were not asked for.
+        initial: scores before the first step; empty where they were not asked for.
         best: the best step so far; None before the first comparison.
-        stopped_early: patience has ended training.
+        stopped_early: early stopping has ended training.
         is_due: a signal interrupted the evaluation of the last step.
     """
 
@@ -75,7 +75,7 @@ class RunEvaluation:
         self.stopped_early = self.is_due = False
 
     def entries(self) -> dict[str, Any]:
-        """What `state.json` keeps of it."""
+        """The entries of `state.json` about evaluation."""
         best = None if self.best is None else self.best.model_dump()
         initial = {"asked": self._asked(), "report": self.initial.report()}
         ends = {"stopped_early": self.stopped_early, "evaluation_due": self.is_due}
@@ -102,7 +102,7 @@ class RunEvaluation:
         elif self.config.eval_on_start:
             adapters = self.engine.agents.adapter_tensors()
             own = any(bool(tensor.any()) for identity, tensor in adapters.items() if identity.matrix == "B")
-            with_agents = any(gather_object([own]))  # other processes may hold other agents
+            with_agents = any(gather_object([own]))  # the agents of other processes may differ
             self.initial = self._evaluate(with_base=True, with_agents=with_agents)
             if self.initial.num_problems:
                 self.run_log.scores(0, self.initial.flat())
@@ -115,8 +115,7 @@ class RunEvaluation:
             self._score(saved.step, saved.num_steps)
 
     def after_step(self, step: StepDone, stop: StopRequest) -> None:
-        """Score where it is due; ask for a checkpoint of a best
-        step, and for the end when patience is over.
+        """Score if it is due; request a checkpoint of a best step, and the end of training on early stopping.
 
         A signal to any process ends the evaluation between two batches, and training with it: the step is
         saved, and the resumed run scores it first.
@@ -129,7 +128,7 @@ class RunEvaluation:
             or (is_last and metric is None)
         ):
             return
-        if step.error is not None:  # the signal has come before the evaluation
+        if step.error is not None:  # the signal came before the evaluation
             self.is_due = True
             return
         try:
@@ -170,11 +169,11 @@ class RunEvaluation:
             )
 
     def final(self, num_steps: int) -> Evaluation:
-        """Scores of the agents as they are now, the base's among them. A collective call."""
+        """Scores of the agents as they are now, and of the base. A collective call."""
         found = self._evaluate(with_base="base" not in self.initial.scores)
         of_base = {name: own for name, own in self.initial.scores.items() if name.split("/")[0] == "base"}
         found.scores = of_base | found.scores
-        # Otherwise their step has its row.
+        # Otherwise metrics.jsonl already has the row of this step.
         if found.num_problems and self.config.metric_for_best_model is None:
             self.run_log.scores(num_steps, found.flat())
         if found.num_problems:
@@ -204,6 +203,6 @@ class RunEvaluation:
                     progress=progress,
                     pause=pause,
                 )
-            except Preempted as error:  # on every process: to leave the context is a collective call
+            except Preempted as error:  # on every process: leaving the context is a collective call
                 preempted = error
         raise preempted

@@ -1,8 +1,8 @@
-"""A flame graph as one HTML page, for any browser, without anything to load from elsewhere.
+"""A flame graph as one self-contained HTML page for any browser.
 
-The width of a box is its time. What ran inside it lies below it (Gregg 2016, the hanging form,
+The width of a box is its time, and its callees are below it (Gregg 2016, the icicle layout,
 https://queue.acm.org/detail.cfm?id=2927301). Boxes of the same name under the same box are merged. A click on
-a box widens it; a click on the top box goes back.
+a box zooms in; a click on the top box zooms out.
 """
 
 import html
@@ -14,7 +14,7 @@ Stack = tuple[str, ...]
 
 
 def flame_graph(microseconds: Mapping[Stack, float], title: str) -> str:
-    """The HTML page, from the own time of each stack."""
+    """The HTML page, from the self time of each stack."""
     root: dict[str, Any] = {"name": title, "time": 0.0, "inner": {}}
     for stack, time in microseconds.items():
         node = root

@@ -1,4 +1,4 @@
-"""The useful arithmetic of a training step, the same count for profiler and benchmarks."""
+"""The useful FLOP of a training step, as counted by the profiler and the benchmarks."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from chorus.data.batches import Batch
 
 
 class Work(NamedTuple):
-    """What sets the useful FLOP of a base.
+    """The sizes of a base that determine its useful FLOP.
 
     Attributes:
         body: weights of its linear layers, without the head.

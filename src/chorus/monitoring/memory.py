@@ -1,4 +1,4 @@
-"""How much memory a process's device has, and the most that it has held."""
+"""The memory of a process's device, and its peak usage."""
 
 import os
 import resource
@@ -36,7 +36,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has held.
+    """The peak memory of this process, in bytes.
 
     On a GPU what the allocator reserved since `reset_peak`: a CUDA graph keeps memory in which no tensor
     lives between replays. On a CPU the resident set since the process began, libraries included.
@@ -50,7 +50,7 @@ def memory_usage(device: torch.device) -> dict[str, float]:
     """Memory of this process in GB (10^9 bytes), now and at most so far: the GPU's, or resident where there
     is none.
 
-    What a recorded pass holds between replays is reserved, and not allocated.
+    The memory of a captured pass between replays counts as reserved, not as allocated.
     """
     if device.type == "cuda":
         held = (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.memory_reserved)

@@ -1,4 +1,4 @@
-"""The row of metrics.jsonl: means over the steps since the row before."""
+"""The rows of metrics.jsonl: means over the steps since the previous row."""
 
 import time
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Means(NamedTuple):
         task_losses: CE of each agent, nats a token, weighted as it is minimised; NaN where a loss was not
             finite.
         swd: R_SW; None when lambda is 0.
-        objective: what is minimised, over K: the mean of the task losses, or what responsibilities put in its
-            place, less lambda times R_SW, each with the lambda of its step.
+        objective: the minimised quantity divided by K: the mean of the task losses, or the loss under
+            responsibilities, minus lambda times R_SW, with each step's lambda.
         agent_tokens_per_second: K x B x T over the time, padding included.
     """
 
@@ -33,7 +33,8 @@ class Means(NamedTuple):
 
 class Meter:
     """Sums of the losses of this process's agents, and of tokens, over steps. They stay on the device until
-    `read`, so that nothing waits before."""
+    `read`, so that no step waits for them.
+    """
 
     def __init__(self, num_agents: int, device: torch.device):
         self.num_agents = num_agents
@@ -65,7 +66,7 @@ class Meter:
                 self.shared += losses.shared_nll.double() / step.batch.num_targets
 
     def read(self, engine: Engine) -> Means:
-        """Means over the steps since the last reading; then start again. A collective call."""
+        """Means over the steps since the last call, which resets them. A collective call."""
         tokens = torch.tensor([self.tokens], dtype=torch.float64, device=self.device)
         own_K, tokens = engine.mesh.sum_rows(torch.cat([self.ce_K / self.steps, tokens])).tensor_split([-1])
         ce = engine.mesh.gather_agents(own_K).tolist()
@@ -98,7 +99,7 @@ class LoggedMetrics:
         self.meter = Meter(len(engine.agents.agents), self.device)
 
     def after_step(self, step: StepDone) -> None:
-        """Count the step; write a row where it is due. A collective call there."""
+        """Count the step; write a row if it is due, which is a collective call."""
         self.meter.add(step, self.lambda_at(step.number - 1))
         row = None
         if step.number == 1 or step.is_due(self.logging_steps):

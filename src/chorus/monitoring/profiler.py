@@ -1,10 +1,10 @@
 """Where the time of a step goes: times the first steps of a run part by part, then traces two more.
 
-The parts of a step are spans (spans.py). They do not overlap: a part inside of another is subtracted from it,
-and time outside of all parts is `other`, so that parts add up to the step. Some work cannot be separated and
-counts where it happens: the reduction of gradients, which DDP and ZeRO-2 overlap with `backward_pass`, and
-ZeRO-2's gathering of the updated weights in `optimizer_step`. On a GPU a part lasts from when the device
-reaches it until the device leaves it: host work that overlaps with a busy device shows as nothing.
+The parts of a step are spans (spans.py). A nested part is subtracted from its parent, and time outside of all
+parts is `other`, so that parts add up to the step. Some work cannot be separated and counts where it happens:
+the reduction of gradients, which DDP and ZeRO-2 overlap with `backward_pass`, and ZeRO-2's gathering of the
+updated weights in `optimizer_step`. On a GPU a part is the time between the events at its ends: host work
+that overlaps with a busy device takes no time.
 """
 
 import logging
@@ -31,7 +31,7 @@ from chorus.training.step import AfterStep, StepDone
 
 logger = logging.getLogger(__name__)
 
-# Enough to see what a step does and what is between two of them; a trace of many is slow to open.
+# Enough to see a step and the gap between two; a longer trace is slow to open.
 TRACED_STEPS = 2
 
 
@@ -41,7 +41,7 @@ class ProfiledStep(NamedTuple):
     timed: the step and its parts.
     tokens: agent-tokens, K x B x T over its micro-batches, padding included.
     flops: useful ones.
-    is_warm: nothing was compiled or captured in it, and it was not the first.
+    is_warm: it was not the first step, and nothing was compiled or captured in it.
     """
 
     timed: Span
@@ -88,7 +88,7 @@ def _profile(
     start_step: int,
     num_steps: int,
 ) -> Generator[None, StepDone]:
-    """Every `yield` is a step of the loop, and gives what was done in it."""
+    """Every `yield` is a step of the loop, and receives its `StepDone`."""
     accelerator, num_agents = engine.accelerator, len(engine.agents.agents)
     timed_until = min(start_step + 1 + settings.profile_steps, num_steps)
     traced_until = min(timed_until + settings.profile_trace * TRACED_STEPS, num_steps)
@@ -151,7 +151,7 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
     passes = Counter(name.partition(".")[0] for name in names if "." in name)
     alone = {
         name for name in names if passes[name.partition(".")[0]] == 1 and "." in name
-    }  # equal to their part
+    }  # equal to their parent
     names = [*(name for name in names if name != "recording" and name not in alone), "other", "step"]
     total, calls = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for step in warm:
@@ -199,8 +199,9 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
 
 
 def _sum_up_the_loss(names: list[str], total: dict[str, float], calls: dict[str, int]) -> list[str]:
-    """Add `loss_calculation`, the sum of both losses, which
-    become its details; the names, with it in their place."""
+    """Add `loss_calculation`, the sum of both losses, which become its details. Returns the names, with it
+    replacing them.
+    """
     losses = [name for name in ("task_loss", "swd_loss") if name in names]
     if not losses:
         return names

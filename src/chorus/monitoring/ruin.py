@@ -1,18 +1,18 @@
-"""Tell a user at once when the diversity reward drives the task loss up: lambda_sw is too large.
+"""Detect a diversity reward that drives the task loss up: lambda_sw is too large.
 
-The objective is task loss - lambda x R_SW. With a large lambda the optimiser buys distance with task loss,
-and the objective falls while the agents forget the task. The rows of metrics.jsonl show it: the task loss has
-left its best row for good, and since then the reward has grown by more than the loss has.
+The objective is task loss - lambda x R_SW. With a large lambda the optimiser trades task loss for distance,
+and the objective falls while the agents forget the task. In metrics.jsonl the task loss stays above its best
+row, and since then the reward has grown by more than the loss.
 """
 
 from typing import NamedTuple
 
 from chorus.checkpoint.metrics_file import LossRow
 
-# A rise counts if it is so much of the best loss, and of what the loss has fallen by,
+# A rise counts if it exceeds this fraction of the best loss and of the loss's decrease so far,
 SHARE = 0.25
-# and so many times the usual move against the trend. Of normal noise, two rows in a row do so by chance once
-# in a billion.
+# and this multiple of the mean move against the trend. With normal noise two consecutive rows do so by chance
+# once in a billion.
 TIMES_NOISE = 6.0
 
 
@@ -30,10 +30,10 @@ class _Moves(NamedTuple):
 
 
 class RuinWatch:
-    """Looks at the logged rows, in order, and finds the one that shows the ruin of a run. It speaks once.
+    """Reads the logged rows in order and warns once, at the row that shows divergence from the task.
 
-    A resumed run first shows it the rows from before, so that it knows the best of them, and whether it has
-    spoken. It keeps a few numbers, whatever the length of the run.
+    A resumed run first passes it the earlier rows, so that it knows the best row and whether it has warned.
+    Its memory does not grow with the run.
     """
 
     def __init__(self) -> None:
@@ -42,16 +42,16 @@ class RuinWatch:
         self._best: LossRow | None = None
         self._last: LossRow | None = None
         self._rows_above = 0
-        # Noise is what moves against the trend: up on the way to the best row, and down after it.
+        # Noise is estimated from moves against the trend: up before the best row, and down after it.
         self._up_before = self._up_since = self._down_since = _Moves()
 
     def look_at(self, row: LossRow) -> str | None:
-        """A line for the log, where this row shows the ruin first; else None. Each row is a mean over steps.
+        """A warning, at the first row that shows the ruin; else None. Each row is a mean over steps.
 
         Ruin is that this row and the one before it lie above the best row by a quarter of its loss, by a
         quarter of what the loss has fallen by since the first row, and by six times the usual move against
-        the trend; and that the reward has grown since the best row by at least what the loss has risen by.
-        So a run whose lambda x R_SW is small beside its loss is never called ruined, whatever its noise.
+        the trend; and that the reward has grown since the best row by at least what the loss has risen by. So
+        a run whose lambda x R_SW is small compared with its loss is never called ruined, whatever its noise.
         """
         first, best, last = self._first or row, self._best or row, self._last or row
         self._first, self._last = first, row

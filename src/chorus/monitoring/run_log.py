@@ -39,8 +39,7 @@ PROBLEMS_FILE = "problems.jsonl"
 
 
 class RunLog:
-    """The log of every process but the first: silent. Errors of
-    the first process's disk are raised on all."""
+    """The silent log of every process but the first. Write errors of the first process are raised on all."""
 
     def __init__(self, accelerator: Accelerator | None = None):
         self._accelerator = accelerator
@@ -58,8 +57,8 @@ class RunLog:
         then.
 
         Raises:
-            RunError: on every process alike: the first one's disk did not take the row, or an earlier log
-            line.
+            RunError: on every process alike: the first process could not write the row or an earlier log
+                line.
         """
         if metrics is not None:
             self._on_first_process(partial(self._write, metrics))
@@ -81,12 +80,12 @@ class RunLog:
     def scoring(self, num_problems: int) -> AbstractContextManager[Callable[[str, int], None]]:
         """The context of an evaluation: a progress bar over this process's problems on a terminal.
 
-        It yields what to call when some are done, with what was done of them and their number.
+        It yields a function to call with a description and the number of finished problems.
         """
         return nullcontext(lambda what, count: None)
 
     def problems(self, problems: Sequence[Mapping[str, Any]]) -> None:
-        """Write problems.jsonl: what every answerer said of each held-out problem.
+        """Write problems.jsonl: every answerer's answer to each held-out problem.
 
         A collective call; raises as `advance` does.
         """
@@ -126,7 +125,7 @@ class RunLog:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Log lines above the progress bar, each on one line whatever the width, so that they can be searched."""
+    """Log lines above the progress bar, unwrapped, so that they can be searched."""
 
     def __init__(self, console: Console):
         super().__init__()
@@ -139,10 +138,10 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """train.log. On a full disk logging itself would print a traceback for every line and continue.
+    """train.log. On a full disk the logging module would print a traceback for every line and continue.
 
-    refused: the disk's first error, for the next collective call. Raised at once, it would end this process
-    alone.
+    refused: the first write error, raised in the next collective call. Raised at once, it would end only this
+    process.
     """
 
     refused: RunError | None = None
@@ -150,7 +149,7 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         try:
             with disk_errors(Path(self.baseFilename), len(record.getMessage()), REMEDY):
-                raise  # the error that is being handled
+                raise  # the exception being handled
         except RunError as error:
             self.refused = self.refused or error
 
@@ -194,7 +193,7 @@ class WritingRunLog(RunLog):
     def scoring(self, num_problems: int) -> Iterator[Callable[[str, int], None]]:
         with ExitStack() as at_exit:
             progress = self._progress
-            if not progress.live.is_started:  # before and after training; a terminal has one live display
+            if not progress.live.is_started:  # only outside of training: a terminal has one live display
                 progress = at_exit.enter_context(self._new_progress(is_transient=True))
             task = progress.add_task("scoring", total=num_problems)
             at_exit.callback(progress.remove_task, task)
@@ -207,7 +206,7 @@ class WritingRunLog(RunLog):
             yield
 
     def _cut_back(self, start_step: int) -> None:
-        """Keep the rows up to `start_step`. A last line that a kill has cut short is dropped, too."""
+        """Keep the rows up to `start_step`. A last line truncated by a kill is dropped, too."""
         self._metrics.close()
         path = Path(self._metrics.name)
         kept = rows_up_to(path, start_step)
@@ -223,8 +222,7 @@ class WritingRunLog(RunLog):
         super().advance(metrics)
 
     def _write(self, metrics: Mapping[str, Any]) -> None:
-        # JSON knows neither infinity, as the first gradient norms are in fp16, nor the NaN of a loss that is
-        # skipped.
+        # JSON has no infinity (the first gradient norms under fp16) and no NaN (a skipped loss).
         numbers = {f"task_loss_agent_{k}": loss for k, loss in enumerate(metrics["task_loss_per_agent"])}
         numbers |= {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         if isinstance(metrics["lr"], list):
@@ -279,7 +277,7 @@ class WritingRunLog(RunLog):
         for file in (self._metrics, *self._handlers):
             if isinstance(file, logging.Handler):
                 logging.getLogger("chorus").removeHandler(file)
-            with suppress(OSError):  # a full disk refuses the buffer once more, and has been reported
+            with suppress(OSError):  # the buffer fails again on a full disk, which has been reported
                 file.close()
 
 
@@ -298,8 +296,9 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def quiet_libraries() -> None:
-    """Hide what does not concern the user: the libraries' deprecation notices, and a progress bar for each
-    process that loads the base. Process-wide."""
+    """Hide the libraries' deprecation notices and each process's progress bar while loading the base.
+    Process-wide.
+    """
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"transformers|torch|accelerate|peft|deepspeed"
     )

@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 Clock = Literal["host", "device"]
 TRACE, OPERATORS = "trace.json.gz", "top_operators.txt"
-MEMORY = "memory.html"  # the page loads torch's viewer from the web
+MEMORY = "memory.html"  # the page loads torch's viewer from the internet
 FLAMES = {"host": "flame_graph.html", "device": "flame_graph_gpu.html"}
 SPAN, OPERATOR, MODULE = "user_annotation", ("cpu_op", "cuda_runtime", "cuda_driver"), "nn.Module: "
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 class Trace(NamedTuple):
-    """The profiler, and the allocator's snapshots: one once a trace on a GPU has ended, otherwise none."""
+    """The profiler, and the allocator's snapshots: one after a trace on a GPU, otherwise none."""
 
     profiler: profile
     snapshots: list[Any]
@@ -84,7 +84,7 @@ def _write_readable(events: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 @contextmanager
 def _memory_history(snapshots: list[Any]) -> Iterator[None]:
-    """Append a snapshot of what the GPU's allocator did in this context, with its callers."""
+    """Append a snapshot of the GPU allocator's events in this context, with their stacks."""
     torch.cuda.memory._record_memory_history(max_entries=1_000_000)
     try:
         yield
@@ -105,11 +105,10 @@ class Event(NamedTuple):
 
 
 def stacks(events: Sequence[Mapping[str, Any]], clock: Clock) -> dict[Stack, float]:
-    """Microseconds of each stack itself, without the stacks inside it, from the events of PyTorch's Chrome
-    trace.
+    """Self time of each stack in microseconds, from the events of PyTorch's Chrome trace.
 
-    Spans, modules and operators nest by their times. The threads of backward count as part of the thread that
-    waits for them. On the clock `device` a stack ends in a kernel and has the time of its kernels.
+    Spans, modules and operators nest by their times. The backward threads count as part of the thread that
+    waits for them. With clock `device` a stack ends in a kernel and has the time of its kernels.
     """
     own: dict[Stack, float] = defaultdict(float)
     launched: dict[Any, Stack] = {}
@@ -127,8 +126,7 @@ def stacks(events: Sequence[Mapping[str, Any]], clock: Clock) -> dict[Stack, flo
 
 
 def operator_table(events: Sequence[Mapping[str, Any]], clock: Clock, rows: int = 40) -> str:
-    """A table of the most expensive operators (kernels on the clock `device`), by their own time in the whole
-    trace.
+    """A table of the most expensive operators (kernels with clock `device`), by self time in the whole trace.
 
     torch's `key_averages` takes minutes on a trace with stacks, and counts every Python function.
     """
@@ -151,7 +149,9 @@ def operator_table(events: Sequence[Mapping[str, Any]], clock: Clock, rows: int 
 
 
 def _nested(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Stack, Event, float]]:
-    """Each event with its stack and its own time. An event that ends after the one around it is cut there."""
+    """Each event with its stack and self time. An event that ends after its parent is cut at the parent's
+    end.
+    """
     held: list[list[Any]] = []  # stack, event, end, own time
 
     def closed(until: float) -> Iterator[tuple[Stack, Event, float]]:
@@ -176,12 +176,14 @@ def _host_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
         is_operator = category in OPERATOR and not _is_a_node(event)
         is_module = category == "python_function" and event["name"].startswith(MODULE)
         if (is_operator or is_module or category == SPAN) and event["ph"] == "X" and event["tid"] in threads:
-            # The trace numbers the layers of a model and the steps. Without the number they add up.
+            # The trace numbers layers and steps. Without the numbers their times add up.
             name = re.sub(rf"^({MODULE})(.*)_\d+$|^(step) \d+$", r"\2\3", event["name"])
             correlation = event.get("args", {}).get("correlation")
             yield Event(event["ts"], event["ts"] + event["dur"], name, is_operator, correlation)
 
 
 def _is_a_node(event: Mapping[str, Any]) -> bool:
-    """Whether this is autograd's frame around an operator of backward. It tells the threads of backward."""
+    """Whether this is autograd's frame around an operator of backward, which identifies the backward
+    threads.
+    """
     return event.get("name", "").startswith("autograd::engine::evaluate_function: ")

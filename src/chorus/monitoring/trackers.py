@@ -1,5 +1,4 @@
-"""Experiment trackers, as Accelerate has them: TensorBoard,
-Weights & Biases and others. The first process alone."""
+"""Experiment trackers of Accelerate: TensorBoard, Weights & Biases and others. Only on the first process."""
 
 import logging
 import os
@@ -38,10 +37,10 @@ def decide_trackers(report_to: Literal["auto", "none"] | Sequence[TrackerName]) 
 
 
 class Trackers:
-    """The trackers of a run. They get the settings at the start and numbers by name after that.
+    """The trackers of a run. They get the settings at the start, then numbers by name.
 
     Args:
-        report_to: names, or trackers that are already made.
+        report_to: names, or tracker objects.
         output_dir: where those that write files write them.
 
     Raises:
@@ -58,7 +57,9 @@ class Trackers:
                 tracker = _tracker(given, output_dir) if isinstance(given, str) else given
                 tracker.start()
                 tracker.store_init_configuration(dict(settings))
-            except Exception as error:  # each library has its own errors, and the other processes are waiting
+            except (
+                Exception
+            ) as error:  # each library raises its own errors, and the other processes are waiting
                 line = " ".join(str(error).split()).rstrip(".")
                 raise InputError(
                     f"key 'report_to': {name} does not start: {line}; or leave it out"
@@ -66,8 +67,8 @@ class Trackers:
             self._trackers.append(tracker)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Hand numbers to every tracker. One that fails is left out from here on, with a warning: a server
-        that does not answer must not end a run. A full disk does, as it does under the run's own files.
+        """Log numbers to every tracker. One that fails is dropped with a warning: an unreachable server must
+        not end a run. A full disk ends it, as for the run's own files.
 
         Raises:
             OSError: a tracker could not write its file.
@@ -85,19 +86,21 @@ class Trackers:
             act()
         except OSError:
             raise
-        except Exception as error:  # each library has its own errors
+        except Exception as error:  # each library raises its own errors
             self._trackers.remove(tracker)
             logger.warning(
                 "%s failed and gets no more numbers: %s", _label(tracker), " ".join(str(error).split())
             )
 
     def abandon(self) -> None:
-        """Drop the trackers without their last words: they would hide the error that ends the run."""
+        """Drop the trackers without closing them: their output would hide the error that ends the run."""
         self._trackers.clear()
 
 
 def _label(tracker: GeneralTracker) -> str:
-    return getattr(tracker, "name", type(tracker).__name__)  # Accelerate's trackers have one, undeclared
+    return getattr(
+        tracker, "name", type(tracker).__name__
+    )  # an undeclared attribute of Accelerate's trackers
 
 
 def _name(tracker: GeneralTracker, name: str) -> str:
@@ -106,6 +109,6 @@ def _name(tracker: GeneralTracker, name: str) -> str:
 
 def _tracker(name: str, output_dir: Path) -> GeneralTracker:
     kind = LOGGER_TYPE_TO_CLASS[name]
-    if name == "wandb" and "WANDB_DIR" not in os.environ:  # its own choice is the working directory
+    if name == "wandb" and "WANDB_DIR" not in os.environ:  # its default is the working directory
         return kind(PROJECT, dir=str(output_dir))
     return kind(PROJECT, str(output_dir)) if kind.requires_logging_directory else kind(PROJECT)

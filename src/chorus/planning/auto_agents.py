@@ -32,19 +32,20 @@ from chorus.training.engine import DTYPES
 from chorus.training.objective import objective_of
 from chorus.training.optimizer import adamw, clip_and_step
 
-MOST_AGENTS = 64  # to have more, name a number
+MOST_AGENTS = 64  # for more, give a number
 OUT_OF_MEMORY = sys.maxsize
 WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller batch_size or max_seq_length"
 
 
 @announced("finding how many agents fit")
 def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[RunConfig, str]:
-    """The configuration with numbers for `num_agents` and `agent_parallel_size`; and the reason for the first
-    one, for the log ("" if it was a number).
+    """The configuration with numbers for `num_agents` and `agent_parallel_size`, and the reason for
+    `num_agents`, for the log ("" if it was a number).
 
     A resumed run keeps the number of its checkpoint. Otherwise it is the largest, up to `MOST_AGENTS`, whose
     forecast fits `memory_fraction` of the smallest device; on a GPU lowered until a measured step fits too (a
-    CPU's allocator keeps no count). Every process holds equally many. A collective call: all processes agree.
+    CPU's allocator keeps no count). Every process holds equally many. A collective call with the same result
+    on all processes.
 
     Raises:
         InputError: not even the fewest agents fit (one; two with lambda_sw above 0), or those of the
@@ -90,7 +91,7 @@ def lower_until_a_step_fits(
     """
     machine, device = machine_of(accelerator, config), accelerator.device
     execution = decide_execution(config, device, machine.base_in_shards)
-    # Loaded for these steps alone: the run's memory is forecast next, against a device without a base.
+    # Loaded only for these steps: the run's memory is forecast next, for a device without a base.
     model = load_base(config, DTYPES[precision], device, compiled=execution.compiled)
     while True:
         tried = with_agents(config, num_agents)
@@ -105,8 +106,8 @@ def lower_until_a_step_fits(
 
 
 def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) -> tuple[int, int, int]:
-    """The most agents by forecast, and the forecast's two numbers: bytes = first + each x the agents of a
-    process.
+    """The most agents by forecast, and the coefficients of the forecast: bytes = first + each x the agents of
+    a process.
 
     The memory of a step is linear in the number of agents, in every mode, from two passes on.
 
@@ -153,7 +154,7 @@ def newest_state(config: Config) -> StateFile | None:
 
 
 def machine_of(accelerator: Accelerator, config: Config) -> Machine:
-    """What a forecast must know of the machine."""
+    """The properties of the machine that a forecast needs."""
     plugin = (
         accelerator.state.deepspeed_plugin
         if accelerator.distributed_type is DistributedType.DEEPSPEED
@@ -172,8 +173,8 @@ def measured_step(
     fit.
 
     Each process steps on its own: in a collective call, a process that runs out of memory would leave the
-    others waiting. An empty tensor stands for the engine's buffers, and AdamW over a share of each adapter
-    for a shard of the optimizer's state.
+    others waiting. An empty tensor replaces the engine's buffers, and AdamW over a share of each adapter
+    replaces a shard of the optimizer's state.
     """
     reset_peak(device)
     try:
@@ -183,7 +184,7 @@ def measured_step(
         if out_of_memory(error) is None:
             raise
         measured = OUT_OF_MEMORY
-    gc.collect()  # module trees are cycles
+    gc.collect()  # module trees are reference cycles
     reset_peak(device)
     return measured
 
@@ -210,7 +211,7 @@ def _two_steps(
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
     batch = collate([row] * config.batch_size, 0, config.padding, config.swd_points_per_row).to(device)
-    if len(adapters) == 1:  # the distance, which takes little memory, needs two
+    if len(adapters) == 1:  # the distance needs two agents, and takes little memory
         config = config.model_copy(update={"lambda_sw": 0.0})
     loss_fn = objective_of(config, config, ALONE, agents.head())
     for step in range(2):

@@ -1,4 +1,4 @@
-"""`packing: auto`: several samples in a row where that is exact, known to be faster, and saves padding."""
+"""`packing: auto`: packs samples where that is exact, known to be faster, and saves padding."""
 
 from typing import TypeVar
 
@@ -20,9 +20,10 @@ from chorus.planning.auto_agents import machine_of, newest_state
 C = TypeVar("C", bound=Config)
 
 # A step of gemma-2-2b with 62 % of the tokens took 72 % of the time (benchmarks/LOG.md, 8 samples of 64 to
-# 512 tokens on an H200): a packed token costs 1.15 times what another does, so at 80 % nearly a tenth is won.
+# 512 tokens on an H200): a packed token costs 1.15 times an unpacked one, so 80 % of the tokens save nearly a
+# tenth of the time.
 WORTH_IT = 0.8
-BATCHES = 64  # that are looked at
+BATCHES = 64  # sampled
 
 
 def decide_packing(
@@ -30,7 +31,7 @@ def decide_packing(
 ) -> tuple[C, str]:
     """The configuration with true or false for `packing`, and the reason, for the log ("" if it was given).
 
-    A resumed run stays what its checkpoint is. A collective call: all processes agree.
+    A resumed run keeps the value of its checkpoint. A collective call with the same result on all processes.
 
     Args:
         lengths: tokens of every training row.
@@ -39,7 +40,7 @@ def decide_packing(
     if config.packing != "auto":
         return config, ""
     state = on_first_process(accelerator, lambda: newest_state(config))
-    if state is not None:  # one from before there was the key has none
+    if state is not None:  # a checkpoint older than the key has none
         packs, why = state.config.model_dump().get("packing") is True, "as in the checkpoint"
     else:
         in_shards = machine_of(accelerator, config).base_in_shards
@@ -68,7 +69,7 @@ def packs_by_itself(
 
 
 def _against(config: Config, base: PretrainedConfig, device: torch.device, in_shards: bool) -> str | None:
-    """What packing would change, or where it was never measured to be faster."""
+    """Why packing is not exact here, or was not measured to be faster; None if nothing speaks against it."""
     has_softcap = bool(getattr(base.get_text_config(), "attn_logit_softcapping", None))
     wanted = config.attn_implementation
     by_flash = is_flash_attn_2_available() and (wanted == "auto" and has_softcap)
@@ -89,7 +90,7 @@ def _against(config: Config, base: PretrainedConfig, device: torch.device, in_sh
 
 
 def share_of_tokens(config: Config, lengths: np.ndarray) -> float:
-    """Tokens of packed batches, padding included, for each of batches with one sample a row."""
+    """Tokens of packed batches, padding included, relative to batches with one sample per row."""
     order = epoch_order(len(lengths), config.seed, 0, config.shuffle).numpy()
     apart, together = list[Layout](), list[Layout]()
     for start in range(0, min(len(order), BATCHES * config.batch_size), config.batch_size):
@@ -98,11 +99,11 @@ def share_of_tokens(config: Config, lengths: np.ndarray) -> float:
         together.append(packed(own, config.max_seq_length - 1, config.padding, config.batch_size))
     at_once = 1
     if config.per_agent_batches and isinstance(config.num_agents, int):
-        at_once = config.num_agents  # any other batches stand for those of the agents
+        at_once = config.num_agents  # any order of the rows is representative
     return _tokens(together, at_once) / _tokens(apart, at_once)
 
 
 def _tokens(layouts: list[Layout], at_once: int) -> int:
-    """Of batches, so many of which are padded to the size of the largest of them."""
+    """Tokens of batches, where each group of batches is padded to its largest."""
     groups = [layouts[first : first + at_once] for first in range(0, len(layouts), at_once)]
     return sum(len(one) * max(own.B for own in one) * max(own.T for own in one) for one in groups)

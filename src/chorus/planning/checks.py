@@ -31,18 +31,17 @@ class Check(NamedTuple):
 
 
 class Stopped(Exception):
-    """Nothing more can be tried. The last check says why."""
+    """The dry run cannot continue. The last check says why."""
 
 
 @dataclass
 class Report:
-    """The findings so far. They are printed as they come, unless `console` is None: then this process prints
-    nothing.
+    """The findings so far, printed immediately. With `console` None this process prints nothing.
 
     Attributes:
         facts: for JSON: plan, forecast, sample, modes.
         out: where JSON goes at the end; None if it was not asked for.
-        bad_input: the run itself would be refused.
+        bad_input: a run would be refused.
         is_alone: this process left a step that the others are still in, so no collective call is possible.
     """
 
@@ -63,10 +62,10 @@ class Report:
 
     @contextmanager
     def trying(self, name: str, may_be_refused: bool = False) -> Iterator[None]:
-        """An error in this context becomes a failed check, after which nothing more can be tried.
+        """Turn an error in this context into a failed check, which ends the dry run.
 
         Args:
-            may_be_refused: bad input is a skipped check: the run itself would not do this.
+            may_be_refused: bad input is a skipped check, because the run itself would not do this.
 
         Raises:
             Stopped: after a failed check.
@@ -157,8 +156,9 @@ def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int]) -> Table:
 
 
 def sample_view(tokens: Sequence[Mapping[str, Any]], what: str = "the first training row") -> Group:
-    """A row, token by token: | behind a token without loss, []
-    around one with, {} around one that should have it."""
+    """A row, token by token: | after a token without loss, [] around one with loss, {} around one that should
+    have loss.
+    """
     line = Text()
     for token in tokens:
         text = token["text"].replace("\n", "\\n")

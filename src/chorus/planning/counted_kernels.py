@@ -1,9 +1,8 @@
-"""The memory of compiled layers without compiling them: a backend of torch.compile for
+"""Counts the memory of compiled layers without compiling them: a torch.compile backend for
 `live_bytes.LiveBytes`.
 
-The backend keeps for backward what inductor would keep. Intermediates inside one fused kernel have no bytes:
-counted one by one, the dozen fp32 intermediates of GeGLU's backward would be a tenth of what gemma-2-9b
-needs.
+The backend saves for backward what inductor would save. Intermediates inside a fused kernel take no memory:
+counted separately, the dozen fp32 intermediates of GeGLU's backward would be a tenth of gemma-2-9b's memory.
 """
 
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ def _counted(trace: GraphModule, example_inputs: list[Any]) -> Any:
     kernels = _Kernels(trace)
 
     def run(inputs: list[Any]) -> Any:
-        made = kernels.boxed_run(inputs)  # empties the list: each input is freed after its last use
+        made = kernels.boxed_run(inputs)  # clears the list: each input is freed after its last use
         kernels.env.clear()
         return made
 
@@ -49,7 +48,7 @@ def _counted(trace: GraphModule, example_inputs: list[Any]) -> Any:
 
 
 class _Kernels(Interpreter):
-    """Runs a traced graph operator by operator, and hides from `LiveBytes` what stays inside a kernel."""
+    """Runs a traced graph operator by operator, and hides intermediates of fused kernels from `LiveBytes`."""
 
     def __init__(self, trace: GraphModule):
         super().__init__(trace)
@@ -63,8 +62,8 @@ class _Kernels(Interpreter):
 def inside_of_kernels(graph: Graph) -> set[Node]:
     """Elementwise results that only operators of the same kernel use.
 
-    Inductor fuses into one kernel what lies between two operators that it cannot fuse: matrix products and
-    operators of other libraries.
+    Inductor fuses everything between two operators that it cannot fuse (matrix products, custom operators)
+    into one kernel.
     """
     kernel_of, kernel = {}, 0
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""One micro-batch of a run through the real code on torch's meta device, and what it holds of memory."""
+"""The memory of one micro-batch, run through the real code on torch's meta device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,9 @@ from chorus.spans import listening
 from chorus.training.objective import objective_of
 
 FUSED_ATTENTION = "chorus_forecast"
-MOST_COUNTED = 12  # agents; more follow from these by a straight line, as building thousands takes minutes
+MOST_COUNTED = (
+    12  # agents; larger numbers are extrapolated linearly, because building thousands takes minutes
+)
 
 
 def agents_of_a_pass(config: RunConfig) -> int:
@@ -60,7 +62,7 @@ class Counts(NamedTuple):
 
 
 def count(config: RunConfig, dtype: torch.dtype, length: int, machine: Machine) -> tuple[Agents, Counts]:
-    """The counts of a run, and agents without values: not all of them where there are many."""
+    """The counts of a run, and agents without values: only some of them where there are many."""
     num_agents, at_once = config.num_agents, agents_of_a_pass(config)
     if num_agents <= MOST_COUNTED:
         return _counts_of(config, dtype, length, machine)
@@ -88,7 +90,7 @@ def count(config: RunConfig, dtype: torch.dtype, length: int, machine: Machine) 
 
 
 def _along(first: Counts, second: Counts, further: float) -> Counts:
-    """The counts as far beyond the second as `further` times the way from the first to it."""
+    """Linear extrapolation: second + further x (second - first)."""
     return Counts(*(round(two + (two - one) * further) for one, two in zip(first, second, strict=True)))
 
 
@@ -109,10 +111,10 @@ def _counts_of(config: RunConfig, dtype: torch.dtype, length: int, machine: Mach
 def _agents_without_values(
     config: RunConfig, dtype: torch.dtype, execution: Execution, machine: Machine
 ) -> tuple[Agents, CountedPasses | None]:
-    """The agents on the meta device, and what carries out their passes if layers are compiled or passes
+    """The agents on the meta device, and the runner of their passes if layers are compiled or passes
     captured.
 
-    Layers are compiled only as far as it takes to know what they keep.
+    Layers are compiled only far enough to know what they save for backward.
     """
     skeleton = load_skeleton(config.model_name, dtype).requires_grad_(False)
     attention = choose_attention(
@@ -132,7 +134,7 @@ def _agents_without_values(
         from chorus.planning.counted_kernels import COUNTED
 
         counted = replace(counted, compiled=COUNTED)
-    # Of agents that differ, the one that takes most: those of another process, or not built here, may.
+    # With a value for each agent, the largest memory: agents of other processes may have it.
     rates = Regularisation(largest(config.dropconnect_p), largest(config.lora_dropout), config.seed)
     passes = None
     if execution.compiled or execution.captured:
@@ -163,7 +165,9 @@ def _micro_batch(
         output.hidden_KBTD.backward(torch.empty_like(output.hidden_KBTD))
 
     if passes is not None:  # layers compile in the first run, which is not counted
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # whatever was forecast before
+        with torch._dynamo.config.patch(
+            automatic_dynamic_shapes=False
+        ):  # so that earlier forecasts do not count
             run()
         agents.zero_grad()
     with listening(note), live if passes is None else passes.counted_by(live):
@@ -188,7 +192,7 @@ def loss_bytes(head: Head, rows: int, dtype: torch.dtype, device_type: str) -> t
 
 
 class _Alike(Mesh):
-    """A mesh in which every process has what this one has."""
+    """A mesh whose other processes are copies of this one."""
 
     def gather_rows(self, own: Tensor) -> Tensor:
         return torch.cat([own] * self.data_size)

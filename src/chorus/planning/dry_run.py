@@ -1,6 +1,6 @@
-"""The dry run: a configuration is really tried, in every mode, and nothing of it is kept.
+"""The dry run: tries a configuration with real steps in every mode, and keeps nothing.
 
-Each check says what was found and, where it fails, what to do. Every process takes part; the first one tells.
+Each check says what was found and, if it fails, what to do. Every process takes part; the first one prints.
 """
 
 import json
@@ -42,15 +42,16 @@ from chorus.training.zero.deepspeed_json import deepspeed_json
 from chorus.training.zero.launcher import deepspeed_wanted
 
 SETTINGS = "settings agree"
-TOY_TOKENS = 256  # of a row, on a base that stands in for one that does not fit
+TOY_TOKENS = 256  # of a row, on the toy base used when the real one does not fit
 
 
 def dry_run(config: Config, loop: Loop, report: Report) -> int:
-    """Try the configuration and tell how it went; the exit code: 0 all passed, 2 bad input, 3 a check failed.
+    """Try the configuration and print a report. Returns the exit code: 0 all passed, 2 bad input, 3 a check
+    failed.
 
     Args:
-        loop: `train` of train.py: it is what is tried.
-        report: of this process; only that of the first one speaks.
+        loop: `train` of train.py, which is what is tried.
+        report: of this process; only the first process's prints.
     """
     quiet_libraries()
     accelerator = None
@@ -72,7 +73,7 @@ def dry_run(config: Config, loop: Loop, report: Report) -> int:
 
 
 def _deepspeed_settings(config: Config, precision: str, accelerator: Accelerator) -> str:
-    """What was agreed on. DeepSpeed's JSON is checked also where this launch does not ask for DeepSpeed."""
+    """The engine in words. DeepSpeed's JSON is checked even if this launch does not use DeepSpeed."""
     path = config.deepspeed_config_file
     if deepspeed_wanted(config):
         path = path or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "its built-in settings")
@@ -205,7 +206,7 @@ def _check_disk(report: Report, planned: Plan, folder: Path) -> None:
 def _check_memory(
     report: Report, config: RunConfig, precision: str, accelerator: Accelerator, told: Forecast
 ) -> bool:
-    """Whether the real base is to be tried."""
+    """Whether the real base fits, and so is tried."""
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
     whole = min(gather_object([memory_limit(accelerator.device, 1.0)]))
     remedy = ""

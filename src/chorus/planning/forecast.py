@@ -1,4 +1,4 @@
-"""What a forecast of memory is for, and what it says: bytes by part, and a table of them for people."""
+"""A memory forecast: the machine it is for, bytes by part, and a table of them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Machine(NamedTuple):
 
     @property
     def mesh(self) -> Mesh:
-        """The place of the first process; as to memory, all are alike."""
+        """The place of the first process; the memory of all processes is the same."""
         return Mesh(self.agent_size, self.num_processes // self.agent_size)
 
     @property
@@ -56,7 +56,7 @@ class Forecast(NamedTuple):
         return sum(self.standing.values()) + self.activations + max(self._in_turn().values())
 
     def _in_turn(self) -> dict[str, int]:
-        """What comes on top of the activations, one after the other."""
+        """The peaks on top of the activations, in order of time."""
         return {"loss": self.loss, "diversity": self.diversity, "backward": self.backward}
 
     @property

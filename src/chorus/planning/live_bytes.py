@@ -1,4 +1,4 @@
-"""Count the bytes that live while code runs on the meta device, and stand in for what does not run there.
+"""Counts live bytes while code runs on the meta device, and replaces what cannot run there.
 
 On the meta device tensors have shapes and storages of a size, but no values: a model of any size takes no
 memory.
@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # count what compiled code does, but not what the compiler does
+        return True  # count what compiled code allocates, not what the compiler allocates
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -53,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             self._note(
                 tensor, counts=False
-            )  # made outside of the context: neither it nor a view of it counts
+            )  # allocated outside of the context: neither it nor its views count
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             self._note(tensor, counts=True)
@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Undrawn(Noise):
-    """Noise of the right shapes. The meta device has no generator to draw from."""
+    """Noise of the right shapes: the meta device has no random generator."""
 
     def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
         p = of_agent(self.dropout_p, agent)
@@ -97,11 +97,11 @@ def undrawn_noise(adapters: Mapping[int, Tensor], rates: Regularisation, step: i
 
 
 class CountedPasses:
-    """Stands for `CapturedPasses` on the meta device, where there are no CUDA graphs.
+    """Replaces `CapturedPasses` on the meta device, where there are no CUDA graphs.
 
-    A captured pass keeps all the memory of its peak, and its inputs and outputs beside. Outside of
-    `counted_by` a pass runs with masks that already exist, and nothing is kept: layers compile then. With
-    masks made inside of the pass, reading a mask's value would keep a layer from being compiled.
+    A captured pass keeps its peak memory, and its inputs and outputs in addition. Outside of `counted_by` a
+    pass runs with precomputed masks and keeps nothing, so that layers are compiled: making masks within the
+    pass reads a value, which prevents compilation.
 
     Args:
         is_captured: count what a CUDA graph keeps. False: count the pass as it runs without graphs.
@@ -143,7 +143,7 @@ class CountedPasses:
         hidden_NTD = run(rows, flat_KF, masks)
         (gradient_KF,) = torch.autograd.grad(hidden_NTD, flat_KF, torch.empty_like(hidden_NTD))
         inside = live.peak - before - hidden_NTD.nbytes
-        if self.held:  # all captures share one pool, except for what leaves it
+        if self.held:  # all captures share one pool; outputs are outside of it
             return [masks, flat_KF, gradient_KF, hidden_NTD.detach()]
         del gradient_KF
         return [masks, flat_KF, torch.empty(inside, dtype=torch.uint8, device="meta"), hidden_NTD.detach()]
@@ -164,8 +164,9 @@ class _Replayed(torch.autograd.Function):
 def fused_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """What a kernel without scores (flex, flash, sdpa) keeps: its
-    inputs, its output and a number for each row."""
+    """The memory of attention without scores (flex, flash, sdpa): inputs, output and a number for each
+    row.
+    """
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # pyright: ignore
 
 

@@ -1,5 +1,6 @@
-"""Whether a run fits into memory, told before the base is
-loaded; and what is said if memory runs out all the same."""
+"""Whether a run fits into memory, checked before the base is loaded; and the error if memory still runs
+out.
+"""
 
 import logging
 import os
@@ -24,7 +25,7 @@ from chorus.planning.forecast import Machine, in_words
 from chorus.planning.memory_forecast import forecast, longest_batch
 from chorus.progress import announced
 
-# From the cheapest in time to the dearest.
+# From the smallest cost in time to the largest.
 ROOM_TO_MAKE: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": "selective"},
     {"gradient_checkpointing": "full"},
@@ -47,7 +48,7 @@ def foresee_memory(
 ) -> tuple[int, str]:
     """Forecast what the run takes of each device; a log level and one line for the log. A collective call.
 
-    Nothing is loaded for it. With `memory_check: off` the level is one that is never logged.
+    Loads nothing. With `memory_check: off` the log level is one that is never logged.
 
     Args:
         samples, held_out: the rows of training and evaluation. The longest decides, and a batch holds no more
@@ -90,7 +91,7 @@ def longest_of(config: RunConfig, samples: Sequence[Sample], held_out: Sequence[
 
 
 def _longest(config: RunConfig, samples: Sequence[Sample]) -> int:
-    if isinstance(samples, Samples):  # which knows lengths without reading a token of millions of rows
+    if isinstance(samples, Samples):  # which has lengths without reading the tokens
         return int(samples.lengths.clip(max=config.max_seq_length).max(initial=1))
     return max((len(sample.ids) for sample in samples), default=1)
 
@@ -98,10 +99,10 @@ def _longest(config: RunConfig, samples: Sequence[Sample]) -> int:
 def _forecast_and_way_out(
     config: RunConfig, precision: str, machine: Machine, limit: int, length: int
 ) -> tuple[int, str, str]:
-    """Bytes, in which phase they are needed, and what would make them fit ("" where they do)."""
+    """Bytes, the phase that needs them, and a change that would make them fit ("" if they fit)."""
     log = logging.getLogger("chorus.model")
     before = log.level
-    log.setLevel(logging.WARNING)  # its choices are said when the real base is loaded
+    log.setLevel(logging.WARNING)  # its choices are logged when the real base is loaded
     told = forecast(config, precision, machine, length)
     log.setLevel(before)
     phase = "training" if told.training >= told.peak else "evaluation"
@@ -111,7 +112,9 @@ def _forecast_and_way_out(
 def way_out(
     config: RunConfig, precision: str, machine: Machine, limit: int, length: int | None = None
 ) -> str:
-    """The first change of settings that is enough, by forecast, as one may type it; or that none is."""
+    """The first change of settings that suffices by forecast, as command-line arguments; or that none
+    does.
+    """
     for change in _changes(config, machine):
         peak = forecast(config.model_copy(update=change), precision, machine, length).peak
         if peak <= limit:
@@ -120,8 +123,9 @@ def way_out(
 
 
 def _changes(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
-    """What may be enough. Smaller batches come with more of
-    them in a step, which leaves its rows what they are."""
+    """The changes to try. Smaller micro-batches come with more accumulation, so that the rows of a step stay
+    the same.
+    """
     of_evaluation: dict[str, Any] = {}
     if config.eval_samples and config.eval_batch_size > 1:
         of_evaluation = {"eval_batch_size": 1}
@@ -167,7 +171,9 @@ def as_settings(change: dict[str, Any]) -> str:
 
 @contextmanager
 def memory_errors_named(config: Config) -> Iterator[None]:
-    """Raise OutOfMemory, one line with a remedy, where a GPU's or the host's memory runs out within."""
+    """Raise OutOfMemory, one line with a remedy, if the memory of a GPU or the host runs out in this
+    context.
+    """
     try:
         yield
     except (InputError, RunError, Preempted):
@@ -185,7 +191,7 @@ def memory_errors_named(config: Config) -> Iterator[None]:
 
 
 def _where(error: BaseException) -> tuple[str, str]:
-    """The innermost line of ours in the error's trace, and the phase of the run."""
+    """The innermost line of this package in the traceback, and the phase of the run."""
     frames = traceback.extract_tb(error.__traceback__)
     names = {"/".join(Path(frame.filename).parts[-2:]) for frame in frames}
     phase = "training"
@@ -205,7 +211,7 @@ def _is_ours(file: str) -> bool:
 
 
 def _remedy(config: Config, phase: str) -> str:
-    """What would still make a difference to this configuration."""
+    """Changes of this configuration that would save memory."""
     if phase == "loading the base":
         return "take a smaller base, mixed_precision=bf16, or end what else uses the device"
     if phase == "evaluation":

@@ -1,10 +1,10 @@
 """Forecast how much memory of each device a run needs, before any weight is read.
 
-There is no formula for an architecture. One micro-batch runs through the real code, every layer of it, on
-torch's meta device, where tensors have shapes but no values, and the bytes of the storages that live at the
-same time are counted. So the forecast follows the code in modes, groups of agents, gradient checkpointing,
-compiled layers and attention scores. What that pass does not hold is added by arithmetic: optimizer state and
-its sharding, an engine's buffers, and the loss as a GPU computes it.
+There is no formula for each architecture. One micro-batch runs through all layers of the real code on torch's
+meta device, where tensors have shapes but no values, and the live bytes of storages are counted. So the
+forecast follows the code for modes, groups of agents, gradient checkpointing, compiled layers and attention
+scores. The rest is added by arithmetic: optimizer state and its sharding, the engine's buffers, and the loss
+as a GPU computes it.
 """
 
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ def forecast(config: RunConfig, precision: str, machine: Machine, length: int | 
     if config.lambda_sw > 0:
         compared, gradient_of_all = diversity_bytes(own, dtype, agents.head(), length, machine)
         diversity = max(0, counts.after_forward + counts.gradients + compared - activations)
-        loss += gradient_of_all  # backward passes through the distance first, and its gradient waits
+        loss += gradient_of_all  # backward runs through the distance first, and its gradient is kept
     backward = counts.peak + counts.gradients - activations
     scoring = _scoring_bytes(config, agents, length, machine)
     trainable = counts.elements * machine.agent_size
@@ -75,8 +75,9 @@ def longest_batch(config: RunConfig) -> int:
 
 
 def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What each process holds of a base of `whole` bytes: all,
-    or under stage 3 a share and the gathered layers."""
+    """Bytes on each process for a base of `whole` bytes: all, or under stage 3 a shard and the gathered
+    layers.
+    """
     if not machine.base_in_shards:
         return {"base": whole}
     zero = (machine.deepspeed or {})["zero_optimization"]
@@ -89,7 +90,7 @@ def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, in
 
 
 def trained_bytes(elements: int, config: RunConfig, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """What a process holds for the `elements` trainable numbers of its agents: weights, AdamW's two moments,
+    """Bytes on a process for the `elements` trainable numbers of its agents: weights, AdamW's two moments,
     the engine's buffers.
 
     Plain: everything in fp32 on every process. ZeRO (Rajbhandari et al. 2020): the live weights in the run's
@@ -126,9 +127,9 @@ def _number(zero: Mapping[str, Any], key: str, default: float) -> int:
 def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Machine) -> int:
     """Bytes of scoring held-out rows under all members, or of writing all answers to some prompts, if larger.
 
-    A prompt is answered in 2 K + 1 rows: the base and each agent by itself, and each agent for the
-    mixture. Agents that are spread over processes are gathered for it. On a GPU decoding fills the memory
-    that is free, so one prompt at a time is all that it needs.
+    A prompt is answered in 2 K + 1 rows: the base and each agent by itself, and each agent for the mixture.
+    Agents that are spread over processes are gathered for it. On a GPU decoding uses the free memory, so it
+    needs only enough for one prompt at a time.
     """
     rows = min(config.eval_batch_size, ceil(config.eval_samples / machine.num_processes))
     if rows == 0:
@@ -149,7 +150,7 @@ def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Mach
         with LiveBytes() as live, agents.trunk(0) as trunk:
             output = trunk(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True)
             cache = live.now - output.last_hidden_state.nbytes
-    logits = 3 * 4 * prompts * len(head.weight_VD)  # raw, as log-probabilities, and in their mixture; fp32
+    logits = 3 * 4 * prompts * len(head.weight_VD)  # logits, log-probabilities, and their mixture; fp32
     scoring += loss_bytes(head, tokens, dtype, machine.device_type)[0]
     elsewhere = config.num_agents - config.num_agents // machine.agent_size
     adapters = elsewhere * agents.adapters()[0].nbytes

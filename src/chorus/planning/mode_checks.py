@@ -11,8 +11,7 @@ from chorus.planning.memory_forecast import forecast
 from chorus.planning.trial_run import ModeRun, Setting, disagreement, rehearse
 from chorus.training.zero.launcher import deepspeed_wanted
 
-# Relative differences that rounding makes: in another order, by bf16, and after a step by what AdamW makes of
-# it.
+# Relative differences due to rounding: order of sums, bf16, and AdamW's amplification of both.
 TOLERANCE = {"no": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
 
 

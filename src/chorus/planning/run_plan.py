@@ -14,7 +14,7 @@ from chorus.training.engine import DTYPES
 
 
 class Plan(NamedTuple):
-    """The sizes of a run. `describe` puts them into words."""
+    """The sizes of a run."""
 
     agents: int
     rank: int
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
 
 def _who_sees_them(config: RunConfig) -> str:
-    """How the agents differ in the rows of a step."""
+    """How the agents share the rows of a step, in words."""
     seen = "every agent has its own" if config.per_agent_batches else "every agent sees all"
     return seen if config.bootstrap == "none" else f"{seen}, weighted (bootstrap {config.bootstrap})"
 
@@ -121,7 +121,7 @@ def plan(
         steps_of_an_epoch=of_an_epoch,
         steps=steps,
         checkpoint_bytes=12 * trainable + 10**6,  # weights and two moments in fp32, and the JSON files
-        checkpoints=kept + 1,  # the oldest is deleted once the newest is whole
+        checkpoints=kept + 1,  # the oldest is deleted after the newest is complete
     )
 
 

@@ -1,4 +1,4 @@
-"""The first checks of the dry run: a folder to write in, one configuration, processes that see each other."""
+"""The first checks of the dry run: a writable folder, one configuration, working communication."""
 
 import shutil
 import tempfile
@@ -21,7 +21,7 @@ from chorus.planning.checks import Report
 
 @contextmanager
 def folder_beside_output(report: Report, config: Config, accelerator: Accelerator) -> Iterator[Path]:
-    """A folder on the disk of `output_dir`, gone at the end. Nothing is written into `output_dir` itself."""
+    """A temporary folder on the disk of `output_dir`. Nothing is written into `output_dir` itself."""
     output_dir = Path(config.output_dir)
     with report.trying("output_dir can be written"):
         on_every_process(partial(refuse_unusable, output_dir, resumed=False))
@@ -44,7 +44,7 @@ def _make_folder(beside: Path) -> Path:
 
 
 def check_processes(report: Report, config: Config, accelerator: Accelerator, folder: Path) -> None:
-    """Check that all processes have one configuration and one output folder, and that they can talk."""
+    """Check that all processes have the same configuration and output folder, and can communicate."""
     count = accelerator.num_processes
     with report.trying("processes have one configuration"):
         own = sha256(config.model_dump_json().encode()).hexdigest()

@@ -16,8 +16,8 @@ class Traffic(NamedTuple):
     Attributes:
         gradients: summed over the data group: in fp32 by DDP, in the run's precision by ZeRO.
         weights: gathered over the data group after the step, by ZeRO alone.
-        points: projections of its agents' points, to those that see other rows: for the sliced distance.
-        sorted_points: the same of all rows of the data group, to those that hold other agents.
+        points: projections of its agents' points, to processes with other rows: for the sliced distance.
+        sorted_points: projections of all rows of the data group, to processes with other agents.
     """
 
     gradients: int

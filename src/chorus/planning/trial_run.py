@@ -1,4 +1,4 @@
-"""A few real optimiser steps in one mode, and the facts that `dry_run` checks."""
+"""A few real optimiser steps in one mode, and the results that `dry_run` checks."""
 
 import gc
 import time
@@ -32,7 +32,7 @@ from chorus.planning.live_bytes import bytes_of
 from chorus.training.engine import Engine, start_engine, zero_stage
 
 STEPS = 2
-PEFT_TOKENS = 32  # of the row on which stock PEFT is compared: its logits are made whole
+PEFT_TOKENS = 32  # of the row for the comparison with stock PEFT, which computes all its logits
 
 Loop = Callable[..., None]  # train.py's own loop
 
@@ -67,10 +67,10 @@ class ModeRun:
         step_s: seconds of the last step, its waiting for the device included.
         peak: the most bytes that this process held on its GPU, see `memory.peak_bytes`; None on a CPU.
         engine: the engine's own description.
-        unmoved: for each agent, the tensors that should have moved and have not.
-        changed: base tensors of which a bit has changed.
-        not_shared: base tensors that lie elsewhere for some agent.
-        growth: bytes that one agent more takes, beyond its adapters.
+        unmoved: for each agent, the number of B matrices that did not change.
+        changed: base tensors with a changed bit.
+        not_shared: base tensors that some agent has a copy of.
+        growth: bytes that one more agent takes, beyond its adapters.
         holders: of each process, the agents that it holds, with a checksum of each adapter after the steps.
     """
 
@@ -98,10 +98,10 @@ class ModeRun:
 
 
 class Reload(NamedTuple):
-    """What a checkpoint gives back, and what the agents answer together.
+    """A checkpoint read back, and the mixture's probabilities.
 
     Attributes:
-        unchanged: agents whose loss is, to the bit, what it was before the steps.
+        unchanged: agents whose loss is bitwise the same as before the steps.
         differs: largest difference of a hidden state between the agents and those read from their checkpoint.
         peft_differs: largest difference of a logit between an agent and stock PEFT's reading of its folder,
             relative to the largest logit.
@@ -139,13 +139,13 @@ class _NoCheckpointer(Checkpointer):
         skips_in_a_row: int,
         scores: Mapping[str, Any] | None = None,
     ) -> None:
-        """Only the run's own mode is saved."""
+        """Saves only the run's own mode."""
 
 
 def trial_config(config: RunConfig, mode: str, folder: Path) -> RunConfig:
     """The configuration of `STEPS` optimiser steps in `mode`, each of them logged."""
     steps = {"max_train_steps": STEPS, "logging_steps": 1, "save_steps": 0, "max_skipped_steps": 0}
-    # Warm-up would give the first step a learning rate of 0, and all agents would still be the base after it.
+    # With warm-up the first step has a learning rate of 0, after which all agents would still equal the base.
     schedule = {"num_warmup_steps_ratio": 0.0, "shuffle": False, "num_workers": 0}
     unprofiled = {"profile_steps": 0, "profile_trace": False}
     place = {"parallel_mode": mode, "output_dir": str(folder)}
@@ -156,10 +156,10 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
     """Take `STEPS` optimiser steps in `mode` by train.py's own loop. A collective call.
 
     Args:
-        is_own: it is the mode of the run: the checkpoint is written and read again.
+        is_own: this is the mode of the run: its checkpoint is written and read back.
 
     Raises:
-        InputError, RunError: as the run itself would.
+        InputError, RunError: as in the run itself.
     """
     config = trial_config(setting.config, mode, setting.folder)
     accelerator, device = setting.accelerator, setting.accelerator.device
@@ -216,7 +216,7 @@ def rehearse(setting: Setting, mode: str, is_own: bool) -> ModeRun:
 def agents_of(
     config: RunConfig, base: PreTrainedModel, num_agents: int, execution: Execution, mesh: Mesh = ALONE
 ) -> Agents:
-    """Fresh agents on the base's storage; the base itself stays as it is."""
+    """New agents on the base's storage; the base itself is not modified."""
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     own = copy_sharing_storage(base)
     shape = lora_shape(config)
@@ -224,7 +224,7 @@ def agents_of(
 
 
 def not_shared_tensors(agents: Agents) -> list[str]:
-    """Base tensors that do not lie in the first agent's storage, as `agent 2: model.layers.0...`."""
+    """Base tensors that are not in the first agent's storage, such as `agent 2: model.layers.0...`."""
     first = agents.frozen_tensors()
     return [
         f"agent {agent}: {name}"
@@ -235,9 +235,9 @@ def not_shared_tensors(agents: Agents) -> list[str]:
 
 
 def growth(config: RunConfig, base: PreTrainedModel, agents: Agents) -> int:
-    """Bytes that one agent more takes, beyond those of its adapters: 0 where the base is shared."""
+    """Bytes that one more agent takes, beyond its adapters: 0 where the base is shared."""
     counted = []
-    # One agent more than the run's has no value in a key with one for each agent, and needs none.
+    # An extra agent has no entry in keys with a value for each agent, and needs none.
     plain = config.model_copy(update=dict.fromkeys(("lora_alpha", "lora_init_gain"), 1.0))
     for num_agents in (len(agents.agents), len(agents.agents) + 1):
         built = agents_of(plain, base, num_agents, Execution())
@@ -246,7 +246,9 @@ def growth(config: RunConfig, base: PreTrainedModel, agents: Agents) -> int:
 
 
 def checksums_of(agents: Agents) -> dict[str, int]:
-    """The sum of every base tensor's bits, read as whole numbers: any one change of a value changes it."""
+    """A checksum of every base tensor: the sum of its bits as integers, which any single changed value
+    changes.
+    """
     return {name: bits_of(tensor) for name, tensor in agents.frozen_tensors().items()}
 
 
@@ -256,8 +258,9 @@ def bits_of(tensor: Tensor) -> int:
 
 
 def unmoved(before: Mapping[TensorId, Tensor], after: Mapping[TensorId, Tensor]) -> dict[int, int]:
-    """For each agent, how many of its B have not moved. (A has no
-    gradient while B is zero, as it is at the start.)"""
+    """For each agent, how many of its B did not change. (A has no gradient while B is zero, as at the
+    start.)
+    """
     counts = dict.fromkeys(sorted({identity.agent for identity in before}), 0)
     for identity, tensor in before.items():
         counts[identity.agent] += identity.matrix == "B" and torch.equal(tensor, after[identity])
@@ -285,7 +288,7 @@ def evaluating(agents: Agents):
 def reload(
     place: Path, base: PreTrainedModel, config: RunConfig, agents: Agents, batch: Batch, nll_before_K: Tensor
 ) -> Reload:
-    """Read the checkpoint into fresh agents, and each agent's folder with stock PEFT; mix their answers."""
+    """Read the checkpoint into new agents, and each agent's folder with stock PEFT; mix their answers."""
     nll_K, hidden_KBTD = answers(agents, batch)
     folder = checkpoints(place)[0]
     state = read_tensors(folder, verify(folder).optimizer_step)
