@@ -1,4 +1,4 @@
-"""What went wrong, said in one line, and the exit codes.
+"""Errors for users, in one line, and the exit codes.
 
 2 bad input; 3 a fault of the run; 4 stopped by SIGTERM or SIGINT, with every step saved; 130 ended at once,
 by a second signal or an interrupt.
@@ -23,36 +23,37 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave us. The message is one line: where, which key, which value, what to do.
+    """A mistake in the user's input. The message is one line: where, which key, which value, what to do.
 
-    Raised from inputs that every process reads alike, so every process raises it, with the same words.
+    All processes read the same input, so every process raises it with the same message.
     """
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, such as when losses stay non-finite.
-    One line: which agent, which step, what to do."""
+    """A run that cannot continue, for example because losses stay non-finite. One line: which agent, which
+    step, what to do.
+    """
 
 
 class LostProcess(RunError):
-    """Another process of the run is gone, or does not answer."""
+    """Another process of the run has ended, or does not answer."""
 
 
 class OutOfMemory(RunError):
-    """The memory of a device, or of the host, was not enough. One
-    line: where, what was asked for, what to do."""
+    """The memory of a device or the host ran out. One line: where, what was requested, what to do."""
 
 
 class Preempted(Exception):
-    """A SIGTERM or SIGINT has ended the run after a step, and
-    all of it is saved. One line: where, how to go on."""
+    """A SIGTERM or SIGINT has ended the run after a step, which is saved. One line: where, and how to
+    resume.
+    """
 
 
 @contextmanager
 def input_errors_end_the_program() -> Iterator[None]:
-    """Print an error that is meant for people as one line on stderr and exit with its code.
+    """Print an error for users as one line on stderr, and exit with its code.
 
-    A lack of memory is one, too. Every other exception keeps its traceback: it is a mistake of ours.
+    Out-of-memory errors are included. Every other exception keeps its traceback: it is a bug.
     """
     try:
         yield
@@ -60,7 +61,7 @@ def input_errors_end_the_program() -> Iterator[None]:
         _exit(f"error: {error}", 2)
     except (LostProcess, OutOfMemory) as error:
         _say(f"error: {error}", is_consequence=isinstance(error, LostProcess))
-        os._exit(3)  # Python's own end may wait for a group's threads, and these for the other processes
+        os._exit(3)  # Python's exit may wait for a process group's threads, and these for the other processes
     except RunError as error:
         _exit(f"error: {error}", 3)
     except Preempted as preempted:
@@ -76,12 +77,12 @@ def input_errors_end_the_program() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was asked for, in a few words, if the error or one that led to it is a lack of memory; None
+    """A short description of the request, if the error or one of its causes is an out-of-memory error; None
     otherwise.
 
     Memory may run out in torch on a GPU (OutOfMemoryError), in its allocator on the host (RuntimeError), in
     one of CUDA's libraries (a status), in Python or numpy (MemoryError) or in the system (ENOMEM). A capture
-    or a compilation that is ended by it raises an error of its own on top.
+    or a compilation raises another error on top.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -111,7 +112,7 @@ _LACK = re.compile(
 
 def _exit(line: str, code: int) -> None:
     for number in SIGNALS:
-        # A launcher that sees another process end must not take the code away.
+        # A launcher that sees another process end sends SIGTERM, which must not change the exit code.
         if signal.getsignal(number) is _end:
             signal.signal(number, signal.SIG_IGN)
     _say(line)
@@ -123,8 +124,8 @@ def end_on_signals() -> None:
     import.
 
     From its first step on training replaces these handlers by its own (`training.signals.StopRequest`), which
-    end the step first. Everything else may end at any moment: what it writes is whole or absent, and a run
-    that is started again resumes.
+    end the step first. Everything else may be interrupted at any moment: files are written atomically, and a
+    restarted run resumes.
     """
     for number in SIGNALS:
         signal.signal(number, _end)
@@ -135,7 +136,7 @@ def end_on_signals() -> None:
 def _is_under_accelerate() -> bool:
     """Whether `accelerate launch` is the parent, as it is of a run in one process.
 
-    Its program is looked at, not any word of its command: a shell script may have that word in its path, and
+    Decided by its program, not by any word of its command: a shell script may have that word in its path, and
     may end before the run that it has started.
     """
     with suppress(OSError):
@@ -147,17 +148,17 @@ def _is_under_accelerate() -> bool:
 
 
 def signal_at_end_of_launcher(number: int) -> None:
-    """Have the system send this signal when the parent ends first; 0: none. For the main thread, on Linux.
+    """Make the system send this signal when the parent ends first; 0: none. For the main thread, on Linux.
 
-    `accelerate launch` passes no signal on to its one process: asked to end, it would end alone, and the run
-    would train on unseen.
+    `accelerate launch` does not forward signals to its one process: asked to end, it would end alone, and the
+    run would continue unnoticed.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    for other in SIGNALS:  # a launcher passes on what a terminal has sent already
+    for other in SIGNALS:  # a launcher forwards a signal that the terminal has also sent
         signal.signal(other, signal.SIG_IGN)
     end_now(
         f"stopped by {signal.Signals(number).name}: no step is lost; resume_from_checkpoint=auto resumes it",
@@ -166,7 +167,7 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 def end_now(line: str, code: int) -> NoReturn:
-    """End this process with one line, whatever it is doing; from any thread, or a signal's handler."""
+    """End this process with one line, whatever it is doing; from any thread or a signal handler."""
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     _say(line)
@@ -174,29 +175,28 @@ def end_now(line: str, code: int) -> NoReturn:
 
 
 def _say(line: str, is_consequence: bool = False) -> None:
-    """In one write: under torchrun Python has no buffers, and after `print`'s first write another process may
-    write.
+    """A single write: under torchrun stderr is unbuffered, and another process may write between two writes
+    of `print`.
 
-    A launcher prints a report of its own after it. torchrun's, which is also that of `accelerate launch` for
-    several processes, quotes the line at its end. `accelerate launch` for one process prints the traceback of
-    its own call, whatever the process does; on a terminal the line stands out from it in bold.
+    A launcher prints its own report afterwards. torchrun's, also used by `accelerate launch` for several
+    processes, quotes the line at its end. `accelerate launch` for one process always prints a traceback of
+    its own; on a terminal the line is in bold to stand out.
     """
     _tell_torchrun(line, is_consequence)
     is_bold = sys.stderr.isatty() and line.startswith("error: ")
     shown = f"\x1b[1m{line}\x1b[0m\n" if is_bold else f"{line}\n"
     try:
-        sys.stdout.flush()  # what was printed before comes first
+        sys.stdout.flush()  # flush what was printed before
         sys.stderr.write(shown)
         sys.stderr.flush()
-    except RuntimeError:  # a signal has come amid a write, which Python does not let another one enter
+    except RuntimeError:  # a signal interrupted a write; Python's buffered writers are not reentrant
         os.write(2, shown.encode(errors="backslashreplace"))
 
 
 def _tell_torchrun(line: str, is_consequence: bool) -> None:
-    """Leave the line where torchrun looks for it, in the format of torch.distributed.elastic's error files.
+    """Write the line where torchrun looks for it, in the format of torch.distributed.elastic's error files.
 
-    The earliest failure is what it reports as the cause: a process that only lost another one comes after
-    that.
+    torchrun reports the earliest failure as the cause: a process that only lost another one must come later.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:

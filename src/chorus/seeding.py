@@ -1,7 +1,7 @@
-"""Every random number of a run comes from a seed derived here, never from a global generator.
+"""Seeds: every random number of a run comes from a seed derived here, never from a global generator.
 
 A seed is derived from its purpose, so no random state needs saving. The same (seed, purpose, step, agent,
-...) gives the same numbers in every mode, on every process, and when an activation is recomputed.
+...) gives the same numbers in every mode, on every process, and on recomputation.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Named spans of a training step: `with span("task_loss"):`.
 
-A span costs an eighth of a microsecond while nothing listens. Who listens is set by `listening`: a
-`Stopwatch` (profiler.py), PyTorch's profiler (trace.py) or the memory forecast. Compiled layers and captured
-passes contain no span, because nothing could be timed there.
+A span costs an eighth of a microsecond without a listener. `listening` sets the listener: a `Stopwatch`
+(profiler.py), PyTorch's profiler (trace.py) or the memory forecast. Compiled layers and captured passes
+contain no spans, because nothing can be timed inside them.
 """
 
 from collections.abc import Callable, Iterator

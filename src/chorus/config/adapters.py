@@ -28,7 +28,8 @@ class AdapterSettings(Section):
     """Rank R of every adapter."""
     lora_alpha: PerAgent[PositiveFloat] = 16.0
     """An adapter's output is scaled by lora_alpha / lora_rank. A number, or a list with one for each
-    agent."""
+    agent.
+    """
     use_rslora: bool = False
     """true: scaled by lora_alpha / sqrt(lora_rank) instead, so
     that a high rank does not shrink it (rsLoRA)."""
@@ -52,8 +53,9 @@ class AdapterSettings(Section):
     """Factor on the standard deviation of A's initial values; B starts as it does without. A number, or a
     list with one for each agent."""
     init_adapters_from: Annotated[list[Text], Field(min_length=1)] | Text | None = None
-    """Start from adapters that exist: a run's output_dir, or a list of PEFT LoRA folders, one for each agent.
-    Their weights alone: optimizer, schedule and steps begin anew, over any rows. null: fresh adapters."""
+    """Start from existing adapters: a run's output_dir, or a list of PEFT LoRA folders, one for each agent.
+    Only their weights: optimizer, schedule and steps start anew, on any rows. null: new adapters.
+    """
     dropconnect_p: PerAgent[Probability] = 0.0
     """DropConnect: the probability with which each weight of A and B is dropped, the others scaled by
     1/(1-p); from 0 (off) to below 1. The masks are new at every optimiser step, off in evaluation, and never

@@ -23,10 +23,11 @@ class EngineSettings(Section):
     """DeepSpeed's own settings, a JSON file; null for ZeRO-2 with buckets sized to adapters.
     recipes/deepspeed has others, for where memory is short."""
     agent_parallel_size: ComparedByEffect[PositiveInt | Literal["auto"]] = 1
-    """A: spread the agents over so many processes, num_agents / A on each; A divides agents and processes.
+    """A: spread the agents over this many processes, num_agents / A on each; A divides agents and processes.
     Those A processes see the same rows, so a micro-batch has batch_size x processes / A rows. Gradients are
     summed over processes / A processes, and where A is the number of processes, over none. auto: the largest
-    A. docs/scaling.md says when it pays."""
+    A. docs/scaling.md says when it pays.
+    """
     collective_timeout_s: MayChange[Annotated[int, Field(ge=1, le=31_536_000)]] = 1800
     """Seconds that a process waits for the others before it ends the run; more than the slowest save or
     evaluation of one of them takes."""

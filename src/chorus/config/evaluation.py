@@ -40,11 +40,11 @@ class EvaluationSettings(Section):
     eval_on_start: MayChange[bool] = True
     """Score before the first step, too. Adapters that add nothing yet leave the base alone to be scored."""
     eval_steps: MayChange[NonNegativeInt] = 0
-    """Score every so many optimiser steps; 0: only before and after training."""
+    """Score every N optimiser steps; 0: only before and after training."""
     metric_for_best_model: MayChange[Text | None] = None
     """The score that names the best step, as metrics.jsonl spells it: uniform/cls/Acc, agent_0/token/NLL. Its
     checkpoint is kept beside the newest ones. null: no step is the best one."""
     early_stopping_patience: MayChange[NonNegativeInt] = 0
-    """Stop training after so many scorings in a row without a better metric_for_best_model; 0: never."""
+    """Stop training after this many evaluations in a row without a better metric_for_best_model; 0: never."""
     load_best_model_at_end: MayChange[bool] = False
     """true: export and score the agents of the best step, in place of those of the last one."""

@@ -22,8 +22,9 @@ class ExecutionSettings(Section):
     sequential: one agent at a time, the least memory. parallel: K models over the same frozen storage, for
     bases that fused refuses."""
     agents_per_pass: MayChange[PositiveInt | None] = None
-    """fused: at most so many agents in one pass, where memory is short; each pass is computed twice then, but
-    with gradient_checkpointing full, which computes every layer twice as it is. null: all."""
+    """fused: at most this many agents in one pass, to save memory; each pass is then computed twice, except
+    with gradient_checkpointing full, which computes every layer twice anyway. null: all.
+    """
     attn_implementation: MayChange[
         Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"]
     ] = "auto"
@@ -31,9 +32,10 @@ class ExecutionSettings(Section):
     GPU, for rows of 1,024 tokens or more, flash_attention_2 where it is installed or flex_attention in
     compiled layers; without a soft-cap what transformers takes. The log says what was chosen, and why."""
     gradient_checkpointing: MayChange[Recompute | None] = None
-    """What of each decoder layer is computed again in the backward pass, for less memory and more time. none:
+    """What of each decoder layer is recomputed in the backward pass, for less memory and more time. none:
     nothing. selective: all but the results of its products with weights. full: the whole layer. null: none,
-    or what use_gradient_checkpointing says."""
+    or what use_gradient_checkpointing says.
+    """
     use_gradient_checkpointing: MayChange[bool | None] = None
     """The older spelling of gradient_checkpointing: true is
     full, false is none; null leaves it to the other key."""
@@ -42,8 +44,9 @@ class ExecutionSettings(Section):
     cannot compile is an error. auto: on a GPU, where packing or pad_to_multiple_of leaves at most 8 shapes
     and lora_dropout is 0."""
     cuda_graphs: MayChange[Literal["auto"] | bool] = "auto"
-    """true: record a training pass and replay it whole, which spares the host most of its work. It keeps the
-    memory of a pass for itself. auto: as for compile."""
+    """true: capture a training pass as a CUDA graph and replay it, which saves the host most of its work. The
+    graph keeps the memory of a pass. auto: as for compile.
+    """
 
     @field_validator("compile", "cuda_graphs")
     @classmethod

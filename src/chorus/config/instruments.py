@@ -13,8 +13,9 @@ class InstrumentSettings(Section):
     TITLE: ClassVar[str] = "Instruments"
 
     profile_steps: MayChange[NonNegativeInt] = 0
-    """Time so many optimiser steps part by part, after a first
-    one that warms up, and print a summary; 0 is off."""
+    """Time this many optimiser steps part by part, after one step of warm-up, and print a summary; 0 is
+    off.
+    """
     profile_trace: MayChange[bool] = False
     """true: after those, trace two steps with PyTorch's profiler into output_dir/profile: a trace for
     https://ui.perfetto.dev, a flame graph for any browser, the most expensive operators. It slows these two

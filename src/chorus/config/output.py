@@ -20,12 +20,13 @@ class OutputSettings(Section):
     output_dir: MayChange[Place] = "runs/default"
     """The folder for all that a run writes, relative to the working directory."""
     save_steps: MayChange[NonNegativeInt] = 0
-    """Write a checkpoint every so many optimiser steps, into output_dir/checkpoints; 0: only at the end, and
-    when SIGTERM or SIGINT stops the run."""
+    """Write a checkpoint every N optimiser steps, into output_dir/checkpoints; 0: only at the end, and when
+    SIGTERM or SIGINT stops the run.
+    """
     save_total_limit: MayChange[Annotated[int, Field(ge=2)] | None] = 3
-    """Keep so many of the newest checkpoints, at least 2; null keeps all."""
+    """Keep this many of the newest checkpoints, at least 2; null keeps all."""
     logging_steps: MayChange[PositiveInt] = 10
-    """Log every so many optimiser steps."""
+    """Log every N optimiser steps."""
     report_to: MayChange[Literal["auto", "none"] | Annotated[list[TrackerName], Field(min_length=1)]] = "auto"
     """Experiment trackers that get every logged row, by Accelerate's names, such as [tensorboard, wandb];
     others are trackio, mlflow, comet_ml, aim, clearml, dvclive and swanlab. auto: tensorboard where it is

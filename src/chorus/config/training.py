@@ -40,7 +40,8 @@ class TrainingSettings(Section):
     """Clip gradients to this norm, one norm over all agents; 0 is off."""
     max_skipped_steps: MayChange[NonNegativeInt] = 10
     """An agent with a non-finite loss or gradient skips its update, with a warning; the others step normally.
-    After more than so many optimiser steps in a row with a skipped update, the run saves and ends; 0: after
-    the first."""
+    After more than this many optimiser steps in a row with a skipped update, the run saves and ends; 0: after
+    the first.
+    """
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Every random number of the run comes from this one, from 0 to below 2**63."""

@@ -101,7 +101,9 @@ class NextTokenRule:
         return Choice(*map(torch.cat, zip(*parts, strict=True)))
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """Runs of consecutive answerers with one member each, which are handled as one batch."""
+        """(count, first index) of answerers that are handled together: consecutive ones with one member
+        each.
+        """
         index = 0
         while index < len(self.answerers):
             count = 1

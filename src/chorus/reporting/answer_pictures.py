@@ -1,4 +1,4 @@
-"""Pictures of how agents and mixture answered held-out problems, and of what they knew about it."""
+"""Pictures of the answers to held-out problems, their calibration and their uncertainty."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ NAMES = {
 
 
 def answer_pictures(run: RunRecord) -> Iterator[Picture | str]:
-    """Pictures, and a sentence in place of each that the run has no figures for."""
+    """Pictures, and a sentence in place of each for which the run has no data."""
     if not run.problems or not run.mixture:
         yield (
             "No answers one by one: there is no problems.jsonl with a mixture's answers. chorus evaluate RUN "
@@ -59,7 +59,7 @@ def answer_pictures(run: RunRecord) -> Iterator[Picture | str]:
 
 
 def answers_compared(problem: Row, names: Sequence[str]) -> list[str | None]:
-    """What of the answers is compared: the results where the reference marks one."""
+    """The answers in the form in which they are compared: the results where the reference marks one."""
     is_marked = ANSWER_MARK in problem["reference"]
     return [final_answer(problem["answers"][name]["text"], is_marked) for name in names]
 
@@ -165,7 +165,7 @@ def _risk(run: RunRecord, mixture: str) -> Picture:
 
 
 def risk_curve(answers: Sequence[Row], uncertainty: str) -> tuple[list[float], list[float]]:
-    """Coverage and the share of errors at it, from the surest answer on."""
+    """Coverage and the error rate at it, from the most certain answer on."""
     uncertainty_N = torch.tensor([one["uncertainty"][uncertainty] for one in answers], dtype=torch.float64)
     risk_N = risk_at_coverage(uncertainty_N, ~_is_right(answers))
     return [(n + 1) / len(risk_N) for n in range(len(risk_N))], risk_N.tolist()
@@ -202,7 +202,7 @@ def _entropies(answers: Sequence[Row]) -> list[float]:
 
 
 def _told(answers: Sequence[Row], positive: str | Sequence[bool]) -> str:
-    """How well each uncertainty tells the two groups apart."""
+    """How well each uncertainty separates the two groups."""
     is_positive = ~_is_right(answers) if isinstance(positive, str) else torch.tensor(positive)
     found = {
         NAMES[name]: auroc(torch.tensor([one["uncertainty"][name] for one in answers]), is_positive)

@@ -1,4 +1,4 @@
-"""Twenty answers for people: the mixture's tokens coloured by how far the agents disagree on each."""
+"""Twenty answers to look at: the mixture's tokens, coloured by how much the agents disagree on each."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,13 @@ from chorus.reporting.answer_pictures import NAMES, answers_compared
 from chorus.reporting.sources import Row, RunRecord
 
 SHOWN = 20
-LONGEST_PROMPT = 600  # characters of a prompt; of a longer one the end is shown
+LONGEST_PROMPT = 600  # characters of a prompt; only the end of a longer one is shown
 
 
 class ShownToken(NamedTuple):
-    """One token: its text (none at the end), how strongly it is coloured, from 0 to 1, and its figures."""
+    """One token: its text (empty for the end token), intensity of its colour from 0 to 1, and its
+    statistics.
+    """
 
     text: str
     strength: float
@@ -25,7 +27,7 @@ class ShownAnswer(NamedTuple):
 
     Attributes:
         kind: right, wrong, or out of distribution.
-        tokens: of the answer; without any, `text` is all that is known.
+        tokens: of the answer; empty where only `text` is known.
         figures: probability and uncertainties, in words.
         agents: label, answer, and whether it differs from the mixture's.
     """
@@ -77,7 +79,9 @@ def _shown(problem: Row, mixture: str, agents: Sequence[str]) -> ShownAnswer:
 
 
 def _tokens(columns: Row | None, num_agents: int) -> list[ShownToken]:
-    """Coloured by the root of the mutual information's share of log K, its most: small ones must show."""
+    """Coloured by the square root of mutual information / log K (its maximum), so that small values are
+    visible.
+    """
     if not columns:
         return []
     most = math.log(max(num_agents, 2))

@@ -1,4 +1,4 @@
-"""Several runs on one page: their curves in one picture each, and their scores in one table."""
+"""Several runs on one page: one picture for each curve, and one table of scores."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,7 +41,7 @@ def comparison_table(runs: Sequence[RunRecord]) -> ScoreTable | None:
 
 
 def comparison_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture | str]:
-    """A picture for each figure that at least two of the runs have."""
+    """A picture for each quantity that at least two of the runs have."""
     for column, (key, title, caption) in CURVES.items():
         curves = {
             run.name: [(row["step"], row.get(column)) for row in run.steps if row.get(column) is not None]

@@ -1,8 +1,8 @@
-"""Pictures by matplotlib: as files in the colours of paper, and as SVG in a page, in the page's colours.
+"""Pictures by matplotlib: as files with a white background, and as SVG in the page, in the page's colours.
 
-An SVG stands in the page itself, so its colours can be the page's CSS variables, which follow the reader's
-light or dark setting. Its text stays text. A page of fifteen pictures has a few hundred kilobytes, where the
-scripts of an interactive library alone have several thousand.
+The SVG is inline, so its colours can be the page's CSS variables, which follow the reader's light or dark
+setting. Its text stays text. A page of fifteen pictures has a few hundred kilobytes; the scripts of an
+interactive library alone have several thousand.
 """
 
 import io
@@ -15,7 +15,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# On paper; page.html.jinja has those of both modes under the same names.
+# For files; page.html.jinja has the colours of both modes under the same names.
 COLOURS = {
     "--surface": "#ffffff",
     "--ink": "#20242b",
@@ -34,11 +34,11 @@ COLOURS = {
 }
 INK, MUTED, GOOD, BAD = (COLOURS[f"--{name}"] for name in ("ink", "muted", "good", "bad"))
 SERIES = [colour for name, colour in COLOURS.items() if name.startswith("--series")]
-MOST_POINTS = 300  # of a curve; more would be thinner than a pixel, and make the page large
+MOST_POINTS = 300  # of a curve; more would be closer than a pixel, and make the page large
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "chorus",  # equal data, equal bytes
+    "svg.hashsalt": "chorus",  # the same data gives the same bytes
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -76,12 +76,12 @@ class Picture(NamedTuple):
     png: bytes
 
     def inline(self) -> str:
-        """The SVG element for a page: as wide as its place, in the page's colours."""
+        """The SVG element for a page: as wide as its container, in the page's colours."""
         svg = self.svg[self.svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
         svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-        # Pictures of one page must not share the names that they refer to.
+        # Ids must be unique among the pictures of one page.
         svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.key}-", svg)
         for name, colour in COLOURS.items():
             svg = svg.replace(colour, f"var({name})")
@@ -91,7 +91,7 @@ class Picture(NamedTuple):
 def picture(
     key: str, title: str, caption: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.6, 3.1)
 ) -> Picture:
-    """Draw on new axes, with a legend above them where what is drawn has labels."""
+    """Draw on new axes, with a legend above them if there are labels."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
@@ -104,13 +104,13 @@ def picture(
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """A legend above the axes, row by row, as wide as the picture allows; none without labels."""
+    """A legend above the axes, filled row by row, as wide as the picture; none without labels."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
     columns = max(1, min(len(labels), 52 // (max(map(len, labels)) + 5)))
     rows = -(-len(labels) // columns)
-    # matplotlib fills columns, people read rows.
+    # matplotlib fills columns, but people read rows.
     order = [row * columns + column for column in range(columns) for row in range(rows)]
     order = [place for place in order if place < len(labels)]
     figure.legend(
@@ -123,7 +123,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def thinned(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
-    """x and y of a curve without its gaps, at most `MOST_POINTS`: otherwise means of neighbours."""
+    """x and y of a curve without gaps, with at most `MOST_POINTS` points: longer curves become means of
+    neighbours.
+    """
     whole = [(x, y) for x, y in points if y is not None]
     size = -(-len(whole) // MOST_POINTS) or 1
     groups = [whole[start : start + size] for start in range(0, len(whole), size)]

@@ -23,7 +23,7 @@ NO_SCORES = (
 
 
 class Section(NamedTuple):
-    """A part of the page: pictures, and sentences about those that it has no figures for."""
+    """A section of the page: pictures, and sentences about missing ones."""
 
     title: str
     lead: str
@@ -116,12 +116,12 @@ def _section(title: str, lead: str, found: Iterable[Picture | str]) -> Section:
 
 
 def _told_apart(runs: Sequence[RunRecord], paths: Sequence[Path]) -> list[RunRecord]:
-    """Runs of equal names, by their paths."""
+    """Runs with the same name are named by their paths."""
     return [RunRecord(**{**vars(run), "name": str(path)}) for run, path in zip(runs, paths, strict=True)]
 
 
 def _write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
-    """Pictures of an earlier report go first: one that this run has no figures for must not stay."""
+    """Pictures of an earlier report are removed first, so that none stays without data in this run."""
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

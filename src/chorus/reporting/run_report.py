@@ -1,4 +1,4 @@
-"""A report at the end of a run. Matplotlib is asked for at its start, and imported only then."""
+"""A report at the end of a run. matplotlib is checked at the start of the run and imported at the end."""
 
 import logging
 from importlib.util import find_spec
@@ -17,6 +17,6 @@ def check_report(asked_by: str) -> None:
 
 def write_run_report(output_dir: Path) -> None:
     """Write `output_dir/report.html`. One process calls it, once the scores are written."""
-    from chorus.reporting.page import write_report  # matplotlib, which other runs do without
+    from chorus.reporting.page import write_report  # imports matplotlib, which other runs do not need
 
     logger.info("the report is %s", write_report([output_dir]))

@@ -1,4 +1,4 @@
-"""What a report shows, read from a run's folder, a checkpoint, or a file of scored problems."""
+"""The data of a report, read from a run's folder, a checkpoint, or a file of scored problems."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run has left.
+    """The recorded data of one run.
 
     Attributes:
-        name: what people call it.
+        name: for display.
         place: the report's default file.
         steps: rows of losses, in the order of their steps.
         scored: rows of scores, likewise.
@@ -53,13 +53,13 @@ class RunRecord:
         return next((name for name in (FITTED, UNIFORM) if name in answerers), "")
 
     def answers(self, answerer: str, *, ood: bool, calibrated: bool = False) -> list[Row]:
-        """Its answers to the held-out problems, or to those of the second data set."""
+        """The mixture's answers to the held-out problems, or to those of the second data set."""
         name = f"{answerer}/{CALIBRATED}" if calibrated else answerer
         return [one["answers"][name] for one in self.problems if bool(one.get("ood")) == ood]
 
 
 def read_run(path: Path, problems: Path | None = None) -> RunRecord:
-    """Read what is there.
+    """Read the data of a run.
 
     Args:
         path: an output folder, a checkpoint, or a file that `chorus evaluate --problems FILE` has written.
@@ -91,7 +91,9 @@ def read_run(path: Path, problems: Path | None = None) -> RunRecord:
 
 
 def _of_checkpoint(path: Path, problems: Path | None) -> RunRecord:
-    """A checkpoint: the run's losses and scores up to its step. Nothing is written into its own folder."""
+    """A checkpoint: the run's losses and scores up to its step. Nothing is written into the checkpoint's
+    folder.
+    """
     state, run = _read_object(path / STATE_FILE), path.absolute().parent.parent
     return RunRecord(
         f"{run.name} at {path.absolute().name}",
@@ -143,7 +145,7 @@ def _read_object(file: Path) -> Row:
 
 
 def _objects(file: Path) -> Iterator[Row]:
-    """The objects of a file of JSON lines. A last line that a kill has cut short is left out."""
+    """The objects of a file of JSON lines. A last line truncated by a kill is left out."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

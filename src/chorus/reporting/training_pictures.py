@@ -19,7 +19,7 @@ MEMORY = {
 
 
 def training_pictures(run: RunRecord) -> Iterator[Picture | str]:
-    """Pictures, and a sentence in place of each that the run has no figures for."""
+    """Pictures, and a sentence in place of each for which the run has no data."""
     steps = run.steps
     if not steps:
         yield "No losses: there is no metrics.jsonl with logged steps."
@@ -110,7 +110,7 @@ def _curve(
 
 
 def _rates(steps: Sequence[Row]) -> Callable[[Axes], None]:
-    """One curve; one an agent where each has a learning rate of its own."""
+    """One curve; one for each agent where they have different learning rates."""
     if not isinstance(steps[0]["lr"], list):
         return _curve(steps, "lr", SERIES[4])
 
@@ -172,7 +172,7 @@ def _bars_of_memory(memory: Row) -> Callable[[Axes], None]:
 
 
 def _as_list(axes: Axes) -> None:
-    axes.invert_yaxis()  # the first on top
+    axes.invert_yaxis()  # the first one on top
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
 
@@ -183,7 +183,7 @@ def _by_step(axes: Axes) -> None:
 
 
 def _logarithmic_where_it_helps(axes: Axes, values: Sequence[float | None]) -> None:
-    """A curve that falls by far shows its end on a logarithmic axis alone."""
+    """Use a logarithmic axis for a curve that falls by orders of magnitude, so that its end is visible."""
     known = [value for value in values if value is not None]
     if known and min(known) > 0 and max(known) > 20 * min(known):
         axes.set_yscale("log")

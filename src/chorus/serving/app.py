@@ -29,12 +29,12 @@ from chorus.serving.scheduler import Busy, Closing, Scheduler, Score
 from chorus.serving.watched import Watched
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
-MOST_BYTES = 8 * 2**20  # of a request; the longest prompt takes far less
-LOOK_S = 0.5  # between two looks whether a client that waits for a whole answer is still there
+MOST_BYTES = 8 * 2**20  # of a request; the longest prompt is far smaller
+LOOK_S = 0.5  # between two checks whether the client of a whole answer is still connected
 
 
 class Refusal(Exception):
-    """An answer to the client other than 200."""
+    """A response to the client with a status other than 200."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", **more: str) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class Refusal(Exception):
 
 
 def build_app(opened: Opened, scheduler: Scheduler, api_key: str | None) -> FastAPI:
-    """The application. It closes the scheduler at its end."""
+    """The application. It closes the scheduler when it shuts down."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -87,7 +87,7 @@ def _model(name: str, created: int, opened: Opened) -> dict[str, Any]:
 
 
 class Guard:
-    """Lets only requests through that have the key and are small enough."""
+    """Rejects requests without the key, or that are too large."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self.app, self.api_key = app, api_key
@@ -98,7 +98,7 @@ class Guard:
 
 
 def _refused(request: HttpRequest, api_key: str | None) -> JSONResponse | None:
-    """The answer to a request without the key, or that is too large."""
+    """The response to a request without the key, or that is too large."""
     if api_key is not None and request.url.path != "/health":
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), api_key.encode()):
@@ -135,17 +135,13 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 class Service:
-    """From requests to jobs, and from jobs to answers."""
+    """Turns requests into jobs, and finished jobs into responses."""
 
     def __init__(self, opened: Opened, scheduler: Scheduler) -> None:
         self.opened, self.scheduler = opened, scheduler
 
     def answerer(self, name: str) -> int:
-        """The place of a model.
-
-        Raises:
-            Refusal: 404, there is none of that name.
-        """
+        """The index of a model. Raises Refusal (404) if there is none of that name."""
         try:
             return self.opened.index_of(name)
         except InputError as error:
@@ -252,7 +248,7 @@ class Service:
             raise Refusal(500, watched.job.error, "server_error")
 
     async def _events(self, asked: Asked, watched: Watched) -> AsyncIterator[str]:
-        """Server-sent events. Where the client hangs up the generator is closed, and its job with it."""
+        """Server-sent events. If the client disconnects the generator is closed, which cancels its job."""
         head = responses.about(asked, "chunk")
         try:
             if isinstance(asked.request, ChatRequest):

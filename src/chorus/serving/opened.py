@@ -1,4 +1,4 @@
-"""An ensemble that is opened to be asked: its agents, who may answer, and the form of its prompts."""
+"""An ensemble that is ready for questions: its agents, its answerers, and the form of its prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from chorus.errors import InputError
 from chorus.training.engine import DTYPES, decide_precision
 
 BASE, MIXTURE = "base", "mixture"
-UNKNOWN_LENGTH = 4096  # of a base that names no number of positions
+UNKNOWN_LENGTH = 4096  # for a base without a maximum number of positions
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Opened:
 def open_ensemble(
     paths: Sequence[str], base: str | None, precision: str, device: str, form: Form | None
 ) -> Opened:
-    """Load an ensemble to be asked.
+    """Load an ensemble to ask it questions.
 
     Args:
         paths: see `load_ensemble`.

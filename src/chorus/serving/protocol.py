@@ -1,6 +1,6 @@
-"""OpenAI's requests and answers, as far as an ensemble can mean them.
+"""OpenAI's requests and responses, as far as an ensemble supports them.
 
-What would change an answer and is not supported is refused; fields that change nothing are taken in silence.
+Unsupported fields that would change an answer are refused; fields without effect are accepted and ignored.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from chorus.ensemble.texts import Text
 from chorus.ensemble.uncertainty import uncertainty_of
 
-MOST_TOPS = 20  # of the most probable tokens beside each one, as OpenAI has it
+MOST_TOPS = 20  # of the most probable tokens for each token, OpenAI's limit
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 TokenId = Annotated[int, Field(ge=0)]
 Off = Annotated[float, Field(ge=0, le=0)] | None
@@ -21,11 +21,11 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # of a client's own making; nothing is hidden here
+    include_obfuscation: bool = False  # free-form, from the client; without effect
 
 
 class Request(BaseModel):
-    """What both kinds of requests share."""
+    """Fields of both kinds of requests."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -133,17 +133,17 @@ class ChatRequest(Request):
 def error_object(
     message: str, kind: str, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """OpenAI's form of an error."""
+    """OpenAI's error format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def uncertainty_object(text: Text) -> dict[str, Any]:
-    """How sure the answerer is of an answer; see `uncertainty.AnswerUncertainty`."""
+    """An answer's uncertainty; see `uncertainty.AnswerUncertainty`."""
     return uncertainty_of(text.answer)._asdict()
 
 
 def usage_object(prompt_tokens: int, texts: Sequence[Text]) -> dict[str, int]:
-    """Tokens read, each prompt once, and written."""
+    """Token counts: prompts, each once, and answers."""
     written = sum(len(text.answer.token_ids) for text in texts)
     return {
         "prompt_tokens": prompt_tokens,
@@ -153,7 +153,7 @@ def usage_object(prompt_tokens: int, texts: Sequence[Text]) -> dict[str, int]:
 
 
 def completion_logprobs(text: Text, pieces: Sequence[str], first: int, offset: int) -> dict[str, Any]:
-    """The form of /v1/completions, of the tokens from `first` on.
+    """The format of /v1/completions, for the tokens from `first` on.
 
     Args:
         pieces: what each of these tokens adds to the text.
@@ -173,7 +173,7 @@ def completion_logprobs(text: Text, pieces: Sequence[str], first: int, offset: i
 
 
 def chat_logprobs(text: Text, pieces: Sequence[str], first: int) -> dict[str, Any]:
-    """The form of /v1/chat/completions, likewise."""
+    """The same in the format of /v1/chat/completions."""
     content = []
     for number, piece in enumerate(pieces, start=first):
         tops = text.answer.tops[number] if text.num_tops else []
@@ -187,7 +187,7 @@ def _chat_token(piece: str, log_prob: float) -> dict[str, Any]:
 
 
 def _by_text(text: Text, tops: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """Of tokens with equal text the most probable one."""
+    """The most probable one among tokens with equal text."""
     return {_word(text, token): log_prob for token, log_prob in reversed(tops)}
 
 

@@ -1,7 +1,7 @@
 """Agents behind another server that speaks OpenAI's protocol, as vLLM and SGLang do, each under its own name.
 
-Such a server cannot mix the agents' next tokens. But it can score a given text under each of them: a request
-for its completion that echoes the prompt and its log-probabilities. So whole answers are mixed:
+Such a server cannot mix the agents' next tokens. But it can score a given text under each agent, by a
+completion request that echoes the prompt with log-probabilities. So whole answers are mixed:
 
     p(answer) = sum_k w_k p_k(answer)
 """
@@ -22,11 +22,11 @@ from chorus.errors import InputError, RunError
 
 
 class Candidate(NamedTuple):
-    """An answer that some agents have given.
+    """A distinct answer of some agents.
 
     Attributes:
-        is_whole: it ended by itself, and not by the limit of tokens.
-        models: who gave it, one name for each time.
+        is_whole: it ended with an end token or a stop string, not by the limit of tokens.
+        models: the agents that gave it, one name for each time.
         log_probs: of its tokens together, under each agent.
         mixed_log_prob: under the mixture.
     """
@@ -43,7 +43,7 @@ class Remote:
     """A server.
 
     Attributes:
-        url: up to and without /v1.
+        url: without /v1.
     """
 
     url: str
@@ -101,7 +101,7 @@ def remote_of(url: str, api_key: str | None, timeout_s: float) -> Remote:
 
 
 def _message_of(content: bytes) -> str:
-    """What a server says of an error, in one line."""
+    """The server's error message, in one line."""
     try:
         said = json.loads(content)
         said = said.get("error", said) if isinstance(said, dict) else said
@@ -133,11 +133,12 @@ def ask_and_mix(
     end: str,
     how: dict[str, Any],
 ) -> list[Candidate]:
-    """Ask every model, score each different answer under all, the likeliest under the mixture first.
+    """Ask every model and score each distinct answer under all of them; the most probable under the mixture
+    comes first.
 
     Args:
-        end: the text of the end token. It belongs to an answer: without it every answer would be less likely
-            than its own beginnings.
+        end: the text of the end token. It is part of an answer: without it every prefix of an answer would be
+            more likely than the answer.
         how: of the answers: max_tokens, temperature, n, ...
 
     Raises:
@@ -170,9 +171,9 @@ def ask_and_mix(
 
 
 def _ending_of(choice: dict[str, Any], end: str, has_stops: bool) -> str:
-    """What ended an answer: the end token, a stop string, or as an empty text the limit of tokens.
+    """What ended an answer: the text of the end token or of a stop string; empty for the limit of tokens.
 
-    Which of the first two it was only some servers say, in `stop_reason`.
+    Only some servers distinguish the first two, by `stop_reason`.
     """
     if choice.get("finish_reason") != "stop":
         return ""
@@ -185,7 +186,7 @@ def _ending_of(choice: dict[str, Any], end: str, has_stops: bool) -> str:
 def _scored(remote: Remote, model: str, text: str) -> list[tuple[str, float | None]]:
     """The tokens of a text with their log-probabilities; the first one has none.
 
-    One more token is asked for, because not every server takes none, and left out.
+    One more token is requested and dropped, because not every server accepts a limit of 0.
 
     Raises:
         RunError: the server gave no log-probabilities of the prompt.
@@ -204,6 +205,6 @@ def _scored(remote: Remote, model: str, text: str) -> list[tuple[str, float | No
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many first tokens are equal: a token over the prompt's end counts to the answer."""
+    """Length of the common prefix: a token across the end of the prompt belongs to the answer."""
     pairs = zip(one, other, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

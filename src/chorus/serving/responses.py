@@ -1,4 +1,4 @@
-"""Responses in OpenAI's form: a request that was understood, and its answer, whole or event by event."""
+"""Responses in OpenAI's format, whole or as a stream of events."""
 
 import json
 import time
@@ -22,7 +22,7 @@ from chorus.serving.watched import Delta
 
 
 class Echo(NamedTuple):
-    """A prompt that is to be repeated, and what each of its tokens adds to it."""
+    """A prompt to echo, and the text of each of its tokens."""
 
     text: str
     pieces: list[str]
@@ -30,11 +30,11 @@ class Echo(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that was understood.
+    """A validated request.
 
     Attributes:
         prompts: token ids; text number t is an answer to prompt t // n.
-        echoes: the prompts' texts, where they are to be repeated.
+        echoes: the prompts' texts, if they are to be echoed.
     """
 
     request: Request
@@ -55,7 +55,7 @@ def event_of(content: dict[str, Any]) -> str:
 
 
 def about(asked: Asked, kind: str = "") -> dict[str, Any]:
-    """What every response, and every event, begins with."""
+    """The first fields of every response and every event."""
     is_chat = isinstance(asked.request, ChatRequest)
     name = "chat.completion" + (f".{kind}" if kind else "") if is_chat else "text_completion"
     prefix = "chatcmpl" if is_chat else "cmpl"
@@ -131,7 +131,9 @@ def _completion_choices(asked: Asked, request: CompletionRequest) -> list[dict[s
 
 
 def _with_echo(asked: Asked, place: int, own: dict[str, Any] | None) -> dict[str, Any]:
-    """The prompt's tokens before those of the answer. Nothing precedes the first: it has no probability."""
+    """The prompt's tokens before those of the answer. The first one has no probability, because nothing
+    precedes it.
+    """
     pieces, log_probs = asked.echoes[place].pieces, [None, *asked.scores[place].log_probs]
     starts = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
     tops = [

@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 class Busy(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class Closing(Exception):
-    """No request is taken any more."""
+    """The server is shutting down and accepts no requests."""
 
 
 @dataclass
 class Score:
-    """A given text, whose tokens are to be scored.
+    """A given text to score.
 
     Attributes:
         log_probs: of every token but the first, which nothing precedes.
@@ -43,13 +43,13 @@ class Score:
 
 @dataclass
 class Job:
-    """What one request asks for.
+    """The work of one request.
 
     Attributes:
-        on_step: called by the scheduler's thread after each step, and at the end. Nobody else may look at the
-            texts before `is_done`.
-        is_done: all texts have ended, or an error has ended them.
-        error: what to tell the client; None without one.
+        on_step: called by the scheduler's thread after each step, and at the end. No other thread may read
+            the texts before `is_done`.
+        is_done: all texts have ended, or an error occurred.
+        error: the message for the client; None without an error.
     """
 
     texts: list[Text]
@@ -61,7 +61,7 @@ class Job:
 
 
 class Scheduler:
-    """A thread that answers jobs in the order in which they came, as many at a time as there are seats.
+    """A thread that answers jobs in order of arrival, as many at a time as there are seats.
 
     Jobs join the batch between two steps. Prompts that join together are read together.
     """
@@ -73,8 +73,8 @@ class Scheduler:
 
         Args:
             length: columns of the caches.
-            max_texts: under way at a time.
-            max_waiting: jobs that may wait.
+            max_texts: at the same time.
+            max_waiting: length of the queue.
         """
         self.agents, self.answerers = agents, tuple(answerers)
         self.length, self.max_texts, self.max_waiting = length, max_texts, max_waiting
@@ -102,20 +102,20 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Stop a job whose client is gone; its seats are free before the next step."""
+        """Stop a job whose client has disconnected; its seats are freed before the next step."""
         with self._changed:
             job.is_cancelled = True
             self._changed.notify()
 
     def close(self) -> None:
-        """Take no further job, finish those that were taken, and end the thread."""
+        """Accept no further job, finish the accepted ones, and end the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
 
     def counts(self) -> dict[str, int]:
-        """Texts under way, and jobs that wait."""
+        """Number of running texts and of waiting jobs."""
         with self._changed:
             running = sum(len(job.texts) for job in self._running)
             return {"running": running, "waiting": len(self._waiting)}
@@ -136,7 +136,7 @@ class Scheduler:
             try:
                 self._start(batch, coming)
                 if coming:
-                    self._report(batch)  # of the first tokens; the next steps may be many
+                    self._report(batch)  # for the first tokens, before many further steps
                 batch.advance()
             except Exception as error:
                 lack = out_of_memory(error)
@@ -148,7 +148,7 @@ class Scheduler:
             self._report(batch)
 
     def _admitted(self, batch: LiveBatch) -> list[Job]:
-        """Let cancelled jobs go, and take those whose turn it is."""
+        """Drop cancelled jobs, and admit the next ones."""
         for job in [job for job in self._running if job.is_cancelled]:
             for text in job.texts:
                 batch.drop(text)
@@ -168,14 +168,14 @@ class Scheduler:
             for score in job.scores:
                 score.log_probs = _log_probs(self.agents, self.answerers[score.answerer], score.ids).tolist()
         texts = [text for job in coming for text in job.texts]
-        # A prompt is read by all members of those who join with it.
+        # A prompt is read by the members of all answerers that join with it.
         asked = sorted({text.answerer for text in texts})
         groups = [[text for text in texts if text.answerer == index] for index in asked]
         for group in groups if batch.is_static else [texts] if texts else []:
             batch.join(group)
 
     def _report(self, batch: LiveBatch) -> None:
-        """Tell every job how far it has come."""
+        """Call every job's `on_step`."""
         under_way = {id(text) for text in batch.texts.values()}
         for job in list(self._running):
             job.is_done = job.error is not None or not any(id(text) in under_way for text in job.texts)

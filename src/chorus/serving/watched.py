@@ -1,4 +1,4 @@
-"""What of a job's texts is new since its client was last told."""
+"""The part of a job's texts that is new since the last event."""
 
 import asyncio
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Delta(NamedTuple):
 
 
 class Watched:
-    """A job, and a queue in the client's event loop that hears of its steps.
+    """A job, and a queue in the client's event loop with the results of its steps.
 
     Attributes:
         deltas: of a job that is streamed; None is its end.
@@ -46,7 +46,7 @@ class Watched:
         self._is_over = [False] * len(texts)
 
     def _on_step(self) -> None:
-        """In the scheduler's thread, between two steps: nobody changes the texts meanwhile."""
+        """Runs in the scheduler's thread, between two steps, so the texts do not change meanwhile."""
         found: list[Delta | None] = []
         if self._is_streamed and self.job.error is None:
             for index, text in enumerate(self.job.texts):

@@ -15,7 +15,7 @@ from chorus.training.function_space import Directions, projected_probabilities
 
 
 class SwdSettings(NamedTuple):
-    """How the clouds are compared: how many slices, of which points, in which space."""
+    """How the clouds are compared: number of slices, kind of points, space."""
 
     num_projections: int
     representation: Representation
@@ -29,13 +29,13 @@ def projections(
     """Each agent's cloud, projected: projected_KNP in fp32, and valid_N as in `cloud`.
 
     Args:
-        head: needed in the space of probabilities alone, where points are sqrt(V) times a distribution.
+        head: needed only in the space of probabilities, where points are sqrt(V) times a distribution.
     """
     if swd.space == "hidden":
         points_KNH, valid_N = cloud(hidden_KBTD, batch, swd.representation, rows_per_process)
         slices_HP = random_slices(points_KNH.shape[-1], swd.num_projections, swd.seed, step)
         if points_KNH.is_cuda:
-            slices_HP = slices_HP.pin_memory()  # copied without waiting for the forward
+            slices_HP = slices_HP.pin_memory()  # a copy that does not wait for the forward pass
         return points_KNH @ slices_HP.to(points_KNH.device, non_blocking=True), valid_N
     assert head is not None, "distributions are compared, and there is no head to predict them"
     places_SM = batch.points_SM
@@ -56,7 +56,7 @@ def projections(
 def cloud(
     hidden_KBTD: Tensor, batch: Batch, representation: Representation, rows_per_process: int
 ) -> tuple[Tensor, Tensor]:
-    """Each agent's cloud of RMS-normalised hidden states, and which of its points are real.
+    """Each agent's cloud of RMS-normalised hidden states, and which of its points are valid.
 
     Returns:
         points_KNH: fp32, N = rows_per_process times the points of a sample; every point has norm sqrt(D), so
@@ -83,14 +83,14 @@ def cloud(
 
 
 def _at(hidden_KBTD: Tensor, places_SM: Tensor) -> Tensor:
-    """The hidden states at these places, points_KSMD; any, where a place is -1."""
+    """The hidden states at these places, points_KSMD; arbitrary where a place is -1."""
     K, D = len(hidden_KBTD), hidden_KBTD.shape[-1]
     index_KND = places_SM.clamp(min=0).flatten()[None, :, None].expand(K, -1, D)
     return hidden_KBTD.flatten(1, 2).gather(1, index_KND).unflatten(1, places_SM.shape)
 
 
 def _padded(points_KSMX: Tensor, valid_SM: Tensor, rows_per_process: int) -> tuple[Tensor, Tensor]:
-    """points_KNX and valid_N, with invalid points in the place of missing rows."""
+    """points_KNX and valid_N, padded with invalid points for missing rows."""
     missing = rows_per_process - len(valid_SM)
     assert missing >= 0, "more samples than every process makes room for"
     points_KSMX = torch.nn.functional.pad(points_KSMX, (0, 0, 0, 0, 0, missing))
@@ -112,32 +112,31 @@ def sliced_wasserstein(
     """Mean over pairs of agents of the squared sliced 2-Wasserstein distance (Bonneel et al. 2015, eq. 9,
     squared).
 
-    On a line the optimal plan pairs points in sorted order, and the mean over pairs of squared differences is
-    twice the unbiased variance: every agent is sorted once, no pair is formed. The squared distance has a
-    zero gradient where agents agree; its root would have none. An agent with a non-finite point leaves the
-    sum: its pairs count as 0 and give no gradient, the other pairs count as before.
+    On a line the optimal transport pairs points in sorted order, and the mean over pairs of squared
+    differences is twice the unbiased variance: every agent is sorted once, and no pair is formed. The squared
+    distance has a zero gradient where agents agree; its root has no gradient there. An agent with a
+    non-finite point is excluded: its pairs count as 0 and give no gradient, the other pairs are unchanged.
 
     Args:
         projected_KPN: fp32 projections of each agent's points. Invalid points may hold anything.
         valid_N: bool, the same for all agents.
-        gather_agents: where agents are spread over processes, puts the rows of all agents together. Every
-            process sorts its own agents and compares all: only sorted projections travel, once.
+        gather_agents: where agents are spread over processes, gathers the rows of all agents. Every process
+            sorts its own agents and compares all: sorted projections are sent once.
 
     Returns:
         A scalar >= 0; 0 with a zero gradient when no point is valid. Needs K >= 2.
     """
     last = torch.finfo(
         projected_KPN.dtype
-    ).max  # invalid points sort behind all valid ones, alike for every agent
+    ).max  # invalid points sort after all valid ones, for every agent alike
     sorted_KPN = gather_agents(projected_KPN.masked_fill(~valid_N, last).sort(dim=-1).values)
     num_valid = valid_N.sum()
     is_real_N = torch.arange(valid_N.numel(), device=valid_N.device) < num_valid
     is_sound_K11 = sorted_KPN.isfinite().all(dim=(1, 2), keepdim=True)
     sorted_KPN = torch.where(is_sound_K11, sorted_KPN, 0.0)
-    # A variance does not depend on where it is taken from; from agent 0, agents that agree are exactly at
-    # zero.
+    # A variance is shift-invariant; relative to agent 0, agents that agree are exactly zero.
     from_first_KPN = (sorted_KPN - sorted_KPN[0].detach()).masked_fill(~is_real_N, 0.0)
-    # An agent at the mean of the others adds nothing to the squared differences from it.
+    # An agent at the mean of the others adds nothing to the squared deviations.
     num_sound = is_sound_K11.sum()
     mean_PN = (from_first_KPN.detach() * is_sound_K11).sum(0) / num_sound.clamp(min=1)
     variance_PN = torch.where(is_sound_K11, from_first_KPN, mean_PN).var(dim=0, correction=1)

@@ -1,8 +1,8 @@
-"""Accelerate and DeepSpeed behind one interface: the training loop sees an engine, whichever it is.
+"""One interface for Accelerate and DeepSpeed, so that the training loop does not depend on the engine.
 
-Plain (one process or DDP) and ZeRO differ in who clips, who steps and who divides by the accumulation steps.
-The engine hides that: `backward` takes a micro-batch's share of the objective, shares add up, and `step`
-clips, steps and zeroes.
+Plain (one process or DDP) and ZeRO differ in where clipping, stepping and division by the accumulation steps
+happen. The engine hides that: `backward` takes a micro-batch's share of the objective, shares add up, and
+`step` clips, steps and zeroes.
 """
 
 import logging
@@ -76,7 +76,7 @@ def make_accelerator(
     agree.
 
     Args:
-        num_agents: of the run, for what `agent_parallel_size` comes to.
+        num_agents: of the run, to decide `agent_parallel_size`.
 
     Raises:
         InputError: they contradict each other, or the agents cannot be spread as the key says.
@@ -86,9 +86,11 @@ def make_accelerator(
     precision = decide_precision(engine.mixed_precision)
     on_gpu = torch.cuda.is_available()
     handlers: list[Any] = [
-        AutocastKwargs(enabled=False),  # every dtype in the forward is explicit; autocast would add casts
+        AutocastKwargs(
+            enabled=False
+        ),  # every dtype in the forward pass is explicit; autocast would add casts
     ]
-    # Unnamed, Accelerate sees one process where DeepSpeed sees several on CPUs. None leaves it to Accelerate.
+    # By default Accelerate sees one process where DeepSpeed sees several on CPUs. None: Accelerate decides.
     backend = "gloo" if with_deepspeed and not on_gpu else None
     handlers.append(
         InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=engine.collective_timeout_s))
@@ -109,7 +111,7 @@ def make_accelerator(
         # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
         mixed_precision="no" if precision == "bf16" and not with_deepspeed else precision,
         deepspeed_plugin=plugin,
-        # A plugin, because an integer would give way to the launcher's environment.
+        # A plugin, because the launcher's environment would override an integer.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
         ),
@@ -135,13 +137,13 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 @dataclass
 class Engine:
-    """What the training loop needs of Accelerate and DeepSpeed.
+    """What the training loop needs from Accelerate and DeepSpeed.
 
     Attributes:
         agents: the modes' own module, for evaluation and saving.
         module: the same, wrapped by DDP or DeepSpeed, for training.
         description: one line for the log.
-        mesh: the rows and the agents of this process, and whom it shares them with.
+        mesh: the rows and the agents of this process, and its groups.
     """
 
     accelerator: Accelerator
@@ -161,8 +163,8 @@ class Engine:
         """The context of one micro-batch's forward and backward.
 
         Args:
-            is_last: of its optimiser step. DDP reduces gradients in the backward pass of the last one alone,
-                and so does DeepSpeed below stage 2.
+            is_last: of its optimiser step. DDP, and DeepSpeed below stage 2, reduce gradients only in the
+                last one's backward pass.
         """
         if self.is_deepspeed:
             cast(Any, self.module).set_gradient_accumulation_boundary(is_last)
@@ -212,16 +214,18 @@ class Engine:
         return 1.0 if scaler is None else scaler.get_scale()
 
     def head(self) -> Head:
-        """The output layer, for a loss that reads it beside the agents' passes. Under ZeRO-3 a whole copy, as
-        its shards are together only within passes. A collective call."""
+        """The output layer, for a loss that reads it outside of the agents' passes. Under ZeRO-3 a full copy,
+        because its shards are gathered only within passes. A collective call.
+        """
         head = self.agents.head()
         return stage3.whole_copy(head) if zero_stage(self.accelerator) == 3 else head
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """The context of passes beside training, such as evaluation: every process holds the whole base and
-        all agents, so processes may run different numbers of passes. Entering and leaving it are collective
-        calls."""
+        """The context of passes outside of training, such as evaluation: every process holds the whole base
+        and all agents, so processes may run different numbers of passes. Entering and leaving it are
+        collective calls.
+        """
         adapters = self.agents.adapters()
         whole = nullcontext()
         if zero_stage(self.accelerator) == 3:
@@ -231,7 +235,7 @@ class Engine:
             yield
 
     def _of_all_agents(self, own: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What each process has of its agents, of all agents: a flat tensor each. A collective call."""
+        """Gather a flat tensor for each agent from the processes that hold them. A collective call."""
         if self.mesh.agent_size == 1:
             return dict(own)
         found: dict[int, Tensor] = {}
@@ -252,21 +256,22 @@ class Engine:
         if self.is_deepspeed:
             from deepspeed.utils import (
                 safe_get_full_fp32_param as read,
-            )  # two seconds of imports for those who use it
+            )  # takes two seconds: imported only when needed
         adapters = self.agents.adapters()
         return self.to_host({agent: cast(Tensor, read(own)) for agent, own in adapters.items()})
 
     def close(self) -> None:
-        """End training: let go of the agents and destroy the
-        process group. Does not wait for other processes."""
+        """End training: release the agents and destroy the process group. Does not wait for other
+        processes.
+        """
         self.unwrap()
         self.accelerator.end_training()
 
     def unwrap(self) -> None:
         """Drop the wrapper of DDP or DeepSpeed around the agents. The engine cannot train afterwards.
 
-        DDP's C++ part also holds the process group. If it were the last to let go, it would destroy the group
-        while it holds Python's lock, and gloo's threads may wait for that lock: a hang at exit.
+        DDP's C++ part also holds the process group. If it held the last reference, it would destroy the group
+        while holding Python's lock, for which gloo's threads may wait: a deadlock at exit.
         """
         self.module = self.agents
         self.accelerator.free_memory()
@@ -282,9 +287,8 @@ def start_engine(
         mesh: the one with which the agents were built; None: every process holds all of them.
 
     Raises:
-        InputError: processes of a data group hold other agents, in another order, or another base. DDP and
-            DeepSpeed would overwrite all tensors with the first process's, one after the other, whatever they
-            are.
+        InputError: the agents, their order or the base differ between the processes of a data group. DDP and
+            DeepSpeed would silently overwrite every process's tensors with those of the first.
     """
     mesh = mesh or make_mesh(accelerator)
     named = (
@@ -300,13 +304,13 @@ def start_engine(
         with data_group_of(mesh, adapters):
             module, optimizer = accelerator.prepare(agents, optimizer)
     else:
-        # Accelerate's own DDP would reduce gradients over all processes, whatever agents they hold.
+        # Accelerate's own DDP would reduce gradients over all processes, including those with other agents.
         module = accelerator.prepare_model(agents, evaluation_mode=True)
         optimizer = accelerator.prepare_optimizer(optimizer)
         if mesh.data_size > 1:
             module = _reduced(module, accelerator.device, mesh)
     if accelerator.init_handler is not None and accelerator.init_handler.timeout is not None:
-        # DeepSpeed has made process groups of its own.
+        # DeepSpeed has created further process groups.
         limit_waiting(int(accelerator.init_handler.timeout.total_seconds()))
     description = f"plain Accelerate, {accelerator.num_processes} process(es), {accelerator.device}"
     if stage > 0:

@@ -1,8 +1,8 @@
 """Projections of predicted next-token distributions onto random directions: points of function space.
 
-A point has V numbers, 256,000 for Gemma, and only its P projections leave this module. Both the logits and
-the directions are made a piece at a time. Backward makes each piece of logits again: kept, those of all
-points would be gigabytes.
+A point has V numbers, 256,000 for Gemma, and only its P projections leave this module. Logits and directions
+are computed a piece at a time. Backward recomputes each piece of logits: those of all points would take
+gigabytes.
 """
 
 from collections.abc import Iterator
@@ -31,15 +31,15 @@ class Directions(NamedTuple):
     def pieces(self, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
         """Some columns, and their slices_VP in fp32: directions uniform on the sphere, of norm sqrt(V).
 
-        So the mean over directions of (projection of p - projection of q)^2 is |p - q|^2, at most 2, whatever
-        the vocabulary. They are drawn where they are used, alike on every process of a run: on the host
-        millions of normal draws a step would take longer than the step.
+        So the mean over directions of (projection of p - projection of q)^2 is |p - q|^2, at most 2 for any
+        vocabulary. They are drawn on the device, the same on every process: on the host, millions of normal
+        draws would take longer than the step.
         """
         at_once = max(1, CHUNK_ELEMENTS // width)
         for first in range(0, self.number, at_once):
             columns = slice(first, min(first + at_once, self.number))
             normal_VP = torch.empty(width, columns.stop - first, device=device)
-            if not normal_VP.is_meta:  # a forecast's tensors, which have no values, nor a generator
+            if not normal_VP.is_meta:  # the memory forecast: meta tensors have no values and no generator
                 seed = derive_seed(self.seed, "directions", self.step, first)
                 normal_VP.normal_(generator=torch.Generator(device).manual_seed(seed))
             yield columns, normal_VP.mul_(sqrt(width) / normal_VP.norm(dim=0))

@@ -1,4 +1,4 @@
-"""Skipped updates: reported in the log, and a reason to end the run when too many steps in a row had one."""
+"""Skipped updates: logged, and too many consecutive steps with one end the run."""
 
 import logging
 import math
@@ -10,15 +10,15 @@ logger = logging.getLogger(__name__)
 
 
 class SkippedUpdates:
-    """Reports which agent's update was skipped at which step, and ends a run with too many such steps in a
-    row.
+    """Logs which agent's update was skipped at which step, and ends a run after too many such consecutive
+    steps.
 
-    The host reads a step's norms one step later, when they have arrived; `settle` reads those of the latest
-    step, too. The outcome is the same on every process, as the norms are.
+    The host reads a step's norms one step later, when they have arrived; `settle` also reads those of the
+    latest step. The norms, and so the outcome, are the same on every process.
 
     Args:
-        in_a_row: steps in a row with a skipped update so far: of the checkpoint, for a resumed run.
-        output_dir: where the checkpoint of the last step will lie, for the error message.
+        in_a_row: consecutive steps with a skipped update so far; from the checkpoint, for a resumed run.
+        output_dir: the folder of the last step's checkpoint, for the error message.
     """
 
     def __init__(self, max_skipped_steps: int, in_a_row: int, output_dir: str):
@@ -28,12 +28,12 @@ class SkippedUpdates:
         self._latest = ""
 
     def after_step(self, step: StepDone) -> None:
-        """Look at all steps but this one."""
+        """Read the norms of all earlier steps."""
         self._read_unread(step)
         self._unread.append((step.number, step.result))
 
     def settle(self, step: StepDone) -> None:
-        """Look at all steps, this one included. For hooks that wait for the device anyway."""
+        """Read the norms of all steps, including this one. For hooks that wait for the device anyway."""
         self._read_unread(step)
 
     def take_count(self) -> int:
@@ -49,8 +49,9 @@ class SkippedUpdates:
         self._unread.clear()
 
     def _read(self, number: int, result: StepResult) -> None:
-        """Under fp16, a gradient that overflows while the loss scale is above 1 only lowers the scale: no
-        agent steps, and the step does not count as skipped."""
+        """Under fp16, a gradient overflow with a loss scale above 1 only lowers the scale: no agent steps,
+        and the step does not count as skipped.
+        """
         bad = {agent: norm for agent, norm in enumerate(result.agent_norms()) if not math.isfinite(norm)}
         if bad and result.loss_scale() > 1:
             logger.info(

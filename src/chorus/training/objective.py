@@ -32,7 +32,7 @@ class Objective(NamedTuple):
         share: scalar to run backward from. Shares of all micro-batches and processes sum to the objective.
         nll_K: summed NLL of each agent over this process's target tokens, weighted, nats, detached.
         swd: R_SW of this micro-batch over all processes, detached; None when lambda is 0.
-        shared_nll: what responsibilities have put in the place of the mean over agents of `nll_K`; None when
+        shared_nll: the loss under responsibilities, which replaces the mean over agents of `nll_K`; None when
             alpha is 1.
     """
 
@@ -68,11 +68,11 @@ def objective(
         num_targets: target tokens of the optimiser step, over all processes and micro-batches.
         num_micro_batches: of the optimiser step; R_SW is averaged over them.
         rows_per_process: S is padded to it, so that every process gathers the same shape.
-        gather: concatenates a tensor's first axis over the processes with other rows; only the own slice
+        gather: concatenates tensors of the processes with other rows along the first axis; only the own slice
             carries a gradient.
-        agent_size, gather_agents: over how many processes the agents are spread, and what concatenates the
-            first axis over them in the same way. Each process has the same number of agents.
-        head: for predicted distributions, where they are compared.
+        agent_size, gather_agents: the number of processes over which the agents are spread, and the same
+            concatenation over them. Each process has the same number of agents.
+        head: needed only where predicted distributions are compared.
         responsibilities: None: alpha is 1, each agent has its own loss on every row.
     """
     nll_KBT = weighted(nll_KBT, batch)
@@ -89,7 +89,7 @@ def objective(
         return Objective(task, nll_K.detach(), None, shared_nll)
     with span("swd_loss"):
         projected_KNP, valid_N = projections(hidden_KBTD, batch, swd, step, rows_per_process, head)
-        # So that other processes see it.
+        # So that other processes see the non-finite loss.
         projected_KNP = torch.where(is_sound_K[:, None, None], projected_KNP, math.nan)
         projected_NKP = gather(projected_KNP.transpose(0, 1).contiguous())
         distance = sliced_wasserstein(projected_NKP.movedim(0, -1), gather(valid_N), gather_agents)
@@ -115,8 +115,8 @@ def objective_of(
     head: Head | None = None,
     lambda_at: Callable[[int], float] | None = None,
 ) -> Callable[..., Objective]:
-    """`objective` with the arguments that are the same for a whole run, and lambda by the step: output,
-    batch, num_targets and step remain.
+    """`objective` with the arguments that are constant over a run, and lambda as a function of the step. The
+    remaining arguments: output, batch, num_targets and step.
 
     Args:
         head: needed with `swd_space: probabilities`.

@@ -1,8 +1,8 @@
 """AdamW that skips the update of an agent with a non-finite loss or gradient; the other agents step normally.
 
-A non-finite loss makes its agent's whole gradient NaN (see `objective`), so the reduction of gradients brings
-it to every process, and one norm for each agent shows it. The device decides whether to step; the host reads
-the norms a step later, so that nothing waits for them.
+A non-finite loss makes its agent's whole gradient NaN (see `objective`), so after the reduction of gradients
+each process sees it in the agent's norm. The device decides whether to step; the host reads the norms a step
+later, so that nothing waits for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ class AgentwiseAdamW(torch.optim.AdamW):
     its weights, moments and step count.
 
     Fused AdamW has one such flag on the device for all groups, meant for loss scaling. Here every group has
-    its own. DeepSpeed also steps group by group, so the flag works in its partitions.
+    its own flag. DeepSpeed also steps group by group, so the flags work in its partitions.
     """
 
     @torch.no_grad()
@@ -28,7 +28,7 @@ class AgentwiseAdamW(torch.optim.AdamW):
         groups, overflow = (
             self.param_groups,
             getattr(self, "found_inf", None),
-        )  # a loss scaler's, for all groups
+        )  # the flag of a loss scaler, for all groups
         try:
             for group in groups:
                 self.param_groups = [group]
@@ -60,13 +60,13 @@ def adamw(
 
 
 def skip_non_finite(groups: Sequence[dict[str, Any]], norm_K: Tensor) -> None:
-    """Have AdamW skip the agents, a group each, whose gradient norm is not finite."""
+    """Set the skip flag of each agent (group) whose gradient norm is not finite."""
     for group, skip in zip(groups, (~norm_K.isfinite()).float(), strict=True):
         group["skip"] = skip
 
 
 def joint_norm(norm_K: Tensor) -> Tensor:
-    """The gradient norm over the agents whose own is finite, a scalar."""
+    """The joint gradient norm of the agents with a finite norm, a scalar."""
     return torch.linalg.vector_norm(norm_K.masked_fill(~norm_K.isfinite(), 0.0))
 
 
@@ -83,7 +83,7 @@ def clip_and_step(
 
     Args:
         adapters: of this process's agents.
-        gather_agents: where agents are spread over processes, puts the norms of all agents together.
+        gather_agents: where agents are spread over processes, gathers the norms of all agents.
 
     Returns:
         norm_K: each agent's gradient norm, before clipping.

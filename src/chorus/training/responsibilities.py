@@ -1,4 +1,4 @@
-"""Which agent learns which row: between the agents' own losses and the loss of their mixture.
+"""Responsibilities: an objective between the agents' own losses and the loss of their mixture.
 
 Soft Specialists (arXiv 2605.27747): with l_k the loss of agent k on an example, minimise
 
@@ -8,8 +8,8 @@ Its gradient is sum_k r_k · grad l_k with r = softmax_k(-(1-a) · l_k). For a t
 losses; for a = 0 it is the negative log-likelihood of the mixture. An example is a row (a sample, where rows
 are packed) and l_k the sum over its target tokens, -log p_k(row).
 
-Alone it lets agents collude: one that is behind on every row gets no weight, and never catches up. So a
-fraction f is kept for the mean: (1-f) · L_a + f · mean_k l_k, and K · r_k is never below f.
+On its own this can starve agents: one that is worse on every row gets no weight and never catches up. So the
+mean has a fraction f: (1-f) · L_a + f · mean_k l_k, and K · r_k is never below f.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Responsibilities(NamedTuple):
 
 
 class RowWeights(NamedTuple):
-    """What responsibilities make of a micro-batch.
+    """The responsibilities and the loss of a micro-batch.
 
     Attributes:
         weight_KBT: K · r of each token's row, for this process's agents. Their mean over all agents is 1.
@@ -45,16 +45,16 @@ def row_weights(
 ) -> RowWeights:
     """The weight of each row for each agent, detached.
 
-    An agent with a non-finite loss leaves the softmax: the others are weighted as if it were not there.
+    An agent with a non-finite loss is excluded from the softmax: the others are weighted as without it.
 
     Args:
         nll_KBT: token NLL, nats, of this process's agents; 0 where no loss is due.
-        gather_agents: where agents are spread over processes, puts the losses of all agents together.
+        gather_agents: where agents are spread over processes, gathers the losses of all agents.
     """
     nll_KBT = nll_KBT.detach()
     own_KS, sample_BT = nll_KBT.sum(2), None
-    if batch.sample_BT is not None:  # packed; no scattered sums, whose order a GPU does not promise
-        sample_BT = batch.sample_BT.clamp(min=0)  # of padding, on which no loss is due: any sample
+    if batch.sample_BT is not None:  # packed; not scatter_add, whose order of summation is undefined on a GPU
+        sample_BT = batch.sample_BT.clamp(min=0)  # padding has no loss, so any sample will do
         samples = range(len(batch.points_SM))
         own_KS = torch.stack([(nll_KBT * (sample_BT == s)).sum((1, 2)) for s in samples], 1)
     all_KS = gather_agents(own_KS)

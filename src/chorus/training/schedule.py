@@ -16,8 +16,8 @@ def learning_rate(
     `name`. As `lr` is: a number, or one for each agent, all in proportion.
 
     Accelerate's wrapped scheduler steps once per process, so it runs N times too fast on N processes; a
-    scheduler also carries state. transformers keeps its formulas inside schedulers, so one is made for a
-    throw-away parameter and its multiplier taken out.
+    scheduler also has state. transformers' formulas are inside schedulers, so one is created for a dummy
+    parameter and its multiplier is used.
 
     Args:
         num_steps: optimiser steps of the whole run, over which it decays.

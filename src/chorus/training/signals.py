@@ -23,22 +23,22 @@ ONE_REQUEST_S = 3.0
 
 
 def stopped_after(step: StepDone, what: str = "") -> Preempted:
-    """What training ends with when a signal has come, once this step is saved."""
+    """The error with which a signal ends training, after this step is saved."""
     return Preempted(
         f"stopped and saved after step {step.number}{what}; resume_from_checkpoint=auto resumes from there"
     )
 
 
 class StopRequest:
-    """Within its context, from the end of the first step on, a first SIGTERM or SIGINT is remembered, and
-    training ends after the current step. A second one, `ONE_REQUEST_S` seconds later or more, ends the
+    """Within its context, from the end of the first step on, a first SIGTERM or SIGINT is recorded, and
+    training ends after the current step. A second one, at least `ONE_REQUEST_S` seconds later, ends the
     process at once with code 130.
 
-    Until then signals do what they did before, which is to end the process: in the first step, which may
-    compile for minutes, there is nothing to save.
+    Before that, signals still end the process at once: during the first step, which may compile for minutes,
+    there is nothing to save.
 
-    When Preempted, a RunError or a lost process ends the context, the process has only its last line left to
-    print: signals are then ignored to the end of the process.
+    If Preempted, a RunError or a lost process ends the context, the process only has to print its last line:
+    signals are then ignored until it ends.
     """
 
     def __init__(self, accelerator: Accelerator, timeout_s: int):
@@ -48,7 +48,7 @@ class StopRequest:
         self._group = None
         self._has_others = accelerator.num_processes > 1
         if self._has_others and torch.distributed.get_backend() != "gloo":
-            # On the CPU: a collective on the GPU would wait for all work that is queued there, at every step.
+            # On the CPU: a collective on the GPU would wait for all work queued there, at every step.
             self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def __enter__(self) -> "StopRequest":
@@ -62,22 +62,22 @@ class StopRequest:
         threading.Thread(target=_end_at_a_second_signal, args=(arrivals,), daemon=True).start()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # torchrun passes on both of two signals, and sends one when another process has ended. None may take
-        # away the last line and the exit code. SIG_IGN and no handler of Python's: Python removes those
-        # before it ends. Libraries raise RuntimeError for a lost process.
+        # torchrun forwards both of two signals, and sends one when another process has ended. None may
+        # prevent the last line or change the exit code. SIG_IGN and not a Python handler: Python removes its
+        # handlers before it exits. Libraries raise RuntimeError for a lost process.
         is_last = kind is not None and issubclass(kind, Preempted | RuntimeError | MemoryError)
         if self._before:
             signal.set_wakeup_fd(self._fd_before)
             os.close(self._to_watcher)
         for number in SIGNALS if is_last else self._before:
             signal.signal(number, signal.SIG_IGN if is_last else self._before[number])
-        # It came after the last step was saved.
+        # The signal came after the last step was saved.
         if self._received is not None and not self._is_told and kind is None:
             os.kill(os.getpid(), self._received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
-        signal_at_end_of_launcher(0)  # it may end seconds later, which is no second request
+        signal_at_end_of_launcher(0)  # the context may end seconds later, which is not a second request
 
     def after_step(self, step: StepDone) -> None:
         """End training after this step if any process has received a signal. A collective call."""
@@ -85,8 +85,8 @@ class StopRequest:
             step.end(stopped_after(step))
 
     def pause(self, is_working: bool) -> bool:
-        """Between two batches of work, such as an evaluation, that each process does in batches of its own. A
-        collective call.
+        """To be called between batches of work, such as an evaluation, of which processes have different
+        numbers. A collective call.
 
         A process calls it with True after each of its batches. Once it has done all of them it calls with
         False until no process works any more, which is what is returned. So every process makes the same
@@ -103,7 +103,7 @@ class StopRequest:
     def is_agreed(self) -> bool:
         """Whether any process has received a signal: the same answer on all. A collective call.
 
-        From the first call on signals are remembered.
+        From the first call on, signals are recorded.
         """
         if not self._before:
             self._begin_to_remember()
@@ -122,11 +122,11 @@ class StopRequest:
 
 
 def _end_at_a_second_signal(arrivals: int) -> None:
-    """The work of a thread: end the process when a second request arrives at the other end of this pipe.
+    """The target of a thread: end the process when a second request is written to this pipe.
 
-    Python handles a signal between two instructions of the main thread. That may be in a call that takes
-    seconds, such as a save on a slow disk or the wait for another process. There the two signals of one
-    Ctrl-C would seem to lie far apart, and a second request would not end the process before the call does.
+    Python handles a signal between two instructions of the main thread, and a call may take seconds, such as
+    a save on a slow disk or a wait for another process. In a Python handler the two signals of one Ctrl-C
+    could then seem far apart, and a second request would not end the process before the call returns.
     """
     first: float | None = None
     while numbers := os.read(arrivals, 512):

@@ -1,7 +1,7 @@
-"""All that a run carries from step to step, by the identity of each tensor, whatever engine holds it.
+"""The training state, by the identity of each tensor, independent of the engine.
 
-Learning rate, order of the rows and random draws are functions of the step, so weights and AdamW's state are
-all. The loss scale of fp16 is not kept: it starts again.
+Learning rate, order of the rows and random draws are functions of the step, so the state is weights and
+AdamW's state. The loss scale of fp16 is not kept: it restarts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ def restore_state(engine: Engine, state: TrainingState) -> None:
     """Put a state into an engine that has not stepped yet. Every process has read the same state.
 
     Raises:
-        InputError: it has other tensors, or other shapes, than the agents.
+        InputError: its tensors or shapes differ from the agents'.
     """
     held, num_agents = engine.agents.agents, len(engine.agents.agents) * engine.mesh.agent_size
     elsewhere = set(range(num_agents)).difference(held)
@@ -89,7 +89,7 @@ def _restore_plain(
         place: {"step": torch.tensor(float(steps[place])), **{name: moments[name][agent] for name in MOMENTS}}
         for place, agent in enumerate(engine.agents.agents)
     }
-    # torch's own loading puts each tensor, and the step count, on the device where fused AdamW needs it.
+    # load_state_dict puts each tensor, and the step count, on the device where fused AdamW needs it.
     optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -106,8 +106,7 @@ def _restore_zero(engine: Engine, weights: FlatByAgent, moments: Mapping[str, Fl
 
 @torch.no_grad()
 def _restore_shards(engine: Engine, weights: FlatByAgent, moments: Mapping[str, FlatByAgent]) -> None:
-    """The same under stage 3, which cuts each adapter by itself
-    into as many shards as there are processes."""
+    """The same under stage 3, which shards each adapter separately over the processes."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
@@ -116,7 +115,7 @@ def _restore_shards(engine: Engine, weights: FlatByAgent, moments: Mapping[str, 
         for agent, adapter_F in adapters.items():
             adapter_F.copy_(weights[agent])
     for agent, adapter_F in adapters.items():
-        size = cast(Any, adapter_F).ds_tensor.numel()  # of a shard, the last of which is padded
+        size = cast(Any, adapter_F).ds_tensor.numel()  # elements of a shard; the last shard is padded
 
         def own(whole_F: Tensor, size: int = size) -> Tensor:
             padded = torch.nn.functional.pad(whole_F, (0, size * engine.mesh.data_size - whole_F.numel()))

@@ -1,4 +1,4 @@
-"""What one optimiser step did, and the hooks that run after it."""
+"""The result of an optimiser step, and the interface of the hooks that run after it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from chorus.data.batches import StepBatch
 
 
 class StepResult:
-    """What `Engine.step` did. Making one waits for nothing; reading its numbers may wait for the device.
+    """The result of `Engine.step`. Creating one waits for nothing; reading its numbers may wait for the
+    device.
 
     Attributes:
         lr: the learning rate of this step: of all agents, or of each.
@@ -38,13 +39,13 @@ class StepResult:
 
 
 class MicroBatchLosses(NamedTuple):
-    """What one micro-batch of this process adds to the reported losses.
+    """The contribution of one micro-batch of this process to the reported losses.
 
     Attributes:
         nll_K: summed NLL of each agent over this process's target tokens, weighted, nats.
         swd: R_SW over all processes; None when lambda is 0.
-        shared_nll: what responsibilities have put in the place of the mean over all agents of `nll_K`; None
-            without.
+        shared_nll: the loss under responsibilities, which replaces the mean over all agents of `nll_K`; None
+            without them.
     """
 
     nll_K: Tensor
@@ -54,17 +55,16 @@ class MicroBatchLosses(NamedTuple):
 
 @dataclass
 class StepDone:
-    """A finished optimiser step, as hooks see it. A hook may ask for a checkpoint, or for the end of
-    training.
+    """A finished optimiser step, passed to hooks. A hook may request a checkpoint, or the end of training.
 
     Attributes:
         number: optimiser steps done, this one included.
         num_steps: those of the whole run.
         batch: this process's micro-batches.
         losses: one entry for each micro-batch, on the device.
-        must_save: a checkpoint of this step is wanted, whatever `save_steps` says.
-        ends_training: a hook has asked for the end of training, after the hooks of this step.
-        error: what training ends with; None is a normal end.
+        must_save: save a checkpoint of this step, whatever `save_steps` says.
+        ends_training: end training after the hooks of this step.
+        error: the error that ends training; None: a normal end.
     """
 
     number: int
@@ -77,11 +77,13 @@ class StepDone:
     error: Exception | None = None
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, is due. 0: at the end alone."""
+        """Whether an action that runs every `every` steps, and after the last step, is due. 0: only after the
+        last step.
+        """
         return self.number == self.num_steps or (every > 0 and self.number % every == 0)
 
     def end(self, error: Exception | None = None) -> None:
-        """Ask for a checkpoint of this step, and for the end of training. Call it on every process alike."""
+        """Request a checkpoint of this step and the end of training. All processes must call it."""
         self.must_save = self.ends_training = True
         self.error = self.error or error
 

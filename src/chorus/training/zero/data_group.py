@@ -1,8 +1,8 @@
 """ZeRO over the data group alone, where agents are spread over processes.
 
-DeepSpeed calls processes with unlike parameters a model-parallel group, and learns of the groups by an `mpu`,
-the interface that Megatron-LM gave it. With it DeepSpeed itself shards and reduces over the data group, and
-takes the norm for clipping over all agents: no reduction of our own stands beside its buckets.
+DeepSpeed calls processes with different parameters a model-parallel group, and learns the groups from an
+`mpu`, Megatron-LM's interface. With it DeepSpeed itself shards and reduces over the data group, and computes
+the norm for clipping over all agents, so no further reduction is needed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,16 +46,17 @@ class Mpu:
 
 @contextmanager
 def data_group_of(mesh: Mesh, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The context in which Accelerate starts DeepSpeed over this mesh: it has no way to name an `mpu`.
+    """The context in which Accelerate starts DeepSpeed over this mesh: Accelerate has no argument for an
+    `mpu`.
 
     Args:
-        adapters: of this process's agents. They are marked as held by no other process of the agent group:
-            DeepSpeed counts others once in its norm, on the first process of that group.
+        adapters: of this process's agents. They are marked as model-parallel: unmarked parameters count in
+            DeepSpeed's norm only on the first process of the agent group.
     """
     if mesh.agent_size == 1:
         yield
         return
-    import deepspeed  # seconds of imports for those who use it
+    import deepspeed  # takes seconds: imported only when needed
 
     for adapter_F in adapters:
         cast(Any, adapter_F).model_parallel = True

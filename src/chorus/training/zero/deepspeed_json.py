@@ -1,7 +1,7 @@
-"""The DeepSpeed JSON, the launcher and configs.yaml, brought to one answer or refused.
+"""The DeepSpeed JSON, the launcher and configs.yaml: merged into one configuration, or refused.
 
-DeepSpeed takes a misspelt key without a word, lets a number in its JSON beat the script's, and reads an
-absent `gradient_clipping` as 1.0. So the JSON is checked here, and what configs.yaml decides is filled in.
+DeepSpeed silently accepts a misspelt key, prefers a number in its JSON to the script's, and reads a missing
+`gradient_clipping` as 1.0. So the JSON is checked here, and the values of configs.yaml are filled in.
 """
 
 import copy
@@ -104,7 +104,7 @@ def deepspeed_json(
         settings, "train_batch_size", step_rows, path, "batch_size x gradient_accumulation_steps x processes"
     )
     _settle(settings, "gradient_clipping", training.max_grad_norm, path, "max_grad_norm")
-    # Where its state is on the CPU, DeepSpeed would have an AdamW of its own, which rounds otherwise.
+    # With optimizer state on the CPU, DeepSpeed would use its own AdamW, which rounds differently.
     _settle(settings, "zero_force_ds_cpu_optimizer", False, path, "the optimizer is torch's AdamW")
     for name in ("bf16", "fp16"):
         section = settings.setdefault(name, {})
@@ -115,13 +115,14 @@ def deepspeed_json(
 
 
 def leave_clipping_to_chorus(settings: dict[str, Any]) -> dict[str, Any]:
-    """A complete configuration, changed so that DeepSpeed looks at no gradient: `stepping` clips and skips.
+    """A complete configuration, changed so that DeepSpeed does not check gradients: `stepping` clips and
+    skips.
 
-    DeepSpeed would take each norm a second time, and the host would wait for the device twice in a step.
-    fp16, stage 3 and an optimizer on the CPU have no such setting, and stay as they are.
+    DeepSpeed would compute each norm a second time, and the host would wait for the device twice in a step.
+    fp16, stage 3 and an optimizer on the CPU have no such setting, and are left unchanged.
 
     Raises:
-        InputError: the JSON asks for what is switched off here.
+        InputError: the JSON requires a feature that is switched off here.
     """
     zero = settings["zero_optimization"]
     is_offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -136,10 +137,12 @@ def leave_clipping_to_chorus(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str]) -> None:
-    """Let DeepSpeed itself check its section, before a model is loaded, and hold the launcher against it."""
+    """Validate the section with DeepSpeed's own model before a model is loaded, and compare the launcher with
+    it.
+    """
     from deepspeed.runtime.zero.config import (
         DeepSpeedZeroConfig,
-    )  # two seconds of imports for those who use it
+    )  # takes two seconds: imported only when needed
 
     try:
         DeepSpeedZeroConfig(**zero)
@@ -210,7 +213,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _settle(
     section: dict[str, Any], key: str, ours: Any, path: str, our_name: str = "", prefix: str = ""
 ) -> None:
-    """Put our value where the JSON has none or "auto"; refuse another one."""
+    """Fill in the value of configs.yaml where the JSON has none or "auto"; refuse a different one."""
     theirs = section.get(key, "auto")
     is_number = isinstance(theirs, (int, float)) and isinstance(theirs, bool) == isinstance(ours, bool)
     if theirs != "auto" and not (is_number and theirs == ours):

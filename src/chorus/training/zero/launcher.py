@@ -1,4 +1,4 @@
-"""What the launcher says about DeepSpeed, held against configs.yaml, and what a lone process needs of one."""
+"""The launcher's DeepSpeed settings, compared with configs.yaml, and a rendezvous for a single process."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from chorus.errors import InputError
 
 
 def deepspeed_wanted(settings: EngineSettings, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this run is under DeepSpeed: as the launcher says, or as `use_deepspeed` insists.
+    """Whether this run uses DeepSpeed: as the launcher says, or because `use_deepspeed` is true.
 
     Raises:
         InputError: the launcher asks for DeepSpeed and `use_deepspeed` is false.
@@ -27,14 +27,14 @@ def deepspeed_wanted(settings: EngineSettings, environment: Mapping[str, str] = 
 def check_launcher(
     engine: EngineSettings, training: TrainingSettings, environment: Mapping[str, str] = os.environ
 ) -> None:
-    """Refuse what the launcher says otherwise than configs.yaml. Accelerate would let one of the two win in
-    silence.
+    """Refuse settings of the launcher that contradict configs.yaml. Accelerate would silently prefer one of
+    them.
 
     Raises:
         InputError: names the key, both values and the remedy.
     """
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", engine.mixed_precision):  # the launcher says "no" also when it was not asked
+    if precision not in ("no", engine.mixed_precision):  # the launcher also sets "no" by default
         raise InputError(
             f"key 'mixed_precision' is {engine.mixed_precision}, but the launcher says {precision}; "
             "leave it to configs.yaml and drop it from the launcher's options and its config file"
@@ -55,8 +55,7 @@ def check_launcher(
 
 
 def single_process_rendezvous() -> None:
-    """Set what a launcher of several processes would have set,
-    for `use_deepspeed: true` in a lone process."""
+    """Set the environment that a distributed launcher sets, for `use_deepspeed: true` in a single process."""
     if "LOCAL_RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -77,8 +76,8 @@ def look_up_no_operators() -> None:
     not call.
 
     It would do so at every start, under a lock that is a mere file: after a kill at that moment every later
-    start waits for it without end. For processes that have not begun to talk to each other.
+    start waits for it forever. Call it before the process group exists.
     """
-    import deepspeed.ops  # seconds of imports for those who use it
+    import deepspeed.ops  # takes seconds: imported only when needed
 
     deepspeed.ops.__dict__["__compatible_ops__"] = {}

@@ -1,4 +1,5 @@
-"""One process's share of each agent's gradient and AdamW state under DeepSpeed: at any stage, on GPU or CPU.
+"""A process's partition of each agent's gradient and AdamW state under DeepSpeed, at any stage, on GPU or
+CPU.
 
 Each agent is a parameter group (optimizer.py), and DeepSpeed partitions groups separately. `zero` is
 DeepSpeed's optimizer, `module.optimizer`. DeepSpeed has no public interface for any of this.
@@ -14,8 +15,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def partitions(zero: Any) -> list[tuple[int, Tensor]]:
-    """The flat fp32 weights that this process steps, each with
-    the place of its agent, which may have several."""
+    """The flat fp32 weights that this process steps, each with the index of its agent, which may have
+    several.
+    """
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         owners = [
             zero.sub_group_to_group_id[place] for place in range(len(zero.fp32_partitioned_groups_flat))
@@ -25,8 +27,9 @@ def partitions(zero: Any) -> list[tuple[int, Tensor]]:
 
 
 def make_state(zero: Any) -> None:
-    """AdamW's state before the first step. Otherwise it comes group by group, and stages 1 and 2 link it to
-    the adapters' tensors once: after the first group has stepped, before the others have theirs."""
+    """Create AdamW's state before the first step. Otherwise it is created group by group, and stages 1 and 2
+    link it to the adapters' tensors only once, after the first group's step.
+    """
     for _, flat in partitions(zero):
         moments = {name: torch.zeros_like(flat) for name in MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
@@ -46,7 +49,7 @@ def set_steps_taken(zero: Any, steps: Sequence[int]) -> None:
 
 
 def gradients(zero: Any) -> list[list[Tensor]]:
-    """Each agent's gradient, this process's part of it, between the last backward of a step and the step."""
+    """This process's part of each agent's gradient, between the last backward pass of a step and the step."""
     if is_on_cpu(zero) and hasattr(zero, "_wait_for_offload_copies"):
         zero._wait_for_offload_copies()
     found: dict[int, list[Tensor]] = {}
@@ -60,7 +63,7 @@ def clear_gradient(zero: Any, gradient: Sequence[Tensor]) -> None:
     """Zero an agent's gradient, wherever DeepSpeed looks for non-finite values."""
     for part in gradient:
         part.zero_()
-    if is_on_cpu(zero):  # found out by now, while it was copied there
+    if is_on_cpu(zero):  # already detected while the gradient was copied to the CPU
         for norm in zero.norm_for_param_grads.values():
             norm.nan_to_num_(0.0, 0.0, 0.0)
         zero.local_overflow = False

@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO stage 3: the frozen base in shards, a part of each matrix on every process.
+"""DeepSpeed ZeRO stage 3: the frozen base is sharded, with a part of each matrix on every process.
 
 DeepSpeed gathers a module's own parameters while that module runs. Where Chorus reads parameters of another
-module, it registers them: a LoRA layer reads those of the linear layer inside of it, the loss those of the
-head. The adapters stay gathered, because a pass reads all of them at its start; their gradients and optimizer
-state are in shards, as under stage 2.
+module, it registers them: a LoRA layer reads those of its inner linear layer, the loss those of the head. The
+adapters stay gathered, because a pass reads all of them at its start; their gradients and optimizer state are
+sharded, as under stage 2.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,9 @@ from chorus.model.base import Head
 
 
 def register_reads(agents: Agents) -> None:
-    """Register with DeepSpeed, which already holds the agents, the
-    weights that a module reads of another module."""
+    """Register with DeepSpeed the weights that a module reads from another module. DeepSpeed already holds
+    the agents.
+    """
     from deepspeed.runtime.zero import register_external_parameter
 
     for peft_model in agents.peft_models:
@@ -32,8 +33,7 @@ def register_reads(agents: Agents) -> None:
 
 
 def whole_copy(head: Head) -> Head:
-    """The output layer as a copy that every process holds whole, and DeepSpeed does not know. A collective
-    call."""
+    """A full copy of the output layer on every process, unknown to DeepSpeed. A collective call."""
     from deepspeed.runtime.zero import GatheredParameters
 
     shards = dict(head.linear.named_parameters(recurse=False))
@@ -46,10 +46,10 @@ def whole_copy(head: Head) -> Head:
 
 
 def keep_gathered(zero: Any, adapters: Sequence[nn.Parameter]) -> None:
-    """Have DeepSpeed's optimizer gather the adapters after every step, and shard them only for the step.
+    """Make DeepSpeed's optimizer gather the adapters after every step, and shard them only for the step.
 
-    By itself it does so for all parameters below one number of elements, and most of a base's are smaller
-    than an adapter. A collective call.
+    By default it does so for all parameters below a threshold size, and most of a base's are smaller than an
+    adapter. A collective call.
     """
     cut = [adapter_F for adapter_F in cast(Sequence[Any], adapters) if not adapter_F.ds_persist]
     for adapter_F in cut:
@@ -65,7 +65,8 @@ def gather_adapters(adapters: Sequence[nn.Parameter]) -> None:
 
 @contextmanager
 def unsharded(module: nn.Module, adapters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The context in which every process holds the whole base, and may run as many passes as it likes.
+    """The context in which every process holds the whole base, and processes may run different numbers of
+    passes.
 
     Evaluation needs it: processes have different numbers of batches and of tokens to generate. Entering and
     leaving it are collective calls.

@@ -1,8 +1,8 @@
 """The optimizer step under DeepSpeed: clip to one norm over all agents, step those whose gradient is finite.
 
-At stages 1 and 2 with the optimizer on the device, DeepSpeed is told to look at no gradient: it would take
+At stages 1 and 2 with the optimizer on the device, DeepSpeed's gradient checks are off: it would compute
 every norm again, and make the host wait for the device twice, for an overflow and for the norm. The norms
-that show which agents to skip also clip, inside AdamW. Elsewhere DeepSpeed clips.
+that show which agents to skip are also used for clipping, inside AdamW. Elsewhere DeepSpeed clips.
 """
 
 import math
@@ -45,7 +45,7 @@ def clip_and_step(module: Any, max_grad_norm: float, mesh: Mesh) -> tuple[Tensor
 def _step_by_deepspeed(module: Any, mesh: Mesh) -> tuple[Tensor, Tensor]:
     """DeepSpeed silently skips the step of all agents when a gradient is not finite.
 
-    So non-finite gradients are cleared before DeepSpeed sees them. Not under fp16, where an overflow must
+    So non-finite gradients are zeroed before DeepSpeed sees them, except under fp16, where an overflow must
     skip the whole step.
     """
     zero = module.optimizer
@@ -53,7 +53,7 @@ def _step_by_deepspeed(module: Any, mesh: Mesh) -> tuple[Tensor, Tensor]:
     if float(zero.loss_scale) <= 1:
         norm_K = _agent_norms(module)
         skip_non_finite(zero.optimizer.param_groups, norm_K)
-        sound = norm_K.isfinite().tolist()  # DeepSpeed waits as well
+        sound = norm_K.isfinite().tolist()  # DeepSpeed waits for the device anyway
         for own, is_sound in zip(partitions.gradients(zero), sound, strict=True):
             if not is_sound:
                 partitions.clear_gradient(zero, own)
