@@ -240,7 +240,7 @@ def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes
         for how in ("auto", "null"):
             again = forked(command, *settings, f"resume_from_checkpoint={how}")
             assert again.returncode == 2
-            assert f"error: key 'output_dir': {tmp_path}/run: another run is at work in it" in again.stderr
+            assert f"error: key 'output_dir': {tmp_path}/run: another run is using it" in again.stderr
         rows = rows_of(tmp_path)
         wait_for(lambda: rows_of(tmp_path) > rows)
     finally:

@@ -34,7 +34,7 @@ def main() -> None:
         return
     with input_errors_end_the_program():
         if command not in COMMANDS:
-            raise InputError(f"command line: {command!r} is no command; there is {', '.join(COMMANDS)}")
+            raise InputError(f"command line: {command!r} is not a command; there is {', '.join(COMMANDS)}")
         import_module(f"chorus.commands.{command}").main(arguments)
 
 

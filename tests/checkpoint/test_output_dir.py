@@ -196,10 +196,10 @@ def test_a_folder_of_a_run_at_work_is_refused_by_every_way_to_it_and_nothing_in_
         before = contents(tmp_path)
         for name in (run, link, run / "." / ".." / "run"):
             message = refusal(str(name), accelerator)
-            assert f"another run is at work in it (process {other.pid} on " in message
-            with pytest.raises(InputError, match="at work"):
+            assert f"another run is using it (process {other.pid} on " in message
+            with pytest.raises(InputError, match="another run is using it"):
                 refuse_taken(name)
-        with pytest.raises(InputError, match="at work"):
+        with pytest.raises(InputError, match="another run is using it"):
             taken(str(run), accelerator, Start(in_place=True))
         assert contents(tmp_path) == before
         other.kill()
@@ -218,7 +218,7 @@ def test_of_processes_that_take_a_folder_at_the_same_instant_one_gets_it(
         (folder / "metrics.jsonl").write_text("rows")
         with at_work(folder, accelerator, count=4) as (_, outcomes):
             assert outcomes.count("taken") == 1
-            assert sum("another run is at work in it" in outcome for outcome in outcomes) == 3
+            assert sum("another run is using it" in outcome for outcome in outcomes) == 3
         assert without_lock(folder.parent) == {"run.1/metrics.jsonl": b"rows"}
 
 

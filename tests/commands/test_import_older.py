@@ -189,7 +189,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a tensor twice": (
         edited(lambda state: state.update({A_TENSOR.replace(".weight", ".default.weight"): state[A_TENSOR]})),
-        "stands in the file twice",
+        "is in the file twice",
     ),
     "transposed": (
         edited(lambda state: state.update({A_TENSOR: state[A_TENSOR].T})),

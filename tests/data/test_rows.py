@@ -190,8 +190,7 @@ def test_stray_beginnings_and_a_backslash_for_a_line_break_are_told(
     path = write(tmp_path / "rows.jsonl", rows)
     read_problems(data_config(path, prompt_template="Q: {question}\\nA:"))
     assert (
-        f"1 beginning tokens stand behind the beginning, in 1 of 2 training rows, first {path}:2"
-        in caplog.text
+        f"1 beginning tokens are not at the beginning, in 1 of 2 training rows, first {path}:2" in caplog.text
     )
     assert "key 'prompt_template' holds a backslash and an n, and no line break" in caplog.text
 

@@ -213,7 +213,7 @@ def test_the_command_prints_every_answerer_and_writes_samples(
             *([".", "--tasks", "no_such_task_here"], "no_such_task_here: the harness has no such task"),
             marks=pytest.mark.slow,
         ),
-        ([".", "--tasks", "a", "--batch_size", "0"], "--batch_size 0: is no whole number above 0"),
+        ([".", "--tasks", "a", "--batch_size", "0"], "--batch_size 0: is not a whole number above 0"),
         ([".", "--tasks", "a", "--include_path", "gone"], "--include_path gone: no such folder"),
         (["."], "--tasks; --help shows"),
     ],

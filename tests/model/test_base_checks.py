@@ -98,7 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
             (base / "config.json").rename(base / "adapter_config.json")
             and settings(base, "adapter_config.json", base_model_name_or_path="google/gemma-2-2b")
         ),
-        r"is an adapter and no base; give the base under it, google/gemma-2-2b$",
+        r"is an adapter, not a base; give the base under it, google/gemma-2-2b$",
     ),
     "stored quantised": (
         lambda base: settings(base, "config.json", quantization_config={"quant_method": "gptq"}),

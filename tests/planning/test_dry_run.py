@@ -68,7 +68,7 @@ def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
         "an all-reduce gives the right sum",
         "processes see one output_dir",
         "DeepSpeed is active",
-        "each agent is one on all its processes",
+        "each agent is equal on all its processes",
         "modes agree",
         "a checkpoint gives back the agents",
         "stock PEFT reads the agents",
@@ -166,9 +166,9 @@ def test_a_completion_of_which_a_part_is_not_learnt_is_caught(tried, tmp_path: P
     keys = {"prompt_template": "{question}", "completion_template": "{answer}"}
     code, checks = tried(dataset_name=str(file), validation_split=0.0, **keys)
     assert (code, failed(checks)) == (3, ["all of a completion is learnt", "one beginning token a row"])
-    assert checks["one beginning token a row"].found == f"2 tokens of 2 rows are not so, the first {file}:1"
+    assert checks["one beginning token a row"].found == f"not for 2 tokens of 2 rows; first {file}:1"
     check = checks["all of a completion is learnt"]
-    assert check.found == f"2 characters of 2 rows are not, the first {file}:2"
+    assert check.found == f"not for 2 characters of 2 rows; first {file}:2"
     assert "begin the completion with a space" in check.remedy
 
 

@@ -154,9 +154,9 @@ def test_a_real_browser_shows_it_without_a_network_at_every_width_in_light_and_d
     ("content", "message"),
     [
         (None, "gone: no such file or folder"),
-        ("{}\n[1]\n", "line 2 is no JSON object"),
+        ("{}\n[1]\n", "line 2 is not a JSON object"),
         ("{\n{}\n", "line 1 is no JSON"),
-        ('{"prompt": "a"}\n', "line 1 is no scored problem"),
+        ('{"prompt": "a"}\n', "line 1 is not a scored problem"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, content: str | None, message: str):

@@ -82,7 +82,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file} cannot be read ({error}); name a run's output_dir, or a list of PEFT LoRA folders", error
         )
     if peft.get("peft_type") != "LORA":
-        _refuse(f"{folder} is {peft.get('peft_type')}, and no LoRA adapter; name LoRA adapters")
+        _refuse(f"{folder} is {peft.get('peft_type')}, not a LoRA adapter; name LoRA adapters")
     for key in MORE:
         if peft.get(key):
             _refuse(f"{folder} has {key}, which Chorus does not train; name plain LoRA adapters")

@@ -46,7 +46,7 @@ def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None 
 
     Raises:
         InputError: on every process alike: it is a file, cannot be made or written, holds files that are not
-            a run's, belongs to a run that is at work, has changed since `begin` was found, or is not the same
+            a run's, belongs to a run that is still running, has changed since `begin` was found, or is not the same
             folder for every process.
     """
     begin = begin or Start()
@@ -167,7 +167,7 @@ def _lock(folder: Path) -> TextIO:
                 "file system that has locks"
             ) from error
         raise InputError(
-            f"key 'output_dir': {folder}: another run is at work in it ({holder or 'unnamed'}); wait for "
+            f"key 'output_dir': {folder}: another run is using it ({holder or 'unnamed'}); wait for "
             "its end, or name another folder"
         ) from error
     return file

@@ -82,7 +82,7 @@ class Start(NamedTuple):
         return (
             f"{output_dir} holds this run, finished after {self.step} steps: nothing is left to do.\n  its "
             f"agents:     {output_dir}/agents, scores in {output_dir}/ensemble.json\n  to start over:  "
-            "resume_from_checkpoint=null (the finished run then steps aside, nothing is lost)\n  to train "
+            "resume_from_checkpoint=null (the finished run is then moved aside, nothing is lost)\n  to train "
             f"on:    output_dir=runs/another init_adapters_from={output_dir}\n  another run:    "
             "output_dir=runs/another"
         )

@@ -79,7 +79,7 @@ def _ask(options: argparse.Namespace, prompt: str) -> None:
     names = [name.strip() for name in (options.models or "").split(",") if name.strip()]
     models = names or served_agents(remote)
     if len(set(models)) < len(models):
-        raise InputError(f"--models {options.models}: a name stands there twice; name each agent once")
+        raise InputError(f"--models {options.models}: a name is given twice; name each agent once")
     weights = Mixture.uniform(len(models)).weights
     if entries:
         weights = Mixture.from_json(entries, len(models), options.weights).weights
@@ -112,7 +112,7 @@ def _entries(file: str | None) -> Mapping[str, Any]:
             f"--weights {file}: cannot be read as JSON ({error}); name an ensemble.json"
         ) from None
     if not isinstance(entries, dict):
-        raise InputError(f"--weights {file}: holds no object; name an ensemble.json")
+        raise InputError(f"--weights {file}: is not a JSON object; name an ensemble.json")
     return entries
 
 

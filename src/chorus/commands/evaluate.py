@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
             )
     known = _configuration_of(Path(runs[0])) if len(runs) == 1 else None
     if known is None and options.data is None:
-        raise InputError(f"command line: {runs[0]} brings no data set of its own; name one with --data FILE")
+        raise InputError(f"command line: {runs[0]} has no data set of its own; name one with --data FILE")
     config = config_over(
         {**(known or {}), "use_deepspeed": False, "agent_parallel_size": 1}, settings, runs[0]
     )
@@ -152,7 +152,7 @@ def _configuration_of(path: Path) -> Mapping[str, Any] | None:
             return None  # an export of PEFT folders
         if not isinstance(config, dict):
             raise InputError(
-                f"{file}: its configuration is no object; name {path / 'agents'} with --data FILE"
+                f"{file}: its configuration is not an object; name {path / 'agents'} with --data FILE"
             )
         return config
     return None

@@ -128,7 +128,7 @@ def _write_samples(file: Path, samples: Mapping[str, Mapping[str, Sequence[Mappi
 
 def _positive(option: str, value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
-        raise InputError(f"{option} {value}: is no whole number above 0; give one, or auto")
+        raise InputError(f"{option} {value}: is not a whole number above 0; give one, or auto")
     return int(value)
 
 

@@ -153,7 +153,7 @@ def _read_agent(
                 f"correct model_name, or r in {META}"
             )
         if identity in tensors:
-            raise InputError(f"{file}: {name}: stands in the file twice, under two names; remove one")
+            raise InputError(f"{file}: {name}: is in the file twice, under two names; remove one")
         tensors[identity] = tensor.detach().float().contiguous()
         if not bool(torch.isfinite(tensors[identity]).all()):
             raise InputError(f"{file}: {name}: holds a NaN or an infinity; take an earlier save")

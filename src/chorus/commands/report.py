@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.problems and len(options.runs) > 1:
         raise InputError("command line: --problems is of one run; name one, or leave it out")
     if options.out and not options.out.endswith(".html"):
-        raise InputError(f"--out {options.out}: is no page; give it a name that ends in .html")
+        raise InputError(f"--out {options.out}: is not a page; give it a name that ends in .html")
     check_report("chorus report")
     with announced("importing matplotlib"):  # seconds
         from chorus.reporting.page import write_report

@@ -92,6 +92,6 @@ class AdapterSettings(Section):
             re.compile(modules)
         except re.error as error:
             raise ValueError(
-                f"it is no regular expression ({error}); write [one, another] for names"
+                f"it is not a regular expression ({error}); write [one, another] for names"
             ) from error
         return modules

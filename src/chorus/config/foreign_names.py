@@ -289,7 +289,7 @@ FOREIGN_NAMES: dict[str, Answer] = {
     **_same(
         "resume_from_checkpoint",
         *("overwrite_output_dir", "overwrite"),
-        note="null is a fresh start, and an earlier run in output_dir steps aside",
+        note="null is a fresh start, and an earlier run in output_dir is moved aside",
     ),
     **_same(
         "report_to", "logger", "use_wandb", "metric_logger", "log_with", note="such as report_to=[wandb]"

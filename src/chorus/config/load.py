@@ -73,7 +73,7 @@ def _parser(program: str | None = None) -> argparse.ArgumentParser:
         program,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="The keys of a run, and what each one means, stand in configs.yaml.",
+        description="The keys of a run, and what each one means, are in configs.yaml.",
         epilog="""examples:
   lr=3e-5 max_train_steps=null               numbers, true, false, null and words as in YAML
   'lora_target_modules=[q_proj, v_proj]'     a list

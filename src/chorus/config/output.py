@@ -36,4 +36,4 @@ class OutputSettings(Section):
     calibration, uncertainty, answers. It needs matplotlib. `chorus report output_dir` writes it later."""
     resume_from_checkpoint: MayChange[Place | None] = "auto"
     """auto: resume from the newest whole checkpoint of output_dir, if there is one. A folder: resume from
-    that checkpoint. null: a fresh start; an earlier run in output_dir steps aside."""
+    that checkpoint. null: a fresh start; an earlier run in output_dir is moved aside."""

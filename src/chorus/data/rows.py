@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Other problems with tokens, by the column of FACTS that counts them.
 STRAY = {
-    "strays": ("beginning tokens stand behind the beginning", "take them out of the templates or the data"),
+    "strays": ("beginning tokens are not at the beginning", "take them out of the templates or the data"),
     "unknown": ("tokens stand for characters that the tokenizer does not know", "no agent can learn those"),
 }
 

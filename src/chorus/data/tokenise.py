@@ -32,7 +32,7 @@ class Tokenised(NamedTuple):
         merged: characters to be learnt that carry no loss, because their token begins before them.
         answer: how many tokens it takes until the first is learnt that stands for text; 0 where there is
             none.
-        strays: beginning tokens that stand behind the beginning.
+        strays: beginning tokens that are not at the beginning.
         unknown: tokens that stand for characters unknown to the tokenizer.
     """
 

@@ -63,7 +63,7 @@ def _refuse_no_model(model_name: str) -> None:
             )
         base = _base_of_adapter(folder / ADAPTER_CONFIG_NAME)
         raise InputError(
-            f"key 'model_name': {model_name} is an adapter and no base; give the base under it{base}"
+            f"key 'model_name': {model_name} is an adapter, not a base; give the base under it{base}"
         )
     if folder.exists() and not (folder / CONFIG_NAME).is_file():
         raise InputError(f"key 'model_name': {model_name} holds no config.json; give a folder with a model")

@@ -169,8 +169,7 @@ def _check_rows(report: Report, config: RunConfig, rows: Rows, tokenizer: PreTra
         places = merged.nonzero()[0]
         first, name = int(places[0]), "the first row with tokens that should carry loss"
         found = (
-            f"{int(merged.sum()):,} characters of {len(places):,} rows are not, the first "
-            f"{chosen.place(first)}"
+            f"not for {int(merged.sum()):,} characters of {len(places):,} rows; first {chosen.place(first)}"
         )
         report.show(sample_view(sample_tokens(chosen, first, tokenizer), name))
     report.add(
@@ -189,7 +188,7 @@ def _check_rows(report: Report, config: RunConfig, rows: Rows, tokenizer: PreTra
         if counts.any():
             places = counts.nonzero()[0]
             first = chosen.place(int(places[0]))
-            found = f"{int(counts.sum()):,} tokens of {len(places):,} rows are not so, the first {first}"
+            found = f"not for {int(counts.sum()):,} tokens of {len(places):,} rows; first {first}"
         report.add(name, not counts.any(), found, remedy)
 
 

@@ -65,7 +65,7 @@ def _check_mode(report: Report, run: ModeRun, config: Config) -> None:
         f"no gradient reaches them: look at lora_target_modules and lr ({as_yaml(config.lr)}), or report it",
     )
     report.add(
-        f"{run.mode}: the base is as it was",
+        f"{run.mode}: the base is unchanged",
         not run.changed,
         "every bit"
         if not run.changed
@@ -73,10 +73,10 @@ def _check_mode(report: Report, run: ModeRun, config: Config) -> None:
         "report it: the base must be frozen",
     )
     shared = not run.not_shared and run.growth == 0
-    found = "one storage; an agent more takes its adapters alone"
+    found = "one storage; one more agent takes only its adapters"
     if not shared:
         found = f"{len(run.not_shared)} tensors of their own ({', '.join(run.not_shared[:2])}); "
-        found += f"an agent more takes {run.growth / 2**20:,.1f} MiB beside its adapters"
+        found += f"one more agent takes {run.growth / 2**20:,.1f} MiB beside its adapters"
     report.add(
         f"{run.mode}: the base is shared",
         shared,
@@ -104,10 +104,10 @@ def _check_holders(report: Report, runs: list[ModeRun], config: RunConfig) -> No
                 wrong.append(f"{run.mode}: agent {agent} on {len(sums)} processes, {len(set(sums))} unlike")
     copies = len(runs[0].holders) // size
     report.add(
-        "each agent is one on all its processes",
+        "each agent is equal on all its processes",
         not wrong,
         "; ".join(wrong[:3])
-        or f"{config.num_agents // size} agents a process, each agent on {copies}, alike to the bit",
+        or f"{config.num_agents // size} agents a process, each agent on {copies}, bitwise equal",
         "report it: the reduction of gradients leaves them apart",
     )
 
@@ -120,13 +120,13 @@ def _check_reload(report: Report, run: ModeRun, precision: str) -> None:
         not unchanged,
         "the loss of every agent changed"
         if not unchanged
-        else f"to the bit the same: agents {', '.join(map(str, unchanged))}",
+        else f"bitwise unchanged: agents {', '.join(map(str, unchanged))}",
         "raise lr: the steps are lost in rounding",
     )
     report.add(
         "a checkpoint gives back the agents",
         differs == 0,
-        f"hidden states differ by {differs:g}; 0 is to the bit",
+        f"hidden states differ by {differs:g}; 0 is bitwise equal",
         "report it, with the versions of torch and safetensors",
     )
     report.add(

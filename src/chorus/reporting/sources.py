@@ -129,7 +129,7 @@ def _read_problems(file: Path) -> list[Row]:
     for number, row in enumerate(found, 1):
         if not isinstance(row.get("answers"), dict) or "prompt" not in row:
             raise InputError(
-                f"{file}: line {number} is no scored problem; write the file with chorus evaluate --problems"
+                f"{file}: line {number} is not a scored problem; write the file with chorus evaluate --problems"
             )
     return found
 
@@ -140,7 +140,7 @@ def _read_object(file: Path) -> Row:
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as JSON; restore it, or remove it") from error
     if not isinstance(found, dict):
-        raise InputError(f"{file}: is no JSON object; restore it, or remove it")
+        raise InputError(f"{file}: is not a JSON object; restore it, or remove it")
     return found
 
 
@@ -156,7 +156,7 @@ def _objects(file: Path) -> Iterator[Row]:
         except ValueError as error:
             if number == len(lines) and number > 1:
                 return
-            raise InputError(f"{file}: line {number} is no JSON; remove that line") from error
+            raise InputError(f"{file}: line {number} is not valid JSON; remove that line") from error
         if not isinstance(found, dict):
-            raise InputError(f"{file}: line {number} is no JSON object; remove that line")
+            raise InputError(f"{file}: line {number} is not a JSON object; remove that line")
         yield found

@@ -226,7 +226,7 @@ class Service:
         except Busy:
             raise Refusal(429, "too many requests wait; try again later", "rate_limit_error") from None
         except Closing:
-            raise Refusal(503, "the server is about to end", "server_error") from None
+            raise Refusal(503, "the server is shutting down", "server_error") from None
         if asked.request.stream:
             events = self._events(asked, watched)
             return StreamingResponse(
@@ -243,7 +243,7 @@ class Service:
                 break
             if await http.is_disconnected():
                 self.scheduler.cancel(watched.job)
-                raise Refusal(499, "the client hung up")
+                raise Refusal(499, "the client disconnected")
         if watched.job.error is not None:
             raise Refusal(500, watched.job.error, "server_error")
 

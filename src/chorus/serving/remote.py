@@ -96,7 +96,7 @@ def remote_of(url: str, api_key: str | None, timeout_s: float) -> Remote:
         InputError: no http or https URL.
     """
     if not url.startswith(("http://", "https://")):
-        raise InputError(f"{url}: is no http or https URL; name one such as http://127.0.0.1:8000")
+        raise InputError(f"{url}: is not an http or https URL; name one such as http://127.0.0.1:8000")
     return Remote(url.rstrip("/").removesuffix("/v1"), api_key, timeout_s)
 
 

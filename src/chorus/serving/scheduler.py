@@ -91,7 +91,7 @@ class Scheduler:
 
         Raises:
             Busy: the queue is full.
-            Closing: the server is about to end.
+            Closing: the server is shutting down.
         """
         with self._changed:
             if self._is_closing:

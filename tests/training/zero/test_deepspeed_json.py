@@ -291,8 +291,8 @@ def test_a_section_that_configs_yaml_decides_is_refused_with_the_key_that_does(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"zero_optimization": {"stage": 2}, "timers": 1, "timers": 1}', "key 'timers' stands twice"),
-        ('{"zero_optimization": {"stage": 2, "stage": 2}}', "key 'stage' stands twice"),
+        ('{"zero_optimization": {"stage": 2}, "timers": 1, "timers": 1}', "key 'timers' appears twice"),
+        ('{"zero_optimization": {"stage": 2, "stage": 2}}', "key 'stage' appears twice"),
         ("{'stage': 2}", "not valid JSON"),
         ("", "not valid JSON"),
         ('{"zero_optimization": {"stage": 2}} # two', "not valid JSON"),

@@ -205,7 +205,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key '{key}' stands twice")
+            raise ValueError(f"key '{key}' appears twice")
         found[key] = value
     return found
 
