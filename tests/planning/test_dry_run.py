@@ -135,13 +135,14 @@ def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_t
     file = tmp_path / "rows.jsonl"
     rows = [{"question": "1 + 1?", "answer": "2"}] * 3 + [{"question": "1 + 1?", "answer": "2 " * 60}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # A JSON for eight processes is none of this launch's business.
+    many = 99_991  # a prime: there is one way to split it, and one forecast for that
+    # A JSON for eight processes does not concern this launch.
     eight = tmp_path / "eight.json"
     eight.write_text(
-        json.dumps({**json.loads(Path("ds_config_zero2.json").read_text()), "train_batch_size": 800_000})
+        json.dumps({**json.loads(Path("ds_config_zero2.json").read_text()), "train_batch_size": 8 * many})
     )
     code, checks = tried(
-        dataset_name=str(file), validation_split=0.0, max_seq_length=64, batch_size=100_000,
+        dataset_name=str(file), validation_split=0.0, max_seq_length=64, batch_size=many,
         deepspeed_config_file=str(eight),
     )  # fmt: skip
     assert code == 3
@@ -155,7 +156,7 @@ def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_t
     assert "allowed (memory_fraction 0.9 of the smallest device)" in checks["memory"].found
     assert "gradient_accumulation_steps=" in checks["memory"].remedy
     assert "on a toy base" in checks["fused: optimiser steps"].found
-    assert "at 8 x 100000 rows" in checks["settings agree"].found
+    assert f"at 8 x {many} rows" in checks["settings agree"].found
 
 
 def test_a_completion_of_which_a_part_is_not_learnt_is_caught(tried, tmp_path: Path):

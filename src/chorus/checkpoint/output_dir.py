@@ -46,8 +46,8 @@ def prepare_output_dir(name: str, accelerator: Accelerator, begin: Start | None 
 
     Raises:
         InputError: on every process alike: it is a file, cannot be made or written, holds files that are not
-            a run's, belongs to a run that is still running, has changed since `begin` was found, or is not the same
-            folder for every process.
+            a run's, belongs to a run that is still running, has changed since `begin` was found, or is not
+            the same folder for every process.
     """
     begin = begin or Start()
     folder = Path(name)

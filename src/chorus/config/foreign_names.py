@@ -269,7 +269,7 @@ FOREIGN_NAMES: dict[str, Answer] = {
     **_same(
         "eval_steps",
         *("eval_strategy", "evaluation_strategy", "run_validation_every_n_steps", "evals_per_epoch"),
-        note="every so many optimiser steps; 0 is before and after training alone",
+        note="every N optimiser steps; 0 is before and after training alone",
     ),
     **_none("scores are kept on the CPU; leave it out", "eval_accumulation_steps"),
     # output

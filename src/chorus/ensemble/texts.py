@@ -35,7 +35,7 @@ class Answer:
     text: str = ""
 
     def cut(self, tokens: int, chosen: int) -> None:
-        """Keep so many tokens of the text, and the figures of so many that were chosen."""
+        """Keep the first tokens of the text, and the statistics of the first chosen tokens."""
         del self.token_ids[tokens:]
         for figures in (self.log_probs, self.entropies, self.mutual_informations):
             del figures[chosen:]

@@ -129,7 +129,8 @@ def _read_problems(file: Path) -> list[Row]:
     for number, row in enumerate(found, 1):
         if not isinstance(row.get("answers"), dict) or "prompt" not in row:
             raise InputError(
-                f"{file}: line {number} is not a scored problem; write the file with chorus evaluate --problems"
+                f"{file}: line {number} is not a scored problem; write the file with chorus evaluate "
+                "--problems"
             )
     return found
 
