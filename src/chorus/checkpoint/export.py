@@ -132,8 +132,8 @@ def peft_key(identity: TensorId) -> str:
 
 
 def _swap(new: Path, place: Path) -> None:
-    """Put folder `new` in `place`. A folder cannot be renamed over a non-empty one, so the old one is renamed
-    first.
+    """Put folder `new` in `place`. The old one is renamed first, because only an empty folder can be
+    replaced.
     """
     old = place.with_name(place.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

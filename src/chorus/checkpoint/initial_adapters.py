@@ -1,6 +1,4 @@
-"""Agents that start from existing adapters (`init_adapters_from`): their weights, a new optimizer and
-schedule.
-"""
+"""Agents that start from existing adapters (`init_adapters_from`): their weights and a new optimizer."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -55,9 +55,7 @@ HALF_DONE = ".half-done"  # suffix of a folder that is being written or removed
 
 @dataclass
 class Checkpointer:
-    """Writes this run's checkpoints. `facts` are the entries of `state.json` that are constant over the
-    run.
-    """
+    """Writes this run's checkpoints. `facts` are the constant entries of `state.json`."""
 
     output_dir: Path
     config: Config

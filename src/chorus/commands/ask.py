@@ -117,9 +117,7 @@ def _entries(file: str | None) -> Mapping[str, Any]:
 
 
 def _rendered(template: str | None, entries: Mapping[str, Any], prompt: str, file: str | None) -> str:
-    """The prompt in the form that the agents were trained on; the server's /v1/completions does not change
-    it.
-    """
+    """The prompt in the form that the agents were trained on: /v1/completions does not change it."""
     from chorus.data.templates import template_fields
 
     place = "--template"

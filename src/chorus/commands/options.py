@@ -1,6 +1,4 @@
-"""Options that several commands share. Cheap to import: a mistake is refused before the heavy libraries
-load.
-"""
+"""Options that several commands share. Cheap to import: mistakes are refused before libraries load."""
 
 import argparse
 from typing import NoReturn

@@ -49,7 +49,7 @@ class Config(  # in reverse: pydantic takes the keys of the last base class firs
     AdapterSettings,
     ModelSettings,
 ):
-    """Every key of a run. Each section is a base class, so a function that takes a section also takes a
+    """Every key of a run. Sections are base classes, so a function that takes a section also takes a
     `Config`.
     """
 

@@ -10,9 +10,7 @@ NumberOrList = float | Sequence[float]
 
 
 def _one_for_each_agent(value: float | list[float], info: ValidationInfo) -> float | list[float]:
-    """The value; a list of equal numbers becomes that number, which is the same run and needs no extra
-    work.
-    """
+    """The value; a list of equal numbers becomes that number, which is the same run at no extra cost."""
     if not isinstance(value, list):
         return value
     num_agents = info.data.get("num_agents")  # missing where it is itself refused

@@ -112,9 +112,7 @@ def _yaml() -> YAML:
 
 
 def as_yaml(value: object) -> str:
-    """A value on one line: words plain, the rest as JSON, which is YAML (ruamel's own flow style loses
-    `[?a]`).
-    """
+    """A value on one line: words plain, the rest as JSON, a part of YAML (ruamel loses `[?a]`)."""
     if isinstance(value, list):
         return f"[{', '.join(map(as_yaml, value))}]"
     if isinstance(value, str) and re.fullmatch(r"[a-zA-Z/_][\w/.-]*", value) and _yaml().load(value) == value:

@@ -71,8 +71,7 @@ class Batch(NamedTuple):
         return Batch(*moved)  # pyright: ignore[reportArgumentType]
 
     def rows_of(self, places: Sequence[int], tensor_BT: Tensor) -> Tensor:
-        """The part of a tensor of rows that a pass of some agents reads: N x T, one agent's rows after
-        another's.
+        """The part of a tensor of rows that a pass of some agents reads: N x T, agent by agent.
 
         Args:
             places: of these agents among those of this process: neighbours, in order.
@@ -196,9 +195,7 @@ def _filled(
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool, agent: int | None = None) -> Tensor:
-    """The order of the samples in an epoch, int64, every index once: shared by all agents, or one agent's
-    own.
-    """
+    """The order of the samples in an epoch, int64, every index once: for all agents, or for one."""
     if not shuffle:
         return torch.arange(num_samples)
     of_whom = () if agent is None else (agent,)
@@ -261,8 +258,7 @@ def training_steps(
         worker_init_fn=_leave_the_process_group,
         generator=torch.Generator(),  # the loader draws an unused seed; not from the global generator
     )
-    # A worker starts with the signals blocked, so one that arrives before it has left the group cannot end
-    # it.
+    # A worker starts with signals blocked, so one that arrives before it has left the group cannot end it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return iter(loader)
@@ -335,8 +331,7 @@ class _Steps(Dataset[StepBatch]):
 
 def _leave_the_process_group(worker: int) -> None:
     """A launcher's SIGTERM and a terminal's SIGINT go to the whole process group. A worker killed by one
-    would fail the step that its trainer still has to finish. Outside of the group a worker ends when its
-    trainer ends.
+    would fail the step that its trainer still has to finish. Outside of it a worker ends with its trainer.
     """
     os.setpgrp()
     while signal.sigtimedwait(SIGNALS, 0):
@@ -345,9 +340,7 @@ def _leave_the_process_group(worker: int) -> None:
 
 
 def _evenly_spaced(places_N: Tensor, count: int) -> Tensor:
-    """`count` evenly spaced places, including the last and, if two or more, the first; all if there are not
-    more.
-    """
+    """`count` evenly spaced places, with the last and, of two or more, the first; all if there are fewer."""
     last = len(places_N) - 1
     if last < count:
         return places_N

@@ -106,9 +106,7 @@ class TokenTable:
         return self._texts.get_batch(row // BATCH).column(0)[row % BATCH].as_py()
 
     def problem(self, row: int) -> Problem:
-        """The row's text. For turns, `learnt` is only the completion, which is what the model is asked
-        for.
-        """
+        """The row's text. For turns, `learnt` is only the completion, which the model is asked for."""
         batch = self._texts.get_batch(row // BATCH)
         prompt, completion = (batch.column(one)[row % BATCH].as_py() for one in (1, 2))
         learnt = ((len(prompt), len(prompt) + len(completion)),) if self.about["is_chat"] else ()
@@ -264,9 +262,7 @@ def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encod
 
 
 def _encoded(rows: Iterator[tuple[str, Problem]], encoder: Encoder) -> Iterator[Any]:
-    """(places, problems, encodings), batch by batch; the next batch is encoded while the caller uses the
-    current one.
-    """
+    """(places, problems, encodings) by batches; the next one is encoded while the caller uses this one."""
     with ThreadPoolExecutor(1) as beside:
         waiting = None
         while batch := list(islice(rows, BATCH)):

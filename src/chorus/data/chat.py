@@ -118,9 +118,7 @@ class ChatForm:
         return self._problem([self._as_rendered(turn) for turn in turns], tools, learnt)
 
     def _as_rendered(self, turn: Turn) -> Turn:
-        """The turn without its weight, and without an end token in the assistant's text: the template writes
-        one.
-        """
+        """The turn without its weight and without an end token in its text: the template writes one."""
         turn, end = {key: value for key, value in turn.items() if key != "weight"}, self.tokenizer.eos_token
         if turn["role"] == "assistant" and end and turn["content"].rstrip().endswith(end):
             turn["content"] = turn["content"].rstrip().removesuffix(cast(str, end))

@@ -78,9 +78,7 @@ def check_columns(
 
 
 def _csv_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]) -> Iterator[Row]:
-    """Cells of any length. The separator (, ; tab or |) is the one that splits the header into the needed
-    columns.
-    """
+    """Cells of any length. The separator (, ; tab or |) is the one that yields the needed columns."""
     csv.field_size_limit(
         sys.maxsize
     )  # the default refuses cells above 131,072 characters; it holds for the process
@@ -116,9 +114,7 @@ def _csv_rows(path: Path, columns: Sequence[str] | None, optional: Sequence[str]
 
 
 def _delimiter(header_line: str, columns: Sequence[str] | None) -> str:
-    """The separator that splits the header into the most needed columns and, among ties, into the most
-    cells.
-    """
+    """The separator that yields the most needed columns of the header and, among ties, the most cells."""
 
     def found(delimiter: str) -> tuple[int, int]:
         try:

@@ -26,9 +26,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _json_errors_named(path: Path, line: int, column: int = 1) -> Iterator[None]:
-    """Name the location of errors in a text that begins at `line` and `column`, where a syntax error counts
-    from.
-    """
+    """Name the location of errors in a text that begins at `line` and `column` of its file."""
     try:
         yield
     except InputError:  # of reading on

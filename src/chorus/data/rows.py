@@ -121,9 +121,7 @@ class Rows:
         return [self.train[int(index)] for index in order[:count]]
 
     def log(self) -> None:
-        """Log how rows are read; warn about rows that were skipped, cut or dropped, and about text without
-        loss.
-        """
+        """Log how rows are read; warn about skipped, cut and dropped rows, and about text without loss."""
         tables = dict.fromkeys([self.chosen.table, self.held_out_samples.table])
         for about in (table.about for table in tables):
             empty = [

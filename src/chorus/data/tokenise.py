@@ -284,9 +284,7 @@ def _token_at(encoding: Encoding, char: int) -> int | None:
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, form: ChatForm | None) -> list[int]:
-    """The tokens that end an answer: the end token and, for turns, the token that closes an assistant's
-    turn.
-    """
+    """The tokens that end an answer: the end token and the one that closes an assistant's turn."""
     ends = [cast(int, tokenizer.eos_token_id)]
     if form is not None:
         asked = [{"role": "user", "content": END_PROBE}]

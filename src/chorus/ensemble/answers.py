@@ -45,9 +45,7 @@ def is_exact(text: str, reference: str) -> bool:
 
 
 def final_answer(text: str, marked: bool) -> str | None:
-    """The text after the last `####`, without commas and dollar signs (None if there is none); or the whole
-    text.
-    """
+    """The text after the last `####`, without commas and dollar signs (None: no mark); or the whole text."""
     if not marked:
         return " ".join(text.split())
     _, mark, result = text.rpartition(ANSWER_MARK)

@@ -231,9 +231,7 @@ def prefill(
 
 
 def static_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
-    """A cache of `length` columns; None if the architecture has layers other than full and sliding
-    attention.
-    """
+    """A cache of `length` columns; None if there are layers other than full and sliding attention."""
     try:
         cache = StaticCache(config=model.config, max_cache_len=length)
     except KeyError:  # a kind of layer that transformers has no static cache for

@@ -92,9 +92,7 @@ class DecodingBatch:
         return Choice(*(figure[:, : self.taken].cpu() for figure in self.out))
 
     def leave(self, live: Collection[int], spare: bool = False) -> None:
-        """Remove texts that have ended, once that makes the batch enough smaller; only `live` texts
-        remain.
-        """
+        """Remove texts that have ended, once that makes the batch smaller enough; only `live` ones remain."""
         live_A = [[text for text in texts if text is not None] for texts in self.seating.kept(live).texts_A]
         seating = seat(self.seating.answerers, live_A, spare)
         if len(seating.slot_of_row()) > SHRINK * len(self.text_R):

@@ -57,9 +57,7 @@ class DrawingPlan:
         return Draws(uniform_X, self.temperature_X, self.top_p_X if self.is_cut else None)
 
     def count(self) -> None:
-        """Advance every text by one token. One that has ended advances too, but has no random numbers
-        left.
-        """
+        """Advance every text by one token. One that has ended advances too, without random numbers."""
         self.drawn_X.add_(1)
         if self.is_drawn:
             self.drawn_X.clamp_(max=self.uniform_XN.shape[1] - 1)
@@ -98,9 +96,7 @@ class DrawingPlan:
 
 
 def _uniforms(answerers: Sequence[Answerer], text: Text, count: int) -> Tensor:
-    """The text's random numbers; zeros beyond its limit, where the last steps may draw tokens that are
-    discarded.
-    """
+    """The text's random numbers; zeros beyond its limit, where drawn tokens are discarded."""
     temperature, _, seed, number = text.sampling
     own = min(count, text.ending.max_new_tokens)
     if temperature == 0:

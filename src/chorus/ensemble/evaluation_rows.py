@@ -1,6 +1,4 @@
-"""The rows of an evaluation: to score, to calibrate on, and out of distribution; divided between
-processes.
-"""
+"""The rows of an evaluation, divided between processes: to score, to calibrate on, out of distribution."""
 
 import random
 from collections.abc import Sequence
@@ -80,9 +78,7 @@ def divided(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> EvaluationRows:
-    """Held-out rows divided by the seed into calibration rows and rows to score, at least one of the
-    latter.
-    """
+    """Held-out rows divided by the seed into calibration rows and at least one row to score."""
     rows, end_ids = held_out
     count = min(round(settings.calibration_split * len(rows)), max(len(rows) - 1, 0))
     fitted_to = set(random.Random(derive_seed(seed, "calibration")).sample(range(len(rows)), count))

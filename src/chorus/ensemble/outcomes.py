@@ -205,9 +205,7 @@ class _Reader:
         self._found: dict[tuple[int, int], list[Predictions]] = {}
 
     def ask(self, answerer: int, name: Hashable, sample: Sample) -> None:
-        """Register that the answerer of this index needs the predictions on a sample's targets, under
-        `name`.
-        """
+        """Register that the answerer of this index needs predictions on a sample's targets, under `name`."""
         key = (int(sample.is_target.sum()), *sample.ids.tolist())
         if key not in self._place:
             self._place[key] = len(self.samples)

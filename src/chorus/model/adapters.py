@@ -244,9 +244,7 @@ def _first_adapter(model: PreTrainedModel, lora_config: LoraConfig, agent: int) 
 
 @contextmanager
 def _peft_draws(shape: LoraShape, agent: int) -> Iterator[None]:
-    """PEFT initialises from the global generator, which is seeded for this agent here and restored
-    afterwards.
-    """
+    """PEFT initialises from the global generator: seed it for this agent, and restore it afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(shape.seed, "initial adapter", agent))
         yield

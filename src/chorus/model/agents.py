@@ -217,9 +217,7 @@ class Agents(nn.Module):
 
     @contextmanager
     def also_holding(self, others: Mapping[int, Tensor]) -> Iterator[None]:
-        """The context in which agents of other processes, given by their flat adapters, are held too: for
-        evaluation.
-        """
+        """The context in which agents of other processes, given by their flat adapters, are held too."""
         own = self.agents
         for agent, flat_F in others.items():
             self.register_parameter(adapter_name(agent), nn.Parameter(flat_F, requires_grad=False))

@@ -216,9 +216,7 @@ def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
 
 
 def copy_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same parameters and buffers: room for its own adapters, no copy of the
-    base.
-    """
+    """A second module tree over the same parameters and buffers: its own adapters, no copy of the base."""
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
@@ -270,9 +268,7 @@ def _switch_dropout_off(config: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, model_name: str) -> None:
-    """Compare head(trunk(x)) with the model's own logits on four tokens: an architecture may do more in
-    between.
-    """
+    """Compare head(trunk(x)) with the model's logits on four tokens: there may be more in between."""
     model.eval()
     ids_BT = torch.arange(1, 5, device=model.device)[None]
     own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()

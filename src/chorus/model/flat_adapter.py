@@ -17,8 +17,8 @@ Matrix = tuple[str, Literal["A", "B"]]  # PEFT's path of the layer, and which of
 
 
 class Layout:
-    """The position of each matrix in a flat adapter: in the model's order, A before B; the same for every
-    agent and mode.
+    """The position of each matrix in a flat adapter: in the model's order, A before B; the same for all
+    agents.
     """
 
     def __init__(self, shapes: Mapping[Matrix, torch.Size]):
@@ -48,9 +48,7 @@ class Layout:
 
 
 class _Split(torch.autograd.Function):
-    """A split with one gradient: autograd's views would add each part's gradient to a zero tensor of full
-    size.
-    """
+    """A split with one gradient: autograd's views would add each part to a zero tensor of full size."""
 
     @staticmethod
     def forward(ctx: Any, flat_KF: Tensor, shapes: Iterable[torch.Size]) -> tuple[Tensor, ...]:

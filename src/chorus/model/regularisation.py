@@ -1,6 +1,4 @@
-"""Dropout and DropConnect: the random draws of a training pass, the same in every mode and on
-recomputation.
-"""
+"""Dropout and DropConnect: random draws that are the same in every mode and on recomputation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,9 +37,7 @@ class Noise:
         return largest(self.dropout_p) > 0
 
     def drop(self, x_NI: Tensor, agent: int, path: str) -> Tensor:
-        """Dropout on a LoRA's input from its own generator: no global generator advances, and a recomputation
-        draws the same.
-        """
+        """Dropout on a LoRA's input from a generator of its own, which draws the same on recomputation."""
         p = of_agent(self.dropout_p, agent)
         if p == 0:
             return x_NI

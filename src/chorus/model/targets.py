@@ -217,9 +217,7 @@ def _reached(model: PreTrainedModel, paths: Sequence[str]) -> set[str]:
 
 
 def _meant_for_experts(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
-    """Layers whose name PEFT maps to the experts' parameters, so that no PEFT folder can hold their
-    adapters.
-    """
+    """Layers whose name PEFT maps to the experts' parameters: no PEFT folder can hold their adapters."""
     taken = set()
     for name in {_leaf(path) for path in paths}:
         config = LoraConfig(target_modules=[name])

@@ -108,9 +108,7 @@ class RunEvaluation:
                 self.run_log.scores(0, self.initial.flat())
 
     def make_up(self, saved: StateFile | None) -> None:
-        """Repeat the evaluation that a signal interrupted, after its checkpoint is restored. A collective
-        call.
-        """
+        """Repeat the evaluation that a signal interrupted, after a resume. A collective call."""
         if saved is not None and saved.evaluation_due and self.config.eval_steps:
             self._score(saved.step, saved.num_steps)
 

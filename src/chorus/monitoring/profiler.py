@@ -199,9 +199,7 @@ def summarise(watched: Sequence[ProfiledStep], engine: Engine) -> dict[str, Any]
 
 
 def _sum_up_the_loss(names: list[str], total: dict[str, float], calls: dict[str, int]) -> list[str]:
-    """Add `loss_calculation`, the sum of both losses, which become its details. Returns the names, with it
-    replacing them.
-    """
+    """Add `loss_calculation`, the sum of both losses, which become its details. Returns the new names."""
     losses = [name for name in ("task_loss", "swd_loss") if name in names]
     if not losses:
         return names

@@ -296,9 +296,7 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def quiet_libraries() -> None:
-    """Hide the libraries' deprecation notices and each process's progress bar while loading the base.
-    Process-wide.
-    """
+    """Process-wide: hide libraries' deprecation notices, and each process's progress bar of the loading."""
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"transformers|torch|accelerate|peft|deepspeed"
     )

@@ -149,9 +149,7 @@ def operator_table(events: Sequence[Mapping[str, Any]], clock: Clock, rows: int 
 
 
 def _nested(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Stack, Event, float]]:
-    """Each event with its stack and self time. An event that ends after its parent is cut at the parent's
-    end.
-    """
+    """Each event with its stack and self time. An event ends with its parent at the latest."""
     held: list[list[Any]] = []  # stack, event, end, own time
 
     def closed(until: float) -> Iterator[tuple[Stack, Event, float]]:
@@ -183,7 +181,5 @@ def _host_events(events: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
 
 
 def _is_a_node(event: Mapping[str, Any]) -> bool:
-    """Whether this is autograd's frame around an operator of backward, which identifies the backward
-    threads.
-    """
+    """Whether this is autograd's frame around an operator, which identifies the backward threads."""
     return event.get("name", "").startswith("autograd::engine::evaluate_function: ")

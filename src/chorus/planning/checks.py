@@ -156,9 +156,7 @@ def mode_table(runs: Sequence[ModeRun], forecasts: Mapping[str, int]) -> Table:
 
 
 def sample_view(tokens: Sequence[Mapping[str, Any]], what: str = "the first training row") -> Group:
-    """A row, token by token: | after a token without loss, [] around one with loss, {} around one that should
-    have loss.
-    """
+    """A row, token by token: | after one without loss, [] around one with loss, {} where loss is missing."""
     line = Text()
     for token in tokens:
         text = token["text"].replace("\n", "\\n")

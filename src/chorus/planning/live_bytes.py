@@ -164,9 +164,7 @@ class _Replayed(torch.autograd.Function):
 def fused_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """The memory of attention without scores (flex, flash, sdpa): inputs, output and a number for each
-    row.
-    """
+    """The memory of attention without scores (flex, flash, sdpa): inputs, output, a number for each row."""
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # pyright: ignore
 
 

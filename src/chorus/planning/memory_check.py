@@ -1,6 +1,4 @@
-"""Whether a run fits into memory, checked before the base is loaded; and the error if memory still runs
-out.
-"""
+"""Whether a run fits into memory, checked before the base is loaded; and errors if memory runs out."""
 
 import logging
 import os
@@ -112,9 +110,7 @@ def _forecast_and_way_out(
 def way_out(
     config: RunConfig, precision: str, machine: Machine, limit: int, length: int | None = None
 ) -> str:
-    """The first change of settings that suffices by forecast, as command-line arguments; or that none
-    does.
-    """
+    """The first sufficient change of settings, by forecast, as command-line arguments; or that none is."""
     for change in _changes(config, machine):
         peak = forecast(config.model_copy(update=change), precision, machine, length).peak
         if peak <= limit:
@@ -171,9 +167,7 @@ def as_settings(change: dict[str, Any]) -> str:
 
 @contextmanager
 def memory_errors_named(config: Config) -> Iterator[None]:
-    """Raise OutOfMemory, one line with a remedy, if the memory of a GPU or the host runs out in this
-    context.
-    """
+    """Raise OutOfMemory, one line with a remedy, if memory of a GPU or the host runs out in this context."""
     try:
         yield
     except (InputError, RunError, Preempted):

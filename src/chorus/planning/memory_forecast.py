@@ -75,9 +75,7 @@ def longest_batch(config: RunConfig) -> int:
 
 
 def base_bytes(whole: int, dtype: torch.dtype, machine: Machine) -> dict[str, int]:
-    """Bytes on each process for a base of `whole` bytes: all, or under stage 3 a shard and the gathered
-    layers.
-    """
+    """Bytes on a process for a base of `whole` bytes: all, or under stage 3 a shard and gathered layers."""
     if not machine.base_in_shards:
         return {"base": whole}
     zero = (machine.deepspeed or {})["zero_optimization"]

@@ -246,9 +246,7 @@ def growth(config: RunConfig, base: PreTrainedModel, agents: Agents) -> int:
 
 
 def checksums_of(agents: Agents) -> dict[str, int]:
-    """A checksum of every base tensor: the sum of its bits as integers, which any single changed value
-    changes.
-    """
+    """A checksum of every base tensor: the sum of its bits as integers. Any changed value changes it."""
     return {name: bits_of(tensor) for name, tensor in agents.frozen_tensors().items()}
 
 

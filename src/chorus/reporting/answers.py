@@ -13,9 +13,7 @@ LONGEST_PROMPT = 600  # characters of a prompt; only the end of a longer one is 
 
 
 class ShownToken(NamedTuple):
-    """One token: its text (empty for the end token), intensity of its colour from 0 to 1, and its
-    statistics.
-    """
+    """One token: its text (empty for the end token), colour intensity from 0 to 1, and statistics."""
 
     text: str
     strength: float
@@ -79,9 +77,7 @@ def _shown(problem: Row, mixture: str, agents: Sequence[str]) -> ShownAnswer:
 
 
 def _tokens(columns: Row | None, num_agents: int) -> list[ShownToken]:
-    """Coloured by the square root of mutual information / log K (its maximum), so that small values are
-    visible.
-    """
+    """Coloured by sqrt(mutual information / log K), log K the maximum, so that small values are visible."""
     if not columns:
         return []
     most = math.log(max(num_agents, 2))

@@ -123,9 +123,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def thinned(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
-    """x and y of a curve without gaps, with at most `MOST_POINTS` points: longer curves become means of
-    neighbours.
-    """
+    """x and y of a curve without gaps; more than `MOST_POINTS` points become means of neighbours."""
     whole = [(x, y) for x, y in points if y is not None]
     size = -(-len(whole) // MOST_POINTS) or 1
     groups = [whole[start : start + size] for start in range(0, len(whole), size)]

@@ -131,9 +131,7 @@ def _completion_choices(asked: Asked, request: CompletionRequest) -> list[dict[s
 
 
 def _with_echo(asked: Asked, place: int, own: dict[str, Any] | None) -> dict[str, Any]:
-    """The prompt's tokens before those of the answer. The first one has no probability, because nothing
-    precedes it.
-    """
+    """The prompt's tokens before those of the answer. The first one has no probability."""
     pieces, log_probs = asked.echoes[place].pieces, [None, *asked.scores[place].log_probs]
     starts = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
     tops = [

@@ -261,9 +261,7 @@ class Engine:
         return self.to_host({agent: cast(Tensor, read(own)) for agent, own in adapters.items()})
 
     def close(self) -> None:
-        """End training: release the agents and destroy the process group. Does not wait for other
-        processes.
-        """
+        """End training: release the agents and destroy the process group. Does not wait for others."""
         self.unwrap()
         self.accelerator.end_training()
 

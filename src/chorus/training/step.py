@@ -77,9 +77,7 @@ class StepDone:
     error: Exception | None = None
 
     def is_due(self, every: int) -> bool:
-        """Whether an action that runs every `every` steps, and after the last step, is due. 0: only after the
-        last step.
-        """
+        """Whether something that is due every N steps, and after the last, is due now. 0: only after the last."""
         return self.number == self.num_steps or (every > 0 and self.number % every == 0)
 
     def end(self, error: Exception | None = None) -> None:

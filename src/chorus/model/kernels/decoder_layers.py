@@ -1,6 +1,4 @@
-"""How decoder layers run in training: compiled, recomputed in backward, both or neither; and recomputed
-passes.
-"""
+"""How decoder layers run in training: compiled, recomputed, both or neither; and recomputed passes."""
 
 import logging
 import os

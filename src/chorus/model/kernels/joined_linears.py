@@ -30,9 +30,7 @@ def joining(backend: str) -> Callable:
 
 
 def join_linears(trace: GraphModule) -> None:
-    """Replace two or more LoRA linears with the same input by one operator. Those with a bias are left
-    alone.
-    """
+    """Replace two or more LoRA linears with the same input by one operator, except those with a bias."""
     found: defaultdict[Any, list[Node]] = defaultdict(list)
     for node in trace.graph.find_nodes(op="call_function", target=ONE):
         x_KNI, _, bias_O, _, _, scaling = node.args

@@ -15,9 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def partitions(zero: Any) -> list[tuple[int, Tensor]]:
-    """The flat fp32 weights that this process steps, each with the index of its agent, which may have
-    several.
-    """
+    """The flat fp32 weights that this process steps, with the index of the agent: several for some agents."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         owners = [
             zero.sub_group_to_group_id[place] for place in range(len(zero.fp32_partitioned_groups_flat))
