@@ -77,7 +77,7 @@ class StepDone:
     error: Exception | None = None
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every N steps, and after the last, is due. 0: after the last only."""
+        """Whether an action every N steps, and after the last, is due. 0: only after the last."""
         return self.number == self.num_steps or (every > 0 and self.number % every == 0)
 
     def end(self, error: Exception | None = None) -> None:
