@@ -145,7 +145,7 @@ def test_a_run_killed_stopped_in_its_evaluation_and_damaged_since_ends_as_if_not
     for plan in (Plan("save", 2, 0.5), Plan("step", 1, 0.5)):
         assert not one_life(forks, plan, truth("python"), tally, announced), said(run)[-3000:]
     assert sum(tally.kills.values()) == 2
-    life = Life(evaluated(run), Pace())
+    life = Life(evaluated(forks), Pace())
     assert (
         life.until(Plan("evaluation", 1, 0.0), stop(signal.SIGTERM, "launcher", times=1)) in ENDED_OR_STRUCK
     )
