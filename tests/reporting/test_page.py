@@ -155,7 +155,7 @@ def test_a_real_browser_shows_it_without_a_network_at_every_width_in_light_and_d
     [
         (None, "gone: no such file or folder"),
         ("{}\n[1]\n", "line 2 is not a JSON object"),
-        ("{\n{}\n", "line 1 is no JSON"),
+        ("{\n{}\n", "line 1 is not valid JSON"),
         ('{"prompt": "a"}\n', "line 1 is not a scored problem"),
     ],
 )
