@@ -148,6 +148,26 @@ def test_a_seat_that_is_dropped_is_used_again_without_a_new_batch():
         assert text.answer.token_ids == alone.token_ids
 
 
+def test_a_batch_shrinks_only_once_fewer_rows_have_sufficed_for_a_while():
+    """Others may come, and each size is captured anew on a GPU."""
+    agents = toy_agents("fused").eval()
+    batch, ending = LiveBatch(agents, EVERYBODY, LENGTH), Ending(30, frozenset([NEVER]))
+    stays, *gone = (Text(MIXTURE, prompt, ending) for prompt in prompts(5, 6, 7, 8))
+    batch.join([stays, *gone])
+    for text in gone:
+        batch.drop(text)
+    rows = []
+    for _ in range(live_batch.PATIENCE + 2):
+        batch.advance()
+        assert batch._batch is not None
+        rows.append(len(batch._batch.text_R))
+    assert rows == [4 * 3] * live_batch.PATIENCE + [3] * 2
+    while batch.texts:
+        batch.advance()
+    [[alone]] = generate(agents, [EVERYBODY[MIXTURE]], [stays.prompt], max_new_tokens=30, end_ids=[NEVER])
+    assert stays.answer.token_ids == alone.token_ids
+
+
 def test_a_base_without_static_caches_takes_texts_in_only_between_batches():
     agents = agents_of("qwen3.5", "fused").eval()
     batch = LiveBatch(agents, MEMBERS[:2], LENGTH)

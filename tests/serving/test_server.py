@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,8 +79,10 @@ def test_the_models_are_the_mixture_the_agents_and_the_base(server: Served):
 
 def test_32_clients_at_once_get_the_answers_they_get_alone(server: Served, opened: Opened):
     limits = [3 + n % 7 for n in range(32)]
+    all_are_there = threading.Barrier(32)
 
     def ask(n: int) -> str:
+        all_are_there.wait(60)
         answerer = opened.names[n % 4]
         how: dict[str, Any] = {"max_tokens": limits[n], "temperature": 0}
         if n % 3 == 0:

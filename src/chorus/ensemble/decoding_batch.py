@@ -32,6 +32,7 @@ class DecodingBatch:
         text_R: the slot of each row's text.
         out: the tokens of the last steps, a `Choice` whose tensors have the step as a second dimension.
         taken: steps of `out` that count.
+        times_too_large: how often in a row `leave` has found that fewer rows would do.
     """
 
     lanes: CachedLanes
@@ -45,6 +46,7 @@ class DecodingBatch:
     taken: int
     is_captured: bool
     capture: CapturedStep | None = None
+    times_too_large: int = 0
 
     @staticmethod
     def of(
@@ -91,14 +93,20 @@ class DecodingBatch:
         """The tokens of the last steps, on the CPU."""
         return Choice(*(figure[:, : self.taken].cpu() for figure in self.out))
 
-    def leave(self, live: Collection[int], spare: bool = False) -> None:
-        """Remove texts that have ended, once that makes the batch smaller enough; only `live` ones remain."""
+    def leave(self, live: Collection[int], spare: bool = False, patience: int = 0) -> None:
+        """Remove texts that have ended, once that makes the batch smaller enough; only `live` ones remain.
+
+        Args:
+            patience: how many times in a row the batch keeps its size although fewer rows would do.
+        """
         live_A = [[text for text in texts if text is not None] for texts in self.seating.kept(live).texts_A]
         seating = seat(self.seating.answerers, live_A, spare)
-        if len(seating.slot_of_row()) > SHRINK * len(self.text_R):
-            self.seating = self.seating.kept(live)
-        else:
+        is_smaller = len(seating.slot_of_row()) <= SHRINK * len(self.text_R)
+        self.times_too_large = self.times_too_large + 1 if is_smaller else 0
+        if self.times_too_large > patience:
             self._reseat(seating)
+        else:
+            self.seating = self.seating.kept(live)
 
     def join(self, new: "DecodingBatch", live: Collection[int], column: int) -> None:
         """Add the texts of a new batch; of this batch only `live` texts remain.
@@ -133,7 +141,7 @@ class DecodingBatch:
         self.plan.put(to_X, new.plan, from_X)
         self.seating = filled
         if plan_changes:
-            self.capture, self.taken = None, 0
+            self.capture = None
 
     def _reseat(self, seating: Seating, new: "DecodingBatch | None" = None) -> None:
         device = self.token_X.device
@@ -144,21 +152,20 @@ class DecodingBatch:
         self.token_X = torch.cat(tokens)[slot_X]
         self.plan = self.plan.chosen(slot_X, None if new is None else new.plan)
         self.text_R = torch.tensor(seating.slot_of_row(), device=device)
-        self.seating, self.capture = seating, None
-        self.taken = 0
+        self.seating, self.capture, self.times_too_large = seating, None, 0
 
-    def advance(self) -> None:
-        """Take the next steps."""
-        if self.taken != self.steps or self.out.token_X.shape != (len(self.token_X), self.steps):
+    def advance(self, steps: int | None = None) -> None:
+        """Take the next steps: as many as the batch takes at a time, or fewer."""
+        self.taken = self.steps if steps is None else min(steps, self.steps)
+        if self.capture is None:  # which would write into the tensors of before
             self.out = self._empty_out()
         with self.lanes.stepping():
             self.lanes.prepare_steps(self.steps)
             if self.is_captured and self.capture is None:
                 self.capture = CapturedStep(self._step, self._counters())
-            for _ in range(self.steps):
+            for _ in range(self.taken):
                 self.capture.replay() if self.capture is not None else self._step()
                 self.lanes.column += 1
-        self.taken = self.steps
 
     def _step(self) -> None:
         """One token for every text: read the last one, choose the

@@ -10,6 +10,10 @@ from chorus.ensemble.next_token import Answerer, next_token_rule
 from chorus.ensemble.texts import Text
 from chorus.model.agents import Agents, causal_lm
 
+# Where texts come and go: so many times in a row fewer rows would have done before the batch shrinks. Rows
+# cost little beside the base's weights, which every step reads; another size of batch is captured anew.
+PATIENCE = 8
+
 
 class LiveBatch:
     """A batch of texts by any of the answerers.
@@ -83,16 +87,17 @@ class LiveBatch:
         self.texts = {number: other for number, other in self.texts.items() if other is not text}
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Take the next steps of all texts; those that have ended leave."""
+    def advance(self, steps: int | None = None) -> None:
+        """Take the next steps of all texts under way, on a GPU 16 or fewer; those that have ended leave."""
         if not self.texts:
             return
         assert self._batch is not None
-        self._batch.leave(self.texts.keys(), spare=self.length is not None)
+        others_may_come = self.length is not None
+        self._batch.leave(self.texts.keys(), others_may_come, PATIENCE if others_may_come else 0)
         lanes = self._batch.lanes
         if self.length is not None and self.is_static and lanes.column + self._batch.steps > self.length:
             lanes.move_to(max(text.num_read for text in self.texts.values()))
-        self._batch.advance()
+        self._batch.advance(steps)
         live = _append(self._batch, self.texts)
         self.texts = {number: self.texts[number] for number in live}
 

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chorus.data.samples import Sample
+from chorus.ensemble.decoding_batch import STEPS_AT_A_TIME
 from chorus.ensemble.distributions import predict, token_states
 from chorus.ensemble.live_batch import LiveBatch
 from chorus.ensemble.next_token import Answerer
@@ -18,6 +20,13 @@ from chorus.errors import out_of_memory
 from chorus.model.agents import Agents
 
 logger = logging.getLogger(__name__)
+
+# A batch that is idle begins once no request has come for so long, so that those that come together are read
+# together; after so long in all it begins anyway.
+QUIET_S, GATHERING_S = 0.005, 0.05
+# Prompt tokens that are read between two steps, padding included, over all members: a tenth of a second for
+# gemma-2-2b on an H100, in which no text grows. A prompt that is longer is read alone.
+READING_TOKENS = 8192
 
 
 class Busy(Exception):
@@ -63,7 +72,8 @@ class Job:
 class Scheduler:
     """A thread that answers jobs in order of arrival, as many at a time as there are seats.
 
-    Jobs join the batch between two steps. Prompts that join together are read together.
+    Jobs join the batch between two steps. Prompts that join together are read together. After that the steps
+    between two looks at who has come are few, and double from look to look: others may have come meanwhile.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class Scheduler:
         self.most_tokens = LiveBatch(agents, answerers, length).most_tokens
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
+        self._steps = 1  # before the next look
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="chorus-scheduler", daemon=True)
@@ -132,12 +143,15 @@ class Scheduler:
                     self._changed.wait()
                 if not (self._waiting or self._running):
                     return
+                if not self._running:
+                    self._gather()
                 coming = self._admitted(batch)
             try:
+                self._steps = 1 if coming else min(2 * self._steps, STEPS_AT_A_TIME)
                 self._start(batch, coming)
                 if coming:
                     self._report(batch)  # for the first tokens, before many further steps
-                batch.advance()
+                batch.advance(self._steps)
             except Exception as error:
                 lack = out_of_memory(error)
                 if lack is None:
@@ -146,6 +160,15 @@ class Scheduler:
                     job.error = f"out of memory: {lack}" if lack else f"{type(error).__name__} in the server"
                 batch = LiveBatch(self.agents, self.answerers, self.length)
             self._report(batch)
+
+    def _gather(self) -> None:
+        """Wait until no further job comes, for a moment. Waiting frees the lock, so that jobs can come."""
+        begin = time.monotonic()
+        while not self._is_closing and len(self._waiting) < self.max_waiting:
+            has_all_seats_taken = sum(len(job.texts) for job in self._waiting) >= self.max_texts
+            is_late = time.monotonic() - begin > GATHERING_S
+            if has_all_seats_taken or is_late or not self._changed.wait(QUIET_S):
+                break
 
     def _admitted(self, batch: LiveBatch) -> list[Job]:
         """Drop cancelled jobs, and admit the next ones."""
@@ -157,11 +180,23 @@ class Scheduler:
         coming: list[Job] = []
         seated = len(batch.texts)
         while self._waiting and batch.can_join and seated + len(self._waiting[0].texts) <= self.max_texts:
+            if coming and self._reading_tokens([*coming, self._waiting[0]]) > READING_TOKENS:
+                break
             job = self._waiting.popleft()
             coming.append(job)
             seated += len(job.texts)
         self._running += coming
         return coming
+
+    def _reading_tokens(self, jobs: Sequence[Job]) -> int:
+        """Tokens of the passes that read these jobs' prompts and score their texts."""
+        tokens = 0
+        for index, answerer in enumerate(self.answerers):
+            prompts = {text.prompt for job in jobs for text in job.texts if text.answerer == index}
+            padded = len(prompts) * max(map(len, prompts), default=0)
+            scored = sum(len(one.ids) for job in jobs for one in job.scores if one.answerer == index)
+            tokens += len(answerer.members) * (padded + scored)
+        return tokens
 
     def _start(self, batch: LiveBatch, coming: Sequence[Job]) -> None:
         for job in coming:
