@@ -33,6 +33,7 @@ HEADS = {
 HEAD_DIM = {"head_dim": 8}
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 SOFTCAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
+SOFTCAPS |= {"attn_implementation": "eager"}  # some versions' sdpa, their default, leaves the soft-cap out
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4}
 SIGLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGLIP |= {"image_size": 8, "patch_size": 4}

@@ -62,7 +62,7 @@ def save_adapter(base: str | Path, folder: Path, seed: int, **settings: Any) -> 
 
 
 def stock_base(base: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
 
 
 def stock_model(
