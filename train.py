@@ -43,7 +43,8 @@ from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
 from chorus.config.keys import LoopSettings
 from chorus.config.per_agent import NumberOrList
-from chorus.data.batches import StepBatch, steps_per_epoch, training_steps
+from chorus.data.batches import StepBatch, training_steps
+from chorus.data.order import steps_per_epoch
 from chorus.data.rows import Rows, read_rows
 from chorus.ensemble.evaluation_rows import read_evaluation_rows
 from chorus.ensemble.mixture import Mixture
@@ -121,6 +122,7 @@ def main(config: Config) -> None:
         evaluation_rows = read_evaluation_rows(held_out, config, tokenizer, accelerator)
         scored = [row.sample for row in held_out.rows]
         logger.log(*foresee_memory(config, precision, accelerator, rows.train, scored))
+        execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         num_steps = steps_of_run(config, len(rows.train), mesh.data_size)
         steps = training_steps(
             rows.train,
@@ -133,9 +135,8 @@ def main(config: Config) -> None:
             num_processes=mesh.data_size,
             num_steps=num_steps,
             start_step=begin.step,
+            wants_few_shapes=bool(execution.compiled) or execution.captured,
         )
-
-        execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         model = load_base(config, DTYPES[precision], accelerator.device, compiled=execution.compiled)
         run = with_base(run, model, num_steps)
         refuse_another_base(begin, run, config)

@@ -107,7 +107,7 @@ def random_batch(case: Case, vocabulary: int, device: torch.device) -> Batch:
         Sample(ids_T[: length + 1], torch.ones(length + 1, dtype=torch.bool))
         for ids_T, length in zip(ids_BT, lengths_of(case), strict=True)
     ]
-    packing = (case.T + 1, case.B) if case.packing else None
+    packing = case.T + 1 if case.packing else None
     return collate(samples, pad_id=0, points_per_row=16, packing=packing).to(device)
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from chorus.checkpoint.store import Checkpointer
 from chorus.config import RunConfig
-from chorus.data.batches import steps_per_epoch, training_steps
+from chorus.data.batches import training_steps
+from chorus.data.order import steps_per_epoch
 from chorus.data.rows import HeldOutRow
 from chorus.ensemble.calibration import calibrate
 from chorus.ensemble.distributions import Chunks, choice_chunks, predict, token_chunks

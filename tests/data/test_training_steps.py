@@ -15,8 +15,9 @@ import torch
 from launching import HELPERS, PATIENCE_S, wait_for
 from samples import PAD, make_samples, training_steps
 
-from chorus.data.batches import Batch, Sample, StepBatch, epoch_order, step_rows, steps_per_epoch
+from chorus.data.batches import Batch, Sample, StepBatch
 from chorus.data.bootstrap import bootstrap_weights
+from chorus.data.order import epoch_order, step_rows, steps_per_epoch
 
 
 def test_an_order_is_a_permutation_of_seed_and_epoch() -> None:

@@ -39,7 +39,7 @@ def main(folder: Path, which: str) -> None:
     config = Config(max_grad_norm=0.0, batch_size=4)
     settings = deepspeed_json(config, config, "no", num_processes=2)
     for mode, checkpointing, dropconnect_p, packing in ZERO2_CASES[which]:
-        batch = collate(own, 0, points_per_row=3, packing=(20, 4) if packing else None)
+        batch = collate(own, 0, points_per_row=3, packing=20 if packing else None)
         agents = toy_agents(mode, gradient_checkpointing=checkpointing, dropconnect_p=dropconnect_p)
         # Half of the cases with buckets smaller than an adapter, as the usual ones are for gemma-2-9b.
         settings["zero_optimization"]["reduce_bucket_size"] = 1000 if dropconnect_p else 50_000_000

@@ -26,8 +26,9 @@ from toy import (
 from chorus.config import Config
 from chorus.config.execution import MODES
 from chorus.config.per_agent import NumberOrList, of_agent
-from chorus.data.batches import Batch, epoch_order, training_steps
+from chorus.data.batches import Batch, training_steps
 from chorus.data.bootstrap import bootstrap_weights
+from chorus.data.order import epoch_order
 from chorus.mesh import ALONE
 from chorus.model.adapters import TensorId
 from chorus.model.agents import Agents

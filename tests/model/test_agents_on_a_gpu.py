@@ -56,7 +56,7 @@ def test_packed_samples_are_exact_on_the_gpu(attention: str, execution: dict, dt
     agents = toy_agents(
         "fused", dtype=dtype, device="cuda", attention=attention, head_dim=FLEX_HEAD_DIM, **execution
     )
-    assert_as_exact_as_plain_agents(agents, dtype, "cuda", 0.0, packing=(40, 2), head_dim=FLEX_HEAD_DIM)
+    assert_as_exact_as_plain_agents(agents, dtype, "cuda", 0.0, packing=40, head_dim=FLEX_HEAD_DIM)
 
 
 @on_a_gpu
@@ -68,10 +68,10 @@ def test_agents_with_values_of_their_own_are_exact_on_the_gpu(execution: dict, d
 
 
 @on_a_gpu
-@pytest.mark.parametrize("packing", [None, (40, 2)])
+@pytest.mark.parametrize("packing", [None, 40])
 @pytest.mark.parametrize("execution", [{"captured": True}, {"compiled": True, "captured": True}], ids=str)
 def test_rows_of_each_agents_own_are_exact_on_the_gpu(
-    execution: dict, packing: tuple[int, int] | None, dtype: torch.dtype
+    execution: dict, packing: int | None, dtype: torch.dtype
 ):
     agents = toy_agents("fused", dtype=dtype, device="cuda", **execution)
     assert_as_exact_as_plain_agents(agents, dtype, "cuda", 0.0, packing, has_own_rows=True)
@@ -82,7 +82,7 @@ def assert_as_exact_as_plain_agents(
     dtype: torch.dtype,
     device: str,
     dropconnect_p: NumberOrList,
-    packing: tuple[int, int] | None = None,
+    packing: int | None = None,
     head_dim: int = 8,
     alpha: NumberOrList = ALPHA,
     has_own_rows: bool = False,
@@ -116,9 +116,7 @@ def plain_results(
     return results(agents, device, None, has_own_rows)
 
 
-def results(
-    agents: Agents, device: str, packing: tuple[int, int] | None, has_own_rows: bool
-) -> dict[str, Tensor]:
+def results(agents: Agents, device: str, packing: int | None, has_own_rows: bool) -> dict[str, Tensor]:
     """Eight steps' losses of each agent and, agent by agent, all gradients in one."""
     steps = []
     for step in range(8):

@@ -113,7 +113,7 @@ def test_packed_samples_get_the_gradients_of_samples_one_a_row(family: str):
             check_packing(of_family(family))
         return
     _, expected = run(agents, collate(samples, PAD), lambda_sw=0)
-    _, packed = run(agents, collate(samples, PAD, packing=(40, 4)), lambda_sw=0)
+    _, packed = run(agents, collate(samples, PAD, packing=40), lambda_sw=0)
     for identity, gradient in expected.items():
         assert max_difference(packed[identity], gradient) < EXACT, identity
 
@@ -202,9 +202,9 @@ def test_two_ddp_processes_get_the_gradients_of_one(family: str, tmp_path: Path)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("packing", [None, (40, 4)], ids=["", "packed"])
+@pytest.mark.parametrize("packing", [None, 40], ids=["", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_defaults_of_a_gpu_are_as_exact_as_plain_bf16(family: str, packing: tuple[int, int] | None):
+def test_the_defaults_of_a_gpu_are_as_exact_as_plain_bf16(family: str, packing: int | None):
     """Compiled and captured, over eight batches, the last of
     them replayed: errors against fp32 as of plain bf16."""
     if packing and family in WITHOUT_PACKING:
@@ -222,7 +222,7 @@ def test_the_defaults_of_a_gpu_are_as_exact_as_plain_bf16(family: str, packing: 
         assert float((found[agent] - exact[agent]).norm() / exact[agent].norm()) < 1.5 * allowed + 1e-4
 
 
-def flat_gradients(agents: Agents, packing: tuple[int, int] | None) -> dict[int, Tensor]:
+def flat_gradients(agents: Agents, packing: int | None) -> dict[int, Tensor]:
     """Of each agent, those of eight batches side by side."""
     found: dict[int, list[Tensor]] = {agent: [] for agent in agents.agents}
     for seed in range(8):

@@ -39,7 +39,7 @@ def test_packed_samples_meet_themselves_alone_and_padding_is_computed():
 
 def test_rows_of_each_agents_own_count_once():
     work, samples = work_of(tiny_gemma()), toy_samples(6, longest=9)
-    for packing in (None, (20, 3)):
+    for packing in (None, 20):
         own = [samples[:3], samples[3:]]
         T = max(len(sample.ids) for sample in samples) - 1
         alone = [collate(rows, 0, T, packing=packing) for rows in own]

@@ -10,7 +10,7 @@ from runs import config_of, save_run
 from transformers import AutoConfig, PretrainedConfig
 
 from chorus.config import Config
-from chorus.data.batches import epoch_order
+from chorus.data.order import epoch_order
 from chorus.data.packing import one_a_row, packed
 from chorus.errors import InputError
 from chorus.planning import auto_packing
@@ -76,7 +76,7 @@ def test_the_share_of_tokens_is_that_of_the_batches_of_the_first_epoch() -> None
     for rows in order.split(8):
         lengths = (MIXED[rows] - 1).tolist()
         apart += 8 * one_a_row(lengths, 16).T
-        layout = packed(lengths, 127, 16, 8)
+        layout = packed(lengths, 127, 16)
         together += layout.B * layout.T
     assert share_of_tokens(config, MIXED - 1) == pytest.approx(together / apart)
 
@@ -88,7 +88,7 @@ def test_batches_of_each_agents_own_are_all_as_large_as_the_largest() -> None:
     for rows in epoch_order(len(MIXED), config.seed, 0, True).split(2 * 8):
         parts = [(MIXED[part] - 1).tolist() for part in rows.split(8)]
         apart += len(rows) * one_a_row([length for part in parts for length in part], 16).T
-        layouts = [packed(lengths, 127, 16, 8) for lengths in parts]
+        layouts = [packed(lengths, 127, 16) for lengths in parts]
         together += len(parts) * max(layout.B for layout in layouts) * layouts[0].T
     assert share_of_tokens(config, MIXED - 1) == pytest.approx(together / apart)
 

@@ -80,7 +80,7 @@ def points_of(p_KBTV: Tensor, batch: Batch, representation: Representation) -> T
 def batches() -> dict[str, Batch]:
     return {
         "padded": toy_batch(),  # one of its rows has no target
-        "packed": collate(toy_samples(5), 0, points_per_row=3, packing=(20, 5)),
+        "packed": collate(toy_samples(5), 0, points_per_row=3, packing=20),
     }
 
 

@@ -20,7 +20,7 @@ def padded() -> Batch:
 
 
 def packed() -> Batch:
-    return collate(toy_samples(6), 0, points_per_row=3, packing=(20, 6))
+    return collate(toy_samples(6), 0, points_per_row=3, packing=20)
 
 
 def nll_of(num_agents: int, batch: Batch, scale: float = 1.0) -> Tensor:

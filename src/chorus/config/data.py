@@ -49,12 +49,13 @@ class DataSettings(Section):
     pad_to_multiple_of: MayChange[Count | Literal["auto"]] = "auto"
     """Pad a batch to a multiple of this many tokens, so that fewer shapes occur; 1 pads to its longest row.
     auto: on a GPU an eighth of max_seq_length, so that at most 8 shapes are compiled and captured; elsewhere
-    1. At most max_seq_length."""
+    1. At most max_seq_length. Where layers are compiled or passes captured, batches are padded further, to as
+    few of these lengths as make the run the shortest; the log says to which."""
     packing: MayChange[Literal["auto"] | bool] = "auto"
     """true: put several samples into one row of max_seq_length tokens, each with positions of its own and
     without sight of the others. batch_size still counts samples; losses and gradients are the same. auto: on
     a GPU, where the base keeps samples apart and batches of the rows' measured lengths then have at most 80 %
-    of the tokens. The log says what was decided, and why."""
+    of the tokens. The log says what was decided, and why, and which numbers of rows occur."""
     validation_split: Probability = 0.05
     """Fraction of the rows held out from training, where the
     data bring no held-out rows; from 0 to below 1."""

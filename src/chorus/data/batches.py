@@ -5,10 +5,11 @@ seed, the step and the global batch, so any number of processes sees the same ro
 step without reading the ones before it.
 """
 
+import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from math import ceil
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from chorus.config.data import DataSettings
 from chorus.config.training import TrainingSettings
 from chorus.data.bootstrap import bootstrap_weights
-from chorus.data.packing import Layout, one_a_row, packed
+from chorus.data.order import epoch_order, step_rows, steps_per_epoch
+from chorus.data.packing import Layout, largest, smallest_layout
 from chorus.data.samples import Sample, Samples
+from chorus.data.shapes import ANY, Shapes, few_shapes, layouts_of_epochs
 from chorus.errors import SIGNALS
-from chorus.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -121,16 +125,18 @@ def collate(
     pad_id: int,
     pad_to_multiple_of: int = 1,
     points_per_row: int = 1,
-    packing: tuple[int, int] | None = None,
+    packing: int | None = None,
+    shapes: Shapes = ANY,
 ) -> Batch:
     """Pad and shift samples: position t holds token t, and its target is token t + 1.
 
     One a row, T is the longest sample's length minus one, rounded up to `pad_to_multiple_of`; M is
-    `points_per_row`. With `packing`, the most tokens of a sample and the most samples of a batch, several
-    share a row. Without samples it returns padding: such a process still takes part in every collective of
-    the step.
+    `points_per_row`. With `packing`, the most tokens of a sample, several share a row. Rows of padding that
+    `shapes` adds stand for samples without targets. Without samples it returns padding: such a process
+    still takes part in every collective of the step.
     """
-    layout = _layout(samples, pad_to_multiple_of, packing)
+    lengths = [len(sample.ids) for sample in samples]
+    layout = shapes.padded(smallest_layout(lengths, pad_to_multiple_of, packing))
     return _filled(samples, layout, pad_id, points_per_row, packing is not None)
 
 
@@ -138,14 +144,16 @@ def collate_apart(
     samples_of_agents: Sequence[Sequence[Sample]],
     pad_id: int,
     pad_to_multiple_of: int = 1,
-    packing: tuple[int, int] | None = None,
+    packing: int | None = None,
+    shapes: Shapes = ANY,
 ) -> Batch:
     """One batch in which each agent has samples of its own, as many as the others; as `collate` otherwise.
 
     All are padded to the longest row, and to the most rows, that an agent has.
     """
-    layouts = [_layout(samples, pad_to_multiple_of, packing) for samples in samples_of_agents]
-    B, T = max(layout.B for layout in layouts), max(layout.T for layout in layouts)
+    lengths = [[len(sample.ids) for sample in samples] for samples in samples_of_agents]
+    layouts = [smallest_layout(own, pad_to_multiple_of, packing) for own in lengths]
+    B, T, _ = shapes.padded(largest(layouts))
     parts = [
         _filled(samples, Layout(B, T, layout.places), pad_id, 0, packing is not None)
         for samples, layout in zip(samples_of_agents, layouts, strict=True)
@@ -163,13 +171,6 @@ def collate_apart(
     )
 
 
-def _layout(samples: Sequence[Sample], pad_to_multiple_of: int, packing: tuple[int, int] | None) -> Layout:
-    lengths = [len(sample.ids) - 1 for sample in samples]
-    if packing is None:
-        return one_a_row(lengths, pad_to_multiple_of)
-    return packed(lengths, packing[0] - 1, pad_to_multiple_of, packing[1])
-
-
 def _filled(
     samples: Sequence[Sample], layout: Layout, pad_id: int, points_per_row: int, is_packed: bool
 ) -> Batch:
@@ -177,7 +178,7 @@ def _filled(
     input_BT = torch.full((B, T), pad_id)
     target_BT = torch.full((B, T), pad_id)
     mask_BT = torch.zeros(B, T, dtype=torch.bool)
-    points_SM = torch.full((max(len(samples), 1), points_per_row), -1)
+    points_SM = torch.full((max(len(samples), 1) if is_packed else B, points_per_row), -1)
     position_BT, sample_BT = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
     for number, ((ids, is_target), (row, start)) in enumerate(zip(samples, places, strict=True)):
         span = slice(start, start + len(ids) - 1)
@@ -194,37 +195,6 @@ def _filled(
     return batch._replace(position_BT=position_BT, sample_BT=sample_BT) if is_packed else batch
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool, agent: int | None = None) -> Tensor:
-    """The order of the samples in an epoch, int64, every index once: for all agents, or for one."""
-    if not shuffle:
-        return torch.arange(num_samples)
-    of_whom = () if agent is None else (agent,)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", *of_whom, epoch))
-    return torch.randperm(num_samples, generator=generator)
-
-
-def steps_per_epoch(
-    num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
-) -> int:
-    """Optimiser steps that take every sample once; the last one may be short."""
-    return ceil(num_samples / (batch_size * gradient_accumulation_steps * num_processes))
-
-
-def step_rows(
-    order: Tensor, step_in_epoch: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
-) -> list[list[list[int]]]:
-    """The samples of one step, as rows[micro_batch][process]: consecutive in `order`, each of at most
-    `batch_size`.
-
-    Processes share a micro-batch side by side, so that equal global batches hold the same rows in each step,
-    whatever part of them is accumulated. In the last step of an epoch the later ones may be short or empty.
-    """
-    first = step_in_epoch * batch_size * gradient_accumulation_steps * num_processes
-    starts = range(first, first + batch_size * gradient_accumulation_steps * num_processes, batch_size)
-    rows = [order[start : start + batch_size].tolist() for start in starts]
-    return [rows[start : start + num_processes] for start in range(0, len(rows), num_processes)]
-
-
 def training_steps(
     samples: Sequence[Sample],
     data: DataSettings,
@@ -237,6 +207,7 @@ def training_steps(
     num_processes: int,
     num_steps: int,
     start_step: int = 0,
+    wants_few_shapes: bool = False,
 ) -> Iterator[StepBatch]:
     """One process's part of the optimiser steps from `start_step` to `num_steps` - 1, epoch after epoch.
 
@@ -246,12 +217,16 @@ def training_steps(
     Args:
         agents: that this process holds.
         pad_id: may be any id of the vocabulary: no token sees it, and no loss falls on it.
+        wants_few_shapes: each shape of a batch costs seconds: pad to few of them, and say so in the log.
 
     Raises:
         InputError: bootstrap weights leave an agent without rows.
     """
+    steps = _Steps(samples, data, training, agents, points_per_row, pad_id, process_index, num_processes)
+    if wants_few_shapes:
+        steps.choose_shapes(num_steps)
     loader = DataLoader(
-        _Steps(samples, data, training, agents, points_per_row, pad_id, process_index, num_processes),
+        steps,
         batch_size=None,
         sampler=range(start_step, num_steps),
         num_workers=data.num_workers,
@@ -282,6 +257,7 @@ class _Steps(Dataset[StepBatch]):
     ) -> None:
         self.samples, self.data, self.seed, self.agents = samples, data, training.seed, agents
         self.points_per_row, self.pad_id, self.process_index = points_per_row, pad_id, process_index
+        self.shapes = ANY
         is_table = isinstance(samples, Samples)  # known without reading tokens
         num_targets = samples.num_targets if is_table else [sample.num_targets for sample in samples]
         self.num_targets_N = torch.from_numpy(np.array(num_targets, dtype=np.int64))
@@ -296,10 +272,7 @@ class _Steps(Dataset[StepBatch]):
     def __getitem__(self, step: int) -> StepBatch:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:  # the order of a large data set takes longer than a step
-            self.epoch = epoch
-            of_whom = self.agents if self.data.per_agent_batches else (None,)
-            order = (len(self.samples), self.seed, epoch, self.data.shuffle)
-            self.orders = [epoch_order(*order, agent) for agent in of_whom]
+            self.epoch, self.orders = epoch, self._orders(epoch)
         # rows[order][micro_batch][process]; an order is all agents', or one agent's own
         rows = [step_rows(order, step_in_epoch, *self.global_batch) for order in self.orders]
         rows_of_all = [[row for micro_batch in one for part in micro_batch for row in part] for one in rows]
@@ -310,22 +283,49 @@ class _Steps(Dataset[StepBatch]):
         ]
         return StepBatch(micro_batches, num_targets[0], num_rows=len(rows_of_all[0]), epoch=epoch)
 
+    def _orders(self, epoch: int) -> list[Tensor]:
+        """The epoch's order of the samples: all agents', or one for each."""
+        of_whom = self.agents if self.data.per_agent_batches else (None,)
+        order = (len(self.samples), self.seed, epoch, self.data.shuffle)
+        return [epoch_order(*order, agent) for agent in of_whom]
+
+    def choose_shapes(self, num_steps: int) -> None:
+        """Decide to which shapes batches are padded, from the first ones of all processes: each gets the
+        same ones, so that all compile at the same time."""
+        if isinstance(self.samples, Samples):
+            length_N = self.samples.lengths.clip(max=self.data.max_seq_length)
+        else:
+            length_N = np.array([len(sample.ids) for sample in self.samples])
+        epochs = ([order.numpy() for order in self._orders(epoch)] for epoch in count())
+        how = (self.batch_size, self.data.padding, self._packing)
+        layouts = layouts_of_epochs(length_N, epochs, *how)
+        num_passes = num_steps * self.global_batch[1]
+        self.shapes, said = few_shapes(layouts, self.data.packs, num_passes)
+        logger.info(said)
+
+    @property
+    def _packing(self) -> int | None:
+        return self.data.max_seq_length if self.data.packs else None
+
     def _micro_batch(self, rows: Sequence[Sequence[int]], num_targets: Sequence[int]) -> Batch:
         """The batch of one list of rows for all agents, or one for each; likewise the step's targets."""
         samples, data = [[self.samples[row] for row in own] for own in rows], self.data
-        packing = (data.max_seq_length, self.batch_size) if data.packs else None
+        how = (self._packing, self.shapes)
         if data.per_agent_batches:
-            batch = collate_apart(samples, self.pad_id, data.padding, packing)
+            batch = collate_apart(samples, self.pad_id, data.padding, *how)
         else:
-            batch = collate(samples[0], self.pad_id, data.padding, self.points_per_row, packing)
-        return batch._replace(weight_KS=self._weights(rows, num_targets))
+            batch = collate(samples[0], self.pad_id, data.padding, self.points_per_row, *how)
+        return batch._replace(weight_KS=self._weights(rows, num_targets, len(batch.points_SM)))
 
-    def _weights(self, rows: Sequence[Sequence[int]], num_targets: Sequence[int]) -> Tensor | None:
+    def _weights(
+        self, rows: Sequence[Sequence[int]], num_targets: Sequence[int], num_samples: int
+    ) -> Tensor | None:
         if self.weight_KN is None and not self.data.per_agent_batches:
             return None
-        weight_KS = torch.ones(len(self.agents), max(len(rows[0]), 1))  # padding alone is a sample, too
+        weight_KS = torch.ones(len(self.agents), num_samples)  # rows of padding are samples, too
         if self.weight_KN is not None and rows[0]:
-            weight_KS = self.weight_KN.gather(1, torch.tensor(rows).expand(len(self.agents), -1))
+            drawn_KS = self.weight_KN.gather(1, torch.tensor(rows).expand(len(self.agents), -1))
+            weight_KS[:, : drawn_KS.shape[1]] = drawn_KS
         return weight_KS * (num_targets[0] / torch.tensor(num_targets))[:, None]
 
 

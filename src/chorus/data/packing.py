@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
-MAX_SHAPES = 8  # of batches in a run: each may be compiled and captured
-
 
 class Layout(NamedTuple):
     """Where the samples of a batch lie: in B rows of T tokens,
@@ -25,12 +23,9 @@ def one_a_row(lengths: Sequence[int], multiple_of: int) -> Layout:
     return Layout(max(len(lengths), 1), T, [(row, 0) for row in range(len(lengths))])
 
 
-def packed(lengths: Sequence[int], max_length: int, multiple_of: int, batch_size: int) -> Layout:
+def packed(lengths: Sequence[int], max_length: int, multiple_of: int) -> Layout:
     """Few rows, by first-fit decreasing (Johnson 1973: at most 11/9 of the minimum, plus one); no sample is
-    cut.
-
-    T is always `max_length` rounded up, and the number of rows is rounded up so that at most `MAX_SHAPES`
-    numbers occur for up to `batch_size` samples.
+    cut. T is always `max_length` rounded up.
     """
     T = ceil(max_length / multiple_of) * multiple_of
     filled: list[int] = []
@@ -41,5 +36,18 @@ def packed(lengths: Sequence[int], max_length: int, multiple_of: int, batch_size
             filled.append(0)
         places[sample] = (row, filled[row])
         filled[row] += lengths[sample]
-    step = ceil(batch_size / MAX_SHAPES)
-    return Layout(min(ceil(max(len(filled), 1) / step) * step, batch_size), T, places)
+    return Layout(max(len(filled), 1), T, places)
+
+
+def smallest_layout(lengths: Sequence[int], pad_to_multiple_of: int, packing: int | None) -> Layout:
+    """Of samples of so many tokens, the first of which is no target and the last no input; packed if samples
+    have at most `packing` tokens."""
+    inputs = [length - 1 for length in lengths]
+    if packing is None:
+        return one_a_row(inputs, pad_to_multiple_of)
+    return packed(inputs, packing - 1, pad_to_multiple_of)
+
+
+def largest(layouts: Sequence[Layout]) -> Layout:
+    """The size of a batch in which each agent has one of these layouts; the places are the first one's."""
+    return Layout(max(one.B for one in layouts), max(one.T for one in layouts), layouts[0].places)

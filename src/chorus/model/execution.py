@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from chorus.config import Config
-from chorus.data.packing import MAX_SHAPES
+from chorus.data.shapes import MAX_SHAPES
 from chorus.errors import InputError
 from chorus.model.kernels.cuda_graphs import MAX_CAPTURES
 from chorus.model.kernels.decoder_layers import Recompute

@@ -10,7 +10,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from chorus.collectives import on_first_process
 from chorus.config import Config
-from chorus.data.batches import epoch_order
+from chorus.data.order import epoch_order
 from chorus.data.packing import Layout, one_a_row, packed
 from chorus.errors import InputError
 from chorus.model.attention import LONG, check_packing
@@ -96,7 +96,7 @@ def share_of_tokens(config: Config, lengths: np.ndarray) -> float:
     for start in range(0, min(len(order), BATCHES * config.batch_size), config.batch_size):
         own = lengths[order[start : start + config.batch_size]].tolist()
         apart.append(one_a_row(own, config.padding))
-        together.append(packed(own, config.max_seq_length - 1, config.padding, config.batch_size))
+        together.append(packed(own, config.max_seq_length - 1, config.padding))
     at_once = 1
     if config.per_agent_batches and isinstance(config.num_agents, int):
         at_once = config.num_agents  # any order of the rows is representative

@@ -6,7 +6,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from chorus.config import RunConfig
-from chorus.data.batches import steps_per_epoch
+from chorus.data.order import steps_per_epoch
 from chorus.data.samples import Samples
 from chorus.planning.forecast import Machine
 from chorus.planning.traffic import Traffic, traffic

@@ -68,7 +68,7 @@ def packed_row(lengths: list[int]) -> Rows:
     samples = [
         Sample(torch.full((length,), length % 61), torch.ones(length, dtype=torch.bool)) for length in lengths
     ]
-    batch = collate(samples, 0, packing=(301, 1))
+    batch = collate(samples, 0, packing=301)
     return Rows(batch.input_BT, batch.position_BT, batch.sample_BT)
 
 
