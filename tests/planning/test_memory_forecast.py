@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from chorus.config import Config
 from chorus.data.batches import Sample, collate
@@ -110,6 +110,17 @@ def test_a_step_allocates_what_is_forecast_in_every_mode(
     told = forecast(config, precision, Machine("cpu"))
     step = told.training - sum(told.standing.values())
     assert step == pytest.approx(allocated_by_a_step(config, precision, tmp_path), rel=0.04)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_step_of_a_base_with_experts_allocates_what_is_forecast(tmp_path: Path, precision: str):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **heads, **experts)).save_pretrained(tmp_path / "base")
+    config = config_of(str(tmp_path / "base"))
+    told = forecast(config, precision, Machine("cpu"))
+    step = told.training - sum(told.standing.values())
+    assert step == pytest.approx(allocated_by_a_step(config, precision, tmp_path), rel=0.1)
 
 
 def test_what_stands_is_the_base_the_adapters_and_two_moments(base: str):

@@ -22,7 +22,13 @@ from chorus.model.base import Head, load_skeleton
 from chorus.model.execution import Execution, decide_execution
 from chorus.model.regularisation import Regularisation
 from chorus.planning.forecast import Machine
-from chorus.planning.live_bytes import CountedPasses, LiveBytes, fused_attention, undrawn_noise
+from chorus.planning.live_bytes import (
+    CountedPasses,
+    ExpertProducts,
+    LiveBytes,
+    fused_attention,
+    undrawn_noise,
+)
 from chorus.spans import listening
 from chorus.training.objective import objective_of
 
@@ -100,7 +106,8 @@ def _counts_of(config: RunConfig, dtype: torch.dtype, length: int, machine: Mach
     elements = sum(map(torch.numel, agents.adapters().values()))
     if machine.deepspeed is not None:
         agents.to(dtype)  # as DeepSpeed does
-    at_loss, after_forward, peak = _micro_batch(agents, passes, config.batch_size, length)
+    with ExpertProducts():
+        at_loss, after_forward, peak = _micro_batch(agents, passes, config.batch_size, length)
     rows = agents_of_a_pass(config) * config.batch_size * length
     loss, gradient = loss_bytes(agents.head(), rows, dtype, machine.device_type)
     losses = len(at_loss) if config.parallel_mode == "parallel" else 1  # whose gradients wait for backward

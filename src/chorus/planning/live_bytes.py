@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +29,16 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+class ExpertProducts(TorchFunctionMode):
+    """Stands in for torch's product of tokens with the experts that they have chosen, which without values is
+    there for bf16 alone: a product with one expert has as large a result, and keeps the same for backward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm and args[0].is_meta and args[0].dtype != torch.bfloat16:
+            return args[0] @ args[1][0]
+        return func(*args, **(kwargs or {}))
 
 
 class LiveBytes(TorchDispatchMode):
