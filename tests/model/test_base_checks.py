@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, Llam
 from chorus.data.tokenise import unreadable
 from chorus.errors import InputError
 from chorus.model.base import check_base, load_model, load_tokenizer
-from chorus.model.base_checks import unreadable_tokens
+from chorus.model.base_checks import model_errors_named, unreadable_tokens
 
 BUNDLED = Path("assets/tiny-gemma-2")
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -222,3 +222,12 @@ def test_tokens_in_whose_place_a_base_puts_an_image_are_no_text():
     tokenizer = AutoTokenizer.from_pretrained("assets/tiny-gemma-2")
     config = Gemma3Config(image_token_index=7, boi_token_index=5, eoi_token_index=6)
     assert {*unreadable_tokens(tokenizer, config)} == {*tokenizer.convert_ids_to_tokens([5, 6, 7])}
+
+
+def test_a_package_that_is_missing_is_named_with_how_to_install_it():
+    """As transformers says it, over several lines."""
+    with pytest.raises(InputError) as caught, model_errors_named(str(BUNDLED)):
+        raise ImportError(
+            "The tower requires the timm library. You can install it with pip:\n`pip install timm`"
+        )
+    assert str(caught.value).endswith("You can install it with pip: `pip install timm`")

@@ -118,7 +118,9 @@ def test_what_matches_nothing_is_named(how: dict[str, Any], words: str):
 
 def test_a_layer_that_peft_refuses_is_one_line():
     size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    with pytest.raises(InputError, match=r"key 'lora_target_modules': .*out_proj.* incompatible"):
+    with pytest.raises(
+        InputError, match=r"key 'lora_target_modules': .*out_proj.* incompatible.*; .*lora_exclude"
+    ):
         attach_agents(
             MambaForCausalLM(MambaConfig(**size)),
             [0],

@@ -238,7 +238,8 @@ def _first_adapter(model: PreTrainedModel, lora_config: LoraConfig, agent: int) 
         return get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
     except ValueError as error:  # such as a layer of Mamba whose forward would bypass an adapter
         raise InputError(
-            f"key 'lora_target_modules': {next(iter(str(error).splitlines()), error)}"
+            f"key 'lora_target_modules': {next(iter(str(error).splitlines()), error)}; leave modules out by "
+            "lora_exclude_modules"
         ) from error
 
 

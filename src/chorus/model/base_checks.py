@@ -45,6 +45,7 @@ def model_errors_named(model_name: str) -> Iterator[None]:
             raise InputError(f"key 'model_name': {damaged}") from error
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         if isinstance(error, ImportError):  # Gemma 3n's tower needs timm, though no text passes through it
+            reason = " ".join(str(error).split())  # how to install it comes in the lines after the first
             raise InputError(f"key 'model_name': {model_name} cannot be loaded: {reason}") from error
         raise InputError(
             f"key 'model_name': {model_name} cannot be loaded: {reason} "
