@@ -112,12 +112,15 @@ def test_a_step_allocates_what_is_forecast_in_every_mode(
     assert step == pytest.approx(allocated_by_a_step(config, precision, tmp_path), rel=0.04)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_step_of_a_base_with_experts_allocates_what_is_forecast(tmp_path: Path, precision: str):
+@pytest.mark.parametrize(
+    ("precision", "how"), [("no", {}), ("bf16", {}), ("no", {"parallel_mode": "sequential"})], ids=str
+)
+def test_a_step_of_a_base_with_experts_allocates_what_is_forecast(tmp_path: Path, precision: str, how: dict):
+    """One agent after the other, backward recomputes each pass."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **heads, **experts)).save_pretrained(tmp_path / "base")
-    config = config_of(str(tmp_path / "base"))
+    config = config_of(str(tmp_path / "base"), **how)
     told = forecast(config, precision, Machine("cpu"))
     step = told.training - sum(told.standing.values())
     assert step == pytest.approx(allocated_by_a_step(config, precision, tmp_path), rel=0.1)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,13 +30,17 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class ExpertProducts(TorchFunctionMode):
-    """Stands in for torch's product of tokens with the experts that they have chosen, which without values is
-    there for bf16 alone: a product with one expert has as large a result, and keeps the same for backward."""
+class ExpertProducts(TorchDispatchMode):
+    """Tells the result of torch's product of tokens with the experts that they have chosen, which without
+    values is there for bf16 alone."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func is torch._grouped_mm and args[0].is_meta and args[0].dtype != torch.bfloat16:
-            return args[0] @ args[1][0]
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return args[0].new_empty(len(args[0]), args[1].shape[-1])  # frozen experts: no other product
         return func(*args, **(kwargs or {}))
 
 
