@@ -166,4 +166,5 @@ def test_a_finished_run_says_so_and_another_learning_rate_is_refused(kind: str, 
     other = forked(command, *SETTINGS, *settings, f"output_dir={folder}", "lr=0.5")
     assert other.returncode == 2 or (kind == "zero2" and other.returncode != 0)  # a launcher has its own code
     assert "error: key 'lr' is 0.5, but [0.008, 0.004] in" in other.stderr
+    assert f"init_adapters_from={folder}" in other.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
