@@ -46,6 +46,7 @@ from chorus.config.per_agent import NumberOrList
 from chorus.data.batches import StepBatch, training_steps
 from chorus.data.order import steps_per_epoch
 from chorus.data.rows import Rows, read_rows
+from chorus.data.sizes import no_larger_than_the_rows
 from chorus.ensemble.evaluation_rows import read_evaluation_rows
 from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import refuse_non_finite_answers
@@ -99,7 +100,7 @@ def main(config: Config) -> None:
     config = with_padding(config, accelerator.device, zero_stage(accelerator) == 3)
     rows = read_rows(config, config.seed, tokenizer, accelerator)
     config, packing_note = decide_packing(config, rows.train.lengths, skeleton.config, accelerator)
-    config, agents_note = decide_num_agents(config, precision, accelerator)
+    config, agents_note = decide_num_agents(config, precision, accelerator, len(rows.train))
     mesh = make_mesh(accelerator, config.agent_parallel_size)
     check_evaluation(config)
     run = describe_run(config, rows.fingerprint, tokenizer, precision, accelerator)
@@ -121,6 +122,7 @@ def main(config: Config) -> None:
         held_out = rows.held_out(tokenizer, config.eval_samples)
         evaluation_rows = read_evaluation_rows(held_out, config, tokenizer, accelerator)
         scored = [row.sample for row in held_out.rows]
+        config = no_larger_than_the_rows(config, rows.train, mesh.data_size)
         logger.log(*foresee_memory(config, precision, accelerator, rows.train, scored))
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         num_steps = steps_of_run(config, len(rows.train), mesh.data_size)

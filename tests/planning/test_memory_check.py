@@ -8,9 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rows import data_config, read_rows, write_lines
-from runs import config_of, run_of, save_run
 
-from chorus.checkpoint.resume import find_start
 from chorus.config import RunConfig
 from chorus.data.batches import Sample
 from chorus.data.cache import TokenTable
@@ -18,14 +16,7 @@ from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError, OutOfMemory, RunError
 from chorus.planning import memory_check
 from chorus.planning.forecast import Machine
-from chorus.planning.memory_check import (
-    as_settings,
-    foresee_memory,
-    longest_of,
-    memory_errors_named,
-    split_batch,
-    way_out,
-)
+from chorus.planning.memory_check import foresee_memory, longest_of, memory_errors_named
 from chorus.planning.memory_forecast import forecast
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
@@ -78,24 +69,6 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(
     )
 
 
-def test_the_way_out_is_enough_by_forecast_and_takes_the_same_rows_a_step():
-    config, gpu = RunConfig(**SMALL | {"num_agents": 4, "lambda_sw": 0.0}), Machine("cuda")
-    change = {"parallel_mode": "sequential", "gradient_checkpointing": "full", **split_batch(config, 4)}
-    assert (change["batch_size"], change["gradient_accumulation_steps"]) == (2, 4)
-    limit = forecast(config.model_copy(update=change), "no", gpu).peak
-    told = way_out(config, "no", gpu, limit)
-    settings = dict(setting.split("=") for setting in told.partition(" needs ")[0].split())
-    assert settings == {key: str(value) for key, value in change.items()}
-    assert "are not enough by themselves" in way_out(config, "no", gpu, limit // 10)
-
-
-def test_where_evaluation_is_what_does_not_fit_a_smaller_batch_of_it_is_the_way_out():
-    config = RunConfig(**SMALL | {"eval_samples": 400, "eval_batch_size": 400, "max_new_tokens_eval": 300})
-    told = forecast(config, "no", Machine("cuda"))
-    assert told.peak > told.training
-    assert way_out(config, "no", Machine("cuda"), told.training).startswith("eval_batch_size=1 needs")
-
-
 # ---- it has run out ----
 
 
@@ -127,20 +100,6 @@ def test_the_line_names_what_was_asked_for_the_phase_and_what_would_help():
     assert "\n" not in str(in_training.value) + str(in_evaluation.value)
 
 
-@pytest.mark.parametrize(("lambda_sw", "more"), [(0.1, "resume_from_checkpoint=null"), (0.0, "")])
-def test_a_remedy_that_a_resumed_run_would_refuse_comes_with_a_fresh_start(
-    accelerator: Accelerator, tmp_path: Path, lambda_sw: float, more: str
-):
-    config = config_of(tmp_path, lambda_sw=lambda_sw, batch_size=8, max_train_steps=4)
-    assert "resume" not in as_settings(split_batch(config, 2))
-    save_run(config, accelerator, 2)
-    change = split_batch(config, 2)
-    assert as_settings(change) == f"batch_size=4 gradient_accumulation_steps=2 {more}".strip()
-    smaller = config.model_copy(update=change)
-    begin = find_start(smaller, run_of(smaller, accelerator), accelerator)
-    assert begin.step == (0 if more else 2)
-
-
 def test_what_is_set_already_is_no_remedy():
     lean = RunConfig(
         **SMALL | {"gradient_checkpointing": "full", "parallel_mode": "sequential", "batch_size": 1}
@@ -150,11 +109,6 @@ def test_what_is_set_already_is_no_remedy():
         memory_errors_named(lean),
     ):
         torch.empty(2**60)
-
-
-def test_a_batch_holds_no_more_rows_than_there_are(accelerator: Accelerator):
-    config = RunConfig(**SMALL | {"batch_size": 2**20})
-    assert foresee_memory(config, "no", accelerator, ROWS)[0] == logging.INFO
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ WAYS_OUT = "gradient_checkpointing=full, parallel_mode=sequential, a smaller bat
 
 
 @announced("finding how many agents fit")
-def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) -> tuple[RunConfig, str]:
+def decide_num_agents(
+    config: Config, precision: str, accelerator: Accelerator, num_rows: int | None = None
+) -> tuple[RunConfig, str]:
     """The configuration with numbers for `num_agents` and `agent_parallel_size`, and the reason for
     `num_agents`, for the log ("" if it was a number).
 
@@ -46,6 +48,9 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
     forecast fits `memory_fraction` of the smallest device; on a GPU lowered until a measured step fits too (a
     CPU's allocator keeps no count). Every process holds equally many. A collective call with the same result
     on all processes.
+
+    Args:
+        num_rows: to train on: no batch has more. None: of a batch that is full.
 
     Raises:
         InputError: not even the fewest agents fit (one; two with lambda_sw above 0), or those of the
@@ -63,14 +68,13 @@ def decide_num_agents(config: Config, precision: str, accelerator: Accelerator) 
         return with_agents(config, kept), f"num_agents auto: {kept}, as in the checkpoint"
     machine = machine_of(accelerator, config)
     limit = min(gather_object([memory_limit(accelerator.device, config.memory_fraction)]))
+    sized = config.model_copy(update={"batch_size": min(config.batch_size, num_rows or config.batch_size)})
     num_agents, first, each = on_first_process(
-        accelerator, lambda: most_that_fit(config, precision, machine, limit)
+        accelerator, lambda: most_that_fit(sized, precision, machine, limit)
     )
     taken = ""
     if accelerator.device.type == "cuda":
-        num_agents, measured = lower_until_a_step_fits(
-            config, num_agents, each, limit, precision, accelerator
-        )
+        num_agents, measured = lower_until_a_step_fits(sized, num_agents, each, limit, precision, accelerator)
         taken = f"a step took {measured / GIB:.2f} GiB, "
     cap = " (auto takes no more; name a number to have them)" if num_agents + size > MOST_AGENTS else ""
     needs = first + num_agents // size * each
@@ -210,7 +214,8 @@ def _two_steps(
     beside = torch.empty(max(0, standing - counted), dtype=torch.uint8, device=device)
     length = longest_batch(config)
     row = Sample(torch.zeros(length + 1, dtype=torch.int64), torch.ones(length + 1, dtype=torch.bool))
-    batch = collate([row] * config.batch_size, 0, config.padding, config.swd_points_per_row).to(device)
+    points = min(config.swd_points_per_row, length)
+    batch = collate([row] * config.batch_size, 0, config.padding, points).to(device)
     if len(adapters) == 1:  # the distance needs two agents, and takes little memory
         config = config.model_copy(update={"lambda_sw": 0.0})
     loss_fn = objective_of(config, config, ALONE, agents.head())

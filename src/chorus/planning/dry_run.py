@@ -18,6 +18,7 @@ from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
 from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
+from chorus.data.sizes import no_larger_than_the_rows
 from chorus.errors import InputError
 from chorus.mesh import make_mesh
 from chorus.model.adapters import lora_shape
@@ -31,12 +32,12 @@ from chorus.planning.auto_agents import decide_num_agents, machine_of
 from chorus.planning.auto_packing import decide_packing
 from chorus.planning.checks import Report, Stopped, sample_view
 from chorus.planning.forecast import Forecast, in_words
-from chorus.planning.memory_check import way_out
 from chorus.planning.memory_forecast import forecast
 from chorus.planning.mode_checks import check_modes
 from chorus.planning.run_plan import Plan, plan, sample_tokens
 from chorus.planning.shared_ground import check_processes, folder_beside_output
 from chorus.planning.trial_run import STEPS, Loop, Setting
+from chorus.planning.way_out import way_out
 from chorus.training.engine import DTYPES, decide_precision, make_accelerator
 from chorus.training.zero.deepspeed_json import deepspeed_json
 from chorus.training.zero.launcher import deepspeed_wanted
@@ -108,9 +109,10 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
         if note:
             report.add("packing auto", True, note.partition(": ")[2])
         with report.trying("num_agents auto"):
-            config, note = decide_num_agents(config, precision, accelerator)
+            config, note = decide_num_agents(config, precision, accelerator, len(rows.train))
         if note:
             report.add("num_agents auto", True, note)
+        config = no_larger_than_the_rows(config, rows.train, machine_of(accelerator, config).mesh.data_size)
         with report.trying("memory"):
             told = on_first_process(
                 accelerator, partial(forecast, config, precision, machine_of(accelerator, config))
@@ -211,7 +213,7 @@ def _check_memory(
     remedy = ""
     if told.peak > limit:
         remedy = on_first_process(
-            accelerator, lambda: way_out(config, precision, machine_of(accelerator, config), limit)
+            accelerator, lambda: way_out(config, precision, machine_of(accelerator, config), limit, told=told)
         )
     report.add(
         "memory",

@@ -12,7 +12,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from chorus.checkpoint.store import checkpoints
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
 from chorus.data.samples import Sample, Samples
@@ -21,19 +20,8 @@ from chorus.monitoring.memory import memory_limit
 from chorus.planning.auto_agents import machine_of
 from chorus.planning.forecast import Machine, in_words
 from chorus.planning.memory_forecast import forecast, longest_batch
+from chorus.planning.way_out import as_settings, smaller_batch, way_out
 from chorus.progress import announced
-
-# From the smallest cost in time to the largest.
-ROOM_TO_MAKE: tuple[dict[str, Any], ...] = (
-    {"gradient_checkpointing": "selective"},
-    {"gradient_checkpointing": "full"},
-    {"parallel_mode": "sequential"},
-    {"parallel_mode": "sequential", "gradient_checkpointing": "full"},
-)
-NOTHING_HELPS = (
-    "gradient_checkpointing=full, parallel_mode=sequential and batch_size=1 are not enough by themselves; "
-    "take a smaller base, fewer agents, a smaller max_seq_length or a larger device"
-)
 
 
 @announced("forecasting the memory")
@@ -49,20 +37,23 @@ def foresee_memory(
     Loads nothing. With `memory_check: off` the log level is one that is never logged.
 
     Args:
-        samples, held_out: the rows of training and evaluation. The longest decides, and a batch holds no more
-        than all.
+        config: with a batch_size of no more rows than there are.
+        samples, held_out: the rows of training and evaluation, of which the longest decides.
 
     Raises:
         InputError: with `memory_check: refuse`, where the forecast is more than what is free on some device.
     """
     if config.memory_check == "off":
         return logging.NOTSET, ""
-    config = config.model_copy(update={"batch_size": max(1, min(config.batch_size, len(samples)))})
     length = longest_of(config, samples, held_out)
+    longest_row = max(_longest(config, part) for part in (samples, held_out))
     free = min(gather_object([memory_limit(accelerator.device, 1.0)]))
     needs, phase, way = on_first_process(
         accelerator,
-        partial(_forecast_and_way_out, config, precision, machine_of(accelerator, config), free, length),
+        partial(
+            *(_forecast_and_way_out, config, precision, machine_of(accelerator, config)),
+            *(free, length, longest_row),
+        ),
     )
     device = accelerator.device.type
     said = (
@@ -95,74 +86,18 @@ def _longest(config: RunConfig, samples: Sequence[Sample]) -> int:
 
 
 def _forecast_and_way_out(
-    config: RunConfig, precision: str, machine: Machine, limit: int, length: int
+    config: RunConfig, precision: str, machine: Machine, limit: int, length: int, longest_row: int
 ) -> tuple[int, str, str]:
     """Bytes, the phase that needs them, and a change that would make them fit ("" if they fit)."""
     log = logging.getLogger("chorus.model")
     before = log.level
     log.setLevel(logging.WARNING)  # its choices are logged when the real base is loaded
     told = forecast(config, precision, machine, length)
+    way = ""
+    if told.peak > limit:
+        way = way_out(config, precision, machine, limit, length, longest_row, told)
     log.setLevel(before)
-    phase = "training" if told.training >= told.peak else "evaluation"
-    return told.peak, phase, "" if told.peak <= limit else way_out(config, precision, machine, limit, length)
-
-
-def way_out(
-    config: RunConfig, precision: str, machine: Machine, limit: int, length: int | None = None
-) -> str:
-    """The first sufficient change of settings, by forecast, as command-line arguments; or that none is."""
-    for change in _changes(config, machine):
-        peak = forecast(config.model_copy(update=change), precision, machine, length).peak
-        if peak <= limit:
-            return f"{as_settings(change)} needs {in_words(peak)}"
-    return NOTHING_HELPS
-
-
-def _changes(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
-    """The changes to try. Smaller micro-batches come with more accumulation, so that the rows of a step stay
-    the same.
-    """
-    of_evaluation: dict[str, Any] = {}
-    if config.eval_samples and config.eval_batch_size > 1:
-        of_evaluation = {"eval_batch_size": 1}
-        yield of_evaluation
-    passes = ROOM_TO_MAKE[machine.base_in_shards :]  # shards do not go with selective
-    yield from passes
-    for parts in _parts(config.batch_size):
-        yield passes[-1] | split_batch(config, parts)
-    if of_evaluation:
-        yield passes[-1] | split_batch(config, config.batch_size) | of_evaluation
-
-
-def _parts(batch_size: int) -> Iterator[int]:
-    parts = 2
-    while batch_size % parts == 0 and parts < batch_size:
-        yield parts
-        parts *= 2
-    yield batch_size
-
-
-def split_batch(config: Config, parts: int) -> dict[str, Any]:
-    """The same rows in a step, in micro-batches smaller by a
-    factor of `parts`, a divisor of the batch size."""
-    if parts == 1:
-        return {}
-    accumulation = config.gradient_accumulation_steps * parts
-    change = {"batch_size": config.batch_size // parts, "gradient_accumulation_steps": accumulation}
-    if config.lambda_sw > 0 and config.resume_from_checkpoint is not None and _may_resume(config):
-        # The distance compares the rows of a micro-batch, so that a resumed run may not change them.
-        return {**change, "resume_from_checkpoint": None}
-    return change
-
-
-def _may_resume(config: Config) -> bool:
-    return config.resume_from_checkpoint != "auto" or bool(checkpoints(Path(config.output_dir)))
-
-
-def as_settings(change: dict[str, Any]) -> str:
-    return " ".join(
-        f"{key}={'null' if value is None else str(value).lower()}" for key, value in change.items()
-    )
+    return told.peak, "training" if told.training >= told.peak else "evaluation", way
 
 
 @contextmanager
@@ -223,6 +158,6 @@ def _remedy(config: Config, phase: str) -> str:
     if config.parallel_mode != "sequential":
         changes.append({"parallel_mode": "sequential"})
     if config.batch_size > 1:
-        changes.append(split_batch(config, next(_parts(config.batch_size))))
+        changes.append(smaller_batch(config))
     told = [as_settings(change) for change in changes]
     return f"set {', or '.join(told)}" if told else "take a smaller max_seq_length, base or num_agents"
