@@ -52,8 +52,12 @@ def test_a_remedy_is_offered_only_where_it_helps(tmp_path: Path) -> None:
         read_problems(data_config(write(tmp_path / "rows.jsonl", [bad] * 3)))
     assert "skip_bad_rows" not in str(error.value)
     assert "correct prompt_template, completion_template or the data" in str(error.value)
+    rows = write(tmp_path / "rows.jsonl", [{**GOOD, "more": "m"}, GOOD])
     with pytest.raises(InputError, match="name the column in optional_columns"):
+        read_problems(data_config(rows, prompt_template="{question} {more}"))
+    with pytest.raises(InputError) as error:  # a prompt of which nothing would be left
         read_problems(data_config(write(tmp_path / "rows.jsonl", [GOOD, {"question": "", "answer": "a"}])))
+    assert "optional_columns" not in str(error.value)
 
 
 ALPACA = [

@@ -171,7 +171,8 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (edit_config(peft_type="IA3"), "IA3"),
     (edit_config(of_a_later_peft={"x": 1}), "of_a_later_peft"),
     (edit_config(r=7), "has shape"),
-    (edit_config(base_model_name_or_path="another/base"), "one base"),
+    (edit_config(base_model_name_or_path="another/base"), "name folders of one base, or .* add base=BASE"),
+    (edit_config(r="8"), "r is '8', no whole number above 0; give the rank"),
     (lambda folder: (folder / FILE).rename(folder / "adapter_model.bin"), "may run code"),
     (lambda folder: (folder / FILE).write_bytes((folder / FILE).read_bytes()[:200]), "cannot be read"),
     (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
@@ -222,6 +223,26 @@ def test_a_description_that_is_none_is_refused(
     base: Path, made: list[Path], tmp_path: Path, entries: dict[str, Any], words: str
 ):
     refusal(describe(tmp_path, base, made[:2], **entries), words)
+
+
+def test_a_base_that_has_moved_is_named_with_what_the_user_would_type(
+    base: Path, made: list[Path], tmp_path: Path
+):
+    folder = tmp_path / "adapter"
+    shutil.copytree(made[0], folder)
+    edit_config(base_model_name_or_path="/nowhere/base")(folder)
+    with pytest.raises(InputError, match=r"does not exist; .* if it has moved, add --model BASE"):
+        load_ensemble([folder], base_option="--model BASE")
+    with pytest.raises(InputError, match=r"does not exist; check the path$"):  # what is named is not offered
+        load_ensemble([folder], base="/nowhere/else", base_option="--model BASE")
+    assert load_ensemble([folder], base=str(base)).base_name == str(base)
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "mps"])
+def test_a_device_that_is_not_there_is_refused(made: list[Path], device: str):
+    refusal_of_device = pytest.raises(InputError, match=rf"^device {device}: cannot be used \(.*\); name cpu")
+    with refusal_of_device:
+        load_ensemble(made[:1], device=device)
 
 
 def test_a_folder_without_adapters_is_refused(tmp_path: Path):

@@ -288,7 +288,7 @@ def test_ask_refuses_in_one_line_what_cannot_be_mixed(server: Served, tmp_path: 
     known = ["--api-key", KEY, "--end", "<eos>"]
     cases = {
         "no end token": ([url, "a"], "--end"),
-        "no server": (["http://127.0.0.1:1", "a", *known], "is the server running there"),
+        "no server": (["http://127.0.0.1:1", "a", *known], "start the server, or correct the URL"),
         "no such model": ([url, "a", "--models", "agent_7", *known], "answers 404"),
         "no key": ([url, "a", "--end", "<eos>", "--api-key", "x"], "answers 401"),
         "other weights": ([url, "a", "--weights", str(weights), *known], "2 agents"),

@@ -249,7 +249,8 @@ def refuse_another_run(saved: StateFile, config: Config, run: Mapping[str, Any],
     it names the key, both values and the remedy."""
 
     def refuse(what: str, ours: object, theirs: object) -> None:
-        way_out, output_dir = f"set it back, or {_ways_out(config)}", folder.parent.parent
+        back = f"to {theirs}" if what == "key 'mixed_precision'" else "back"  # auto may have decided it
+        way_out, output_dir = f"set it {back}, or {_ways_out(config)}", folder.parent.parent
         if (output_dir / "agents").is_dir():  # a finished run
             way_out += f"; to train its agents on: output_dir=runs/another init_adapters_from={output_dir}"
         raise InputError(f"{what} is {_shown(ours)}, but {_shown(theirs)} in {folder}; {way_out}")

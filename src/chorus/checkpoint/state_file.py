@@ -151,6 +151,6 @@ def _read(folder: Path, model: type[S]) -> S:
     if found != FORMAT:
         raise InputError(
             f"{folder}: has checkpoint format {found}, and this version of Chorus reads format {FORMAT}; "
-            "resume it with the version that wrote it"
+            "resume it with the version that wrote it, or start over with resume_from_checkpoint=null"
         )
     return parse(file, content, model)

@@ -79,7 +79,7 @@ def _evaluate(runs: list[str], config: Any, base: str | None, options: argparse.
     dtype = DTYPES[decide_precision(config.mixed_precision)]
     accelerator = make_accelerator(config, config)
     with lost_processes_named(config.collective_timeout_s):
-        how = {"device": accelerator.device, "dtype": dtype, "base": base}
+        how = {"device": accelerator.device, "dtype": dtype, "base": base, "base_option": "model_name=BASE"}
         ensemble = load_ensemble(runs, **how, attn_implementation=config.attn_implementation)
         if options.data or options.split:
             of_data = (name, key, config.eval_samples, ensemble.tokenizer, accelerator, options.split)

@@ -57,7 +57,11 @@ def _run(options: argparse.Namespace, names: Sequence[str], batch_size: int | No
         manager, tasks = load_tasks(names, include_path)  # before the base is loaded
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     ensemble = load_ensemble(
-        options.runs, device=device, dtype=DTYPES[decide_precision(options.precision)], base=options.base
+        options.runs,
+        device=device,
+        dtype=DTYPES[decide_precision(options.precision)],
+        base=options.base,
+        base_option="--base BASE",
     )
     how = {
         "limit": options.limit,

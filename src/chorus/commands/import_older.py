@@ -92,14 +92,19 @@ def _read_meta(old: Path, model_name: str | None) -> RunConfig:
             f"{file}: cannot be read ({error.strerror}); name the folder that holds it"
         ) from error
     except ValueError as error:
-        raise InputError(f"{file}: is not valid JSON: {error}") from error
+        raise InputError(f"{file}: is not valid JSON: {error}; correct it") from error
     if not isinstance(meta, dict):
         raise InputError(f"{file}: holds {json.dumps(meta)[:80]}; give a JSON object")
     for key, value in meta.items():
         if key not in KEYS.keys() | FIXED.keys():
-            raise InputError(f"{file}: key {key!r} is not known; the layout has {', '.join((*KEYS, *FIXED))}")
+            raise InputError(
+                f"{file}: key {key!r} is not known; remove or correct it: the layout has "
+                f"{', '.join((*KEYS, *FIXED))}"
+            )
         if key in FIXED and value != FIXED[key]:
-            raise InputError(f"{file}: key {key!r} is {value!r}; only {FIXED[key]!r} can be imported")
+            raise InputError(
+                f"{file}: key {key!r} is {value!r}; only {FIXED[key]!r} can be imported, so train it anew"
+            )
     for key in ("r", "lora_alpha", "target_modules", "K_agents"):
         if key not in meta:
             raise InputError(f"{file}: key {key!r} is missing; add it, as it was in training")
@@ -113,7 +118,8 @@ def _read_meta(old: Path, model_name: str | None) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = next(key for key, our in KEYS.items() if our == first["loc"][0])
-        raise InputError(f"{file}: key {key!r} is {meta.get(key)!r}; {first['msg']}") from error
+        said = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{file}: key {key!r} is {meta.get(key)!r}; {said}; correct it") from error
 
 
 def _expected(config: RunConfig) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -146,7 +152,7 @@ def _read_agent(
             )
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{file}: {name}: is {what}; a floating-point tensor is needed")
+            raise InputError(f"{file}: {name}: is {what}, no floating-point tensor; save it as one")
         if tuple(tensor.shape) != wanted:
             raise InputError(
                 f"{file}: {name}: has shape {tuple(tensor.shape)}; this base and rank need {wanted}; "
@@ -177,9 +183,12 @@ def _unpickle(file: Path) -> dict[Any, Any]:
         ) from error
     except Exception as error:  # a damaged file raises errors of many types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
-        raise InputError(f"{file}: does not hold plain tensors and was not loaded ({reason})") from error
+        raise InputError(
+            f"{file}: does not hold plain tensors and was not loaded ({reason}); save a state dict of "
+            "tensors alone with torch.save, or take another copy"
+        ) from error
     if not isinstance(state, dict):
-        raise InputError(f"{file}: holds a {type(state).__name__}; a state dict was expected")
+        raise InputError(f"{file}: holds a {type(state).__name__}; save the adapter's state dict in it")
     return state
 
 

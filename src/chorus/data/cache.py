@@ -15,7 +15,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -193,7 +193,7 @@ def usable_rows(
             encoder.check(problem)
         except BadRow as error:
             if not settings.skip_bad_rows:
-                raise InputError(f"{place}: {error}; {_remedy(error, rows, form, usable)}") from None
+                raise InputError(f"{place}: {error}; {_remedy(error, row, rows, form, usable)}") from None
             bad.append("" if bad else f"{place} ({error})")
             continue
         except InputError as error:
@@ -202,34 +202,29 @@ def usable_rows(
         yield place, problem
     if not usable:
         reason = f"all {len(bad)} are bad, the first at {bad[0]}" if bad else "it is empty"
-        raise InputError(
-            f"key 'dataset_name': {split.name} has no usable row: {reason}; correct it or choose "
-            "another dataset"
-        )
+        raise InputError(f"{split.name} has no usable row: {reason}; correct it, or name another data set")
     form.refuse_absent(split.name, usable)
 
 
-def _remedy(fault: BadRow, rows: Iterator[Any], form: Form, usable: int) -> str:
+def _remedy(fault: BadRow, row: Mapping[str, Any], rows: Iterator[Any], form: Form, usable: int) -> str:
     """The remedy for a bad row. Skipping is offered only where usable rows remain."""
     words, is_text = "correct the row", isinstance(form, TextForm)
     if " is float" in str(fault) or " is bool" in str(fault):
         words = "write such values as text"
-    is_of_column = any(word in str(fault) for word in ("empty", "null", "missing"))
-    if is_of_column and (isinstance(form, TextForm) or form.kind == "templates"):
+    is_of_columns = isinstance(form, TextForm) or form.kind == "templates"
+    if is_of_columns and (form if isinstance(form, TextForm) else form.plain).is_whole_without_some(row):
         words += ", name the column in optional_columns if it may be empty"
-    for _, row in () if usable else islice(rows, LOOKED_AT):
+    for _, other in () if usable else islice(rows, LOOKED_AT):
         try:
-            form.write(row)
+            form.write(other)
         except BadRow:
             continue
         usable += 1
         break
     if usable:
         return f"{words}, or set skip_bad_rows: true to skip and count such rows"
-    return (
-        "no row near it is better: correct "
-        f"{'prompt_template, completion_template or ' if is_text else ''}the data"
-    )
+    keys = "prompt_template, completion_template" if is_text else "chat_template"
+    return f"no row near it is better: correct {keys} or the data"
 
 
 def _write(folder: Path, split: Split, settings: DataSettings, form: Form, encoder: Encoder) -> None:

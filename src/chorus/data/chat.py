@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -200,6 +200,11 @@ class ChatForm:
                 add_generation_prompt=asks,
                 **names,
             )
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"key 'chat_template': it is not valid Jinja ({error.message}, line {error.lineno}); "
+                "correct it"
+            ) from error
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
         if NOT_TEXT.search(text):

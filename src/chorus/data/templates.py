@@ -5,7 +5,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
 
 from chorus.config.data import DataSettings
@@ -121,6 +121,14 @@ class TextForm:
             if names and not any(texts[name].strip() for name in names):
                 raise BadRow(f"{'field' if len(names) == 1 else 'every one of'} {listed(names)} is empty")
         return problem
+
+    def is_whole_without_some(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row could be used if its columns without text were optional."""
+        try:
+            replace(self, optional=self.columns, absent=Counter(), empty=Counter()).write(row)
+        except BadRow:
+            return False
+        return True
 
     def refuse_absent(self, source: str, num_rows: int) -> None:
         """Refuse an optional column that no row has: it is misspelt."""

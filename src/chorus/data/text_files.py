@@ -82,7 +82,10 @@ def _reading_errors_named(path: Path) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: is not a whole gzip file: {error}; compress it again") from None
     except OSError as error:
-        raise InputError(f"key 'dataset_name': cannot read {path}: {error.strerror}") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); let the user of this run read it, or name another "
+            "file"
+        ) from None
 
 
 def _not_utf_8(line: bytes, at: int) -> str:

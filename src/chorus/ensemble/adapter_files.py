@@ -104,6 +104,9 @@ def read_config(folder: Path) -> LoraConfig:
             f"{file}: init_lora_weights is {start!r}, which changes the base's weights; convert it to a "
             "plain LoRA adapter with PEFT first"
         )
+    rank = entries.get("r", defaults["r"])
+    if type(rank) is not int or rank < 1:
+        raise InputError(f"{file}: r is {rank!r}, no whole number above 0; give the rank of the tensors")
     known = {name: value for name, value in entries.items() if name in APPLIED}
     known.pop("peft_type")
     try:
@@ -208,7 +211,8 @@ def _check_tensor(file: Path, name: str, tensor: Tensor | None, shape: tuple[int
         raise InputError(f"{file}: {name} is missing; export the adapter again")
     if tuple(tensor.shape) != shape:
         raise InputError(
-            f"{file}: {name} has shape {tuple(tensor.shape)} instead of {shape}; is it of another base?"
+            f"{file}: {name} has shape {tuple(tensor.shape)} instead of {shape}; name the base that "
+            "it was trained on"
         )
     if not tensor.is_floating_point():
         raise InputError(

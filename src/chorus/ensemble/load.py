@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from chorus.checkpoint.fingerprints import base_fingerprint
 from chorus.checkpoint.state_file import read_state_file
 from chorus.checkpoint.store import MANIFEST, checkpoints, verify
+from chorus.checkpoint.untrusted_files import Damaged
 from chorus.ensemble.adapter_files import CONFIG_FILE, AdapterFile, read_adapter, read_config
 from chorus.ensemble.lanes import lanes_of
 from chorus.ensemble.mixture import Mixture
@@ -84,6 +85,7 @@ def load_ensemble(
     dtype: torch.dtype = torch.float32,
     base: str | None = None,
     attn_implementation: str = "auto",
+    base_option: str = "base=BASE",
 ) -> Ensemble:
     """Load agents and their mixture.
 
@@ -94,16 +96,19 @@ def load_ensemble(
         dtype: of the base's weights.
         base: a folder or hub id in place of the one that the adapters name, such as its local copy.
         attn_implementation: as the key of that name.
+        base_option: how the caller's user names another base, for errors.
 
     Raises:
-        InputError: no adapters; adapters of different bases, of another base than the one that is there, of
-            an unsupported kind, incomplete or not finite; an agent that equals another or the base.
+        InputError: no such device; no adapters; adapters of different bases, of another base than the one
+            that is there, of an unsupported kind, incomplete or not finite; an agent that equals another or
+            the base.
     """
+    _refuse_no_device(device)
     source = find_source([Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths])
-    base_name = base or base_of(source)
+    base_name = base or base_of(source, base_option)
     if base and source.base_name and base != source.base_name:
         logger.warning("the base is %s, in place of %s that the adapters name", base, source.base_name)
-    skeleton = load_skeleton(base_name)
+    skeleton = _skeleton(base_name, base, base_option)
     with announced("reading the adapters"):
         adapters = [read_adapter(folder, skeleton) for folder in source.folders]
         names = names_of(source.folders)
@@ -113,12 +118,31 @@ def load_ensemble(
     if source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
         raise InputError(
             f"{base_name}: its weights or architecture differ from those the agents were trained on; restore "
-            "it, or name its new place with model_name=BASE"
+            f"it, or name its new place with {base_option}"
         )
     agents, mixture = _build(model, adapters), source.mixture
     return Ensemble(
         *(agents, tokenizer, names, mixture.weights, mixture.temperature, base_name, source.description)
     )
+
+
+def _refuse_no_device(device: torch.device | str) -> None:
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each kind of device has its own
+        why = str(error).partition("\n")[0][:120]
+        raise InputError(
+            f"device {device}: cannot be used ({why}); name cpu, or cuda where there is one"
+        ) from error
+
+
+def _skeleton(base_name: str, base: str | None, base_option: str) -> PreTrainedModel:
+    try:
+        return load_skeleton(base_name)
+    except InputError as error:
+        if base is not None:
+            raise
+        raise InputError(f"{error}; the adapters name it: if it has moved, add {base_option}") from error
 
 
 def find_source(paths: Sequence[Path]) -> Source:
@@ -137,8 +161,11 @@ def find_source(paths: Sequence[Path]) -> Source:
     if len(paths) == 1 and (paths[0] / "ensemble.json").is_file():
         return _of_run(paths[0])
     if len(paths) == 1 and (paths[0] / MANIFEST).is_file():
-        verify(paths[0])
-        saved = read_state_file(paths[0])
+        try:
+            verify(paths[0])
+            saved = read_state_file(paths[0])
+        except Damaged as error:
+            raise InputError(f"{error}; name another checkpoint, or the run's output_dir") from error
         folders = _adapters_in(paths[0] / "agents")
         mixture, base_name = Mixture.uniform(len(folders)), saved.config.model_name
         return Source(folders, mixture, base_name, saved.fingerprints.base, saved.model_dump())
@@ -185,8 +212,11 @@ def _adapters_in(path: Path) -> list[Path]:
     )
 
 
-def base_of(source: Source) -> str:
+def base_of(source: Source, base_option: str) -> str:
     """The base that the agents were trained over: a folder or a hub id.
+
+    Args:
+        base_option: how the user names one, for errors.
 
     Raises:
         InputError: PEFT folders name none, or not the same one.
@@ -196,10 +226,13 @@ def base_of(source: Source) -> str:
     named = {folder: read_config(folder).base_model_name_or_path for folder in source.folders}
     (first, name), *others = named.items()
     if not name:
-        raise InputError(f"{first}: names no base (base_model_name_or_path); add model_name=BASE")
+        raise InputError(f"{first}: names no base (base_model_name_or_path); add {base_option}")
     for folder, other in others:
         if other != name:
-            raise InputError(f"{folder}: is of base {other}, but {first} of {name}; an ensemble has one base")
+            raise InputError(
+                f"{folder}: is of base {other}, but {first} of {name}; name folders of one base, or if these "
+                f"are one, add {base_option}"
+            )
     return name
 
 
@@ -228,7 +261,7 @@ def refuse_equal_agents(adapters: Sequence[AdapterFile], names: Sequence[str]) -
             if apart <= EQUAL * size:
                 raise InputError(
                     f"{adapter.folder}: is the same agent as {adapters[other].folder} ({names[other]}); "
-                    "name it once"
+                    "leave one of them out"
                 )
 
 

@@ -43,7 +43,7 @@ def export(paths: Sequence[Path], out: Path, merge: Merge = "none", base: str | 
     """
     refuse_used(out)
     source = find_source(paths)
-    base_name = base_reference(base or base_of(source))
+    base_name = base_reference(base or base_of(source, "--base BASE"))
     skeleton, tokenizer = load_skeleton(base_name), load_tokenizer(base_name)
     adapters = [read_adapter(folder, skeleton) for folder in source.folders]
     refuse_equal_agents(adapters, names_of(source.folders))

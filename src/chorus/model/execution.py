@@ -70,11 +70,12 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
             )
     if base_in_shards and (config.load_in_4bit or config.load_in_8bit):
         raise InputError(
-            "ZeRO stage 3 cannot cut up a quantised base; set load_in_4bit and load_in_8bit to false"
+            "key 'load_in_4bit' or 'load_in_8bit' is true, and ZeRO stage 3 cannot cut up a quantised base; "
+            "set both to false, or use stage 2"
         )
     if base_in_shards and config.recomputation == "selective":
         raise InputError(
-            "gradient checkpointing is selective, which ZeRO stage 3 does not allow; set it to full"
+            "key 'gradient_checkpointing' is selective, which ZeRO stage 3 does not allow; set it to full"
         )
     if config.cuda_graphs is True and device.type != "cuda":
         raise InputError(

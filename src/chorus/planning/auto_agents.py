@@ -27,6 +27,7 @@ from chorus.model.regularisation import Regularisation
 from chorus.monitoring.memory import memory_limit, peak_bytes, reset_peak
 from chorus.planning.forecast import GIB, Machine
 from chorus.planning.memory_forecast import forecast, longest_batch, trained_bytes
+from chorus.planning.way_out import way_out
 from chorus.progress import announced
 from chorus.training.engine import DTYPES
 from chorus.training.objective import objective_of
@@ -126,7 +127,8 @@ def most_that_fit(config: Config, precision: str, machine: Machine, limit: int) 
     fewest = fewest_agents(config)
     if num_agents < fewest:
         needs = first + fewest // size * each
-        raise InputError(_too_little(config, f"the forecast for {fewest}", needs, limit))
+        way = way_out(with_agents(config, fewest), precision, machine, limit)
+        raise InputError(_too_little(config, f"the forecast for {fewest}", needs, limit, way))
     return num_agents, first, each
 
 
@@ -231,9 +233,9 @@ def _two_steps(
     del beside
 
 
-def _too_little(config: Config, what: str, needed: int, limit: int) -> str:
+def _too_little(config: Config, what: str, needed: int, limit: int, way: str = WAYS_OUT) -> str:
     found = "runs out of memory" if needed == OUT_OF_MEMORY else f"needs {needed / GIB:.2f} GiB"
     return (
         f"key 'num_agents' is auto, but {what} {found}, and {limit / GIB:.2f} are allowed (memory_fraction "
-        f"{config.memory_fraction:g} of the smallest device); make room: {WAYS_OUT}"
+        f"{config.memory_fraction:g} of the smallest device); make room: {way}"
     )

@@ -40,7 +40,9 @@ def _make_folder(beside: Path) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=".chorus-dry-run-", dir=beside))
     except OSError as error:
-        raise InputError(f"key 'output_dir': no folder can be made in {beside}: {error.strerror}") from error
+        raise InputError(
+            f"key 'output_dir': no folder can be made in {beside}: {error.strerror}; name another"
+        ) from error
 
 
 def check_processes(report: Report, config: Config, accelerator: Accelerator, folder: Path) -> None:

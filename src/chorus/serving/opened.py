@@ -73,11 +73,9 @@ def open_ensemble(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: there is no such GPU; leave it out, or name cpu")
     precision = "no" if (device, precision) == ("cpu", "auto") else decide_precision(precision)
     dtype = DTYPES[precision]
-    ensemble = load_ensemble(list(paths), device=device, dtype=dtype, base=base)
+    ensemble = load_ensemble(list(paths), device=device, dtype=dtype, base=base, base_option="--model BASE")
     agents = tuple(ensemble.agents.agents)
     mixture = Answerer(MIXTURE, agents, tuple(ensemble.weights), ensemble.temperature)
     alone = [Answerer(f"agent_{agent}", (agent,)) for agent in agents]

@@ -82,10 +82,10 @@ class Remote:
             raise RunError(f"{self.url}{path}: no answer in {self.timeout_s:g} s; raise --timeout") from None
         except urllib.error.URLError as error:
             what = f"{self.url}: cannot be reached ({error.reason})"
-            raise InputError(f"{what}; is the server running there?") from None
+            raise InputError(f"{what}; start the server, or correct the URL") from None
         except (OSError, ValueError) as error:
             raise RunError(
-                f"{self.url}{path}: no JSON came back ({error}); is it an OpenAI server?"
+                f"{self.url}{path}: no JSON came back ({error}); name a server that speaks OpenAI's protocol"
             ) from None
 
 
