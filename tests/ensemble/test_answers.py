@@ -69,7 +69,31 @@ def test_answers_that_are_longer_than_what_is_written_are_counted(caplog: pytest
         ("#### 5 $", "#### $5", True),
         ("#### -5", "#### 5", False),
         ("#### 2.5", "#### 25", False),
-        ("#### 19 apples", "#### 19", False),
+        ("#### 19 apples", "#### 19", True),  # words beside the one number
+        ("#### \\boxed{19}", "#### 19", True),
+        ("#### $19$", "#### 19", True),
+        ("#### 19 or 20", "#### 19", False),
+        ("#### 9-19", "#### 19", False),
+        ("#### H19", "#### 19", False),
+        ("#### 19e2", "#### 19", False),
+        ("#### July 4", "#### June 4", False),  # the reference is no number
+        ("#### 4", "#### June 4", False),
+        # a number is one however it is written
+        ("#### 19.00", "#### 19", True),
+        ("#### .5", "#### 5", False),
+        ("#### .5", "#### 0.50", True),
+        ("#### 1/2", "#### 0.5", True),
+        ("#### 1/3", "#### 2/6", True),
+        ("#### 1/0", "#### 0", False),
+        ("#### 50%", "#### 50", True),
+        ("#### \u22125", "#### -5", True),
+        ("#### -$5", "#### - 5", True),
+        ("#### x = -5", "#### -5", True),
+        ("#### 10-5", "#### -5", False),
+        ("#### 1\u202f234", "#### 1,234", True),
+        ("#### 1 234", "#### 1234", False),
+        ("#### 12,34", "#### 1234", True),  # as GSM8K's scoring has it
+        ("#### 123456789012345678901234567890", "#### 123456789012345678901234567891", False),
         ("#### 190", "#### 19", False),
         # no mark in the reference: whole texts, but for white space
         (" yes ", "yes", True),
@@ -88,6 +112,7 @@ def test_an_answer_is_right_where_its_result_is(text: str, reference: str, right
     ("text", "marked", "answer"),
     [
         ("6 * 7 = 42\n#### $1,042.\nmore", True, "1042"),
+        ("#### 42 apples", True, "42 apples"),
         ("no result", True, None),
         ("done ####  ", True, ""),
         (" the  whole\ntext #### 1 ", False, "the whole text #### 1"),

@@ -1,7 +1,9 @@
 """Whether an answer is right, by its text. Answers and references are parsed in the same way."""
 
 import logging
+import re
 from collections.abc import Callable, Collection, Sequence
+from fractions import Fraction
 from itertools import takewhile
 from typing import cast
 
@@ -10,6 +12,12 @@ from transformers import PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 ANSWER_MARK = "####"  # GSM8K's mark: the result follows it
+# A sign is none between two numbers, as in 3-5, and a digit is no number within a word, as in H2O.
+NUMBER = re.compile(
+    r"(?<![\w./])(?:(?<!\))[-+] ?)?(?:\d+(?:\.\d+)?(?:/\d+)?|\.\d+)(?![\d/]|\.\d|[eE][-+]?\d)"
+)
+MINUSES = str.maketrans("\u2212\u2010\u2011\u2012\u2013\uff0d", "------")  # as typesetters write it
+MOST_DIGITS = 60  # a longer text is compared as a text
 
 
 def answer_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int]) -> str:
@@ -40,18 +48,61 @@ def is_exact(text: str, reference: str) -> bool:
 
     White space is normalised between words and ignored at both ends.
     """
+    return answer_to(reference, text) == answer_to(reference, reference)
+
+
+def answer_to(reference: str, text: str) -> str | None:
+    """`final_answer` of a text, as the reference is answered.
+
+    Where its result is a number, the one number in the text's result is the answer, whatever stands around
+    it: `1000 apples`, `\\boxed{1000}`. GSM8K's own scoring likewise leaves words out.
+    """
     is_marked = ANSWER_MARK in reference
-    return final_answer(text, is_marked) == final_answer(reference, is_marked)
+    found = final_answer(text, is_marked)
+    if not is_marked or not found or _number(final_answer(reference, True) or "") is None:
+        return found
+    numbers = [one.group() for one in NUMBER.finditer(_plain(found))]
+    only = _number(numbers[0]) if len(numbers) == 1 else None
+    return found if only is None else only
 
 
 def final_answer(text: str, marked: bool) -> str | None:
-    """The text after the last `####`, without commas and dollar signs (None: no mark); or the whole text."""
+    """What stands behind the last `####`, up to the end of its line (None without one); or the whole text.
+
+    A number behind the mark is written in one way: `$1,000.00`, `1000.` and `1000` are one answer, and so are
+    `1/2` and `0.5`, `50%` and `50`, and a minus of any kind.
+    """
     if not marked:
         return " ".join(text.split())
     _, mark, result = text.rpartition(ANSWER_MARK)
     if not mark:
         return None
-    return result.strip().splitlines()[0].strip(" .$").replace(",", "") if result.strip() else ""
+    line = result.strip().splitlines()[0] if result.strip() else ""
+    number = _number(line)
+    return line.strip(" .$").replace(",", "") if number is None else number
+
+
+def _plain(text: str) -> str:
+    """Without dollar signs, and without the commas and narrow spaces that group digits; with the keyboard's
+    minus."""
+    return re.sub(r"(?<=\d)[,\u00a0\u202f](?=\d{3}(?!\d))", "", text.translate(MINUSES)).replace("$", "")
+
+
+def _number(text: str) -> str | None:
+    """The number that the whole text is, written in one way; None of another text."""
+    text = re.sub(r"^([-+]) ", r"\1", _plain(text).strip(" ,%").rstrip(" .,%"))
+    if len(text) > MOST_DIGITS or NUMBER.fullmatch(text) is None:
+        return None
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
+    shifted = value * 10**MOST_DIGITS
+    if shifted.denominator != 1:  # such as a third, which no decimal is
+        return str(value)
+    digits = f"{abs(shifted.numerator):0{MOST_DIGITS + 1}}"
+    decimal = f"{digits[:-MOST_DIGITS]}.{digits[-MOST_DIGITS:]}".rstrip("0").rstrip(".")
+    return f"-{decimal}" if value < 0 else decimal
 
 
 def warn_of_long_references(

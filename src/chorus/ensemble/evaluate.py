@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chorus.config.evaluation import EvaluationSettings
 from chorus.data.rows import HeldOutRow
-from chorus.ensemble.answers import ANSWER_MARK, final_answer
+from chorus.ensemble.answers import answer_to
 from chorus.ensemble.calibration import Calibrated, calibrate, fit_weights
 from chorus.ensemble.distributions import Chunks, choice_chunks, token_chunks
 from chorus.ensemble.evaluation_rows import EvaluationRows
@@ -294,7 +294,7 @@ def _scored(
 def _compared(outcomes: Sequence[Outcome], references: Sequence[str]) -> list[str]:
     """The answers in the form in which members are compared: the results where the references mark one."""
     pairs = zip(outcomes, references, strict=True)
-    return [final_answer(one.answer, ANSWER_MARK in reference) or "" for one, reference in pairs]
+    return [answer_to(reference, one.answer) or "" for one, reference in pairs]
 
 
 def _problems(

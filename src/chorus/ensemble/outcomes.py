@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chorus.data.rows import HeldOutRow
 from chorus.data.samples import Sample
-from chorus.ensemble.answers import ANSWER_MARK, final_answer, is_exact, pieces
+from chorus.ensemble.answers import answer_to, is_exact, pieces
 from chorus.ensemble.calibration import Calibrated
 from chorus.ensemble.decode import Answer, generate
 from chorus.ensemble.distributions import choice_chunks, predict, token_states
@@ -245,7 +245,7 @@ class _Reader:
 
 def _key(text: str, reference: str) -> str | None:
     """The form of an answer in which answers are compared."""
-    return final_answer(text, ANSWER_MARK in reference)
+    return answer_to(reference, text)
 
 
 def _own_sample(row: HeldOutRow, answer: Answer, end_ids: Sequence[int]) -> Sample:

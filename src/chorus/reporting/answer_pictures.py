@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from chorus.ensemble.answers import ANSWER_MARK, final_answer
+from chorus.ensemble.answers import answer_to
 from chorus.ensemble.metrics import auroc, calibration_error, risk_at_coverage
 from chorus.ensemble.tables import label_of
 from chorus.ensemble.uncertainty import UNCERTAINTIES, pairwise_disagreement
@@ -60,8 +60,7 @@ def answer_pictures(run: RunRecord) -> Iterator[Picture | str]:
 
 def answers_compared(problem: Row, names: Sequence[str]) -> list[str | None]:
     """The answers in the form in which they are compared: the results where the reference marks one."""
-    is_marked = ANSWER_MARK in problem["reference"]
-    return [final_answer(problem["answers"][name]["text"], is_marked) for name in names]
+    return [answer_to(problem["reference"], problem["answers"][name]["text"]) for name in names]
 
 
 def _heat_map(run: RunRecord) -> Iterator[Picture | str]:
