@@ -41,6 +41,7 @@ from chorus.checkpoint.resume import (
 from chorus.checkpoint.saving import PeriodicCheckpoints
 from chorus.checkpoint.store import Checkpointer
 from chorus.collectives import lost_processes_named, on_first_process
+from chorus.config.idle import idle_keys
 from chorus.config.keys import LoopSettings
 from chorus.config.per_agent import NumberOrList
 from chorus.data.batches import StepBatch, training_steps
@@ -116,7 +117,7 @@ def main(config: Config) -> None:
             closing(open_run_log(accelerator, output_dir, config.model_dump(), report_to))
         )
         begin.log()
-        for note in filter(None, (agents_note, packing_note)):
+        for note in filter(None, (agents_note, packing_note, *idle_keys(config))):
             logger.info(note)
         rows.log()
         held_out = rows.held_out(tokenizer, config.eval_samples)

@@ -138,6 +138,11 @@ class Rows:
                     about["source"],
                     about["first_skipped"],
                 )
+        if self.settings.chat_template is not None and self.chosen.table.about["form"] == "text":
+            logger.warning(
+                "key 'chat_template' does nothing, as the rows are text; set row_format=chat to render them "
+                "as turns, or leave it out"
+            )
         for key in ("prompt_template", "completion_template"):
             if "\\n" in getattr(self.settings, key):
                 logger.warning(
