@@ -75,8 +75,8 @@ class DataSettings(Section):
     the same rows. Rows are padded to the longest that any agent has. false: all agents see the same batch."""
     debug_subset_size: ComparedByEffect[PositiveInt | None] = None
     """Keep only this many training rows, for a quick try; null keeps all."""
-    num_workers: MayChange[Annotated[int, Field(ge=0, le=1024)]] = 0
-    """Processes that prepare batches beside each training process;
+    num_workers: MayChange[Annotated[int, Field(ge=0, le=256)]] = 0
+    """Processes that prepare batches beside each training process, at most 256 (20 MB each);
     0 prepares them in the training process itself."""
     data_cache_dir: MayChange[Place | None] = None
     """Folder for tokenised rows, from which a second start reads them. null: chorus/ in the cache folder of
