@@ -84,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
             shape, stride, dtype = self._shapes[key]
             return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         made = func(*args, **kwargs)
-        if key is not None and type(made) is Tensor and made.is_meta and made._is_view() is False:
+        if key is not None and type(made) is Tensor and made.is_meta:
             again = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
             if again.untyped_storage().nbytes() == made.untyped_storage().nbytes():
                 self._shapes[key] = made.shape, made.stride(), made.dtype
