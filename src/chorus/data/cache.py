@@ -211,8 +211,9 @@ def _remedy(fault: BadRow, row: Mapping[str, Any], rows: Iterator[Any], form: Fo
     words, is_text = "correct the row", isinstance(form, TextForm)
     if " is float" in str(fault) or " is bool" in str(fault):
         words = "write such values as text"
-    is_of_columns = isinstance(form, TextForm) or form.kind == "templates"
-    if is_of_columns and (form if isinstance(form, TextForm) else form.plain).is_whole_without_some(row):
+    lacks_text = any(word in str(fault) for word in ("empty", "null", "missing"))
+    of_columns = form if isinstance(form, TextForm) else form.plain if form.kind == "templates" else None
+    if lacks_text and of_columns is not None and of_columns.is_whole_without_some(row):
         words += ", name the column in optional_columns if it may be empty"
     for _, other in () if usable else islice(rows, LOOKED_AT):
         try:
