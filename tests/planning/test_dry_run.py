@@ -17,6 +17,7 @@ from preloaded import forked
 from safetensors.torch import load_file, save_file
 
 import chorus.model.agents
+import chorus.planning.dry_run
 import chorus.planning.trial_run
 from chorus.config import Config
 from chorus.errors import InputError
@@ -130,12 +131,13 @@ def test_wrong_batch_arithmetic_in_the_json_is_caught_also_without_deepspeed(tri
 
 
 def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_toy_base(
-    tried, tmp_path: Path
+    tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(chorus.planning.dry_run, "memory_limit", lambda device, fraction: 2**20)
     file = tmp_path / "rows.jsonl"
     rows = [{"question": "1 + 1?", "answer": "2"}] * 3 + [{"question": "1 + 1?", "answer": "2 " * 60}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    many = 99_991  # a prime: there is one way to split it, and one forecast for that
+    many = 99_991  # far more than there are rows: the run takes all of them at once
     # A JSON for eight processes does not concern this launch.
     eight = tmp_path / "eight.json"
     eight.write_text(
@@ -154,7 +156,7 @@ def test_a_cut_row_and_too_little_memory_are_caught_and_the_rest_is_tried_on_a_t
     )
     assert cut.remedy.startswith("set max_seq_length=")
     assert "allowed (memory_fraction 0.9 of the smallest device)" in checks["memory"].found
-    assert "gradient_accumulation_steps=" in checks["memory"].remedy
+    assert "batch_size=1 are not enough by themselves" in checks["memory"].remedy
     assert "on a toy base" in checks["fused: optimiser steps"].found
     assert f"at 8 x {many} rows" in checks["settings agree"].found
 
