@@ -123,7 +123,7 @@ def main(config: Config) -> None:
         held_out = rows.held_out(tokenizer, config.eval_samples)
         evaluation_rows = read_evaluation_rows(held_out, config, tokenizer, accelerator)
         scored = [row.sample for row in held_out.rows]
-        config = no_larger_than_the_rows(config, rows.train, mesh.data_size)
+        given, config = config, no_larger_than_the_rows(config, rows.train, mesh.data_size)
         logger.log(*foresee_memory(config, precision, accelerator, rows.train, scored))
         execution = decide_execution(config, accelerator.device, base_in_shards=zero_stage(accelerator) == 3)
         num_steps = steps_of_run(config, len(rows.train), mesh.data_size)
@@ -164,7 +164,7 @@ def main(config: Config) -> None:
                 *(engine, steps, begin.step, num_steps, config, checkpointer, run_log, evaluation),
                 skips_in_a_row=begin.skips_in_a_row,
             )
-        finish(engine, rows, config, output_dir, evaluation, num_steps)
+        finish(engine, rows, given, output_dir, evaluation, num_steps)
 
 
 def steps_of_run(config: RunConfig, num_rows: int, data_size: int) -> int:

@@ -85,6 +85,7 @@ def arms(K: int, rank: int, sizes: Sequence[int]) -> list[Arm]:
     high = {"lora_rank": K * rank}
     of_K = {"agents": K, "size": K}
     source = {**of_K, "epochs_of": SHARED, "is_source": True}
+    masks = [{"dropconnect_p": 0.05}, {"dropconnect_p": 0.2}]
     distances = [{"lambda_sw": weight} for weight in (0.01, 0.1, 0.5)]
     return [
         Arm("base", agents=0, size=0),
@@ -104,16 +105,12 @@ def arms(K: int, rank: int, sizes: Sequence[int]) -> list[Arm]:
             "MC dropout on weights, K passes",
             size=K,
             settings=own,
-            variants=[{"dropconnect_p": 0.05}, {"dropconnect_p": 0.2}],
+            variants=masks,
             members="masks",
             epochs_of=_single(rank),
         ),
         Arm(f"{SINGLE}, {K} times the steps", settings=own, epochs_of=_single(rank), longer=K),
-        Arm(
-            "Chorus, DropConnect",
-            **source,
-            variants=[{"dropconnect_p": 0.05}, {"dropconnect_p": 0.2}],
-        ),
+        Arm("Chorus, DropConnect", **source, variants=masks),
         Arm(
             "Chorus, gain of A",
             **source,

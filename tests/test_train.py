@@ -44,7 +44,7 @@ def test_every_agent_learns_the_default_task(tmp_path: Path):
     assert after["base"] == before["base"]
     assert before["base"]["cls/Acc"] <= 0.05
     for name in ("agent_0", "agent_1", "agent_2", "uniform"):
-        assert after[name]["cls/Acc"] > 0.25, name
+        assert after[name]["cls/Acc"] > 0.4, name  # of 18 problems
         assert after[name]["token/NLL"] < before["base"]["token/NLL"] / 20, name
     assert rows[-1]["step"] == 50
     for key in (
@@ -63,7 +63,7 @@ def test_every_agent_learns_the_default_task(tmp_path: Path):
 
 
 def test_zero_steps_write_initial_adapters_that_differ_and_that_stock_peft_reads_as_the_base(tmp_path: Path):
-    forked_train(PLAIN, tmp_path, *SMALL, "max_train_steps=0")
+    forked_train(PLAIN, tmp_path, *SMALL, "max_train_steps=0", "gradient_accumulation_steps=1000")
     base = AutoModelForCausalLM.from_pretrained("assets/tiny-gemma-2")
     ids = torch.arange(4, 20)[None]
     expected = base(input_ids=ids).logits
@@ -79,7 +79,10 @@ def test_zero_steps_write_initial_adapters_that_differ_and_that_stock_peft_reads
     assert not any(torch.equal(initial[i], initial[j]) for i in range(3) for j in range(i))
     resolved = load_config(["--config", str(tmp_path / "config.yaml")])
     assert resolved.num_agents == 3
-    assert json.loads((tmp_path / "ensemble.json").read_text())["weights"] == pytest.approx([1 / 3] * 3)
+    ensemble = json.loads((tmp_path / "ensemble.json").read_text())
+    assert ensemble["weights"] == pytest.approx([1 / 3] * 3)
+    # more than the rows fill, and recorded as given
+    assert ensemble["config"]["gradient_accumulation_steps"] == resolved.gradient_accumulation_steps == 1000
 
 
 def test_the_base_is_bit_identical_after_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -76,7 +76,7 @@ def test_answers_that_are_longer_than_what_is_written_are_counted(caplog: pytest
         ("#### 9-19", "#### 19", False),
         ("#### H19", "#### 19", False),
         ("#### 19e2", "#### 19", False),
-        ("#### July 4", "#### June 4", False),  # the reference is no number
+        ("#### July 4", "#### June 4", False),  # the reference is not a number
         ("#### 4", "#### June 4", False),
         # a number is one however it is written
         ("#### 19.00", "#### 19", True),

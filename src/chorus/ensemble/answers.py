@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 ANSWER_MARK = "####"  # GSM8K's mark: the result follows it
-# A sign is none between two numbers, as in 3-5, and a digit is no number within a word, as in H2O.
+# The minus of 3-5 is not a sign, and the 2 of H2O is not a number.
 NUMBER = re.compile(
     r"(?<![\w./])(?:(?<!\))[-+] ?)?(?:\d+(?:\.\d+)?(?:/\d+)?|\.\d+)(?![\d/]|\.\d|[eE][-+]?\d)"
 )

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chorus.collectives import on_first_process
 from chorus.config import Config, RunConfig
+from chorus.config.idle import idle_keys
 from chorus.data.rows import Rows, read_rows
 from chorus.data.samples import Sample
 from chorus.data.sizes import no_larger_than_the_rows
@@ -112,6 +113,8 @@ def _try_all(report: Report, config: Config, precision: str, accelerator: Accele
             config, note = decide_num_agents(config, precision, accelerator, len(rows.train))
         if note:
             report.add("num_agents auto", True, note)
+        if idle := idle_keys(config):
+            report.add("keys that do nothing", True, "\n".join(idle))
         config = no_larger_than_the_rows(config, rows.train, machine_of(accelerator, config).mesh.data_size)
         with report.trying("memory"):
             told = on_first_process(

@@ -142,7 +142,7 @@ def _parts(batch_size: int) -> Iterator[int]:
 
 
 def smaller_batch(config: Config) -> dict[str, Any]:
-    """The same rows in a step, in the next smaller micro-batches; {} where there are none."""
+    """The same rows in a step, in the next smaller micro-batches; {} for a batch of one row."""
     return split_batch(config, next(_parts(config.batch_size), 1))
 
 
