@@ -53,6 +53,8 @@ def test_a_batch_far_larger_than_the_data_takes_the_rows_of_one_that_holds_them_
 ):
     given = RunConfig(batch_size=5, packing=packing, max_seq_length=64, swd_points_per_row=HUGE)
     config = no_larger_than_the_rows(given.model_copy(update={key: HUGE}), rows, processes)
+    assert config.batch_size <= len(rows)
+    assert config.batch_size * processes * (config.gradient_accumulation_steps - 1) < len(rows)
     just = given.model_copy(update={key: len(rows), "swd_points_per_row": 63})
     for process in range(processes):
         for step, whole in zip(

@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 
@@ -105,8 +106,9 @@ def test_a_step_that_fails_ends_its_jobs_with_an_error_and_the_next_are_answered
 @pytest.fixture
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
     """Of each pass over prompts, every text's answerer and how many tokens the longest answer has by then."""
-    monkeypatch.setattr(scheduling, "QUIET_S", 1.0)  # so that jobs of one thread surely come together
-    monkeypatch.setattr(scheduling, "GATHERING_S", 1.0)
+    # All come together, however slow the machine: the wait ends once all seats are asked for.
+    monkeypatch.setattr(scheduling, "QUIET_S", 60.0)
+    monkeypatch.setattr(scheduling, "GATHERING_S", 60.0)
     found: list[list[tuple[int, int]]] = []
     join = LiveBatch.join
 
@@ -125,6 +127,7 @@ def joins_of(agents: Agents, joins: list, watches: list[Watch]) -> list:
     with closing(Scheduler(agents, [MIXTURE, AGENT], 60, max_texts=len(watches), max_waiting=99)) as asked:
         for watch in watches:
             asked.submit(watch.job)
+            time.sleep(0.02)  # without the wait for others the first one would be read by now
         for watch in watches:
             assert watch.done.wait(60)
     found = list(joins)
