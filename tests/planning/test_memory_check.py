@@ -20,6 +20,7 @@ from chorus.planning.memory_check import foresee_memory, longest_of, memory_erro
 from chorus.planning.memory_forecast import forecast
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
+SMALL["output_dir"] = "runs/no run of this name"  # a remedy depends on checkpoints that are there
 CPU = Machine("cpu")
 ROWS = [
     Sample(torch.zeros(length, dtype=torch.int64), torch.ones(length).bool()) for length in [40, 64, 10] * 30
