@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from quality_arms import Arm, Settings, arms, combined_arms
 from quality_page import draw_pictures, page
 from quality_runs import Bench, Committee, Trained, calibrated_nll, scored, train_agents
+from quality_stock import stock_ms_per_step
 from quality_tasks import Sizes, TaskRows, read_task
 from results import Results, Row
 
@@ -236,6 +237,10 @@ class Study:
 
     def run(self) -> None:
         """Raises OutOfTime at the end of `--minutes`."""
+        model, rank = self.options.model, self.options.rank
+        stock = self.row("stock", Arm("stock PEFT"), rank=rank)
+        if not self.results.is_measured(stock):
+            self.keep(stock, lambda: {"ms_per_step": stock_ms_per_step(self.bench, model, rank)})
         for arm in self.wanted():
             row = self.row("arm", arm)
             if self.results.is_measured(row) or not _is_asked(arm, self.options.arms):
@@ -259,7 +264,7 @@ def _packed(drawn: Sequence[dict[str, list[float]]]) -> dict[str, str]:
 
 def key_of(row: Row) -> Hashable:
     own = (row["kind"], row["base"], row["task"], row["arm"], row["size"])
-    return own if row["kind"] == "arm" else (*own, row["epochs"], str(sorted(row["variant"].items())))
+    return own if row["kind"] != "tuning" else (*own, row["epochs"], str(sorted(row["variant"].items())))
 
 
 def arguments() -> argparse.Namespace:
@@ -283,6 +288,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-rows", type=int, default=960)
     parser.add_argument("--val-rows", type=int, default=1_000, help="half to tune on, half to calibrate on")
     parser.add_argument("--test-rows", type=int, default=1_000, help="likewise of the other kind")
+    parser.add_argument("--longest", type=int, default=512, help="tokens of a row; longer ones are left out")
     parser.add_argument("--new-tokens", type=int, default=48, help="most tokens of a written answer")
     parser.add_argument("--minutes", type=float, default=600.0)
     parser.add_argument("--list", action="store_true", help="measure nothing")
@@ -295,7 +301,7 @@ def benches(options: argparse.Namespace, folder: Path) -> Iterator[Bench]:
     accelerator = make_accelerator(RunConfig(), RunConfig())
     tokenizer = load_tokenizer(options.model)
     counts = (options.train_rows, options.val_rows, options.test_rows, options.test_rows)
-    sizes = Sizes(*counts, multiple=options.batch_size)
+    sizes = Sizes(*counts, multiple=options.batch_size, longest=options.longest)
     settings = {
         "lora_rank": options.rank,
         "batch_size": options.batch_size,

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from quality_arms import APART, COMBINED, SINGLE
+from quality_arms import APART, COMBINED, SHARED, SINGLE
 from results import Row, markdown_table
 
 # Score, heading, digits.
@@ -54,7 +54,8 @@ def page(rows: list[Row]) -> str:
         measured = [row for row in own if row["kind"] == "arm" and "failed" not in row]
         parts.append(f"## {task}, {base}\n")
         if measured:
-            parts += [_scores(measured), _differences(measured), _verdict(measured)]
+            stock = next((row for row in own if row["kind"] == "stock"), None)
+            parts += [_scores(measured), _differences(measured), _verdict(measured) + _stock(measured, stock)]
             caption = "Calibrated NLL less that of the best single LoRA, by seconds of training"
             parts.append(f"![{caption}]({picture_name(base, task)})\n")
         parts.append(_tuning([row for row in own if row["kind"] == "tuning"]))
@@ -182,6 +183,23 @@ def _verdict(measured: Sequence[Row]) -> str:
         above = [row for row in ensembles if row is not apart and is_better(row, apart, "nll", -1)]
         lines.append(f"Better than {APART} in calibrated NLL, outside the intervals: " + _list(above, apart))
     return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _stock(measured: Sequence[Row], stock: Row | None) -> str:
+    """The time of K agents beside that of as many runs with stock PEFT."""
+    together = [
+        row for row in measured if row.get("agents", 0) > 1 and row["rank"] == (stock or {}).get("rank")
+    ]
+    if stock is None or "failed" in stock or not together:
+        return ""
+    ms = stock["ms_per_step"]
+    named = [
+        f"{row['arm']} {row['train_s']:.1f} s, "
+        f"{row['agents']} runs with stock PEFT {row['agents'] * row['steps'] * ms / 1000:.1f} s"
+        for row in together
+        if row["arm"].startswith((SHARED, APART))
+    ]
+    return f"- A step of stock PEFT takes {ms:.1f} ms: {'; '.join(named)}.\n"
 
 
 def _list(rows: Sequence[Row], other: Row) -> str:

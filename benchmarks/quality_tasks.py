@@ -32,7 +32,6 @@ from chorus.seeding import derive_seed
 Row = dict[str, Any]
 SHARES = ("train", "val", "test", "ood")
 ROWS_OF_A_LABEL = 5  # on average, in a task of labels
-LONGEST = 512  # tokens of a row
 # Of the built-in task: the variant that is learnt, and the one that is of another kind.
 BUILT_IN: dict[str, tuple[arithmetic.Variant, arithmetic.Variant | None]] = {
     "arithmetic_hard": ("three_digits", "three_digits_more_steps"),
@@ -41,14 +40,17 @@ BUILT_IN: dict[str, tuple[arithmetic.Variant, arithmetic.Variant | None]] = {
 
 
 class Sizes(NamedTuple):
-    """The most rows of each share. Training rows are a multiple of `multiple`, so that all batches are of one
-    shape."""
+    """The most rows of each share, and the most tokens of a row: longer ones are left out.
+
+    Training rows are a multiple of `multiple`, so that all batches are of one shape.
+    """
 
     train: int
     val: int
     test: int
     ood: int
     multiple: int
+    longest: int
 
 
 class TaskRows(NamedTuple):
@@ -86,7 +88,7 @@ def read_task(
         InputError: a file or a row that cannot be used, or too few rows.
     """
     name, _, files = argument.partition("=")
-    found = shares_of_files(files.split(","), sizes) if files else built_in(name, sizes)
+    found = shares_of_files(files.split(","), sizes, tokenizer) if files else built_in(name, sizes)
     if len(found["train"]) < sizes.multiple or len(found["val"]) < 4 or not found["test"]:
         counts = ", ".join(f"{len(rows)} {share}" for share, rows in found.items())
         raise InputError(f"--task {name}: too few rows ({counts}) for batches of {sizes.multiple}")
@@ -103,17 +105,23 @@ def read_task(
         "dataset_name": str(folder / "train.jsonl"),
         "validation_dataset_name": str(folder / "val.jsonl"),
         "eval_choices": is_choice,
-        "max_seq_length": LONGEST,
+        "max_seq_length": sizes.longest,
         "packing": False,
         "data_cache_dir": str(folder / "tokenised"),
     }
     return _read(name, folder, settings, has_ood=bool(found["ood"]), tokenizer=tokenizer)
 
 
-def shares_of_files(files: Sequence[str], sizes: Sizes) -> dict[str, list[Row]]:
+def shares_of_files(
+    files: Sequence[str], sizes: Sizes, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Row]]:
     """The rows of each share, drawn from the rows of its file. Those of a share without a file come from what
     training leaves over."""
-    read = {share: _rows_of(Path(file)) for share, file in zip(SHARES, files, strict=False) if file}
+    read = {
+        share: _no_longer(_rows_of(Path(file)), sizes.longest, tokenizer)
+        for share, file in zip(SHARES, files, strict=False)
+        if file
+    }
     rng = random.Random(derive_seed(0, "quality rows"))
     for rows in read.values():
         rng.shuffle(rows)
@@ -179,6 +187,13 @@ def _is_one_token(word: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
 
 
+def _no_longer(rows: list[Row], longest: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows that the template, some ten tokens, does not make longer than that."""
+    return [
+        row for row in rows if len(tokenizer.encode(f"{row['question']} {row['answer']}")) + 10 <= longest
+    ]
+
+
 def _rows_of(file: Path) -> list[Row]:
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -204,7 +219,7 @@ def _read(
         of_all = of_all._replace(choices=[choice[:1] for choice in of_all.choices])
     # Rows of one length: one shape to compile and to capture for each number of agents.
     length = max(len(sample.ids) - 1 for sample in rows.train)
-    padded = min(LONGEST, 8 * ceil(length / 8))
+    padded = min(settings["max_seq_length"], 8 * ceil(length / 8))
     return TaskRows(
         name,
         settings | {"max_seq_length": padded + 1, "pad_to_multiple_of": padded},

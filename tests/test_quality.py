@@ -41,7 +41,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def options(task: str, **more: object) -> Namespace:
     counts = {"train_rows": 16, "val_rows": 16, "test_rows": 12, "batch_size": 8}
-    return Namespace(**{"model": TINY, "task": [task], "rank": 2, "new_tokens": 4, **counts, **more})
+    return Namespace(
+        **{"model": TINY, "task": [task], "rank": 2, "new_tokens": 4, "longest": 512, **counts, **more}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +74,10 @@ def test_members_in_their_seats_answer_as_the_run_left_them(bench: quality_runs.
 
 def test_no_row_is_in_two_shares_and_shares_without_a_file_come_from_training(tmp_path: Path):
     file = tmp_path / "all.jsonl"
-    file.write_text("".join(json.dumps({"question": str(n), "answer": str(n)}) + "\n" for n in range(100)))
-    sizes = quality_tasks.Sizes(train=50, val=10, test=15, ood=5, multiple=8)
-    found = quality_tasks.shares_of_files([str(file)], sizes)
+    asked = [*(str(n) for n in range(100)), "too long " * 50]
+    file.write_text("".join(json.dumps({"question": one, "answer": one[:3]}) + "\n" for one in asked))
+    sizes = quality_tasks.Sizes(train=50, val=10, test=15, ood=5, multiple=8, longest=60)
+    found = quality_tasks.shares_of_files([str(file)], sizes, load_tokenizer(TINY))
     assert {share: len(rows) for share, rows in found.items()} == {
         "train": 48,
         "val": 10,
@@ -83,6 +86,7 @@ def test_no_row_is_in_two_shares_and_shares_without_a_file_come_from_training(tm
     }
     asked = [row["question"] for rows in found.values() for row in rows]
     assert len(set(asked)) == len(asked)
+    assert not any(one.startswith("too long") for one in asked)
 
 
 def test_every_label_is_a_token_of_its_own():
