@@ -308,9 +308,6 @@ def benches(options: argparse.Namespace, folder: Path) -> Iterator[Bench]:
         "max_new_tokens_eval": options.new_tokens,
     }
     base = None
-    # Each number of agents and rank is a shape of its own. Left open, several sizes at once would take torch
-    # many minutes to simplify.
-    torch._dynamo.config.automatic_dynamic_shapes = False
     for argument in options.task or ["arithmetic_hard"]:
         rows: TaskRows = read_task(argument, folder, sizes, options.model, tokenizer)
         if base is None:
@@ -319,6 +316,9 @@ def benches(options: argparse.Namespace, folder: Path) -> Iterator[Bench]:
             dtype = DTYPES[decide_precision(config.mixed_precision)]
             base = load_base(config, dtype, accelerator.device, compiled=compiled)
         torch._dynamo.reset()  # a limit counts the shapes of all tasks together
+        # Each number of agents and rank is a shape of its own. Left open, several sizes at once would take
+        # torch many minutes to simplify. Where answers are written, the number of targets must be open.
+        torch._dynamo.config.automatic_dynamic_shapes = not rows.test.choices
         yield Bench(accelerator, base, rows, settings, folder)
 
 

@@ -170,6 +170,8 @@ def train_agents(bench: Bench, settings: Mapping[str, Any], num_steps: int, snap
     config = bench.config({**settings, "logging_steps": every, "save_steps": saving})
     device = bench.accelerator.device
     execution = decide_execution(config, device)
+    if not bench.rows.test.choices:
+        torch._dynamo.reset()  # so that the number of targets alone is an open size
     agents = agents_of(config, bench.base, config.num_agents, execution)
     engine = start_engine(bench.accelerator, agents, config)
     steps = training_steps(
