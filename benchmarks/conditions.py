@@ -3,10 +3,13 @@
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+
+NO_CONDITION = ("--out", "--minutes")  # options that change no figure
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -20,8 +23,17 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "deepspeed": version("deepspeed"),
         "driver": driver_version() if device.type == "cuda" else "none",
         "commit": git.stdout.strip() or "unknown",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *_telling(sys.argv)]),
     }
+
+
+def _telling(arguments: Sequence[str]) -> list[str]:
+    """The arguments without `NO_CONDITION` and their values."""
+    return [
+        one
+        for place, one in enumerate(arguments)
+        if one not in NO_CONDITION and (place == 0 or arguments[place - 1] not in NO_CONDITION)
+    ]
 
 
 def driver_version() -> str:
