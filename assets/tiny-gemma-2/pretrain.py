@@ -161,7 +161,8 @@ def trained_computations() -> Told:
     for variant in SHARES:
         stories = [story for story in STORIES if len(story.operators) in RANGES[variant]]
         for operators in dict.fromkeys(story.operators for story in stories):
-            trained = [n for n in computations(operators, variant) if split_of(operators, n) == "train"]
+            of_all_splits = map(tuple, computations(operators, variant).tolist())
+            trained = [numbers for numbers in of_all_splits if split_of(operators, numbers) == "train"]
             told[variant] += [(story, trained) for story in stories if story.operators == operators]
     return told
 

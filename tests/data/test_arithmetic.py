@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from chorus.data.arithmetic import STORIES, Split, Variant, computations, problems, split_of, work
+from chorus.data.arithmetic import RANGES, STORIES, Split, Variant, computations, problems, split_of, work
 from chorus.errors import InputError
 
 SPLITS, VARIANTS = get_args(Split), get_args(Variant)
@@ -48,9 +48,25 @@ def test_a_computation_has_the_same_split_in_either_order_where_the_order_does_n
     )
 
 
+@pytest.mark.parametrize(
+    ("operators", "variant"),
+    [("-+", "standard"), ("*-", "larger_numbers"), ("+", "three_digits"), ("*+-", "three_digits_more_steps")],
+)
+def test_the_computations_are_all_whose_numbers_and_results_are_in_range_in_order(operators, variant):
+    ranges = RANGES[variant][len(operators)]
+    of_places = [ranges.factor if operators[0] == "*" else ranges.first]
+    of_places += [ranges.factor if operator == "*" else ranges.later for operator in operators]
+    expected = []
+    for numbers in itertools.product(*of_places):
+        results = [result for *_, result in work(operators, numbers)]
+        if min(results) >= 2 and max(*numbers, *results) in ranges.largest:
+            expected.append([*numbers])
+    assert computations(operators, variant).tolist() == expected
+
+
 def test_the_splits_of_every_kind_of_problem_are_near_80_10_10_percent():
     for operators in ("+", "-", "++", "+-", "-+", "--", "*+", "*-"):
-        splits = [split_of(operators, numbers) for numbers in computations(operators)]
+        splits = [split_of(operators, numbers) for numbers in computations(operators).tolist()]
         assert splits.count("train") / len(splits) == pytest.approx(0.8, abs=0.04)
         assert splits.count("test") / len(splits) == pytest.approx(0.1, abs=0.04)
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from operator import add, mul, sub
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+
 from chorus.errors import InputError
 from chorus.seeding import derive_seed
 
@@ -236,21 +238,26 @@ def split_of(operators: str, numbers: tuple[int, ...]) -> Split:
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
-def computations(operators: str, variant: Variant = "standard") -> list[tuple[int, ...]]:
-    """The numbers of every computation with these operators, of
-    all splits. No number or result is below 2."""
+def computations(operators: str, variant: Variant = "standard") -> np.ndarray:
+    """The numbers of every computation with these operators, of all splits: a row each, [computations,
+    numbers]. No number or result is below 2.
+
+    In arrays: as tuples they would take half a second of every start on the default task.
+    """
     ranges = RANGES[variant][len(operators)]
-    heads = ranges.factor if operators[0] == "*" else ranges.first
-    found = [((number,), number, number) for number in heads]  # numbers, result so far, largest of all
+    numbers_NS = np.array(ranges.factor if operators[0] == "*" else ranges.first)[:, None]
+    result_N = largest_N = numbers_NS[:, 0]  # the result so far, and the largest of all numbers and results
     for operator in operators:
-        apply, rights = OPERATIONS[operator], ranges.factor if operator == "*" else ranges.later
-        found = [
-            ((*numbers, right), result, max(largest, right, result))
-            for numbers, left, largest in found
-            for right in rights
-            if 2 <= (result := apply(left, right)) < ranges.largest.stop
-        ]
-    return [numbers for numbers, _, largest in found if largest in ranges.largest]
+        rights = np.array(ranges.factor if operator == "*" else ranges.later)
+        before = np.repeat(np.arange(len(result_N)), len(rights))
+        right_N = np.tile(rights, len(result_N))
+        result_N = OPERATIONS[operator](result_N[before], right_N)
+        largest_N = np.maximum(largest_N[before], np.maximum(right_N, result_N))
+        kept = (result_N >= 2) & (result_N < ranges.largest.stop)
+        numbers_NS = np.column_stack([numbers_NS[before], right_N])[kept]
+        result_N, largest_N = result_N[kept], largest_N[kept]
+    is_in_range = (largest_N >= ranges.largest.start) & (largest_N < ranges.largest.stop)
+    return numbers_NS[is_in_range]
 
 
 def tell(story: Story, numbers: tuple[int, ...], rng: random.Random) -> tuple[str, str]:
@@ -307,17 +314,17 @@ def problems(split: Split, count: int, seed: int, variant: Variant = "standard")
 
 
 def _shuffled(
-    numbers: list[tuple[int, ...]], story: Story, split: Split, rng: random.Random
+    numbers_NS: np.ndarray, story: Story, split: Split, rng: random.Random
 ) -> Iterator[tuple[int, ...]]:
-    """The computations of one split in random order. Drawn one by
-    one: to shuffle and hash them all takes a second."""
-    left = numbers.copy()
-    while left:
-        drawn = rng.randrange(len(left))
-        left[drawn], left[-1] = left[-1], left[drawn]
-        if split_of(story.operators, left[-1]) == split:
-            yield left[-1]
-        left.pop()
+    """The computations of one split in random order. Drawn one by one: to shuffle and hash them all takes a
+    second."""
+    order_N = np.arange(len(numbers_NS))
+    for last in range(len(order_N) - 1, -1, -1):
+        drawn = rng.randrange(last + 1)
+        order_N[drawn], order_N[last] = order_N[last], order_N[drawn]
+        numbers = tuple(numbers_NS[order_N[last]].tolist())
+        if split_of(story.operators, numbers) == split:
+            yield numbers
 
 
 def conversations(
