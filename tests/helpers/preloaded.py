@@ -35,6 +35,9 @@ from torch.distributed import TCPStore
 
 MODULES = (
     "train",
+    "datasets",
+    "torch.utils.tensorboard",
+    "transformers.models.gemma.tokenization_gemma",
     "transformers.models.gemma2.modeling_gemma2",
     "deepspeed.runtime.zero.muon.muon_optimizer",
 )
