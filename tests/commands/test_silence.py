@@ -33,7 +33,10 @@ class Timers:
         ("serve", [EMPTY, "--port", "0"]),
         ("ask", ["http://127.0.0.1:1", "a question", "--end", "<eos>", "--timeout", "1"]),
         ("evaluate", [EMPTY, "--data", "none.jsonl"]),
-        ("harness", [EMPTY, "--tasks", "none"]),
+        (
+            "harness",
+            [EMPTY, "--tasks", "none", "--include_path", "gone"],
+        ),  # before its tasks are listed
         ("export", [EMPTY, "none/out"]),
     ],
 )

@@ -76,7 +76,7 @@ def test_linears_without_bias_and_of_one_input_and_scaling_are_joined_and_no_oth
         ("fused", "selective"),
         ("fused", "full"),
         ("sequential", "none"),
-        ("parallel", "full"),
+        pytest.param("parallel", "full", marks=pytest.mark.slow),  # every agent's layers are traced
     ],
 )
 def test_a_decoder_layer_runs_its_seven_linears_as_four_operators(
