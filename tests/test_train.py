@@ -1,11 +1,7 @@
-"""train.py as a user runs it, in real processes; where the
-launcher is not the matter, forked (preloaded.py)."""
+"""train.py as a user runs it, in processes that are forked (preloaded.py)."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from folders import adapters
-from launching import PATIENCE_S, PLAIN, ROOT, environment, processes_of, train, wait_for, zero2
+from launching import PLAIN, wait_for, zero2
 from peft import PeftModel
-from preloaded import Workers, environments_once, forked, preload
-from preloaded import train as forked_train
+from preloaded import Workers, environments_once, forked, preload, train
 from transformers import AutoModelForCausalLM
 
 from chorus.checkpoint.store import verify
@@ -63,7 +58,7 @@ def test_every_agent_learns_the_default_task(tmp_path: Path):
 
 
 def test_zero_steps_write_initial_adapters_that_differ_and_that_stock_peft_reads_as_the_base(tmp_path: Path):
-    forked_train(PLAIN, tmp_path, *SMALL, "max_train_steps=0", "gradient_accumulation_steps=1000")
+    train(PLAIN, tmp_path, *SMALL, "max_train_steps=0", "gradient_accumulation_steps=1000")
     base = AutoModelForCausalLM.from_pretrained("assets/tiny-gemma-2")
     ids = torch.arange(4, 20)[None]
     expected = base(input_ids=ids).logits
@@ -208,29 +203,6 @@ def test_non_finite_losses_are_skipped_and_then_end_the_run_with_agents_step_and
 def rows_of(folder: Path) -> int:
     metrics = folder / "run" / "metrics.jsonl"
     return metrics.read_text().count("\n") if metrics.exists() else 0
-
-
-def test_ctrl_c_leaves_no_process_behind(tmp_path: Path):
-    settings = (*SMALL, "max_train_steps=100000", f"output_dir={tmp_path}/run", "num_workers=1")
-    with (tmp_path / "log").open("w") as log:
-        launcher = subprocess.Popen(
-            [*zero2(2), *settings],
-            cwd=ROOT,
-            env=environment(CHORUS_TEST_RUN=str(tmp_path)),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        wait_for(lambda: rows_of(tmp_path) > 2)
-        assert len(processes_of(tmp_path)) >= 5  # launcher, two trainers, their workers
-        os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does
-        assert launcher.wait(timeout=PATIENCE_S) != 0
-        wait_for(lambda: not processes_of(tmp_path))
-    finally:
-        for number in processes_of(tmp_path):
-            os.kill(number, signal.SIGKILL)
-        launcher.wait()
 
 
 def test_a_second_run_in_the_folder_of_one_at_work_is_refused_and_the_first_goes_on(tmp_path: Path):

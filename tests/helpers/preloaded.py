@@ -9,6 +9,7 @@ launchers themselves use `launching.py`.
 As a script this file is what a launcher launches to learn that environment: `preloaded.py FOLDER`.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     sys.exit()
 
 import launching
-from launching import PATIENCE_S, ROOT, environment, launch, wait_for
+from launching import PATIENCE_S, ROOT, environment, wait_for
 from torch.distributed import TCPStore
 
 MODULES = (
@@ -57,10 +58,18 @@ def preload() -> None:
 
 
 def environments(launcher: Sequence[str]) -> list[dict[str, str]]:
-    """What the launcher sets for each process, by rank. The last word of `launcher` is the script."""
+    """What the launcher sets for each process, by rank. The last word of `launcher` is the script. The
+    launcher is forked, too."""
+    command, *options = [*launcher[:-1], str(Path(__file__))]
     with tempfile.TemporaryDirectory() as place:
-        result = launch([*launcher[:-1], str(Path(__file__)), place])
-        assert result.returncode == 0, result.stderr
+        if command == sys.executable:
+            subprocess.run([command, *options, place], env=environment(), check=True)
+        else:
+            preload()
+            log = Path(place, "log")
+            launched = Workers([environment()], [*options, place], log, script=command)
+            assert launched.wait() == 0, log.read_text()
+            log.unlink()
         files = sorted(Path(place).iterdir(), key=lambda file: int(file.name))
         return [json.loads(file.read_text()) for file in files]
 
@@ -161,6 +170,7 @@ def work(
 ) -> None:
     """The script, as a launcher's process."""
     os.setsid()
+    gc.freeze()  # as train.py does after its imports: a collection takes 0.2 s otherwise
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     for number, log in enumerate(logs, start=1):
         with log.open("a") as file:
