@@ -48,8 +48,8 @@ def options(task: str, **more: object) -> Namespace:
 
 @pytest.fixture(scope="module")
 def bench(task: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[quality_runs.Bench]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "automatic_dynamic_shapes", True)  # the study sets it
+    # The study sets it. Not by monkeypatch, which deletes it at the end: no later test could compile.
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
         yield next(quality.benches(options(task), tmp_path_factory.mktemp("rows")))
 
 
