@@ -8,7 +8,7 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,30 @@ from chorus.config.engine import EngineSettings
 from chorus.config.training import TrainingSettings
 from chorus.errors import InputError
 
-KNOWN_KEYS = {
-    *(
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ),
-    *(
-        "bf16",
-        "fp16",
-        "communication_data_type",
-        "data_types",
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-    ),
-    *(
-        "zero_force_ds_cpu_optimizer",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "disable_allgather",
-        "timers",
-    ),
-    *(
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "dump_state",
-        "memory_breakdown",
-        "comms_logger",
-        "flops_profiler",
-    ),
+KNOWN_KEYS: dict[str, type] = {  # with the type of each value
+    "train_batch_size": float,
+    "train_micro_batch_size_per_gpu": float,
+    "gradient_accumulation_steps": float,
+    "gradient_clipping": float,
+    "bf16": dict,
+    "fp16": dict,
+    "communication_data_type": str,
+    "data_types": dict,
+    "zero_optimization": dict,
+    "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": float,
+    "disable_allgather": bool,
+    "timers": dict,
+    "steps_per_print": float,
+    "wall_clock_breakdown": bool,
+    "dump_state": bool,
+    "memory_breakdown": bool,
+    "comms_logger": dict,
+    "flops_profiler": dict,
 }
+IN_WORDS = {float: "a number", str: "a text", bool: "true or false", dict: "a JSON object"}
 NOT_OURS = {
     "optimizer": "the optimizer is AdamW with lr and weight_decay of configs.yaml",
     "scheduler": "the schedule is lr_scheduler_type of configs.yaml",
@@ -56,6 +49,9 @@ NOT_OURS = {
     "activation_checkpointing": "it is gradient_checkpointing of configs.yaml",
 }
 JSON = "the DeepSpeed JSON"
+KEEPS_ADAMW = "keeps torch's AdamW, also where the state is on the CPU"
+TAKES_NORM = "itself takes the norm that clips"
+OLD_NAMES = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 BUILT_IN: dict[str, Any] = {
     # deepspeed_config_file: null. Buckets are sized to adapters: DeepSpeed's default of 5e8 elements is a
     # gigabyte.
@@ -82,16 +78,12 @@ def deepspeed_json(
     """
     path = _json_path(engine.deepspeed_config_file, environment)
     settings = copy.deepcopy(BUILT_IN) if path is None else _read(path)
-    path = path or "the launcher"
+    path = path or "the built-in DeepSpeed settings"
     for key in settings:
         if key in NOT_OURS:
             raise InputError(f"{path}: key '{key}' cannot be used: {NOT_OURS[key]}; remove it")
         if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, 1)
-            raise InputError(
-                f"{path}: key '{key}' is not known; "
-                + (f"did you mean '{near[0]}'?" if near else "remove it")
-            )
+            raise InputError(_unknown(path, key, KNOWN_KEYS))
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if not isinstance(zero, dict) or type(stage) is not int or stage not in (1, 2, 3):  # true is not 1
@@ -105,12 +97,13 @@ def deepspeed_json(
     )
     _settle(settings, "gradient_clipping", training.max_grad_norm, path, "max_grad_norm")
     # With optimizer state on the CPU, DeepSpeed would use its own AdamW, which rounds differently.
-    _settle(settings, "zero_force_ds_cpu_optimizer", False, path, "the optimizer is torch's AdamW")
+    _decide(settings, "zero_force_ds_cpu_optimizer", path, KEEPS_ADAMW)
     for name in ("bf16", "fp16"):
         section = settings.setdefault(name, {})
         if not isinstance(section, dict):
             raise InputError(f'{path}: key \'{name}\' is {section!r}; give {{"enabled": "auto"}}')
         _settle(section, "enabled", precision == name, path, "mixed_precision", prefix=f"{name}.")
+    _check_the_rest(settings, path)
     return settings
 
 
@@ -129,11 +122,50 @@ def leave_clipping_to_chorus(settings: dict[str, Any]) -> dict[str, Any]:
     if zero["stage"] == 3 or settings["fp16"]["enabled"] or is_offloaded:
         return settings
     changed = copy.deepcopy(settings)
-    why = "the norm that clips is taken once, by Chorus"
-    _settle(changed["zero_optimization"], "compute_grad_norm", False, JSON, why, "zero_optimization.")
+    _decide(changed["zero_optimization"], "compute_grad_norm", JSON, TAKES_NORM, "zero_optimization.")
     if changed["bf16"]["enabled"]:
-        _settle(changed["bf16"], "check_grad_overflow", False, JSON, why, "bf16.")
+        _decide(changed["bf16"], "check_grad_overflow", JSON, TAKES_NORM, "bf16.")
     return {**changed, "gradient_clipping": 0.0}
+
+
+def _check_the_rest(settings: dict[str, Any], path: str) -> None:
+    """Check what DeepSpeed reads outside of `zero_optimization`, first by type and then with its own parser,
+    before a model is loaded.
+    """
+    for key, value in settings.items():
+        wanted = KNOWN_KEYS[key]
+        if type(value) not in ((int, float) if wanted is float else (wanted,)):  # true is not 1
+            raise InputError(f"{path}: key '{key}' is {value!r}; give {IN_WORDS[wanted]}, or remove it")
+    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds: imported only when needed
+
+    for key in settings.keys() - {"zero_optimization"}:
+        if KNOWN_KEYS[key] not in (dict, str):
+            continue
+        try:
+            DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: copy.deepcopy(settings[key])})
+        except ValidationError as error:
+            raise InputError(_in_one_line(error, path, key)) from error
+        except (AssertionError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: key '{key}' is {settings[key]!r}: {error}; correct or remove it"
+            ) from error
+
+
+def _in_one_line(error: ValidationError, path: str, section: str, names: Iterable[str] = ()) -> str:
+    """The first mistake that DeepSpeed's own model of a section has found. names: the section's keys."""
+    first = error.errors()[0]
+    *sections, key = section, *map(str, first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(path, key, names if len(sections) == 1 else (), prefix=".".join([*sections, ""]))
+    said = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+    value = f"is {first['input']!r}" if sections else "is refused"  # the value would be the whole section
+    return f"{path}: key '{'.'.join([*sections, key])}' {value}: {said}; correct or remove it"
+
+
+def _unknown(path: str, key: str, names: Iterable[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, names, 1)
+    remedy = f"did you mean '{prefix}{near[0]}'?" if near else "remove it"
+    return f"{path}: key '{prefix}{key}' is not known; {remedy}"
 
 
 def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str]) -> None:
@@ -144,14 +176,24 @@ def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str])
         DeepSpeedZeroConfig,
     )  # takes two seconds: imported only when needed
 
+    for name, new in OLD_NAMES.items():
+        if zero.get(name):
+            raise InputError(
+                f"{path}: key 'zero_optimization.{name}' is an old name; give \"{new}\": "
+                '{"device": "cpu"} in its place'
+            )
+    offload = zero.get("offload_optimizer")
+    for name in ("ratio", "super_offload") if isinstance(offload, dict) else ():
+        if offload.get(name, "auto") not in ("auto", 1.0 if name == "ratio" else False):
+            raise InputError(
+                f"{path}: key 'zero_optimization.offload_optimizer.{name}' is {offload[name]!r}, but Chorus "
+                f"{KEEPS_ADAMW}; remove it"
+            )
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise InputError(
-            f"{path}: key '{key}' is {first['input']!r}: {first['msg']}; correct or remove it"
-        ) from error
+        names = [about.alias or name for name, about in DeepSpeedZeroConfig.model_fields.items()]
+        raise InputError(_in_one_line(error, path, "zero_optimization", names)) from error
     for name in ("offload_optimizer", "offload_param"):
         device = (zero.get(name) or {}).get("device", "none")
         if device not in ("none", "cpu") or (
@@ -169,8 +211,9 @@ def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str])
         ours = str((zero.get(key) or {}).get(inner, "none") if inner else zero[key])
         if theirs not in (None, ours):
             raise InputError(
-                f"{path}: key 'zero_optimization.{name}' is {ours}, but the launcher says {theirs}; "
-                "leave it to the JSON and drop it from the launcher's options and its config file"
+                f"{path}: key 'zero_optimization.{name}' is {ours}, but the launcher says {theirs}; drop it "
+                "from the launcher's options and its config file, and write what you want into the JSON that "
+                "key 'deepspeed_config_file' names, such as recipes/deepspeed/zero3.json"
             )
 
 
@@ -223,3 +266,10 @@ def _settle(
             + '; write "auto" there, or change configs.yaml'
         )
     section[key] = ours
+
+
+def _decide(section: dict[str, Any], key: str, path: str, why: str, prefix: str = "") -> None:
+    """Switch a feature off that no key of configs.yaml names; refuse a JSON that asks for it."""
+    if section.get(key, "auto") not in ("auto", False):
+        raise InputError(f"{path}: key '{prefix}{key}' is {section[key]!r}, but Chorus {why}; remove it")
+    section[key] = False
