@@ -47,6 +47,7 @@ from chorus.training.zero.launcher import (
     check_launcher,
     deepspeed_wanted,
     look_up_no_operators,
+    meeting_failures_named,
     single_process_rendezvous,
 )
 
@@ -106,17 +107,18 @@ def make_accelerator(
         )
         plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     refuse_spread_agents(size, precision, stage=0 if plugin is None else plugin.zero_stage)
-    accelerator = Accelerator(
-        cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
-        # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
-        mixed_precision="no" if precision == "bf16" and not with_deepspeed else precision,
-        deepspeed_plugin=plugin,
-        # A plugin, because the launcher's environment would override an integer.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        kwargs_handlers=handlers,
-    )
+    with meeting_failures_named():
+        accelerator = Accelerator(
+            cpu=not on_gpu and not with_deepspeed,  # `cpu` would make Accelerate ignore DeepSpeed
+            # bf16 needs no scaler, and Accelerate's wrapper would copy every output to fp32
+            mixed_precision="no" if precision == "bf16" and not with_deepspeed else precision,
+            deepspeed_plugin=plugin,
+            # A plugin, because the launcher's environment would override an integer.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            kwargs_handlers=handlers,
+        )
     if (accelerator.distributed_type is DistributedType.DEEPSPEED) != with_deepspeed:
         started = accelerator.distributed_type.value
         raise InputError(
