@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -300,15 +300,36 @@ def test_a_lock_file_that_is_not_a_plain_file_is_refused_and_not_waited_for(
     elsewhere.write_text("kept")
     make = {"fifo": os.mkfifo, "link": lambda path: path.symlink_to(elsewhere), "folder": Path.mkdir}
     make[kind](lock)
-    refusal(str(run), accelerator)
+    assert f": {LOCK_FILE} is not a plain file; remove it" in refusal(str(run), accelerator)
     assert elsewhere.read_text() == "kept"
+    lock.rmdir() if kind == "folder" else lock.unlink()
+    taken(str(run), accelerator)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log"])
-def test_a_run_is_not_resumed_where_a_file_of_it_is_a_device_or_a_fifo(
-    tmp_path: Path, accelerator: Accelerator, name: str
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "ensemble.json"])
+def test_a_run_is_not_resumed_where_a_file_of_it_is_a_folder_or_a_fifo(
+    tmp_path: Path, accelerator: Accelerator, name: str, make: Callable[[Path], None]
 ):
     run = tmp_path / "run"
     run.mkdir()
-    os.mkfifo(run / name)
-    assert f"{name} is not a plain file" in refusal(str(run), accelerator, Start(in_place=True))
+    make(run / name)
+    said = refusal(str(run), accelerator, Start(in_place=True))
+    assert said.endswith(f"{name} is not a plain file; remove it")
+    os.rmdir(run / name) if make is os.mkdir else (run / name).unlink()
+    taken(str(run), accelerator, Start(in_place=True))
+
+
+def test_a_link_that_leads_nowhere_is_named_with_what_to_do(tmp_path: Path, accelerator: Accelerator):
+    link, target = tmp_path / "run", tmp_path / "disk"
+    link.symlink_to(target)
+    for name in (link, link / "below"):
+        said = refusal(str(name), accelerator)
+        assert said.endswith(
+            f"{link} is a link to {target}, which is not there; make that folder, or remove the link"
+        )
+    target.mkdir()
+    taken(str(link), accelerator)
+    link.unlink()
+    taken(str(link), accelerator)
+    assert link.is_dir()

@@ -18,6 +18,7 @@ from chorus.checkpoint import export
 from chorus.checkpoint.atomic_files import write_text
 from chorus.checkpoint.export import save_ensemble
 from chorus.config import load_config
+from chorus.errors import RunError
 from chorus.model.adapters import TensorId
 
 
@@ -167,3 +168,15 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     write_text(path, "third\n")
     assert path.read_text() == "third\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_full_disk_is_answered_with_make_room(tmp_path: Path):
+    agents = toy_agents("parallel")
+    (tmp_path / "ensemble.json").mkdir()
+    with pytest.raises(RunError) as error:
+        save(tmp_path, agents)
+    place = tmp_path / "ensemble.json"
+    said = f"{place} could not be written: Is a directory; correct that and run the same command again"
+    assert str(error.value) == said
+    place.rmdir()
+    save(tmp_path, agents)

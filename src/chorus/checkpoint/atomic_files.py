@@ -1,5 +1,6 @@
 """Small files written whole or not at all, JSON that any reader accepts, and the errors of a full disk."""
 
+import errno
 import json
 import math
 import os
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from chorus.errors import RunError, out_of_memory
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+
 
 @contextmanager
 def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
-    """Turn a write error into a RunError that names the bytes `place` needs and the bytes that are free.
+    """Turn a write error into a RunError. On a full disk it names the bytes that `place` needs and those that
+    are free.
 
     Some writers raise an OSError on a full disk, others a RuntimeError or SafetensorError.
     """
@@ -27,6 +31,9 @@ def disk_errors(place: Path, num_bytes: int, remedy: str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error) is not None:
             raise
+        if isinstance(error, OSError) and error.errno not in FULL:
+            other = remedy.replace("make room", "correct that")
+            raise RunError(f"{place} could not be written: {error.strerror}; {other}") from error
         free = shutil.disk_usage(next(path for path in place.parents if path.exists())).free
         raise RunError(
             f"{place} could not be written: {error} ({num_bytes:,} bytes needed, {free:,} free); {remedy}"

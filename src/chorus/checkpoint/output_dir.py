@@ -28,6 +28,7 @@ from chorus.errors import InputError
 
 LOCK_FILE = "run.lock"
 MARKS = ("metrics.jsonl", LOCK_FILE)  # a folder with one of these is a run's
+FILES_OF_A_RUN = (".json", ".jsonl", ".yaml", ".log")
 EARLIER = "earlier."  # prefix of a folder of earlier runs inside `output_dir`
 # For so long a client of a network file system may cache that a new file does not exist.
 SHARED_WITHIN_S = 60.0
@@ -95,7 +96,7 @@ def refuse_unshared(token: Path) -> None:
 
 @contextmanager
 def _as_input_errors(folder: Path) -> Iterator[None]:
-    """Such as a name that is too long, or a link to nothing."""
+    """Such as a name that is too long."""
     try:
         yield
     except OSError as error:
@@ -114,7 +115,12 @@ def refuse_unusable(folder: Path, resumed: bool) -> None:
             raise InputError(
                 f"key 'output_dir': {folder}: the program runs in it; name a folder for this run alone"
             )
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        nearest = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+        if not nearest.exists():
+            raise InputError(
+                f"key 'output_dir': {folder}: {nearest} is a link to {os.readlink(nearest)}, which is not "
+                "there; make that folder, or remove the link"
+            )
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             what = "cannot be written" if nearest.is_dir() else "is a file"
             raise InputError(f"key 'output_dir': {folder}: {nearest} {what}; name a folder that can be made")
@@ -149,6 +155,8 @@ def _lock(folder: Path) -> TextIO:
         InputError: another process has locked it, or the file system has no locks.
     """
     place = folder / LOCK_FILE
+    if place.is_symlink() or (place.exists() and not place.is_file()):
+        raise InputError(_not_plain(place))
     # Under that name there may be a link or a device, which must not be written to, or a FIFO, which would
     # block.
     descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -185,10 +193,16 @@ def _refuse_changed(folder: Path, begin: Start) -> None:
 
 
 def _refuse_special_files(folder: Path) -> None:
-    """Raise InputError for a FIFO or a device in the folder: writing to one could block forever."""
+    """Raise InputError for a FIFO or a device in the folder, to which writing could block forever, and for a
+    folder in the place of a file.
+    """
     for path in sorted(folder.iterdir()):
-        if not path.is_file() and not path.is_dir():
-            raise InputError(f"key 'output_dir': {folder}: {path.name} is not a plain file; remove it")
+        if not path.is_file() and (not path.is_dir() or path.suffix in FILES_OF_A_RUN):
+            raise InputError(_not_plain(path))
+
+
+def _not_plain(path: Path) -> str:
+    return f"key 'output_dir': {path.parent}: {path.name} is not a plain file; remove it"
 
 
 def _move_out(folder: Path) -> None:

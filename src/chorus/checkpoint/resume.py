@@ -294,12 +294,12 @@ def _refuse_other_fingerprint(
     if getattr(saved.fingerprints, name) == run["fingerprints"][name]:
         return
     key, what = {
-        "tokenizer": ("model_name", "its tokenizer differs"),
-        "data": ("dataset_name", "its training rows differ"),
-        "base": ("model_name", "its weights or architecture differ"),
+        "tokenizer": ("model_name", "its tokenizer differs from that"),
+        "data": ("dataset_name", "its training rows differ from those"),
+        "base": ("model_name", "its weights or architecture differ from those"),
     }[name]
     raise InputError(
-        f"key '{key}': {getattr(config, key)}: {what} from that of {folder}, trained with "
+        f"key '{key}': {getattr(config, key)}: {what} of {folder}, trained with "
         f"{_shown(getattr(saved.config, key))}; restore it, or {_ways_out(config)}"
     )
 
