@@ -32,6 +32,8 @@ pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
         ("shuffle: yes", "write true or false"),
         ("model_name: 2", "put it in quotes"),
         ("lora_target_modules: q_proj", "write [one, another]"),
+        ("report_to: wandb", "a valid list; write [wandb]"),
+        ("optional_columns: null", "a valid list; write [one, another]"),
         ("lora_target_modules: all_linear", "write all-linear"),
         ("lora_target_modules: [a, a]", "name each one once"),
     ],

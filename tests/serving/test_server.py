@@ -180,6 +180,7 @@ def test_a_seed_gives_the_same_different_answers_again_and_stop_ends_them(server
 
 
 CHAT = {"model": "mixture", "messages": [{"role": "user", "content": "a"}]}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]}
 TEXT = {"model": "mixture", "prompt": "a", "max_tokens": 2}
 
 
@@ -193,9 +194,21 @@ TEXT = {"model": "mixture", "prompt": "a", "max_tokens": 2}
         ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": " "}]}, 400, "empty"),
         ("chat/completions", {**CHAT, "messages": [{"role": "robot", "content": "a"}]}, 400, "role"),
         ("chat/completions", {**CHAT, "tools": [{}]}, 400, "tools: is not supported"),
-        ("chat/completions", {**CHAT, "presence_penalty": 1}, 400, "presence_penalty"),
+        (
+            "chat/completions",
+            {**CHAT, "presence_penalty": 1},
+            400,
+            "presence_penalty: is not supported; leave",
+        ),
+        (
+            "chat/completions",
+            {**CHAT, "logit_bias": {"1": 2}},
+            400,
+            "logit_bias: is not supported; leave it out",
+        ),
+        ("chat/completions", {**CHAT, "messages": [IMAGE]}, 400, "content: only parts of type text are"),
         ("chat/completions", {**CHAT, "max_tokens": 10**6}, 400, "longer than"),
-        ("chat/completions", {**CHAT, "n": 99}, 400, "99 answers"),
+        ("chat/completions", {**CHAT, "n": 99}, 400, "99 answers are more than "),
         ("chat/completions", {**CHAT, "temperature": -1}, 400, "temperature"),
         ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "needs logprobs"),
         ("completions", {**TEXT, "prompt": []}, 400, "prompt"),
@@ -204,7 +217,7 @@ TEXT = {"model": "mixture", "prompt": "a", "max_tokens": 2}
         ("completions", {**TEXT, "stop": ""}, 400, "stop"),
         ("completions", {**TEXT, "echo": True, "stream": True}, 400, "echo cannot be streamed"),
         ("completions", {**TEXT, "prompt": "a" * 9_000_000}, 413, "bytes"),
-        ("elsewhere", {}, 404, "Not Found"),
+        ("elsewhere", {}, 404, "there is no /v1/elsewhere; there is /v1/models, /v1/completions, "),
     ],
 )
 def test_a_malformed_request_is_refused_in_one_line(
@@ -289,8 +302,12 @@ def test_ask_refuses_in_one_line_what_cannot_be_mixed(server: Served, tmp_path: 
     cases = {
         "no end token": ([url, "a"], "--end"),
         "no server": (["http://127.0.0.1:1", "a", *known], "start the server, or correct the URL"),
-        "no such model": ([url, "a", "--models", "agent_7", *known], "answers 404"),
-        "no key": ([url, "a", "--end", "<eos>", "--api-key", "x"], "answers 401"),
+        "no such model": ([url, "a", "--models", "agent_7", *known], "base; correct --models or the URL"),
+        "no key": ([url, "a", "--end", "<eos>", "--api-key", "x"], "; give the server's key with --api-key"),
+        "too much": (
+            [url, "a", "--max-new-tokens", "9999", *known],
+            "; --max-new-tokens, --samples and other",
+        ),
         "other weights": ([url, "a", "--weights", str(weights), *known], "2 agents"),
         "no URL": (["localhost", "a", *known], "http"),
         "twice": ([url, "a", "--models", "agent_0,agent_0", *known], "twice"),

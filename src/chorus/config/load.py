@@ -152,7 +152,9 @@ def _remedy(key: str, written: str, wanted: str) -> str:
         return f"; write {foreign}"
     remedies = {
         "a valid string": "; put it in quotes",
-        "a valid list": "; write [one, another]",
+        "a valid list": f"; write [{written}]"
+        if re.fullmatch(r"(?!null|true|false)[\w./-]+", written)
+        else "; write [one, another]",
         "a valid boolean": "; write true or false, without quotes",
         "a valid integer": "; write a whole number, without quotes or a point",
         "a valid number": "; write a number, without quotes",

@@ -29,7 +29,9 @@ from chorus.serving.scheduler import Busy, Closing, Scheduler, Score
 from chorus.serving.watched import Watched
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health")
 MOST_BYTES = 8 * 2**20  # of a request; the longest prompt is far smaller
+WRONG_KEY = "incorrect API key; send the server's as the header Authorization: Bearer KEY"
 LOOK_S = 0.5  # between two checks whether the client of a whole answer is still connected
 
 
@@ -102,7 +104,7 @@ def _refused(request: HttpRequest, api_key: str | None) -> JSONResponse | None:
     if api_key is not None and request.url.path != "/health":
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), api_key.encode()):
-            content = error_object("incorrect API key", "invalid_request_error", "invalid_api_key")
+            content = error_object(WRONG_KEY, "invalid_request_error", "invalid_api_key")
             return JSONResponse(content, 401)
     if request.method == "POST":
         length = request.headers.get("content-length", "")
@@ -125,13 +127,18 @@ def _handle_errors(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             return JSONResponse(error_object("the body is not valid JSON", "invalid_request_error"), 400)
         place = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        what = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if first["type"] == "extra_forbidden":
+            what = "is not supported; leave it out"
         message = f"{place}: {what}" if place else what
         return JSONResponse(error_object(message, "invalid_request_error", param=place or None), 400)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: HttpRequest, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_object(str(error.detail), "invalid_request_error"), error.status_code)
+    async def http_error(request: HttpRequest, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is no {request.url.path}; there is {', '.join(PATHS)}"
+        return JSONResponse(error_object(message, "invalid_request_error"), error.status_code)
 
 
 class Service:
@@ -198,9 +205,12 @@ class Service:
     ) -> list[Text]:
         n = request.n or 1
         if n * len(prompts) > self.scheduler.max_texts:
-            raise Refusal(
-                400, f"n: {n * len(prompts)} answers are more than {self.scheduler.max_texts}", param="n"
+            most = self.scheduler.max_texts
+            message = (
+                f"n: {n * len(prompts)} answers are more than {most}; ask for fewer at a time, or start the "
+                "server with a larger --max-texts"
             )
+            raise Refusal(400, message, param="n")
         try:
             for ids in prompts:
                 self.opened.refuse_too_long(len(ids), max_new, self.scheduler.most_tokens)

@@ -49,7 +49,7 @@ class Opened:
         """Raise InputError where prompt and answer may not fit into `limit` tokens."""
         if num_prompt + num_new > limit:
             room = limit - num_prompt
-            remedy = f"ask for at most {room}" if room > 0 else "shorten the prompt"
+            remedy = f"ask for at most {room}" if room > 0 else f"shorten the prompt to {limit - 1} at most"
             raise InputError(
                 f"the prompt has {num_prompt} tokens, and with {num_new} new ones the text would be longer "
                 f"than {limit}; {remedy}"

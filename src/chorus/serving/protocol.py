@@ -14,7 +14,6 @@ from chorus.ensemble.uncertainty import uncertainty_of
 MOST_TOPS = 20  # of the most probable tokens for each token, OpenAI's limit
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 TokenId = Annotated[int, Field(ge=0)]
-Off = Annotated[float, Field(ge=0, le=0)] | None
 
 
 class StreamOptions(BaseModel):
@@ -38,9 +37,9 @@ class Request(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Off = None
-    frequency_penalty: Off = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     user: str | None = None
 
     @field_validator("stop")
@@ -50,6 +49,13 @@ class Request(BaseModel):
         if "" in stops or len(stops) > 4:
             raise ValueError("give one to four texts, none of them empty")
         return stop
+
+    @field_validator("presence_penalty", "frequency_penalty", "logit_bias")
+    @classmethod
+    def _are_off(cls, value: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        if value:
+            raise ValueError("is not supported; leave it out")
+        return value
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -96,6 +102,14 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        parts = content if isinstance(content, list) else []
+        if any(isinstance(part, dict) and part.get("type") != "text" for part in parts):
+            raise ValueError("only parts of type text are supported; leave the others out")
+        return content
 
     def as_turn(self) -> dict[str, str]:
         """The turn, as chat templates take it."""

@@ -20,6 +20,13 @@ import torch
 from chorus.ensemble.mixture import mixture_log_prob
 from chorus.errors import InputError, RunError
 
+REMEDIES = {  # by status
+    400: "--max-new-tokens, --samples and other options set what is asked for",
+    401: "give the server's key with --api-key or in OPENAI_API_KEY",
+    404: "correct --models or the URL",
+    429: "ask later, or let the server take more requests at a time",
+}
+
 
 class Candidate(NamedTuple):
     """A distinct answer of some agents.
@@ -76,8 +83,8 @@ class Remote:
         except urllib.error.HTTPError as error:
             said = _message_of(error.read())
             kind = RunError if error.code >= 500 else InputError
-            what = f"{self.url}{path}: answers {error.code}: {said}"
-            raise kind(f"{what}; change the request or the server") from None
+            remedy = REMEDIES.get(error.code, "change the request or the server")
+            raise kind(f"{self.url}{path}: answers {error.code}: {said}; {remedy}") from None
         except TimeoutError:
             raise RunError(f"{self.url}{path}: no answer in {self.timeout_s:g} s; raise --timeout") from None
         except urllib.error.URLError as error:
