@@ -130,6 +130,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "file").write_text("a file")
     (folder / "bad.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
     (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}')
+    (folder / "scaled.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2}')
     (folder / "empty").mkdir()
     half = shutil.copytree("assets/tiny-gemma-2", folder / "half") / "model.safetensors"
     half.write_bytes(half.read_bytes()[:500_000])
@@ -147,6 +148,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "json": (
             ["use_deepspeed=true", f"deepspeed_config_file={folder}/ds.json"],
             "gradient_clipping",
+        ),
+        "json that only DeepSpeed's engine refuses": (
+            ["use_deepspeed=true", f"deepspeed_config_file={folder}/scaled.json"],
+            "DeepSpeed refuses its JSON: gradient_predivide_factor != 1.0",
         ),
         "fp16 without a gpu": (["mixed_precision=fp16"], "fp16"),
     }

@@ -352,6 +352,35 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
     assert "Is a directory" in refusal(tmp_path)
 
 
+# ---- what a line says to do is done, and the error is gone ----
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "mended"),
+    [
+        ({**ZERO, "gradient_clipping": 0.5}, 'write "auto" there', {**ZERO, "gradient_clipping": "auto"}),
+        ({**ZERO, "bf16": True}, 'give {"enabled": "auto"}', {**ZERO, "bf16": {"enabled": "auto"}}),
+        ({**ZERO, "wall_clock_breakdown": 1}, "give true or false", {**ZERO, "wall_clock_breakdown": True}),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            'give "offload_optimizer": {"device": "cpu"}',
+            {"zero_optimization": {"stage": 2, "offload_optimizer": CPU}},
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": CPU}},
+            "needs stage 3",
+            {"zero_optimization": {"stage": 3, "offload_param": CPU}},
+        ),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": True}}, "remove it", ZERO),
+    ],
+)
+def test_the_remedy_that_a_line_about_the_json_names_helps(file: Path, wrong: dict, line: str, mended: dict):
+    with pytest.raises(InputError) as error:
+        leave_clipping_to_chorus(settled(file, wrong))
+    assert line in str(error.value)
+    leave_clipping_to_chorus(settled(file, mended))
+
+
 # ---- the launcher ----
 
 
@@ -369,7 +398,11 @@ def test_launcher_and_configuration_must_name_the_same_file(file: Path, tmp_path
 def test_a_zero_stage_of_the_launcher_must_be_that_of_the_json(file: Path, content: dict | None):
     place = file if content else None
     assert settled(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"})
-    message = refusal(place, content, environment={"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+    asked = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    message = refusal(place, content, environment=asked)
+    recipe = REPOSITORY / "recipes" / "deepspeed" / "zero3.json"
+    assert str(recipe.relative_to(REPOSITORY)) in message
+    assert settled(recipe, environment=asked)["zero_optimization"]["stage"] == 3, "as the line says"
     assert "key 'zero_optimization.stage' is 2, but the launcher says 3" in message
 
 
