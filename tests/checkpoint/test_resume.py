@@ -10,6 +10,7 @@ from runs import ROWS, config_of, run_of, save_run
 from saving import state_of
 from toy import tiny_gemma
 
+from chorus.checkpoint import resume
 from chorus.checkpoint.fingerprints import base_fingerprint
 from chorus.checkpoint.resume import find_start, load_best, refuse_another_base
 from chorus.checkpoint.state_file import BestStep
@@ -30,6 +31,17 @@ def test_without_a_checkpoint_or_with_null_a_run_begins_anew(tmp_path: Path, acc
     config = config_of(tmp_path, resume_from_checkpoint=None)
     begin = find_start(config, run_of(config, accelerator), accelerator)
     assert (begin.folder, begin.step, begin.in_place) == (None, 0, False)
+
+
+def test_a_checkpoint_that_the_first_process_has_found_and_this_one_does_not_see_is_refused(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a second host without the folder: each process reads the tensors for itself."""
+    config = config_of(tmp_path)
+    found = resume.Start(tmp_path / "on_another_disk" / "step_000002")
+    monkeypatch.setattr(resume, "on_first_process", lambda accelerator, act: found)
+    with pytest.raises(InputError, match=f"{found.folder} is not seen; name a folder that all hosts share"):
+        find_start(config, run_of(config, accelerator), accelerator)
 
 
 def test_auto_takes_the_newest_whole_one_and_names_the_damaged_file(tmp_path: Path, accelerator: Accelerator):

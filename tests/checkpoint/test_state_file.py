@@ -1,6 +1,7 @@
 """`state.json`: an entry that no run writes is named in one line, also where the manifest vouches for it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,20 @@ def test_a_step_out_of_range_is_damage_also_in_a_folder_of_another_name(
     named = config.model_copy(update={"resume_from_checkpoint": str(copy)})
     with pytest.raises(InputError, match=r"entry 'step' .* should be (greater|less) than or equal to"):
         find_start(named, run_of(config, accelerator), accelerator)
+
+
+def test_processes_over_which_the_agents_could_not_be_spread_are_damage(
+    tmp_path: Path, accelerator: Accelerator
+):
+    folder = save_run(config_of(tmp_path), accelerator, 2)
+    edit_state(folder, lambda state: state["config"].update(agent_parallel_size=2))
+    edit_state(folder, lambda state: state.update(world_size=3))
+    with pytest.raises(Damaged, match="world_size is 3, and agent_parallel_size 2"):
+        read_state_file(folder)
+
+
+def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path, accelerator: Accelerator):
+    folder = save_run(config_of(tmp_path), accelerator, 2)
+    os.truncate(folder / "state.json", 2**40)  # takes no room
+    with pytest.raises(Damaged, match=r"state\.json: is larger than 67,108,864 bytes"):
+        read_state_file(folder)

@@ -115,11 +115,6 @@ class StateFile(SavedStep):
             raise ValueError(
                 f"num_steps is {self.num_steps}, and max_train_steps {self.config.max_train_steps}"
             )
-        if isinstance(self.optimizer_step, list) and len(self.optimizer_step) != self.config.num_agents:
-            raise ValueError(
-                f"optimizer_step has {len(self.optimizer_step)} numbers, and num_agents is "
-                f"{self.config.num_agents}"
-            )
         return self
 
 
