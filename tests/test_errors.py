@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from launching import wait_for
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from chorus.errors import InputError, RunError, input_errors_end_the_program, out_of_memory
+from chorus import errors
+from chorus.errors import InputError, LostProcess, RunError, input_errors_end_the_program, out_of_memory
 
 PROGRAM = """
 from chorus.errors import InputError, Preempted, RunError, input_errors_end_the_program
@@ -60,6 +62,27 @@ def test_the_line_is_one_write_so_that_no_other_process_comes_between_it_and_its
         subprocess.run([sys.executable, "-u", "-c", code], stderr=stderr, check=False)
     assert os.read(reading, 100) == (b"line\n" if error == "Preempted" else b"error: line\n")
     os.close(reading)
+
+
+def test_torchrun_reads_our_line_as_the_cause_and_that_of_a_process_that_lost_another_as_a_later_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By torch's reader of what a process leaves: the earliest failure is the root cause in its report."""
+    monkeypatch.setattr(errors.os, "_exit", sys.exit)
+    monkeypatch.setattr(errors.time, "time", lambda: 100.5)
+    failures = []
+    for error in (LostProcess("another has ended"), InputError("key 'lr' is 0"), RunError("agent 1 is nan")):
+        file = str(tmp_path / type(error).__name__)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+        with pytest.raises(SystemExit), input_errors_end_the_program():
+            raise error
+        read = ProcessFailure(local_rank=0, pid=1, exitcode=3, error_file=file)
+        failures.append((read.message["message"], read.timestamp))
+    assert failures == [
+        ("error: another has ended", 101),
+        ("error: key 'lr' is 0", 100),
+        ("error: agent 1 is nan", 100),
+    ]
 
 
 def test_a_signal_amid_a_write_to_stderr_has_its_line_all_the_same():
