@@ -70,6 +70,15 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(
     )
 
 
+def test_the_fullest_device_of_all_processes_decides(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
+    """As beside a second process, on whose device another program has left 1 MiB."""
+    monkeypatch.setattr(memory_check, "gather_object", lambda own: [*own, 2**20])
+    with pytest.raises(InputError, match=r"and 1\.0 MiB are free: it does not fit; "):
+        foresee_memory(RunConfig(**SMALL), "no", accelerator, ROWS[:3])
+
+
 # ---- it has run out ----
 
 

@@ -183,8 +183,8 @@ def _check_zero(zero: dict[str, Any], path: str, environment: Mapping[str, str])
                 '{"device": "cpu"} in its place'
             )
     offload = zero.get("offload_optimizer")
-    for name in ("ratio", "super_offload") if isinstance(offload, dict) else ():
-        if offload.get(name, "auto") not in ("auto", 1.0 if name == "ratio" else False):
+    for name in ("ratio", "super_offload"):
+        if isinstance(offload, dict) and offload.get(name, "auto") not in ("auto", name == "ratio"):
             raise InputError(
                 f"{path}: key 'zero_optimization.offload_optimizer.{name}' is {offload[name]!r}, but Chorus "
                 f"{KEEPS_ADAMW}; remove it"
