@@ -3,10 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from exports import CONFIG, WEIGHTS, save, values
 from folders import contents
 from peft import PeftModel
@@ -153,6 +155,18 @@ def test_a_tensor_that_is_not_finite_is_refused_with_agent_and_tensor(value: flo
     assert identity.path in message
     assert f"({identity.matrix})" in message
     assert "\n" not in message
+
+
+def test_the_run_writes_no_agents_of_which_one_is_not_finite(tmp_path: Path):
+    """Also where its answers are: the weights that DeepSpeed holds in fp32 are not those of the passes."""
+    import train as script
+
+    tensors = values(toy_agents("parallel"))
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    engine: Any = SimpleNamespace(adapter_values=lambda: tensors, accelerator=Accelerator(cpu=True))
+    with pytest.raises(RunError, match=r"^agent 0: .* is not finite"):
+        script.save(engine, CONFIG, tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
