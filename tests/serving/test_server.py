@@ -27,7 +27,7 @@ from chorus.errors import InputError
 from chorus.serving.opened import Opened, open_ensemble
 
 pytestmark = pytest.mark.launch
-SEATS, WAITING = 4, 40
+SEATS, WAITING, LONGEST = 4, 40, 1020
 NAMES = [["Ada", "Ben", "Cleo", "Dan"][n % 4] for n in range(32)]
 PROMPTS = [f"{name} has {n + 3} apples." for n, name in enumerate(NAMES)]
 
@@ -45,6 +45,7 @@ def opened(adapters: list[Path]) -> Opened:
 @pytest.fixture(scope="module")
 def server(adapters: list[Path]) -> Iterator[Served]:
     limits = ["--max-texts", str(SEATS), "--max-waiting", str(WAITING), "--port", "0"]
+    limits += ["--max-length", str(LONGEST)]
     process = subprocess.Popen(
         [sys.executable, "-m", "chorus", "serve", str(adapters[0].parent), "--device", "cpu", *limits],
         cwd=ROOT,
@@ -69,6 +70,14 @@ def alone(opened: Opened, answerer: Answerer, prompt: str, max_new_tokens: int) 
     how = {"max_new_tokens": max_new_tokens, "end_ids": ends, "tokenizer": opened.ensemble.tokenizer}
     [[answer]] = generate(opened.ensemble.agents, [answerer], [ids], **cast(Any, how))
     return answer.text
+
+
+def test_a_text_may_have_as_many_tokens_as_the_option_says_and_no_more(server: Served):
+    asked: dict[str, Any] = {"model": "agent_0", "prompt": [5] * (LONGEST - 2), "temperature": 0}
+    usage = server.client.completions.create(**asked, max_tokens=2).usage
+    assert usage is not None and usage.total_tokens == LONGEST
+    with pytest.raises(openai.BadRequestError, match=f"longer than {LONGEST}; ask for at most 2"):
+        server.client.completions.create(**asked, max_tokens=3)
 
 
 def test_the_models_are_the_mixture_the_agents_and_the_base(server: Served):

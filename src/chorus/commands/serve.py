@@ -98,6 +98,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, api_key: str | 
     with announced(IMPORTING):
         import uvicorn
 
+        from chorus.ensemble.decoding_batch import steps_at_a_time
         from chorus.monitoring.run_log import quiet_libraries
         from chorus.serving.app import build_app
         from chorus.serving.opened import open_ensemble
@@ -105,14 +106,18 @@ def _serve(options: argparse.Namespace, listener: socket.socket, api_key: str | 
 
     quiet_libraries()
     opened = open_ensemble(options.run, options.model, options.precision, options.device, options.form)
-    length = options.max_length or min(opened.positions, LONGEST)
-    if length > opened.positions:
-        raise InputError(
-            f"--max-length {length}: the base has {opened.positions} positions; name at most so many"
-        )
     agents = opened.ensemble.agents
-    max_texts = options.max_texts or TEXTS[next(agents.parameters()).device.type]
-    scheduler = Scheduler(agents, opened.answerers, length, max_texts, options.max_waiting)
+    device = next(agents.parameters()).device
+    beyond = steps_at_a_time(device)  # the last steps of a text may reach beyond its end
+    most = opened.positions - beyond
+    length = options.max_length or min(most, LONGEST)
+    if length > most:
+        raise InputError(
+            f"--max-length {length}: the base has {opened.positions} positions, of which {beyond} stay free; "
+            f"name at most {most}"
+        )
+    max_texts = options.max_texts or TEXTS[device.type]
+    scheduler = Scheduler(agents, opened.answerers, length + beyond, max_texts, options.max_waiting)
     server = uvicorn.Server(uvicorn.Config(build_app(opened, scheduler, api_key), log_level="warning"))
     host, port, *_ = listener.getsockname()
     is_open = host not in ("127.0.0.1", "::1") and api_key is None
