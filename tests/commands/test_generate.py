@@ -245,6 +245,8 @@ def test_a_chat_gives_the_turns_so_far_to_a_chat_template(
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    # A shell's job in the background ignores SIGINT, and so would these tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     whole = chatted(f"{QUESTION}\n", monkeypatch, capsys, run)
     advance, steps = LiveBatch.advance, iter([False, True])
 
@@ -254,7 +256,10 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(LiveBatch, "advance", interrupted)
-    found = chatted(f"{QUESTION}\n{QUESTION}\n", monkeypatch, capsys, run)
+    try:
+        found = chatted(f"{QUESTION}\n{QUESTION}\n", monkeypatch, capsys, run)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found[0].endswith(" (ended)")
     assert whole[0].startswith(found[0].removesuffix(" (ended)"))
     assert found[1:] == whole

@@ -75,7 +75,8 @@ def alone(opened: Opened, answerer: Answerer, prompt: str, max_new_tokens: int) 
 def test_a_text_may_have_as_many_tokens_as_the_option_says_and_no_more(server: Served):
     asked: dict[str, Any] = {"model": "agent_0", "prompt": [5] * (LONGEST - 2), "temperature": 0}
     usage = server.client.completions.create(**asked, max_tokens=2).usage
-    assert usage is not None and usage.total_tokens == LONGEST
+    assert usage is not None
+    assert usage.total_tokens == LONGEST
     with pytest.raises(openai.BadRequestError, match=f"longer than {LONGEST}; ask for at most 2"):
         server.client.completions.create(**asked, max_tokens=3)
 
