@@ -18,6 +18,7 @@ from chorus.data.batches import Sample
 from chorus.ensemble.load import load_ensemble
 from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError
+from chorus.model.quantisation import QUANTISING
 
 FILE = "adapter_model.safetensors"
 
@@ -251,7 +252,7 @@ def test_a_folder_without_adapters_is_refused(tmp_path: Path):
 
 
 def test_another_base_of_the_same_shape_is_refused_where_the_run_has_left_its_fingerprint(
-    base: Path, made: list[Path], tmp_path: Path
+    base: Path, made: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     run = describe(tmp_path / "run", base, made[:1], weights=[1.0])
     state = run / "checkpoints" / "step_000001" / "state.json"
@@ -270,3 +271,11 @@ def test_another_base_of_the_same_shape_is_refused_where_the_run_has_left_its_fi
     }
     state.write_text(json.dumps(entries))
     refusal(run, "differ from those")
+    for (
+        key
+    ) in QUANTISING:  # the fingerprint is that of the quantised base, and the agents are for the plain one
+        description = json.loads((run / "ensemble.json").read_text()) | {"config": {**config, key: True}}
+        (run / "ensemble.json").write_text(json.dumps(description))
+        caplog.clear()
+        assert load_ensemble(run).names
+        assert f"trained with {key}: that the weights of {base} are those is not checked" in caplog.text

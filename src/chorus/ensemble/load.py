@@ -27,6 +27,7 @@ from chorus.model.adapters import LoraShape, lora_layers
 from chorus.model.agents import Agents, Mode, build_agents
 from chorus.model.base import load_model, load_skeleton, load_tokenizer
 from chorus.model.flat_adapter import Matrix
+from chorus.model.quantisation import QUANTISING
 from chorus.model.regularisation import Regularisation
 from chorus.progress import announced
 
@@ -115,7 +116,13 @@ def load_ensemble(
         refuse_equal_agents(adapters, names)
     tokenizer = load_tokenizer(base_name)
     model = load_model(base_name, dtype, torch.device(device), attn_implementation)
-    if source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
+    quantising = [key for key in QUANTISING if (source.description.get("config") or {}).get(key)]
+    if quantising:
+        logger.warning(
+            "the agents were trained with %s: that the weights of %s are those is not checked",
+            *(quantising[0], base_name),
+        )
+    elif source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
         raise InputError(
             f"{base_name}: its weights or architecture differ from those the agents were trained on; restore "
             f"it, or name its new place with {base_option}"

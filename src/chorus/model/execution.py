@@ -12,6 +12,7 @@ from chorus.data.shapes import MAX_SHAPES
 from chorus.errors import InputError
 from chorus.model.kernels.cuda_graphs import MAX_CAPTURES
 from chorus.model.kernels.decoder_layers import Recompute
+from chorus.model.quantisation import QUANTISING
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +69,12 @@ def decide_execution(config: Config, device: torch.device, base_in_shards: bool 
             raise InputError(
                 f"key {key!r} is true, which ZeRO stage 3 does not allow; set it to auto, or use stage 2"
             )
-    if base_in_shards and (config.load_in_4bit or config.load_in_8bit):
-        raise InputError(
-            "key 'load_in_4bit' or 'load_in_8bit' is true, and ZeRO stage 3 cannot cut up a quantised base; "
-            "set both to false, or use stage 2"
-        )
+    for key in QUANTISING:
+        if base_in_shards and getattr(config, key):
+            raise InputError(
+                f"key {key!r} is true, and ZeRO stage 3 cannot cut up a quantised base; set it to false, or "
+                "use stage 2"
+            )
     if base_in_shards and config.recomputation == "selective":
         raise InputError(
             "key 'gradient_checkpointing' is selective, which ZeRO stage 3 does not allow; set it to full"

@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from chorus.config.model import ModelSettings
 from chorus.errors import InputError
 
+QUANTISING = ("load_in_4bit", "load_in_8bit")  # keys; at most one is true
 BLOCK = 64  # weights of one block of NF4, with one scale of 8 bits; 256 scales share one of 32
 SHARED = 256
 
