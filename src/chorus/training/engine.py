@@ -42,7 +42,11 @@ from chorus.training.optimizer import adamw, clip_and_step
 from chorus.training.step import StepResult
 from chorus.training.zero import partitions, stage3, stepping
 from chorus.training.zero.data_group import data_group_of
-from chorus.training.zero.deepspeed_json import deepspeed_json, leave_clipping_to_chorus
+from chorus.training.zero.deepspeed_json import (
+    deepspeed_json,
+    leave_clipping_to_chorus,
+    refusals_of_deepspeed,
+)
 from chorus.training.zero.launcher import (
     check_launcher,
     deepspeed_wanted,
@@ -301,7 +305,7 @@ def start_engine(
     num_elements = sum(map(torch.numel, adapters))
     stage = zero_stage(accelerator)
     if stage > 0:
-        with data_group_of(mesh, adapters), _refusals_of_deepspeed():
+        with data_group_of(mesh, adapters), refusals_of_deepspeed():
             module, optimizer = accelerator.prepare(agents, optimizer)
     else:
         # Accelerate's own DDP would reduce gradients over all processes, including those with other agents.
@@ -330,20 +334,6 @@ def start_engine(
         stage3.register_reads(agents)
         stage3.keep_gathered(module.optimizer, adapters)
     return Engine(accelerator, agents, module, optimizer, settings.max_grad_norm, description, mesh)
-
-
-@contextmanager
-def _refusals_of_deepspeed() -> Iterator[None]:
-    """Some settings of its JSON DeepSpeed refuses only here, by an assertion, and others on some devices."""
-    try:
-        yield
-    except (AssertionError, ValueError) as error:
-        if isinstance(error, InputError) or not str(error):
-            raise
-        said = " ".join(str(error).split()).rstrip(".")
-        raise InputError(
-            f"key 'deepspeed_config_file': DeepSpeed refuses its JSON: {said}; remove what it refuses"
-        ) from error
 
 
 def _reduced(module: nn.Module, device: torch.device, mesh: Mesh) -> DistributedDataParallel:

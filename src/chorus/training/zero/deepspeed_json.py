@@ -8,7 +8,8 @@ import copy
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,20 @@ def leave_clipping_to_chorus(settings: dict[str, Any]) -> dict[str, Any]:
     if changed["bf16"]["enabled"]:
         _decide(changed["bf16"], "check_grad_overflow", JSON, TAKES_NORM, "bf16.")
     return {**changed, "gradient_clipping": 0.0}
+
+
+@contextmanager
+def refusals_of_deepspeed() -> Iterator[None]:
+    """Some settings of its JSON DeepSpeed refuses only here, by an assertion, and others on some devices."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, InputError) or not str(error):
+            raise
+        said = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"key 'deepspeed_config_file': DeepSpeed refuses its JSON: {said}; remove what it refuses"
+        ) from error
 
 
 def _check_the_rest(settings: dict[str, Any], path: str) -> None:
