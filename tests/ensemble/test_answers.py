@@ -95,13 +95,18 @@ def test_answers_that_are_longer_than_what_is_written_are_counted(caplog: pytest
         ("#### 12,34", "#### 1234", True),  # as GSM8K's scoring has it
         ("#### 123456789012345678901234567890", "#### 123456789012345678901234567891", False),
         ("#### 190", "#### 19", False),
-        # no mark in the reference: whole texts, but for white space
+        # no mark at all: whole texts, but for white space
         (" yes ", "yes", True),
         ("a  b\nc", "a b c", True),
         ("Yes", "yes", False),
         ("yes, 1,000", "yes, 1000", False),
-        ("#### yes", "yes", False),
         ("", "yes", False),
+        # the mark in the text alone: the reference is the result
+        ("#### yes", "yes", True),
+        ("212 + 30 = 242\n#### 242", "242", True),
+        ("#### 1,000 apples", "$1000", True),
+        ("242 #### 24", "242", False),
+        ("#### 242", "212 + 30 = 242", False),
     ],
 )
 def test_an_answer_is_right_where_its_result_is(text: str, reference: str, right: bool):

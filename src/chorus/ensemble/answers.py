@@ -44,11 +44,19 @@ def pieces(ids: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[str
 
 
 def is_exact(text: str, reference: str) -> bool:
-    """Whether the results agree where the reference marks one with `####`, otherwise the whole texts.
+    """Whether the results agree where the reference or the text marks one with `####`, otherwise the whole
+    texts.
 
-    White space is normalised between words and ignored at both ends.
+    A reference without the mark is a result then: agents that learnt to write the mark are also asked
+    questions whose file has results alone. White space is normalised between words and ignored at both ends.
     """
+    reference = _marked_as(text, reference)
     return answer_to(reference, text) == answer_to(reference, reference)
+
+
+def _marked_as(text: str, reference: str) -> str:
+    is_result = ANSWER_MARK in text and ANSWER_MARK not in reference
+    return f"{ANSWER_MARK} {reference}" if is_result else reference
 
 
 def answer_to(reference: str, text: str) -> str | None:
@@ -57,6 +65,7 @@ def answer_to(reference: str, text: str) -> str | None:
     Where its result is a number, the one number in the text's result is the answer, whatever stands around
     it: `1000 apples`, `\\boxed{1000}`. GSM8K's own scoring likewise leaves words out.
     """
+    reference = _marked_as(text, reference)
     is_marked = ANSWER_MARK in reference
     found = final_answer(text, is_marked)
     if not is_marked or not found or _number(final_answer(reference, True) or "") is None:
