@@ -17,8 +17,8 @@ install: .venv/.installed
 	$(BIN)/pip install --quiet -e '.[test,dev,trackers]'
 	touch $@
 
-train: install
-	$(BIN)/accelerate launch train.py
+train: install  # -q: an error ends with our line, and not with a traceback of the launcher's own call
+	$(BIN)/accelerate launch -q train.py
 
 test: .venv/.dev  # two processes; a file's tests stay together, because they share runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
