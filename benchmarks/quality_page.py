@@ -187,19 +187,16 @@ def _verdict(measured: Sequence[Row]) -> str:
 
 def _stock(measured: Sequence[Row], stock: Row | None) -> str:
     """The time of K agents beside that of as many runs with stock PEFT."""
-    together = [
-        row for row in measured if row.get("agents", 0) > 1 and row["rank"] == (stock or {}).get("rank")
-    ]
-    if stock is None or "failed" in stock or not together:
+    if stock is None or "failed" in stock:
         return ""
     ms = stock["ms_per_step"]
     named = [
         f"{row['arm']} {row['train_s']:.1f} s, "
         f"{row['agents']} runs with stock PEFT {row['agents'] * row['steps'] * ms / 1000:.1f} s"
-        for row in together
-        if row["arm"].startswith((SHARED, APART))
+        for row in measured
+        if row["arm"].startswith((SHARED, APART)) and row["rank"] == stock["rank"]
     ]
-    return f"- A step of stock PEFT takes {ms:.1f} ms: {'; '.join(named)}.\n"
+    return f"- A step of stock PEFT takes {ms:.1f} ms: {'; '.join(named) or 'no agents to compare'}.\n"
 
 
 def _list(rows: Sequence[Row], other: Row) -> str:

@@ -245,8 +245,6 @@ def test_a_chat_gives_the_turns_so_far_to_a_chat_template(
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    # A shell's job in the background ignores SIGINT, and so would these tests.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     whole = chatted(f"{QUESTION}\n", monkeypatch, capsys, run)
     advance, steps = LiveBatch.advance, iter([False, True])
 
@@ -256,6 +254,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(LiveBatch, "advance", interrupted)
+    # A shell's job in the background ignores SIGINT, and so would these tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         found = chatted(f"{QUESTION}\n{QUESTION}\n", monkeypatch, capsys, run)
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chorus.errors import RunError, out_of_memory
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: an error without a number
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""What DeepSpeed would refuse in its JSON, unknown keys, files that are none, and what the launcher says."""
+"""Errors of the DeepSpeed JSON: values that DeepSpeed refuses, unknown keys, unreadable files, and a launcher
+that contradicts it."""
 
 import json
 import os

@@ -131,7 +131,7 @@ def leave_clipping_to_chorus(settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def refusals_of_deepspeed() -> Iterator[None]:
-    """Some settings of its JSON DeepSpeed refuses only here, by an assertion, and others on some devices."""
+    """Raise InputError for settings of the JSON that DeepSpeed refuses only while it builds its engine."""
     try:
         yield
     except (AssertionError, ValueError) as error:
