@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-NO_CONDITION = ("--out", "--minutes")  # options that change no figure
+NO_CONDITION = ("--out", "--minutes", "--arms")  # options that change no figure
 
 
 def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -29,11 +29,13 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def _telling(arguments: Sequence[str]) -> list[str]:
     """The arguments without `NO_CONDITION` and their values."""
-    return [
-        one
-        for place, one in enumerate(arguments)
-        if one not in NO_CONDITION and (place == 0 or arguments[place - 1] not in NO_CONDITION)
-    ]
+    told, is_told = list(arguments[:1]), True
+    for one in arguments[1:]:
+        if one.startswith("--"):
+            is_told = one not in NO_CONDITION
+        if is_told:
+            told.append(one)
+    return told
 
 
 def driver_version() -> str:

@@ -11,13 +11,15 @@ quality_arms.py lists the arms, quality_tasks.py says which rows are used for wh
 
 Writes quality.json, quality.md and a picture of each task to --out, anew after every run; what is measured
 already is not measured again, so a study may be cut into many calls. --minutes ends it: no run is started
-that would not end in time.
+that would not end in time. On several GPUs, each may take some of the arms (--arms) into a folder of its
+own; runs that shared a GPU or a busy host are timed again alone (--time-again).
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -28,7 +30,8 @@ import timing
 import torch
 from conditions import conditions
 from pydantic import ValidationError
-from quality_arms import Arm, Settings, arms, combined_arms
+from quality_arms import COMBINED, Arm, Settings, arms, combined_arms
+from quality_options import arguments
 from quality_page import draw_pictures, page
 from quality_runs import Bench, Committee, Trained, calibrated_nll, scored, train_agents
 from quality_stock import stock_ms_per_step
@@ -45,6 +48,7 @@ from chorus.training.engine import DTYPES, decide_precision, make_accelerator
 
 TUNING_SEED = 1_000  # unlike those of the seeds that are scored
 TIMED_STEPS = 24  # of a run that is only timed
+STOCK = Arm("stock PEFT")
 
 
 class Chosen(NamedTuple):
@@ -222,6 +226,27 @@ class Study:
         outcome = figures.get("failed", "done")
         print(f"{what}: {outcome}, {time.perf_counter() - began:.1f} s", flush=True)
 
+    def time_stock(self) -> None:
+        model, rank = self.options.model, self.options.rank
+        row = self.row("stock", STOCK, rank=rank)
+        self.keep(row, lambda: {"ms_per_step": stock_ms_per_step(self.bench, model, rank)})
+
+    def time_again(self) -> None:
+        """Take the time of a step of stock PEFT and of every measured arm; the scores stay.
+
+        Raises OutOfTime at the end of `--minutes`.
+        """
+        self.time_stock()
+        for arm in self.wanted():
+            known = self.results.of(self.row("arm", arm))
+            if arm.size == 0 or known is None or "failed" in known:
+                continue
+            steps = min(known["steps"], TIMED_STEPS)
+            ms = self.train(arm, known["variant"], [known["rate"]], known["epochs"], 0, steps).ms_per_step
+            times = {"ms_per_step": ms, "train_s": ms * known["steps"] / 1000, "timed": self.about}
+            self.results.add(known | times)
+            print(f"{known['task']}: {arm.name}: {ms:.1f} ms a step", flush=True)
+
     def wanted(self) -> Iterator[Arm]:
         """The arms in their order; the combination once its sources are tuned."""
         options = self.options
@@ -237,19 +262,23 @@ class Study:
 
     def run(self) -> None:
         """Raises OutOfTime at the end of `--minutes`."""
-        model, rank = self.options.model, self.options.rank
-        stock = self.row("stock", Arm("stock PEFT"), rank=rank)
-        if not self.results.is_measured(stock):
-            self.keep(stock, lambda: {"ms_per_step": stock_ms_per_step(self.bench, model, rank)})
+        options = self.options
+        names = {arm.name for arm in arms(options.agents, options.rank, options.sizes)} | {COMBINED}
+        is_asked = partial(_is_asked, parts=options.arms, names=names)
+        if is_asked(STOCK) and not self.results.is_measured(self.row("stock", STOCK)):
+            self.time_stock()
         for arm in self.wanted():
             row = self.row("arm", arm)
-            if self.results.is_measured(row) or not _is_asked(arm, self.options.arms):
+            if self.results.is_measured(row) or not is_asked(arm):
                 continue
             self.keep(row, lambda arm=arm: self.measured(arm))
 
 
-def _is_asked(arm: Arm, parts: Sequence[str] | None) -> bool:
-    return parts is None or any(part in arm.name for part in parts)
+def _is_asked(arm: Arm, parts: Sequence[str] | None, names: Container[str]) -> bool:
+    """Whether a part is the arm's name, or is in it and no other arm's name."""
+    return parts is None or any(
+        part == arm.name or (part in arm.name and part not in names) for part in parts
+    )
 
 
 def _packed(drawn: Sequence[dict[str, list[float]]]) -> dict[str, str]:
@@ -265,35 +294,6 @@ def _packed(drawn: Sequence[dict[str, list[float]]]) -> dict[str, str]:
 def key_of(row: Row) -> Hashable:
     own = (row["kind"], row["base"], row["task"], row["arm"], row["size"])
     return own if row["kind"] != "tuning" else (*own, row["epochs"], str(sorted(row["variant"].items())))
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="assets/tiny-gemma-2", help="a folder or hub id")
-    parser.add_argument(
-        "--task",
-        action="append",
-        metavar="NAME[=train,val,test,ood]",
-        help="JSON lines, or arithmetic_hard or arithmetic_harder (built in); may be given several times",
-    )
-    parser.add_argument("--arms", nargs="+", help="only arms whose names have one of these parts")
-    parser.add_argument("--agents", type=int, default=4, help="K")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[2, 8, 16], help="other numbers of agents")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
-    parser.add_argument("--epochs", type=int, nargs="+", default=[4, 10])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--most-agents", type=int, default=16, help="of one run")
-    parser.add_argument("--train-rows", type=int, default=960)
-    parser.add_argument("--val-rows", type=int, default=1_000, help="half to tune on, half to calibrate on")
-    parser.add_argument("--test-rows", type=int, default=1_000, help="likewise of the other kind")
-    parser.add_argument("--longest", type=int, default=512, help="tokens of a row; longer ones are left out")
-    parser.add_argument("--new-tokens", type=int, default=48, help="most tokens of a written answer")
-    parser.add_argument("--minutes", type=float, default=600.0)
-    parser.add_argument("--list", action="store_true", help="measure nothing")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
-    return parser.parse_args()
 
 
 def benches(options: argparse.Namespace, folder: Path) -> Iterator[Bench]:
@@ -323,7 +323,7 @@ def benches(options: argparse.Namespace, folder: Path) -> Iterator[Bench]:
 
 
 def main() -> None:
-    options = arguments()
+    options = arguments((__doc__ or "").splitlines()[0])
     end = timing.deadline(60 * options.minutes)
     quiet_libraries()
     results = Results(options.out, "quality", key_of, page)
@@ -334,7 +334,11 @@ def main() -> None:
     try:
         with TemporaryDirectory() as folder:
             for bench in benches(options, Path(folder)):
-                Study(bench, results, options, end).run()
+                study = Study(bench, results, options, end)
+                if options.time_again:
+                    study.time_again()
+                else:
+                    study.run()
     except OutOfTime:
         print("the end of --minutes; the same command goes on", flush=True)
     draw_pictures(results.rows, options.out)

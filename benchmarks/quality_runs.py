@@ -8,7 +8,9 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ from chorus.training.engine import Engine, start_engine
 from train import train
 
 RESAMPLES = 300  # of the rows, for intervals
-LOGGED = 10  # steps of a run that are logged; between the first and the last of them it is timed
+LOGGED = 10  # steps of a run that are logged; it is timed between them
 
 # What a table shows of an answerer: the score, and whether it is taken at the fitted temperature. NLL and
 # Brier are those of the task: of a question, or of a token.
@@ -150,8 +152,10 @@ class _Timer(RunLog):
             self.loss = sum(losses) / len(losses)
 
     def ms_per_step(self) -> float:
-        (first, began), (last, ended) = self.marks[0], self.marks[-1]
-        return 1000 * (ended - began) / (last - first) if last > first else float("nan")
+        between = [
+            1000 * (ended - began) / (last - first) for (first, began), (last, ended) in pairwise(self.marks)
+        ]
+        return median(between) if between else float("nan")
 
 
 def train_agents(bench: Bench, settings: Mapping[str, Any], num_steps: int, snapshots: int = 0) -> Trained:

@@ -41,6 +41,8 @@ UNCAPTURED = {
     "gemma-4 experts",
     "gemma-4 multimodal experts",
 }
+# Seeds of rows of one shape, packed or not: a further shape would compile every layer anew.
+ONE_SHAPE = (4, 6, 12, 19, 24, 39, 43, 51)
 SAMPLE = ["gemma-3 multimodal", "gemma-4 shared", "granite", "gpt2", "qwen3-moe"]
 SAMPLED = [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 EVERY_FAMILY = pytest.mark.parametrize("family", SAMPLED)
@@ -205,8 +207,8 @@ def test_two_ddp_processes_get_the_gradients_of_one(family: str, tmp_path: Path)
 @pytest.mark.parametrize("packing", [None, 40], ids=["", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_defaults_of_a_gpu_are_as_exact_as_plain_bf16(family: str, packing: int | None):
-    """Compiled and captured, over eight batches, the last of
-    them replayed: errors against fp32 as of plain bf16."""
+    """Compiled and captured, over eight batches of one shape, the
+    last of them replayed: errors against fp32 as of plain bf16."""
     if packing and family in WITHOUT_PACKING:
         pytest.skip("refuses packing")
     fast = {"compiled": True, "captured": True, "may_fall_back": family in UNCAPTURED}
@@ -225,7 +227,7 @@ def test_the_defaults_of_a_gpu_are_as_exact_as_plain_bf16(family: str, packing: 
 def flat_gradients(agents: Agents, packing: int | None) -> dict[int, Tensor]:
     """Of each agent, those of eight batches side by side."""
     found: dict[int, list[Tensor]] = {agent: [] for agent in agents.agents}
-    for seed in range(8):
+    for seed in ONE_SHAPE:
         batch = collate(toy_samples(4, 20, seed=seed), PAD, 20, packing=packing).to(
             causal_lm(agents.peft_model(0)).device
         )
