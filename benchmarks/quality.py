@@ -32,7 +32,8 @@ from conditions import conditions
 from pydantic import ValidationError
 from quality_arms import COMBINED, Arm, Settings, arms, combined_arms
 from quality_options import arguments
-from quality_page import draw_pictures, page
+from quality_page import page
+from quality_pictures import draw_pictures
 from quality_runs import Bench, Committee, Trained, calibrated_nll, scored, train_agents
 from quality_stock import stock_ms_per_step
 from quality_tasks import Sizes, TaskRows, read_task
@@ -335,10 +336,7 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             for bench in benches(options, Path(folder)):
                 study = Study(bench, results, options, end)
-                if options.time_again:
-                    study.time_again()
-                else:
-                    study.run()
+                study.time_again() if options.time_again else study.run()
     except OutOfTime:
         print("the end of --minutes; the same command goes on", flush=True)
     draw_pictures(results.rows, options.out)

@@ -1,13 +1,10 @@
-"""quality.md: the tables of quality.py, with intervals, and a picture of each task."""
+"""quality.md: the tables of quality.py, with intervals."""
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
-from quality_arms import APART, COMBINED, SHARED, SINGLE
+from quality_arms import APART, SHARED, SINGLE
 from results import Row, markdown_table
 
 # Score, heading, digits.
@@ -135,22 +132,21 @@ def _cell(row: Row, score: str, digits: int) -> str:
 
 
 def _differences(measured: Sequence[Row]) -> str:
-    """Every arm less the best single LoRA, and less K independent ones."""
-    references = [best_single(measured), _named(measured, APART)]
-    compared = [
-        (other, *how)
-        for other in references
-        if other is not None
-        for how in COMPARED
-        if mean_of(other, how[0]) is not None
-    ]
-    if not compared or len(measured) < 2:
-        return ""
-    lines = [["arm", *(f"{heading} less {other['arm']}" for other, _, heading, _ in compared)]]
+    """A table each: every arm less the best single LoRA, K independent ones, agents on one batch."""
+    references = (best_single(measured), _named(measured, APART), _named(measured, SHARED))
+    tables = [_less(measured, other) for other in references if other is not None and len(measured) > 1]
+    return "\n".join(tables)
+
+
+def _less(measured: Sequence[Row], other: Row) -> str:
+    compared = [how for how in COMPARED if mean_of(other, how[0]) is not None]
+    lines = [[f"less {other['arm']}", *(heading for _, heading, _ in compared)]]
     for row in measured:
+        if row is other:
+            continue
         cells = []
-        for other, score, _, sign in compared:
-            found = None if row is other else difference(row, other, score)
+        for score, _, sign in compared:
+            found = difference(row, other, score)
             text = "" if found is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
             cells.append(f"**{text}**" if text and is_better(row, other, score, sign) else text)
         lines.append([row["arm"], *cells])
@@ -162,27 +158,40 @@ def _named(measured: Sequence[Row], name: str) -> Row | None:
 
 
 def _verdict(measured: Sequence[Row]) -> str:
-    """What beats the best single LoRA in calibrated NLL and in telling errors or other rows, and at what
-    cost."""
+    """What beats single LoRAs in calibrated NLL and in telling errors or other rows, and at what cost."""
     best, apart = best_single(measured), _named(measured, APART)
     if best is None:
         return ""
     ensembles = [row for row in measured if row["size"] > 1]
-    winners = [
-        row
-        for row in ensembles
-        if is_better(row, best, "nll", -1)
-        and any(is_better(row, best, score, 1) for score in ("auroc_errors", "auroc_ood"))
-    ]
     lines = [
-        f"Best single LoRA, by the test rows themselves: {best['arm']}, {best['train_s']:.1f} s of training."
+        f"Best single LoRA, by the test rows themselves: {best['arm']}, {best['train_s']:.1f} s of training.",
+        "Better than it in calibrated NLL and in AUROC err or ood, outside the intervals: "
+        + _list([row for row in ensembles if is_better_than_all(row, [best])], best),
+        "Likewise better than every single LoRA that took no longer: "
+        + _names([row for row in ensembles if is_better_than_all(row, _no_longer_than(row, measured))]),
     ]
-    both = "Better in calibrated NLL and in AUROC err or ood, outside the intervals: "
-    lines.append(both + _list(winners, best))
     if apart is not None:
         above = [row for row in ensembles if row is not apart and is_better(row, apart, "nll", -1)]
         lines.append(f"Better than {APART} in calibrated NLL, outside the intervals: " + _list(above, apart))
     return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def is_better_than_all(row: Row, others: Sequence[Row]) -> bool:
+    """Whether its calibrated NLL is better than that of each, and one AUROC is, outside the intervals."""
+    return (
+        bool(others)
+        and all(is_better(row, other, "nll", -1) for other in others)
+        and any(
+            all(is_better(row, other, score, 1) for other in others)
+            for score in ("auroc_errors", "auroc_ood")
+        )
+    )
+
+
+def _no_longer_than(row: Row, measured: Sequence[Row]) -> list[Row]:
+    """The single LoRAs that took at most the row's seconds of training."""
+    singles = [other for other in measured if other["arm"].startswith(SINGLE)]
+    return [other for other in singles if other["train_s"] <= row["train_s"]]
 
 
 def _stock(measured: Sequence[Row], stock: Row | None) -> str:
@@ -202,6 +211,10 @@ def _stock(measured: Sequence[Row], stock: Row | None) -> str:
 def _list(rows: Sequence[Row], other: Row) -> str:
     named = [f"{row['arm']} ({row['train_s'] / other['train_s']:.1f} times its seconds)" for row in rows]
     return ("; ".join(named) or "none") + "."
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return ("; ".join(row["arm"] for row in rows) or "none") + "."
 
 
 def _tuning(tried: Sequence[Row]) -> str:
@@ -246,52 +259,3 @@ def _about(measured: Sequence[Row]) -> str:
         for about in (row["about"] for row in measured)
     )
     return "\n".join(f"- {machine}" for machine in machines) + "\n"
-
-
-def draw_pictures(rows: Sequence[Row], out: Path) -> None:
-    """For each task the gain in calibrated NLL over seconds of training, as a file beside the page; nothing
-    without matplotlib."""
-    try:
-        from chorus.reporting.drawing import picture
-    except ImportError:
-        print("no pictures: pip install -e '.[report]' brings matplotlib")
-        return
-    for (base, task), own in by_task(rows).items():
-        timed = [row for row in own if row["kind"] == "arm" and row.get("train_s", 0) > 0]
-        if (best := best_single(timed)) is not None:
-            name = picture_name(base, task)
-            drawn = picture(name, "", "", partial(_draw, measured=timed, best=best), size=(7.2, 4.4))
-            (out / name).write_bytes(drawn.png)
-
-
-def _draw(axes: Any, *, measured: Sequence[Row], best: Row) -> None:
-    """Points in groups, with paired intervals; beside each the number of members."""
-    groups: dict[str, list[Row]] = {}
-    for row in measured:
-        groups.setdefault(_group(row["arm"]), []).append(row)
-    for number, (name, own) in enumerate(groups.items()):
-        seconds, means, errors = [], [], []
-        for row in own:
-            found = difference(row, best, "nll")
-            if found is None:
-                continue
-            mean, low, high = found
-            seconds.append(row["train_s"])
-            means.append(mean)
-            errors.append((max(0.0, mean - low), max(0.0, high - mean)))
-            place = {"xytext": (4, 3), "textcoords": "offset points"}
-            axes.annotate(str(row["size"]), (row["train_s"], mean), **place)
-        both = list(zip(*errors, strict=True))
-        axes.errorbar(seconds, means, both, fmt="os^Dv"[number % 5], markersize=4, elinewidth=0.8, label=name)
-    axes.set_xscale("log")
-    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis("{x:g}")
-    axes.set_xlabel("seconds of training, one seed")
-    axes.set_ylabel(f"calibrated NLL less that of {best['arm']}, nats")
-
-
-def _group(arm: str) -> str:
-    for name in (SINGLE, APART, COMBINED):
-        if arm.startswith(name):
-            return name
-    return "Chorus, one source" if arm.startswith("Chorus") else "K members of one LoRA"
