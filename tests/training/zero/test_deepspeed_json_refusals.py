@@ -9,7 +9,11 @@ import pytest
 from settled_json import ZERO, refusal, settled
 
 from chorus.errors import InputError
-from chorus.training.zero.deepspeed_json import leave_clipping_to_chorus
+from chorus.training.zero.deepspeed_json import (
+    UNCHECKED,
+    leave_clipping_to_chorus,
+    refusals_of_deepspeed,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -66,7 +70,13 @@ def test_what_deepspeed_would_refuse_in_its_section_is_refused_before_a_model_is
         ({"bf16": {"enabled": "auto", "foo": 1}}, "'bf16.foo' is not known; remove it"),
         ({"fp16": {"loss_scale": "x"}}, "'fp16.loss_scale' is 'x': fp16.loss_scale must be a number; "),
         ({"communication_data_type": "fp8"}, "'communication_data_type' is 'fp8': "),
-        ({"timers": {"throughput": 3}}, "'timers' is {'throughput': 3}: "),
+        ({"timers": {"throughput": 3}}, "'timers.throughput' is 3; give a JSON object, or remove it"),
+        ({"timers": {"throughput": {"enabled": "x"}}}, "'timers.throughput.enabled' is 'x': "),
+        ({"timers": {"troughput": {}}}, "'timers.troughput' is not known; did you mean 'timers.throughput'?"),
+        ({"data_types": {"grad_accum_dtype": "fp3"}}, "'data_types.grad_accum_dtype' is 'fp3'; give fp32, "),
+        ({"data_types": {"grad_dtype": "fp32"}}, "'data_types.grad_dtype' is not known; "),
+        ({"flops_profiler": {"profile_step": "x"}}, "'flops_profiler.profile_step' is 'x'; give a number, "),
+        ({"flops_profiler": {"profil_step": 1}}, "'flops_profiler.profil_step' is not known; did you mean "),
         ({"data_types": 3}, "'data_types' is 3; give a JSON object, or remove it"),
         ({"gradient_predivide_factor": True}, "'gradient_predivide_factor' is True; give a number, "),
         ({"prescale_gradients": 1}, "'prescale_gradients' is 1; give true or false, or remove it"),
@@ -77,6 +87,17 @@ def test_what_deepspeed_would_refuse_elsewhere_is_refused_in_one_line_as_well(
     file: Path, wrong: dict, said: str
 ):
     assert refusal(file, {**ZERO, **wrong}).startswith(f"{file}: key {said}")
+
+
+def test_the_names_of_deepspeeds_own_profiler_are_known():
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+
+    assert vars(DeepSpeedFlopsProfilerConfig({})).keys() == UNCHECKED["flops_profiler"].keys()
+
+
+def test_an_error_that_deepspeed_did_not_raise_is_not_blamed_on_its_json():
+    with pytest.raises(ValueError, match="no element"), refusals_of_deepspeed():
+        raise ValueError("no element")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import copy
 import difflib
 import json
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,20 @@ KNOWN_KEYS: dict[str, type] = {  # with the type of each value
     "memory_breakdown": bool,
     "comms_logger": dict,
     "flops_profiler": dict,
+}
+# Sections in which DeepSpeed itself takes any name, and some wrong values, without a word.
+UNCHECKED: dict[str, dict[str, type]] = {
+    "data_types": {"grad_accum_dtype": str},
+    "timers": {"throughput": dict},
+    "flops_profiler": {
+        "enabled": bool,
+        "recompute_fwd_factor": float,
+        "profile_step": float,
+        "module_depth": float,
+        "top_modules": float,
+        "detailed": bool,
+        "output_file": str,
+    },
 }
 IN_WORDS = {float: "a number", str: "a text", bool: "true or false", dict: "a JSON object"}
 NOT_OURS = {
@@ -135,7 +150,7 @@ def refusals_of_deepspeed() -> Iterator[None]:
     try:
         yield
     except (AssertionError, ValueError) as error:
-        if isinstance(error, InputError) or not str(error):
+        if isinstance(error, InputError) or not str(error) or not _is_raised_by_deepspeed(error):
             raise
         said = " ".join(str(error).split()).rstrip(".")
         raise InputError(
@@ -143,27 +158,52 @@ def refusals_of_deepspeed() -> Iterator[None]:
         ) from error
 
 
+def _is_raised_by_deepspeed(error: BaseException) -> bool:
+    """Whether its own code, or a model of its settings, raised it: what torch raises has other causes."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("deepspeed", "pydantic")
+
+
 def _check_the_rest(settings: dict[str, Any], path: str) -> None:
     """Check what DeepSpeed reads outside of `zero_optimization`, first by type and then with its own parser,
     before a model is loaded.
     """
-    for key, value in settings.items():
-        wanted = KNOWN_KEYS[key]
-        if type(value) not in ((int, float) if wanted is float else (wanted,)):  # true is not 1
-            raise InputError(f"{path}: key '{key}' is {value!r}; give {IN_WORDS[wanted]}, or remove it")
-    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds: imported only when needed
+    _check_types(settings, KNOWN_KEYS, path)
+    for section in UNCHECKED.keys() & settings.keys():
+        _check_types(settings[section], UNCHECKED[section], path, f"{section}.")
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum  # takes seconds: only when needed
 
+    dtype = settings.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    try:
+        DtypeEnum(dtype)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: key 'data_types.grad_accum_dtype' is {dtype!r}; give fp32, bf16 or fp16, or remove it"
+        ) from error
     for key in settings.keys() - {"zero_optimization"}:
         if KNOWN_KEYS[key] not in (dict, str):
             continue
         try:
             DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: copy.deepcopy(settings[key])})
         except ValidationError as error:
-            raise InputError(_in_one_line(error, path, key)) from error
+            section = "timers.throughput" if key == "timers" else key
+            raise InputError(_in_one_line(error, path, section)) from error
         except (AssertionError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path}: key '{key}' is {settings[key]!r}: {error}; correct or remove it"
             ) from error
+
+
+def _check_types(section: Mapping[str, Any], known: Mapping[str, type], path: str, prefix: str = "") -> None:
+    """Refuse a name that is not known, and a value of another type."""
+    for key, value in section.items():
+        if key not in known:
+            raise InputError(_unknown(path, key, known, prefix))
+        wanted = known[key]
+        if type(value) not in ((int, float) if wanted is float else (wanted,)):  # true is not 1
+            raise InputError(
+                f"{path}: key '{prefix}{key}' is {value!r}; give {IN_WORDS[wanted]}, or remove it"
+            )
 
 
 def _in_one_line(error: ValidationError, path: str, section: str, names: Iterable[str] = ()) -> str:
