@@ -36,6 +36,10 @@ MEASURED = (*MODES, "switching", "tuned switching")
 # A row that takes longer is abandoned: compiling and capturing takes 20 to 60 s, the steps a few.
 SLOWEST_ROW_S = 180
 SHORTEST_ROW_S = 20  # no row starts with less time left
+# What every row's process is forked with: most of its imports' time. A process forked after CUDA was
+# initialised cannot use a GPU, so nothing here may touch CUDA as it is imported. peft does: it imports
+# bitsandbytes where that is installed, which asks the GPU for its compute capability. Hence not `measure`.
+PRELOADED = ("torch", "transformers.modeling_utils")
 SAME_RUN = ("device", "dtype", "torch", "commit")  # rows that agree in these may be compared
 
 
@@ -88,9 +92,7 @@ def alone(case: Case, seconds: float, **settings: Any) -> Row | None:
     """`measure_alone` in a process of its own: its row, or `failed`
     with the reason. None: not within these seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["measure"]
-    )  # each row starts with everything imported and no GPU touched yet
+    context.set_forkserver_preload([*PRELOADED])
     ours, theirs = context.Pipe(duplex=False)
     process, begun = context.Process(target=_measure_into, args=(theirs, case, settings)), time.monotonic()
     process.start()  # the first one waits for the imports

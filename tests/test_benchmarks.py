@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from preloaded import forked
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import modes as modes_benchmark  # noqa: E402
 import overlap  # noqa: E402
 import predict  # noqa: E402
 import table  # noqa: E402
@@ -77,6 +79,19 @@ def test_every_row_is_measured_where_its_losses_agree_and_one_that_fails_takes_n
     assert again[-1]["failed"].startswith("ValueError: losses [")
     assert again[:-1] == rows[1:]
     assert "| tiny | fused | 2 | 4 x 32 |  |  | failed |" in (tmp_path / "modes.md").read_text()
+
+
+def test_the_process_that_rows_are_forked_from_imports_nothing_that_touches_a_gpu(tmp_path: Path):
+    """peft does where bitsandbytes is installed, and no process forked after that can use CUDA."""
+    (tmp_path / "bitsandbytes.py").write_text("raise SystemExit('bitsandbytes is imported')")
+    imported = f"import sys, {', '.join(modes_benchmark.PRELOADED)}; print(*sys.modules, sep='\\n')"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", imported], env=environment(PYTHONPATH=path), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "torch" in result.stdout.split()
+    assert not {"peft", "deepspeed"} & {*result.stdout.split()}
 
 
 @pytest.mark.launch
