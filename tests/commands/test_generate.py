@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import of_family
 from rich.console import Console
+from stock import save_adapter, stock_base, stock_greedy, word_tokenizer
 from stock_adapters import BASE, stock_text, write_adapters
 from transformers import AutoTokenizer
 
@@ -19,6 +21,7 @@ from chorus.commands import chat, generate
 from chorus.commands.answer_view import in_words, show
 from chorus.commands.asking import Asked
 from chorus.config import Config
+from chorus.ensemble import decoding_batch, live_batch
 from chorus.ensemble.live_batch import LiveBatch
 from chorus.ensemble.texts import Answer, Ending, Text
 from chorus.ensemble.uncertainty import AnswerUncertainty
@@ -101,6 +104,32 @@ def test_a_vote_takes_what_most_agents_say(run: Path, said: Said):
     assert [one["text"] for one in found["answers"][0]["answers"]] == alone
     assert found["answers"][0]["text"] == alone[0], "of equal counts the first"
     assert "1 of 2 agents: 1 x" in said(run, QUESTION, "--vote")
+
+
+def test_texts_end_at_the_last_learned_position_and_one_that_may_go_beyond_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """By steps as on a GPU, 16 at a time. The base has 64 positions."""
+    for module in (decoding_batch, live_batch):
+        monkeypatch.setattr(module, "steps_at_a_time", lambda device: 16)
+    base, tokenizer = tmp_path / "base", word_tokenizer()
+    of_family("gpt2").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    save_adapter(base, tmp_path / "agents" / "one", 0, r=2, target_modules=["c_attn"])
+    long, short = (" ".join(f"w{30 + n % 30}" for n in range(length)) for length in (50, 3))
+
+    def said(count: int) -> list[str]:
+        limits = ["--max-new-tokens", str(count), "--device", "cpu", "--form", "plain", "--base", "--json"]
+        capsys.readouterr()  # what a library printed as it was imported
+        generate.main([str(tmp_path / "agents"), long, short, *limits])
+        return [one["text"] for one in json.loads(capsys.readouterr().out)["answers"]]
+
+    model, asked = stock_base(base), [tokenizer(text)["input_ids"] for text in (long, short)]
+    for count in (13, 14):
+        ids = [stock_greedy(model, prompt, count, 1) for prompt in asked]
+        assert said(count) == [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+    with pytest.raises(InputError, match=r"has 50 tokens.* longer than 64; ask for at most 14"):
+        said(15)
 
 
 def vote_of(*texts: str) -> Asked:

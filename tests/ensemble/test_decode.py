@@ -2,15 +2,18 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, agents_of
+from families import FAMILIES, agents_of, of_family
 from stock import entropy, make_lively, next_log_probs, stock_greedy, stock_model, word_tokenizer
 from torch import Tensor
 from toy import toy_agents
 
-from chorus.ensemble import decoding_batch
+from chorus.ensemble import decoding_batch, live_batch
 from chorus.ensemble.decode import Answer, generate
+from chorus.ensemble.live_batch import LiveBatch
 from chorus.ensemble.next_token import Answerer, Draws, draw
 from chorus.ensemble.seating import seat
+from chorus.ensemble.texts import Ending, Text
+from chorus.errors import InputError
 from chorus.model.agents import Agents, Mode
 
 NEVER = 4  # as an end token: none of these texts holds it
@@ -274,3 +277,32 @@ def test_a_captured_step_writes_what_transformers_and_the_same_step_uncaptured_w
         for row, answerer in zip(eager, MEMBERS, strict=False):
             model = stock_model(agents, answerer.members[0], device="cuda")
             assert row == [stock_greedy(model, prompt, 40, 33) for prompt in prompts]
+
+
+@pytest.mark.parametrize("steps", [1, 16])  # at a time: of a CPU and of a GPU
+def test_texts_reach_the_last_learned_position_and_no_step_reads_beyond_it(
+    steps: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """transformers reads 64 tokens and writes a 65th; with one more it ends with an IndexError."""
+    for module in (decoding_batch, live_batch):
+        monkeypatch.setattr(module, "steps_at_a_time", lambda device: steps)
+    agents, positions, count = agents_of("gpt2").eval(), 64, 14
+    asked = random_prompts(49, 3, 50, 51, 52, 63, 64)
+    everybody = [Answerer("base", (None,)), Answerer("mixture", (0, 1), (0.5, 0.5))]
+    found, _ = tokens(generate(agents, everybody, asked, max_new_tokens=count, end_ids=[NEVER]))
+    model = of_family("gpt2")
+    expected = [
+        stock_greedy(model, prompt, min(count, positions + 1 - len(prompt)), NEVER) for prompt in asked
+    ]
+    assert found == expected
+    assert "3 of 7 answers end before 14 tokens" in caplog.text
+    batch = LiveBatch(agents, everybody, positions)  # as a server's
+    room = batch.most_tokens - count
+    texts = [Text(0, tuple(prompt[:room]), Ending(count, frozenset([NEVER]))) for prompt in asked]
+    batch.join(texts)
+    while batch.texts:
+        batch.advance()
+    for text in texts:
+        assert text.answer.token_ids == stock_greedy(model, text.prompt, count, NEVER)
+    with pytest.raises(InputError, match="a prompt has 65 tokens, and the base has 64 positions"):
+        generate(agents, everybody, random_prompts(65), max_new_tokens=1, end_ids=[NEVER])

@@ -51,6 +51,7 @@ class CachedLanes:
 
     Attributes:
         column: number of filled columns of the caches; the caller of a step increments it.
+        last_position: the last one that a text under way needs.
         is_static: every step has the same shapes.
         order_R: the index of each row in the concatenated rows of the lanes; None where they are in order.
         step_1: steps since the masks were made; on the device, so that a captured step can read it.
@@ -59,6 +60,7 @@ class CachedLanes:
     agents: Agents
     states: list[_LaneState]
     column: int
+    last_position: int
     is_static: bool
     order_R: Tensor | None
     step_1: Tensor
@@ -101,8 +103,9 @@ class CachedLanes:
                     use_cache=True,
                 ).last_hidden_state
             outputs.append(self.agents.head().linear(hidden_L1D[:, -1]))
-            # A text that has ended is still decoded until its row is reused; its position must stay in range.
-            state.position_L1.add_(1).clamp_(max=state.seen_LC.shape[1] - 1)
+            # A text that has ended is still decoded until its row is reused; its position must stay in the
+            # table of a base with learned positions. Columns may be more, for the steps taken at a time.
+            state.position_L1.add_(1).clamp_(max=self.last_position)
         self.step_1.add_(1)
         logits_RV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return logits_RV if self.order_R is None else logits_RV[self.order_R]
@@ -191,6 +194,7 @@ def prefill(
     prompt_R: Sequence[int],
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
+    last_position: int,
     pad_id: int,
 ) -> tuple[CachedLanes, Tensor]:
     """Read prompts, once for every member.
@@ -200,6 +204,7 @@ def prefill(
         prompt_R: the prompt of each row.
         prompts: token ids, at least one each; of any lengths.
         new_tokens: most tokens that will be read afterwards.
+        last_position: that any text will need.
 
     Returns:
         The batch, and the head's output at the end of each row's prompt, logits_RV.
@@ -221,11 +226,11 @@ def prefill(
         logits.append(logits_NV[index_L])
         seen_PC = torch.cat([real_PT, real_PT.new_ones(len(prompts), new_tokens)], 1)
         prompt_L = index_L % len(prompts)
-        position_L1 = real_PT.sum(1, keepdim=True)[prompt_L]
+        position_L1 = real_PT.sum(1, keepdim=True)[prompt_L].clamp(max=last_position)
         states.append(_state(lane, block, cache, seen_PC[prompt_L], position_L1, len(members_G)))
     is_static = isinstance(states[0].cache, StaticCache)
     step_1 = torch.zeros(1, dtype=torch.int64, device=device)
-    lanes = CachedLanes(agents, states, T, is_static, _order(states), step_1)
+    lanes = CachedLanes(agents, states, T, last_position, is_static, _order(states), step_1)
     logits_RV = torch.cat(logits)
     return lanes, logits_RV if lanes.order_R is None else logits_RV[lanes.order_R]
 
@@ -297,9 +302,7 @@ def _copy_rows(read: Cache, into: StaticCache, index_L: Tensor, P: int, prompts:
     member_L, prompt_L = index_L // P, index_L % P
     (to_L,) = torch.where((prompt_L >= prompts.start) & (prompt_L < prompts.stop))
     from_L = member_L[to_L] * (prompts.stop - prompts.start) + prompt_L[to_L] - prompts.start
-    layers: Any = zip(
-        read.layers, into.layers, strict=True
-    )  # the classes differ, but all have keys and values
+    layers: Any = zip(read.layers, into.layers, strict=True)  # of other classes; all have keys and values
     for old, new in layers:
         if not new.is_initialized:
             keys, values = (

@@ -5,6 +5,7 @@ text, which each of its members reads: with a mixture a member has at most twice
 sorted by length and taken in waves; texts that have ended leave the batch.
 """
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,11 @@ from chorus.ensemble.decoding_batch import fitting_prompts
 from chorus.ensemble.live_batch import LiveBatch
 from chorus.ensemble.next_token import Answerer
 from chorus.ensemble.texts import Answer, Ending, Sampling, Text
+from chorus.errors import InputError
 from chorus.model.agents import Agents
+from chorus.model.base import positions_of
+
+logger = logging.getLogger(__name__)
 
 TOKENS_AT_A_TIME = 16  # between two calls of `after_tokens`: a second on a GPU
 
@@ -40,7 +45,8 @@ def generate(
         agents: in evaluation mode, of any mode.
         answerers: all answer together.
         prompts: token ids, at least one each; of any lengths.
-        max_new_tokens: the most tokens of an answer, an end token included.
+        max_new_tokens: the most tokens of an answer, an end token included. An answer also ends where the
+            base has no further position, with a warning.
         end_ids: tokens that end an answer.
         temperature: 0 takes the most probable token; above, one is drawn from p^(1/temperature).
         top_p: draw from the fewest most probable tokens that hold this probability together.
@@ -53,12 +59,16 @@ def generate(
 
     Returns:
         The answers, [answerer][prompt].
+
+    Raises:
+        InputError: a prompt has more tokens than the base has positions.
     """
-    ending = Ending(max_new_tokens, frozenset(end_ids), tuple(stop), tokenizer)
+    limits = _limits(agents, prompts, max_new_tokens)
+    endings = [Ending(limit, frozenset(end_ids), tuple(stop), tokenizer) for limit in limits]
     batch = LiveBatch(agents, answerers, captured=captured)
     texts = [
         [
-            Text(index, tuple(prompt), ending, Sampling(temperature, top_p, seed, number))
+            Text(index, tuple(prompt), endings[number], Sampling(temperature, top_p, seed, number))
             for number, prompt in enumerate(prompts)
         ]
         for index in range(len(answerers))
@@ -74,3 +84,23 @@ def generate(
             if num_tokens % TOKENS_AT_A_TIME == 0:
                 after_tokens()
     return [[text.answer for text in own] for own in texts]
+
+
+def _limits(agents: Agents, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """The most tokens of each prompt's answer. The last token of a text is never read, so it needs no
+    position.
+    """
+    positions = positions_of(agents.config)
+    if positions is None:
+        return [max_new_tokens] * len(prompts)
+    longest = max(map(len, prompts), default=0)
+    if longest > positions:
+        raise InputError(f"a prompt has {longest} tokens, and the base has {positions} positions; shorten it")
+    limits = [min(max_new_tokens, positions + 1 - len(prompt)) for prompt in prompts]
+    count = sum(limit < max_new_tokens for limit in limits)
+    if count:
+        logger.warning(
+            "%d of %d answers end before %d tokens, where the base has no further position: it has %d",
+            *(count, len(prompts), max_new_tokens, positions),
+        )
+    return limits

@@ -78,8 +78,11 @@ class DecodingBatch:
         prompt_R = [place_of[seated[slot].prompt] for slot in slot_R]
         most = max(text.ending.max_new_tokens for text in texts.values())
         room = -(-most // steps) * steps if length is None else length - max(map(len, prompts))
+        # The last token of a text is never read. Texts that join later fit into `length` columns.
+        longest = max(len(text.prompt) + text.ending.max_new_tokens for text in texts.values())
+        last_position = max(longest - 2, 0) if length is None else length - 1
         lanes, logits_RV = prefill(
-            agents, seating.members_G, seating.block, prompt_R, prompts, room, pad_id=0
+            *(agents, seating.members_G, seating.block, prompt_R, prompts, room, last_position), pad_id=0
         )
         plan = DrawingPlan.of(rule.answerers, seated, room if length is None else length, device)
         choice = rule.choose(logits_RV, seating.slots_A, plan.draws(), plan.num_tops)

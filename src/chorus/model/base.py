@@ -205,10 +205,16 @@ def load_base(
     )
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """The most tokens of a text; None where the configuration sets no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def check_positions(config: PretrainedConfig, max_seq_length: int) -> None:
     """Raises InputError where rows may be longer than the base's number of positions."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and max_seq_length > positions:
+    positions = positions_of(config)
+    if positions is not None and max_seq_length > positions:
         raise InputError(
             f"key 'max_seq_length' is {max_seq_length}, but the base has {positions} positions "
             f"(max_position_embeddings); set it to {positions} or less"

@@ -10,6 +10,7 @@ from chorus.ensemble.load import Ensemble, load_ensemble
 from chorus.ensemble.next_token import Answerer
 from chorus.ensemble.prompts import PromptForm, prompt_form
 from chorus.errors import InputError
+from chorus.model.base import positions_of
 from chorus.training.engine import DTYPES, decide_precision
 
 BASE, MIXTURE = "base", "mixture"
@@ -80,7 +81,5 @@ def open_ensemble(
     mixture = Answerer(MIXTURE, agents, tuple(ensemble.weights), ensemble.temperature)
     alone = [Answerer(f"agent_{agent}", (agent,)) for agent in agents]
     answerers = (mixture, *alone, Answerer(BASE, (None,)))
-    config = ensemble.agents.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    limit = positions if isinstance(positions, int) and positions > 0 else UNKNOWN_LENGTH
+    limit = positions_of(ensemble.agents.config) or UNKNOWN_LENGTH
     return Opened(ensemble, answerers, prompt_form(ensemble, form), limit)
