@@ -1,10 +1,12 @@
 import pytest
 import torch
+from families import agents_of, of_family
 from stock import make_lively, stock_model
 from torch import Tensor
 from toy import toy_agents, toy_samples
 
 from chorus.ensemble.scoring import Choices, choice_log_probs, token_log_probs
+from chorus.errors import InputError
 from chorus.model.agents import Agents, Mode
 
 MEMBERS = (1, None, 0, 2)
@@ -56,6 +58,20 @@ def test_choices_have_the_sum_of_their_tokens_log_probabilities(agents: Agents):
                 text = [*question.prompt_ids, *ids]
                 expected = float(stock_log_probs(agents, member, text)[len(question.prompt_ids) - 1 :].sum())
                 assert total == pytest.approx(expected, abs=1e-4)
+
+
+def test_choices_reach_the_last_learned_position_and_longer_ones_are_refused():
+    """The last token of a choice is never read: 64 positions are enough for 65 tokens."""
+    agents = agents_of("gpt2").eval()
+    question = Choices([3 + n % 20 for n in range(60)], [[8, 9, 10, 11, 12], [8]])
+    (log_prob_MC,) = choice_log_probs(agents, [None], [question])
+    ids = torch.tensor([[*question.prompt_ids, *question.choice_ids[0]]])
+    log_prob_TV = of_family("gpt2")(input_ids=ids[:, :-1]).logits[0, 59:].log_softmax(-1)
+    expected = log_prob_TV.gather(1, ids[0, 60:, None]).sum()
+    torch.testing.assert_close(log_prob_MC[0, 0], expected, atol=1e-4, rtol=1e-5)
+    longer = Choices([3, *question.prompt_ids], question.choice_ids)
+    with pytest.raises(InputError, match="has 65 tokens, and the base has 64 positions"):
+        choice_log_probs(agents, [None], [question, longer])
 
 
 def test_a_question_whose_choices_are_one_token_each_costs_one_row(agents: Agents):

@@ -13,9 +13,9 @@ from torch import Tensor
 from chorus.collectives import on_every_process
 from chorus.data.batches import Batch, Sample, collate
 from chorus.ensemble.lanes import Lane, Member, lanes_of
-from chorus.errors import RunError
+from chorus.errors import InputError, RunError
 from chorus.model.agents import Agents
-from chorus.model.base import Head
+from chorus.model.base import Head, positions_of
 from chorus.model.token_nll import CHUNK_ELEMENTS, token_nll
 from chorus.progress import announced
 
@@ -70,12 +70,16 @@ def choice_log_probs(
 
     Returns:
         log_prob_MC of each question, on the CPU: fp32, nats.
+
+    Raises:
+        InputError: a question with a choice has more tokens than the base has positions.
     """
     lanes = lanes_of(agents, members)
     counts = [len(question.choice_ids) for question in questions]
     first_of = [0, *accumulate(counts)]  # each question's first column
     total_MC = torch.zeros(len(members), first_of[-1])
     rows, wanted = _rows_of_choices(questions)
+    _check_positions(agents, rows)
     for indices in passes(agents, len(members), list(map(len, rows)), tokens_per_pass, after_pass):
         length = max(len(rows[index]) for index in indices)
         ids_BT = torch.tensor([[*rows[index], *[0] * (length - len(rows[index]))] for index in indices])
@@ -93,6 +97,17 @@ def choice_log_probs(
         column_Q = torch.tensor([first_of[question] + choice for _, _, question, choice, _ in places])
         total_MC.index_add_(1, column_Q, log_prob_MQ)
     return list(total_MC.split(counts, 1))
+
+
+def _check_positions(agents: Agents, rows: Sequence[Sequence[int]]) -> None:
+    """Learned positions beyond the last one would be an index error, on a GPU one that ends the process."""
+    positions, longest = positions_of(agents.config), max(map(len, rows), default=0)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"a question with one of its choices has {longest} tokens, and the base has {positions} "
+            "positions; shorten it, or lower key 'max_seq_length', which leaves long questions out of an "
+            "evaluation"
+        )
 
 
 def _rows_of_choices(
