@@ -18,8 +18,7 @@ own; runs that shared a GPU or a busy host are timed again alone (--time-again).
 import argparse
 import sys
 import time
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ import timing
 import torch
 from conditions import conditions
 from pydantic import ValidationError
-from quality_arms import COMBINED, Arm, Settings, arms, combined_arms
+from quality_arms import Arm, Settings, arms, combined_arms
 from quality_options import arguments
 from quality_page import page
 from quality_pictures import draw_pictures
@@ -227,6 +226,13 @@ class Study:
         outcome = figures.get("failed", "done")
         print(f"{what}: {outcome}, {time.perf_counter() - began:.1f} s", flush=True)
 
+    def is_asked(self, arm: Arm) -> bool:
+        """Whether --arms has its name, or a part of it that is no arm's name."""
+        names, parts = {one.name for one in self.wanted()}, self.options.arms
+        return parts is None or any(
+            part == arm.name or (part in arm.name and part not in names) for part in parts
+        )
+
     def time_stock(self) -> None:
         model, rank = self.options.model, self.options.rank
         row = self.row("stock", STOCK, rank=rank)
@@ -237,8 +243,9 @@ class Study:
 
         Raises OutOfTime at the end of `--minutes`.
         """
-        self.time_stock()
-        for arm in self.wanted():
+        if self.is_asked(STOCK):
+            self.time_stock()
+        for arm in filter(self.is_asked, self.wanted()):
             known = self.results.of(self.row("arm", arm))
             if arm.size == 0 or known is None or "failed" in known:
                 continue
@@ -263,23 +270,13 @@ class Study:
 
     def run(self) -> None:
         """Raises OutOfTime at the end of `--minutes`."""
-        options = self.options
-        names = {arm.name for arm in arms(options.agents, options.rank, options.sizes)} | {COMBINED}
-        is_asked = partial(_is_asked, parts=options.arms, names=names)
-        if is_asked(STOCK) and not self.results.is_measured(self.row("stock", STOCK)):
+        if self.is_asked(STOCK) and not self.results.is_measured(self.row("stock", STOCK)):
             self.time_stock()
         for arm in self.wanted():
             row = self.row("arm", arm)
-            if self.results.is_measured(row) or not is_asked(arm):
+            if self.results.is_measured(row) or not self.is_asked(arm):
                 continue
             self.keep(row, lambda arm=arm: self.measured(arm))
-
-
-def _is_asked(arm: Arm, parts: Sequence[str] | None, names: Container[str]) -> bool:
-    """Whether a part is the arm's name, or is in it and no other arm's name."""
-    return parts is None or any(
-        part == arm.name or (part in arm.name and part not in names) for part in parts
-    )
 
 
 def _packed(drawn: Sequence[dict[str, list[float]]]) -> dict[str, str]:
@@ -336,7 +333,8 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             for bench in benches(options, Path(folder)):
                 study = Study(bench, results, options, end)
-                study.time_again() if options.time_again else study.run()
+                measure = study.time_again if options.time_again else study.run
+                measure()
     except OutOfTime:
         print("the end of --minutes; the same command goes on", flush=True)
     draw_pictures(results.rows, options.out)

@@ -31,13 +31,13 @@ def _draw(axes: Any, *, measured: Sequence[Row], best: Row) -> None:
     """A line for each arm: the difference and its paired interval, and its seconds at the right."""
     lines = [(row, found) for row in measured if (found := difference(row, best, "nll")) is not None]
     kinds = list(dict.fromkeys(_kind(row["arm"]) for row, _ in lines))
+    errors = [[max(0.0, mean - low), max(0.0, high - mean)] for _, (mean, low, high) in lines]
     for kind in kinds:
         places = [place for place, (row, _) in enumerate(lines) if _kind(row["arm"]) == kind]
         means = [lines[place][1][0] for place in places]
-        errors = [[max(0.0, mean - low), max(0.0, high - mean)] for _, (mean, low, high) in lines]
         both = [[errors[place][side] for place in places] for side in (0, 1)]
         axes.errorbar(means, places, xerr=both, fmt="o", markersize=4, elinewidth=1.2, label=kind)
-    axes.axvline(0, color="#6b7281", linewidth=0.8)
+    axes.axvline(0, color="0.45", linewidth=0.8)
     axes.set_yticks(range(len(lines)), [row["arm"] for row, _ in lines])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

@@ -5,6 +5,7 @@ from stock import make_lively, stock_model
 from torch import Tensor
 from toy import toy_agents, toy_samples
 
+from chorus.data.batches import Sample
 from chorus.ensemble.scoring import Choices, choice_log_probs, token_log_probs
 from chorus.errors import InputError
 from chorus.model.agents import Agents, Mode
@@ -60,8 +61,8 @@ def test_choices_have_the_sum_of_their_tokens_log_probabilities(agents: Agents):
                 assert total == pytest.approx(expected, abs=1e-4)
 
 
-def test_choices_reach_the_last_learned_position_and_longer_ones_are_refused():
-    """The last token of a choice is never read: 64 positions are enough for 65 tokens."""
+def test_rows_reach_the_last_learned_position_and_longer_ones_are_refused():
+    """The last token of a row is never read: 64 positions are enough for 65 tokens."""
     agents = agents_of("gpt2").eval()
     question = Choices([3 + n % 20 for n in range(60)], [[8, 9, 10, 11, 12], [8]])
     (log_prob_MC,) = choice_log_probs(agents, [None], [question])
@@ -70,8 +71,12 @@ def test_choices_reach_the_last_learned_position_and_longer_ones_are_refused():
     expected = log_prob_TV.gather(1, ids[0, 60:, None]).sum()
     torch.testing.assert_close(log_prob_MC[0, 0], expected, atol=1e-4, rtol=1e-5)
     longer = Choices([3, *question.prompt_ids], question.choice_ids)
-    with pytest.raises(InputError, match="has 65 tokens, and the base has 64 positions"):
+    with pytest.raises(InputError, match=r"has 65 tokens, .*the base has 64 positions"):
         choice_log_probs(agents, [None], [question, longer])
+    row = Sample(torch.full((66,), 5), torch.ones(66, dtype=torch.bool))
+    assert len(token_log_probs(agents, [None], [Sample(row.ids[:65], row.is_target[:65])])[0][0]) == 64
+    with pytest.raises(InputError, match="has 65 tokens"):
+        token_log_probs(agents, [None], [row])
 
 
 def test_a_question_whose_choices_are_one_token_each_costs_one_row(agents: Agents):

@@ -45,8 +45,7 @@ def generate(
         agents: in evaluation mode, of any mode.
         answerers: all answer together.
         prompts: token ids, at least one each; of any lengths.
-        max_new_tokens: the most tokens of an answer, an end token included. An answer also ends where the
-            base has no further position, with a warning.
+        max_new_tokens: of an answer, its end token included; fewer where the base's positions end (warned).
         end_ids: tokens that end an answer.
         temperature: 0 takes the most probable token; above, one is drawn from p^(1/temperature).
         top_p: draw from the fewest most probable tokens that hold this probability together.

@@ -36,10 +36,15 @@ def token_log_probs(
 
     Returns:
         log_prob_MT of each sample, on the CPU: fp32, nats, the targets in their order.
+
+    Raises:
+        InputError: a sample has more tokens than the base has positions.
     """
     lanes = lanes_of(agents, members)
     found: list[Tensor] = [torch.empty(0)] * len(samples)
-    for indices in passes(agents, len(members), [len(sample.ids) - 1 for sample in samples], tokens_per_pass):
+    lengths = [len(sample.ids) - 1 for sample in samples]
+    _check_positions(agents, lengths)
+    for indices in passes(agents, len(members), lengths, tokens_per_pass):
         batch = collate([samples[index] for index in indices], pad_id=0).to(_device(agents))
         nll_MBT = _nll(agents, lanes, batch).cpu()
         mask_BT = batch.mask_BT.cpu()
@@ -79,8 +84,9 @@ def choice_log_probs(
     first_of = [0, *accumulate(counts)]  # each question's first column
     total_MC = torch.zeros(len(members), first_of[-1])
     rows, wanted = _rows_of_choices(questions)
-    _check_positions(agents, rows)
-    for indices in passes(agents, len(members), list(map(len, rows)), tokens_per_pass, after_pass):
+    lengths = list(map(len, rows))
+    _check_positions(agents, lengths)
+    for indices in passes(agents, len(members), lengths, tokens_per_pass, after_pass):
         length = max(len(rows[index]) for index in indices)
         ids_BT = torch.tensor([[*rows[index], *[0] * (length - len(rows[index]))] for index in indices])
         hidden_MBTD = hidden_states(agents, lanes, ids_BT.to(_device(agents)))
@@ -99,14 +105,13 @@ def choice_log_probs(
     return list(total_MC.split(counts, 1))
 
 
-def _check_positions(agents: Agents, rows: Sequence[Sequence[int]]) -> None:
+def _check_positions(agents: Agents, lengths: Sequence[int]) -> None:
     """Learned positions beyond the last one would be an index error, on a GPU one that ends the process."""
-    positions, longest = positions_of(agents.config), max(map(len, rows), default=0)
+    positions, longest = positions_of(agents.config), max(lengths, default=0)
     if positions is not None and longest > positions:
         raise InputError(
-            f"a question with one of its choices has {longest} tokens, and the base has {positions} "
-            "positions; shorten it, or lower key 'max_seq_length', which leaves long questions out of an "
-            "evaluation"
+            f"a row has {longest} tokens, its answer included, and the base has {positions} positions; shorten "
+            "it, or lower key 'max_seq_length'"
         )
 
 

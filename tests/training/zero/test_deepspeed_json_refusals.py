@@ -89,6 +89,13 @@ def test_what_deepspeed_would_refuse_elsewhere_is_refused_in_one_line_as_well(
     assert refusal(file, {**ZERO, **wrong}).startswith(f"{file}: key {said}")
 
 
+def test_null_for_a_text_is_taken_as_in_deepspeeds_documentation(file: Path):
+    more = {"data_types": {"grad_accum_dtype": None}, "flops_profiler": {"output_file": None}}
+    assert (
+        settled(file, {**ZERO, **more, "communication_data_type": None})["data_types"] == more["data_types"]
+    )
+
+
 def test_the_names_of_deepspeeds_own_profiler_are_known():
     from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 

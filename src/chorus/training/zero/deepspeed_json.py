@@ -159,9 +159,9 @@ def refusals_of_deepspeed() -> Iterator[None]:
 
 
 def _is_raised_by_deepspeed(error: BaseException) -> bool:
-    """Whether its own code, or a model of its settings, raised it: what torch raises has other causes."""
+    """Whether DeepSpeed, its models or Accelerate raised it: what torch raises has other causes."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] in ("deepspeed", "pydantic")
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("deepspeed", "pydantic", "accelerate")
 
 
 def _check_the_rest(settings: dict[str, Any], path: str) -> None:
@@ -173,7 +173,7 @@ def _check_the_rest(settings: dict[str, Any], path: str) -> None:
         _check_types(settings[section], UNCHECKED[section], path, f"{section}.")
     from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum  # takes seconds: only when needed
 
-    dtype = settings.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    dtype = settings.get("data_types", {}).get("grad_accum_dtype") or "fp32"
     try:
         DtypeEnum(dtype)
     except ValueError as error:
@@ -200,6 +200,8 @@ def _check_types(section: Mapping[str, Any], known: Mapping[str, type], path: st
         if key not in known:
             raise InputError(_unknown(path, key, known, prefix))
         wanted = known[key]
+        if value is None and wanted is str:
+            continue  # as DeepSpeed's documentation writes the defaults
         if type(value) not in ((int, float) if wanted is float else (wanted,)):  # true is not 1
             raise InputError(
                 f"{path}: key '{prefix}{key}' is {value!r}; give {IN_WORDS[wanted]}, or remove it"
