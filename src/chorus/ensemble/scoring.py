@@ -110,8 +110,8 @@ def _check_positions(agents: Agents, lengths: Sequence[int]) -> None:
     positions, longest = positions_of(agents.config), max(lengths, default=0)
     if positions is not None and longest > positions:
         raise InputError(
-            f"a row has {longest} tokens, its answer included, and the base has {positions} positions; shorten "
-            "it, or lower key 'max_seq_length'"
+            f"a row has {longest} tokens, its answer included, and the base has {positions} positions; "
+            "shorten it, or lower key 'max_seq_length'"
         )
 
 
