@@ -41,6 +41,7 @@ def _draw(axes: Any, *, measured: Sequence[Row], best: Row) -> None:
     axes.set_yticks(range(len(lines)), [row["arm"] for row, _ in lines])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
+    axes.locator_params(axis="x", nbins=6)  # differences of .001 have long labels
     axes.set_xlabel(f"calibrated NLL, nats, less that of {best['arm']}")
     seconds = axes.secondary_yaxis("right")
     seconds.set_yticks(range(len(lines)), [f"{row['train_s']:.1f} s" for row, _ in lines])

@@ -17,9 +17,10 @@ class ObjectiveSettings(Section):
 
     TITLE: ClassVar[str] = "Objective"
 
-    lambda_sw: NonNegativeFloat = 0.01
+    lambda_sw: NonNegativeFloat = 0.0
     """Weight of the diversity reward, the squared sliced 2-Wasserstein distance between the agents. Above 0
-    it needs num_agents of at least 2; 0 turns it off at no cost."""
+    it needs num_agents of at least 2. 0, the default, turns it off at no cost: of four tasks it gained on one
+    and cost on one (docs/quality.md)."""
     lambda_sw_warmup_ratio: Share = 0.0
     """Fraction of all optimiser steps, from 0 to 1, in which the weight rises to lambda_sw in a line; 0: it
     is lambda_sw from the first step on."""
