@@ -47,7 +47,9 @@ class NoCheckpoints(Checkpointer):
 
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_the_first_losses_of_a_run_are_unchanged(mode: Mode, tmp_path: Path):
-    config = RunConfig(parallel_mode=mode, logging_steps=1, dataset_name="arithmetic", lr=2e-3)
+    config = RunConfig(
+        parallel_mode=mode, logging_steps=1, dataset_name="arithmetic", lr=2e-3, lambda_sw=0.01
+    )
     model = load_model(config.model_name, torch.float32, torch.device("cpu"))
     rates = Regularisation(config.dropconnect_p, config.lora_dropout, config.seed)
     agents = build_agents(mode, model, config.num_agents, lora_shape(config), rates)

@@ -26,6 +26,7 @@ PATIENCE = 300.0  # seconds, for a machine with other work
 # Without an end: each run is stopped once it has what is to be seen, however fast the machine is.
 SETTINGS = (
     "num_agents=2",
+    "lambda_sw=0.01",
     "batch_size=2",
     "eval_samples=0",
     "debug_subset_size=200",

@@ -271,6 +271,7 @@ def test_under_two_zero2_processes_the_engines_step_is_the_optimizers_time_and_n
         "debug_subset_size=200",
         "eval_samples=0",
         "num_agents=2",
+        "lambda_sw=0.01",
         "parallel_mode=sequential",
         "max_train_steps=4",
         "batch_size=4",

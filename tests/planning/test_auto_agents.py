@@ -29,6 +29,7 @@ from chorus.planning.memory_forecast import forecast
 AUTO = Config(
     num_agents="auto",
     batch_size=2,
+    lambda_sw=0.01,
     eval_samples=0,
     lora_target_modules=["q_proj"],
     resume_from_checkpoint=None,

@@ -46,7 +46,7 @@ def test_it_says_in_what_the_agents_rows_differ(tmp_path: Path):
 
 
 def test_it_says_who_holds_which_agents_and_what_each_process_sends(tmp_path: Path):
-    batch = {"batch_size": 4, "swd_points_per_row": 2, "swd_num_projections": 5}
+    batch = {"batch_size": 4, "lambda_sw": 0.01, "swd_points_per_row": 2, "swd_num_projections": 5}
     run, config = planned(tmp_path, 50, 4, num_agents=4, agent_parallel_size=2, **batch)
     told = dict(run.describe(config))
     assert told["a step"].startswith(
