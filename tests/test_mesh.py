@@ -86,6 +86,7 @@ def test_agents_over_processes_have_the_losses_and_weights_of_one_process(which:
 SHORT = (
     *("num_agents=2", "batch_size=4", "debug_subset_size=24", "max_train_steps=4", "logging_steps=1"),
     *("save_steps=2", "eval_samples=4", "max_new_tokens_eval=6", "mixed_precision=no", "lora_rank=2"),
+    "lambda_sw=0.01",
 )
 
 
