@@ -236,7 +236,8 @@ class Study:
     def time_stock(self) -> None:
         model, rank = self.options.model, self.options.rank
         row = self.row("stock", STOCK, rank=rank)
-        self.keep(row, lambda: {"ms_per_step": stock_ms_per_step(self.bench, model, rank)})
+        about = {"about": self.about}
+        self.keep(row, lambda: {"ms_per_step": stock_ms_per_step(self.bench, model, rank), **about})
 
     def time_again(self) -> None:
         """Take the time of a step of stock PEFT and of every measured arm; the scores stay.

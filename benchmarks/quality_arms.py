@@ -4,6 +4,8 @@ One LoRA's seeds are the agents of one run: with lambda_sw 0, per_agent_batches 
 its own start and its own order of the rows, and its gradient is that of a lone PEFT run (tests hold both), so
 the run is exactly as many independent ones. So it is with K independent LoRAs and their seeds, and, for
 tuning, with the rates of every arm that does not couple its agents: `lr` has a value for each of them.
+Agent k's start and order depend on the seed and k alone, so that independent arms of one rank share members:
+the committees of K = 4 are those of K = 2, two by two.
 
 Monte-Carlo dropout is taken on weights (DropConnect: Mobiny et al. 2019, arXiv 1906.04569): one LoRA is
 trained with it, and K draws of its masks are K members. Dropout on activations would not be compiled, and a

@@ -1,7 +1,7 @@
 """quality.md: the tables of quality.py, with intervals."""
 
-from collections.abc import Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, stdev, variance
 
 import torch
 from quality_arms import APART, SHARED, SINGLE
@@ -38,6 +38,8 @@ deviation. NLL and Brier are of a question, or of a token where answers are writ
 right of it is at the fitted temperature. AUROC err tells wrong answers by their probability, AUROC ood rows
 of another kind by entropy, or by the members' mutual information (MI). A difference comes with the 95 %
 interval of a paired bootstrap over the test rows, of the mean over seeds; **bold** is better, outside of it.
+The interval takes the trained runs as they are: † marks what is more than twice its standard error over the
+seeds, too. Nothing is corrected for the number of comparisons.
 
 A pass is one row through the base, forward and backward, for one agent. Seconds are those of one seed's
 training, from the median step of a run of its own, without compilation.
@@ -49,9 +51,9 @@ def page(rows: list[Row]) -> str:
     parts = [HEAD]
     for (base, task), own in by_task(rows).items():
         measured = [row for row in own if row["kind"] == "arm" and "failed" not in row]
+        stock = next((row for row in own if row["kind"] == "stock"), None)
         parts.append(f"## {task}, {base}\n")
         if measured:
-            stock = next((row for row in own if row["kind"] == "stock"), None)
             parts += [_scores(measured), _differences(measured), _verdict(measured) + _stock(measured, stock)]
             caption = "Calibrated NLL less that of the best single LoRA, by seconds of training"
             parts.append(f"![{caption}]({picture_name(base, task)})\n")
@@ -59,7 +61,7 @@ def page(rows: list[Row]) -> str:
         failed = [f"- {row['arm']} ({row['kind']}): {row['failed']}" for row in own if "failed" in row]
         if failed:
             parts += ["Not measured:\n", "\n".join(failed) + "\n"]
-        parts.append(_about(measured))
+        parts.append(_about(measured, stock))
     return "\n".join(part for part in parts if part)
 
 
@@ -111,6 +113,23 @@ def is_better(row: Row, other: Row, score: str, sign: int) -> bool:
     return found is not None and min(sign * found[1], sign * found[2]) > 0
 
 
+def exceeds_seeds(row: Row, other: Row, score: str) -> bool:
+    """Whether the difference is more than twice its standard error over the seeds.
+
+    A row of one seed, which is the base's, has no spread to judge by.
+    """
+    found = difference(row, other, score)
+    if found is None or min(len(one["seeds"]) for one in (row, other)) < 2:
+        return False
+    both = [[own[score] for own in one["seeds"]] for one in (row, other)]
+    return abs(found[0]) > 2 * sum(variance(values) / len(values) for values in both) ** 0.5
+
+
+def is_clearly_better(row: Row, other: Row, score: str, sign: int) -> bool:
+    """Whether it is so outside the interval, and beyond the seeds."""
+    return is_better(row, other, score, sign) and exceeds_seeds(row, other, score)
+
+
 def _scores(measured: Sequence[Row]) -> str:
     columns = [column for column in COLUMNS if any(mean_of(row, column[0]) is not None for row in measured)]
     head = ["arm", "K", *(heading for _, heading, _ in columns), "passes", "s"]
@@ -148,6 +167,7 @@ def _less(measured: Sequence[Row], other: Row) -> str:
         for score, _, sign in compared:
             found = difference(row, other, score)
             text = "" if found is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
+            text += " †" if exceeds_seeds(row, other, score) else ""
             cells.append(f"**{text}**" if text and is_better(row, other, score, sign) else text)
         lines.append([row["arm"], *cells])
     return markdown_table(lines) + "\n"
@@ -163,11 +183,14 @@ def _verdict(measured: Sequence[Row]) -> str:
     if best is None:
         return ""
     ensembles = [row for row in measured if row["size"] > 1]
+    better = [row for row in ensembles if is_better_than_all(row, [best])]
     lines = [
         f"Best single LoRA, by the test rows themselves: {best['arm']}, {best['train_s']:.1f} s of training.",
         "Better than it in calibrated NLL and in AUROC err or ood, outside the intervals: "
-        + _list([row for row in ensembles if is_better_than_all(row, [best])], best),
-        "Likewise better than every single LoRA that took no longer: "
+        + _list(better, best),
+        "Of these, in both by more than twice the standard error over the seeds: "
+        + _names([row for row in better if is_better_than_all(row, [best], is_clearly_better)]),
+        "Outside the intervals better than every single LoRA that took no longer: "
         + _names([row for row in ensembles if is_better_than_all(row, _no_longer_than(row, measured))]),
     ]
     if apart is not None:
@@ -176,14 +199,15 @@ def _verdict(measured: Sequence[Row]) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def is_better_than_all(row: Row, others: Sequence[Row]) -> bool:
-    """Whether its calibrated NLL is better than that of each, and one AUROC is, outside the intervals."""
+def is_better_than_all(
+    row: Row, others: Sequence[Row], judge: Callable[[Row, Row, str, int], bool] = is_better
+) -> bool:
+    """Whether its calibrated NLL is better than that of each, and one AUROC is, by the judge."""
     return (
         bool(others)
-        and all(is_better(row, other, "nll", -1) for other in others)
+        and all(judge(row, other, "nll", -1) for other in others)
         and any(
-            all(is_better(row, other, score, 1) for other in others)
-            for score in ("auroc_errors", "auroc_ood")
+            all(judge(row, other, score, 1) for other in others) for score in ("auroc_errors", "auroc_ood")
         )
     )
 
@@ -251,11 +275,19 @@ def _at_the_edge(tried: Sequence[Row]) -> str:
     return f"\nBest at the edge of the rates: {'; '.join(named)}.\n" if named else ""
 
 
-def _about(measured: Sequence[Row]) -> str:
-    """On what, and by which commands."""
-    machines = dict.fromkeys(
-        f"{about['device']}, {about['dtype']}, torch {about['torch']}, transformers {about['transformers']}, "
-        f"commit {about['commit']}: `{about['command']}`"
-        for about in (row["about"] for row in measured)
+def _about(measured: Sequence[Row], stock: Row | None) -> str:
+    """On what, and by which commands: scores first, then times that were taken again."""
+    again = [row["timed"] for row in measured if "timed" in row]
+    by_stock = [stock["about"]] if stock is not None and "about" in stock else []
+    parts = (("", [row["about"] for row in measured]), ("times: ", again), ("stock PEFT: ", by_stock))
+    return "\n".join(line for what, all_of in parts for line in _machines(what, all_of)) + "\n"
+
+
+def _machines(what: str, all_of: Iterable[Row]) -> list[str]:
+    """A line for each command on each commit."""
+    lines = (
+        f"- {what}{about['device']}, {about['dtype']}, torch {about['torch']}, transformers "
+        f"{about['transformers']}, commit {about['commit']}: `{about['command']}`"
+        for about in all_of
     )
-    return "\n".join(f"- {machine}" for machine in machines) + "\n"
+    return list(dict.fromkeys(lines))

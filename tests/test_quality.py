@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,32 @@ def test_a_difference_is_paired_draw_by_draw():
     assert quality_page.difference(*rows, "nll") == pytest.approx((-0.25, -0.25, -0.25))
     assert quality_page.is_better(*rows, "nll", -1)
     assert not quality_page.is_better(*rows[::-1], "nll", -1)
+
+
+def test_what_other_seeds_would_turn_around_is_not_clearly_better():
+    def row(*nll: float) -> dict[str, Any]:
+        mean = sum(nll) / len(nll)
+        return {"seeds": [{"nll": one} for one in nll], "draws": {"nll": f"{mean} {mean}"}}
+
+    other = row(1.0, 1.1, 1.2)
+    steady, unsteady = row(0.8, 0.9, 1.0), row(0.5, 0.8, 1.4)  # standard errors of a difference .08 and .27
+    for one, is_clear in ((steady, True), (unsteady, False)):
+        assert quality_page.is_better(one, other, "nll", -1)
+        assert quality_page.is_clearly_better(one, other, "nll", -1) == is_clear
+    assert not quality_page.exceeds_seeds(other, row(0.9), "nll")  # one seed has no spread
+    assert not quality_page.exceeds_seeds(steady, other, "auroc_errors")  # which neither has
+
+
+def test_the_page_says_where_times_were_taken_again():
+    what = {"device": "A", "dtype": "b", "torch": "2", "transformers": "5", "command": "c"}
+    about, timed, by_stock = ({**what, "commit": commit} for commit in ("first", "second", "third"))
+    arm = {"kind": "arm", "base": "b", "task": "t", "arm": "one LoRA, rank 2", "size": 1, "rank": 2}
+    scores = {"seeds": [{"nll": 0.5}], "draws": {"nll": "0.5"}, "passes": 8, "train_s": 1.0}
+    stock = {**arm, "kind": "stock", "ms_per_step": 1.0, "about": by_stock}
+    page = quality_page.page([{**arm, **scores, "about": about, "timed": timed}, stock])
+    machines = [line for line in page.splitlines() if "commit" in line]
+    said = [line.partition("A,")[0] + line.partition("commit ")[2] for line in machines]
+    assert said == ["- first: `c`", "- times: second: `c`", "- stock PEFT: third: `c`"]
 
 
 def test_a_study_goes_on_where_it_ended(task: str, tmp_path: Path):
