@@ -1,5 +1,7 @@
 """Where a run begins, and what may differ from its checkpoint; test_resumed_runs.py has how it goes on."""
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from chorus.checkpoint.resume import find_start, load_best, refuse_another_base
 from chorus.checkpoint.state_file import BestStep
 from chorus.checkpoint.store import write_checkpoint
 from chorus.config import Config, on_resume
+from chorus.config.load import config_over
 from chorus.config.section import OnResume
 from chorus.data.rows import data_fingerprint
 from chorus.data.templates import Problem
@@ -110,6 +113,29 @@ def test_a_key_that_makes_another_run_is_refused_with_both_values(
     assert line.startswith(f"key '{key}' is {ours}, but {theirs} in {folder}; "), line
     assert "\n" not in line
     assert "resume_from_checkpoint=null" in line
+
+
+def test_a_refusal_names_all_that_is_to_be_set_as_a_command_line_takes_it(
+    tmp_path: Path, accelerator: Accelerator
+):
+    # As after a default has changed: nothing was set that could be set back.
+    old = config_of(tmp_path, dropconnect_p=[0.0, 0.25], lambda_sw=0.01)
+    folder = save_run(old, accelerator, 1)
+    config = old.model_copy(update={"lambda_sw": 0.0, "dropconnect_p": 0.0, "init_adapters_from": "runs/a b"})
+    with pytest.raises(InputError) as caught:
+        find_start(config, run_of(config, accelerator), accelerator)
+    said = re.search(r"set (.*), or start over", str(caught.value))
+    assert said is not None
+    assert sorted(shlex.split(said[1])) == [
+        "dropconnect_p=[0.0, 0.25]",
+        "init_adapters_from=null",
+        "lambda_sw=0.01",
+    ]
+    back = config_over(config.model_dump(), shlex.split(said[1]), "the remedy")
+    assert find_start(back, run_of(back, accelerator), accelerator).folder == folder
+    save_run(old.model_copy(update={"prompt_template": "{question}\n" * 30}), accelerator, 2)
+    with pytest.raises(InputError, match="; set it back, or start over"):
+        find_start(old, run_of(old, accelerator), accelerator)
 
 
 def test_keys_that_say_how_a_run_is_carried_out_may_change(tmp_path: Path, accelerator: Accelerator):

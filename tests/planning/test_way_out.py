@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from runs import config_of, run_of, save_run
 
 from chorus.checkpoint.resume import find_start
-from chorus.config import RunConfig
+from chorus.config import RunConfig, as_settings
 from chorus.planning import way_out as module
 from chorus.planning.forecast import Forecast, Machine
 from chorus.planning.memory_forecast import forecast
-from chorus.planning.way_out import as_settings, split_batch, way_out
+from chorus.planning.way_out import split_batch, way_out
 
 SMALL: dict[str, Any] = {"num_agents": 2, "batch_size": 8, "eval_samples": 0, "max_seq_length": 64}
 SMALL["output_dir"] = "runs/no run of this name"  # a remedy depends on checkpoints that are there

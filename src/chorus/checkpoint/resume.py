@@ -22,7 +22,7 @@ from chorus.checkpoint.state_file import STATE_FILE, BestStep, StateFile, read_s
 from chorus.checkpoint.store import checkpoints, read_tensors, set_aside_later, verify
 from chorus.checkpoint.untrusted_files import Damaged
 from chorus.collectives import on_every_process, on_first_process, refuse_differences
-from chorus.config import Config, on_resume
+from chorus.config import Config, as_settings, on_resume
 from chorus.config.section import OnResume
 from chorus.errors import InputError
 from chorus.progress import announced
@@ -244,25 +244,33 @@ def _shown(value: object) -> str:
     return (text if text.isprintable() else repr(text))[:200]
 
 
-def refuse_another_run(saved: StateFile, config: Config, run: Mapping[str, Any], folder: Path) -> None:
-    """Raise InputError where the checkpoint is not of this run:
-    it names the key, both values and the remedy."""
+def _remedy(others: Mapping[str, object]) -> str:
+    """What sets the keys, unless it is too long to copy: where a default has changed, none was set before."""
+    settings = as_settings(others)
+    return f"set {settings}" if settings.isprintable() and len(settings) <= 200 else "set it back"
 
-    def refuse(what: str, ours: object, theirs: object) -> None:
-        back = f"to {theirs}" if what == "key 'mixed_precision'" else "back"  # auto may have decided it
-        way_out, output_dir = f"set it {back}, or {_ways_out(config)}", folder.parent.parent
+
+def refuse_another_run(saved: StateFile, config: Config, run: Mapping[str, Any], folder: Path) -> None:
+    """Raise InputError where the checkpoint is not of this run, with the key, both values and the remedy."""
+
+    def refuse(what: str, ours: object, theirs: object, remedy: str = "set it back") -> None:
+        way_out, output_dir = f"{remedy}, or {_ways_out(config)}", folder.parent.parent
         if (output_dir / "agents").is_dir():  # a finished run
             way_out += f"; to train its agents on: output_dir=runs/another init_adapters_from={output_dir}"
         raise InputError(f"{what} is {_shown(ours)}, but {_shown(theirs)} in {folder}; {way_out}")
 
     old = saved.config.values()
-    for key, ours in config.model_dump().items():
-        if on_resume(key) is OnResume.MUST_EQUAL and ours != old[key]:
-            refuse(f"key '{key}'", ours, old[key])
+    ours = config.model_dump()
+    others = {
+        key: old[key] for key in ours if on_resume(key) is OnResume.MUST_EQUAL and ours[key] != old[key]
+    }
+    for key in others:  # the first is named, and all of them in the remedy
+        refuse(f"key '{key}'", ours[key], old[key], _remedy(others))
     if config.max_train_steps is None and config.epochs != saved.config.epochs:
         refuse("key 'epochs'", config.epochs, saved.config.epochs)
     if run["precision"] != saved.precision:
-        refuse("key 'mixed_precision'", run["precision"], saved.precision)
+        back = f"set it to {saved.precision}"  # auto may have decided it
+        refuse("key 'mixed_precision'", run["precision"], saved.precision, back)
     sizes = int(config.agent_parallel_size), saved.config.agent_parallel_size
     own_rows = config.batch_size * run["world_size"] // sizes[0]
     old_rows = saved.config.batch_size * saved.world_size // sizes[1]

@@ -6,6 +6,7 @@
 
 import argparse
 import re
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -57,6 +58,11 @@ def render(config: Config) -> str:
             comment = textwrap.wrap(field.description or "", 100, initial_indent="# ", subsequent_indent="# ")
             lines += ["", *comment, f"{key}: {as_yaml(getattr(config, key))}"]
     return "\n".join(lines) + "\n"
+
+
+def as_settings(values: Mapping[str, object]) -> str:
+    """Keys and values as a command line takes them."""
+    return shlex.join(f"{key}={as_yaml(value)}" for key, value in values.items())
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from chorus.collectives import on_first_process
-from chorus.config import Config, RunConfig
+from chorus.config import Config, RunConfig, as_settings
 from chorus.data.samples import Sample, Samples
 from chorus.errors import InputError, OutOfMemory, Preempted, RunError, out_of_memory
 from chorus.monitoring.memory import memory_limit
 from chorus.planning.auto_agents import machine_of
 from chorus.planning.forecast import Machine, in_words
 from chorus.planning.memory_forecast import forecast, longest_batch
-from chorus.planning.way_out import as_settings, smaller_batch, way_out
+from chorus.planning.way_out import smaller_batch, way_out
 from chorus.progress import announced
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chorus.checkpoint.store import checkpoints
-from chorus.config import Config, RunConfig
+from chorus.config import Config, RunConfig, as_settings
 from chorus.planning.forecast import Forecast, Machine, in_words
 from chorus.planning.memory_forecast import forecast, longest_batch
 
@@ -162,9 +162,3 @@ def _from_the_start(config: Config) -> dict[str, Any]:
     named = config.resume_from_checkpoint
     may_resume = named is not None and (named != "auto" or bool(checkpoints(Path(config.output_dir))))
     return {"resume_from_checkpoint": None} if may_resume else {}
-
-
-def as_settings(change: dict[str, Any]) -> str:
-    return " ".join(
-        f"{key}={'null' if value is None else str(value).lower()}" for key, value in change.items()
-    )
