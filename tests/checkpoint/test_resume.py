@@ -177,7 +177,8 @@ def test_keys_that_say_how_a_run_is_carried_out_may_change(tmp_path: Path, accel
 def test_what_is_compared_by_its_effect(
     settings: dict, more: dict, expected: str | None, tmp_path: Path, accelerator: Accelerator
 ):
-    folder = save_run(config_of(tmp_path), accelerator, 1)
+    old = config_of(tmp_path, lambda_sw=settings.get("lambda_sw", 0.0))
+    folder = save_run(old, accelerator, 1)
     config = config_of(tmp_path, **settings)
     if expected is None:
         assert find_start(config, run_of(config, accelerator, **more), accelerator).folder == folder
