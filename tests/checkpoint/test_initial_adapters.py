@@ -9,7 +9,8 @@ import torch
 from toy import ALPHA, RANK, TARGETS, toy_agents
 
 from chorus.checkpoint.export import save_ensemble
-from chorus.checkpoint.initial_adapters import CONFIG_FILE, initial_folders, start_from
+from chorus.checkpoint.initial_adapters import initial_folders, start_from
+from chorus.checkpoint.manifest import ADAPTER_CONFIG
 from chorus.config import RunConfig
 from chorus.errors import InputError
 
@@ -47,7 +48,7 @@ def test_without_the_key_agents_stay_as_they_are():
         ({"lora_rank": 4}, r"has r 3; set lora_rank=3"),
         ({"lora_alpha": 7.0}, r"has lora_alpha 6.0; set lora_alpha=6.0"),
         ({"use_rslora": True}, "has use_rslora False; set use_rslora=false"),
-        ({"init_adapters_from": "no/such/folder"}, "cannot be read .*name a run's output_dir"),
+        ({"init_adapters_from": "no/such/folder"}, "holds no adapter_config.json.*name a run's output_dir"),
     ],
 )
 def test_adapters_of_another_shape_are_refused_with_the_key_to_set(
@@ -75,11 +76,25 @@ def test_the_own_output_dir_is_refused_because_a_fresh_start_sets_it_aside(run_f
         initial_folders(RunConfig(**SETTINGS, init_adapters_from=str(run_folder), output_dir=str(run_folder)))
 
 
-@pytest.mark.parametrize("key", ["use_dora", "lora_bias", "target_parameters", "modules_to_save"])
-def test_what_peft_can_do_beside_plain_lora_is_refused_by_name(key: str, run_folder: Path, tmp_path: Path):
-    config = json.loads((run_folder / "agents" / "agent_0" / CONFIG_FILE).read_text())
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {key: ["experts"]}))
-    with pytest.raises(InputError, match=f"has {key}, which Chorus does not train"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("use_dora", True), ("lora_bias", True), ("target_parameters", ["experts"]), ("bias", "all")),
+        *(
+            ("modules_to_save", ["lm_head"]),
+            ("rank_pattern", {"q_proj": 9}),
+            ("alpha_pattern", {"q_proj": 9}),
+        ),
+        *(("alora_invocation_tokens", [5]), ("use_bdlora", {"nblocks": 2}), ("layer_replication", [[0, 1]])),
+        *(("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("of_tomorrow", 1)),
+    ],
+)
+def test_what_peft_can_do_beside_plain_lora_is_refused_by_name(
+    key: str, value: object, run_folder: Path, tmp_path: Path
+):
+    config = json.loads((run_folder / "agents" / "agent_0" / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=f"'init_adapters_from'.*{key}.*; name .*plain.* LoRA"):
         initial_folders(RunConfig(**{**SETTINGS, "num_agents": 1}, init_adapters_from=[str(tmp_path)]))
 
 

@@ -74,6 +74,16 @@ def test_no_argument_of_transformers_gets_an_absurd_suggestion():
             )
 
 
+def test_every_option_of_pefts_lora_is_a_key_or_is_answered():
+    (package,) = find_spec("peft").submodule_search_locations
+    tree = ast.parse(Path(package, "tuners", "lora", "config.py").read_text())
+    (lora,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LoraConfig")
+    fields = [node.target.id for node in lora.body if isinstance(node, ast.AnnAssign)]
+    assert {"lora_bias", "target_parameters", "use_dora"} < set(fields)
+    unanswered = [name for name in fields if name not in Config.model_fields and answer(name) is None]
+    assert unanswered == [], unanswered
+
+
 def test_a_word_that_is_like_no_key_gets_no_suggestion():
     assert refusal("xyzzy: 1").endswith(
         "is not known; `python -m chorus.config --defaults` prints every key with its meaning"

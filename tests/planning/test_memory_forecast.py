@@ -120,10 +120,11 @@ def test_a_step_of_a_base_with_experts_allocates_what_is_forecast(tmp_path: Path
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **heads, **experts)).save_pretrained(tmp_path / "base")
-    config = config_of(str(tmp_path / "base"), **how)
+    config = config_of(str(tmp_path / "base"), eval_samples=4, **how)
     told = forecast(config, precision, Machine("cpu"))
     step = told.training - sum(told.standing.values())
     assert step == pytest.approx(allocated_by_a_step(config, precision, tmp_path), rel=0.1)
+    assert told.evaluation > 0
 
 
 def test_what_stands_is_the_base_the_adapters_and_two_moments(base: str):

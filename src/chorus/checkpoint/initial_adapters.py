@@ -1,25 +1,25 @@
 """Agents that start from existing adapters (`init_adapters_from`): their weights and a new optimizer."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from chorus.checkpoint.export import ADAPTER_FILE, peft_key
+from chorus.checkpoint.export import peft_key
+from chorus.checkpoint.manifest import ADAPTER_FILE
+from chorus.checkpoint.peft_config import read_config
 from chorus.collectives import on_every_process
 from chorus.config import RunConfig
 from chorus.config.per_agent import of_agent
 from chorus.errors import InputError
 from chorus.model.agents import Agents
 
-CONFIG_FILE = "adapter_config.json"  # PEFT's name
-# PEFT's extensions of plain LoRA, which Chorus does not train.
-MORE = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
+PATTERNS = ("rank_pattern", "alpha_pattern")  # Chorus answers with them, and trains one rank on all layers
 
 
 def initial_folders(config: RunConfig) -> list[Path]:
@@ -70,37 +70,30 @@ def _start_own(agents: Agents, folders: Sequence[Path]) -> None:
         _fill(wanted, _read(file), file)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> LoraConfig:
     """PEFT's configuration of a plain LoRA adapter."""
-    file = folder / CONFIG_FILE
     try:
-        peft: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _refuse(
-            f"{file} cannot be read ({error}); name a run's output_dir, or a list of PEFT LoRA folders", error
-        )
-    if peft.get("peft_type") != "LORA":
-        _refuse(f"{folder} is {peft.get('peft_type')}, not a LoRA adapter; name LoRA adapters")
-    for key in MORE:
-        if peft.get(key):
+        peft = read_config(folder)
+    except InputError as error:
+        _refuse(f"{error}; name a run's output_dir, or a list of plain PEFT LoRA folders", error)
+    for key in PATTERNS:
+        if getattr(peft, key):
             _refuse(f"{folder} has {key}, which Chorus does not train; name plain LoRA adapters")
     return peft
 
 
-def _refuse_another_shape(
-    folders: Sequence[Path], configs: Sequence[Mapping[str, Any]], config: RunConfig
-) -> None:
+def _refuse_another_shape(folders: Sequence[Path], configs: Sequence[LoraConfig], config: RunConfig) -> None:
     """Refuse adapters whose shape differs from the agents'. Each agent starts from one folder."""
-    alphas = [peft.get("lora_alpha") for peft in configs]
+    alphas = [peft.lora_alpha for peft in configs]
     for agent, (folder, peft) in enumerate(zip(folders, configs, strict=True)):
         alpha = of_agent(config.lora_alpha, agent)
         ours = {"r": config.lora_rank, "lora_alpha": alpha, "use_rslora": config.use_rslora}
         for key, wanted in ours.items():
-            found = peft.get(key, False)
+            found = getattr(peft, key)
             if found != wanted:
                 name = "lora_rank" if key == "r" else key
                 needed = alphas if key == "lora_alpha" and len(set(map(str, alphas))) > 1 else found
-                _refuse(f"{folder} has {key} {peft.get(key)}; set {name}={str(needed).lower()}")
+                _refuse(f"{folder} has {key} {found}; set {name}={str(needed).lower()}")
 
 
 def _read(file: Path) -> dict[str, Tensor]:

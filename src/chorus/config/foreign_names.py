@@ -28,7 +28,13 @@ PRECISION = "one of no, fp16, bf16 and auto"
 FOREIGN_NAMES: dict[str, Answer] = {
     # model and adapters
     **_same(
-        "model_name", "model_name_or_path", "base_model", "model", "model_id", "pretrained_model_name_or_path"
+        "model_name",
+        *("model_name_or_path", "base_model", "model", "model_id", "pretrained_model_name_or_path"),
+        "base_model_name_or_path",
+    ),
+    **_none(
+        "a hub id is read at its main revision; leave it out, or download another one and name its folder",
+        *("revision", "model_revision"),
     ),
     **_same("lora_rank", "lora_r", "r", "rank", "lora_dim"),
     **_same("lora_alpha", "alpha"),
@@ -56,15 +62,41 @@ FOREIGN_NAMES: dict[str, Answer] = {
             "use_bnb_nested_quant",
         ),
     ),
+    **_same("lora_exclude_modules", "exclude_modules"),
+    **_same(
+        "layers_to_transform",
+        *("layers_pattern", "peft_layers_to_transform", "peft_layers_pattern"),
+        note="numbers of decoder layers; the pattern of their names is known",
+    ),
+    **_same(
+        "initialize_adapters_rand",
+        *("init_lora_weights", "peft_init_lora_weights"),
+        note="false is PEFT's own start, and lora_init_gain scales it",
+    ),
     **_none(
         "adapters are plain LoRA on linear layers, and nothing else is trained; leave it out",
-        *(
-            "use_dora",
-            "modules_to_save",
-            "lora_modules_to_save",
-            "additional_target",
-            "trainable_token_indices",
-        ),
+        *("use_dora", "peft_use_dora", "lora_bias", "bias", "target_parameters", "lora_target_parameters"),
+        *("modules_to_save", "lora_modules_to_save", "additional_target", "trainable_token_indices"),
+        *("ensure_weight_tying", "layer_replication", "alora_invocation_tokens", "arrow_config"),
+        *("use_bdlora", "use_qalora", "qalora_group_size", "kasa_config", "velora_config"),
+        *("monteclora_config", "loraplus_lr_ratio", "loraplus_lr_embedding"),
+    ),
+    **_none(
+        "all layers of an agent have one rank and one alpha; leave it out, and set lora_rank and lora_alpha",
+        *("rank_pattern", "alpha_pattern"),
+    ),
+    **_none(
+        "adapters start at random, or from init_adapters_from; leave it out",
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    ),
+    **_none(
+        "it is found from the base; leave it out",
+        *("fan_in_fan_out", "lora_fan_in_fan_out", "megatron_config", "megatron_core", "auto_mapping"),
+        *("runtime_config", "inference_mode", "peft_version"),
+    ),
+    **_none(
+        "load_in_4bit means NF4 with double quantisation, and load_in_8bit LLM.int8; set one of them to true",
+        *("quantization_config", "quantization", "bnb_config", "bnb_config_kwargs"),
     ),
     **_same(
         "init_adapters_from",

@@ -5,8 +5,6 @@ adapter answers like the base. Here the file must hold exactly the tensors that 
 implies.
 """
 
-import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,40 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from chorus.checkpoint.manifest import ADAPTER_CONFIG, ADAPTER_FILE
+from chorus.checkpoint.peft_config import read_config
 from chorus.errors import InputError
 from chorus.model.targets import LINEAR
 
-CONFIG_FILE, ADAPTER_FILE, PICKLED_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+PICKLED_FILE = "adapter_model.bin"
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-
-# Fields of PEFT's LoraConfig that this module applies, or that have no effect after training. A folder that
-# sets any other field is refused: it would silently be ignored.
-APPLIED = {
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "base_model_name_or_path",
-    "peft_type",
-}
-APPLIED |= {"fan_in_fan_out", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-HARMLESS = {
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "revision",
-    "inference_mode",
-    "lora_dropout",
-    "eva_config",
-}
-HARMLESS |= {"init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config"}
-# Initialisations that change the base's own weights, so that the stock base is another model.
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -73,46 +44,6 @@ class AdapterFile:
     base_name: str | None
     matrices: Mapping[str, tuple[Tensor, Tensor]]
     scaling: Mapping[str, float]
-
-
-def read_config(folder: Path) -> LoraConfig:
-    """The LoRA configuration of a folder.
-
-    Raises:
-        InputError: the folder has none, or one of another kind of adapter.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder}: holds no {CONFIG_FILE}; name a folder that PEFT has saved") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON; export the adapter again") from error
-    if not isinstance(entries, dict) or entries.get("peft_type") != "LORA":
-        kind = entries.get("peft_type") if isinstance(entries, dict) else type(entries).__name__
-        raise InputError(f"{file}: peft_type is {kind}, not LORA; only LoRA adapters can be loaded")
-    defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
-    for name, value in entries.items():
-        is_off = value == defaults.get(name) or value in (None, False, [], {})
-        if name not in APPLIED | HARMLESS and not is_off:
-            raise InputError(
-                f"{file}: {name} is {value!r}, which Chorus does not support; merge or retrain without it"
-            )
-    start = entries.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGES_THE_BASE):
-        raise InputError(
-            f"{file}: init_lora_weights is {start!r}, which changes the base's weights; convert it to a "
-            "plain LoRA adapter with PEFT first"
-        )
-    rank = entries.get("r", defaults["r"])
-    if type(rank) is not int or rank < 1:
-        raise InputError(f"{file}: r is {rank!r}, no whole number above 0; give the rank of the tensors")
-    known = {name: value for name, value in entries.items() if name in APPLIED}
-    known.pop("peft_type")
-    try:
-        return LoraConfig(**known)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{file}: {str(error).splitlines()[0]}; export the adapter again") from error
 
 
 def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
@@ -197,12 +128,12 @@ def _refuse_other_layers(
     missing, extra = sorted(targets - found), sorted(found - targets)
     if missing:
         raise InputError(
-            f"{file}: {len(missing)} of {len(targets)} layers that {CONFIG_FILE} targets have no tensor, "
+            f"{file}: {len(missing)} of {len(targets)} layers that {ADAPTER_CONFIG} targets have no tensor, "
             f"such as {missing[0]}; export the adapter again"
         )
     if extra:
         raise InputError(
-            f"{file}: {extra[0]} is not among the target_modules of {CONFIG_FILE}; export it again"
+            f"{file}: {extra[0]} is not among the target_modules of {ADAPTER_CONFIG}; export it again"
         )
 
 

@@ -15,10 +15,12 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chorus.checkpoint.fingerprints import base_fingerprint
+from chorus.checkpoint.manifest import ADAPTER_CONFIG
+from chorus.checkpoint.peft_config import read_config
 from chorus.checkpoint.state_file import read_state_file
 from chorus.checkpoint.store import MANIFEST, checkpoints, verify
 from chorus.checkpoint.untrusted_files import Damaged
-from chorus.ensemble.adapter_files import CONFIG_FILE, AdapterFile, read_adapter, read_config
+from chorus.ensemble.adapter_files import AdapterFile, read_adapter
 from chorus.ensemble.lanes import lanes_of
 from chorus.ensemble.mixture import Mixture
 from chorus.ensemble.scoring import hidden_states
@@ -205,10 +207,10 @@ def _of_run(run: Path) -> Source:
 
 def _adapters_in(path: Path) -> list[Path]:
     """The folder itself, or the adapters' folders in it, in the order of the numbers in their names."""
-    if (path / CONFIG_FILE).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return [path]
     folders = (
-        [folder for folder in path.iterdir() if (folder / CONFIG_FILE).is_file()] if path.is_dir() else []
+        [folder for folder in path.iterdir() if (folder / ADAPTER_CONFIG).is_file()] if path.is_dir() else []
     )
     if not folders:
         raise InputError(

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from chorus.checkpoint.atomic_files import json_text, share
 from chorus.checkpoint.ensemble_file import ENSEMBLE_FILE
-from chorus.ensemble.adapter_files import ADAPTER_FILE, AdapterFile, read_adapter
+from chorus.checkpoint.manifest import ADAPTER_FILE
+from chorus.ensemble.adapter_files import AdapterFile, read_adapter
 from chorus.ensemble.evaluate import Evaluation
 from chorus.ensemble.load import Source, base_of, find_source, names_of, refuse_equal_agents
 from chorus.errors import InputError

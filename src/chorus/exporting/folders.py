@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chorus.checkpoint.atomic_files import disk_errors, json_text, save_tensors, sync
-from chorus.ensemble.adapter_files import ADAPTER_FILE, CONFIG_FILE, AdapterFile
+from chorus.checkpoint.manifest import ADAPTER_CONFIG, ADAPTER_FILE
+from chorus.ensemble.adapter_files import AdapterFile
 from chorus.errors import InputError
 from chorus.exporting.merge import MeanAdapter, mean_adapter
 from chorus.model.targets import peft_target_modules
@@ -68,14 +69,14 @@ def write_agent(folder: Path, adapter: AdapterFile, base_name: str, skeleton: Pr
     An adapter whose layers differ in rank or scaling is rewritten with one rank and a scaling of 1 on all
     layers, which computes the same: vLLM uses the folder's `r` and `lora_alpha` for all layers.
     """
-    entries = json.loads((adapter.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    entries = json.loads((adapter.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if any(entries.get(name) for name in PATTERNS):
         write_adapter(folder, mean_adapter([adapter], [1.0]), base_name, skeleton)
         return
     folder.mkdir()
     shutil.copyfile(adapter.folder / ADAPTER_FILE, folder / ADAPTER_FILE)
     named = {**entries, "base_model_name_or_path": base_name}
-    (folder / CONFIG_FILE).write_text(json_text(named), encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json_text(named), encoding="utf-8")
 
 
 def write_adapter(folder: Path, adapter: MeanAdapter, base_name: str, skeleton: PreTrainedModel) -> None:

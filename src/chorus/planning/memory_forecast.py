@@ -22,7 +22,7 @@ from chorus.model.agents import Agents
 from chorus.model.quantisation import bits_of_base, spared_bytes
 from chorus.planning.counted_passes import batch_without_values, count, diversity_bytes, loss_bytes
 from chorus.planning.forecast import GIB, Forecast, Machine
-from chorus.planning.live_bytes import LiveBytes, bytes_of
+from chorus.planning.live_bytes import ExpertProducts, LiveBytes, bytes_of
 from chorus.training.engine import DTYPES
 
 # Measured: what a GPU's allocator reserved beyond all that is counted, whatever the model. 0.5 to 1.5 GiB in
@@ -138,7 +138,7 @@ def _scoring_bytes(config: RunConfig, agents: Agents, length: int, machine: Mach
     texts = 2 * config.num_agents + 1
     agents.eval()
     dtype, head = next(iter(agents.frozen_tensors().values())).dtype, agents.head()
-    with torch.no_grad():
+    with torch.no_grad(), ExpertProducts():
         with LiveBytes() as live:
             agents.agent_pass(0, batch_without_values(ceil(tokens / length), length))
         scoring = live.peak
