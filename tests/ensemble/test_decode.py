@@ -164,7 +164,7 @@ def test_a_stop_string_ends_an_answer_before_it(agents: Agents, prompts: list[li
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_bases_writes_with_caches_what_it_writes_without(family: str):
-    agents = agents_of(family, "parallel" if family == "deepseek-v3" else "fused").eval()
+    agents = agents_of(family).eval()
     prompts = random_prompts(5, 9, 2)
     everybody = [Answerer("base", (None,)), Answerer("0", (0,)), Answerer("1", (1,))]
     answers = tokens(generate(agents, everybody, prompts, max_new_tokens=9, end_ids=[]))

@@ -94,7 +94,7 @@ class CachedLanes:
             masks = (
                 _taken(state.masks, self.step_1) if self.is_static else state.seen_LC[:, : self.column + 1]
             )
-            with state.lane.trunk(len(token_L1)) as trunk:
+            with state.lane.trunk(len(token_L1), 1) as trunk:
                 hidden_L1D = trunk(
                     input_ids=token_L1,
                     attention_mask=masks,
@@ -273,7 +273,7 @@ def _read(
 def _read_rows(reader: Lane, ids_PT: Tensor, real_PT: Tensor, cache: Cache) -> Tensor:
     M = len(reader.groups)
     position_PT = (real_PT.cumsum(1) - 1).clamp(min=0)
-    with reader.trunk(M * ids_PT.numel()) as trunk:
+    with reader.trunk(M * len(ids_PT), ids_PT.shape[1]) as trunk:
         hidden_NTD = trunk(
             input_ids=ids_PT.repeat(M, 1),
             attention_mask=real_PT.repeat(M, 1),

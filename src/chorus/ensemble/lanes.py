@@ -39,9 +39,10 @@ class Lane:
     context: AdapterContext
 
     @contextmanager
-    def trunk(self, num_tokens: int) -> Iterator[nn.Module]:
-        """The trunk for a pass of `num_tokens` tokens, over all rows of this lane."""
-        with self.agents.router.of(self.context._replace(num_tokens=num_tokens)):
+    def trunk(self, num_rows: int, length: int) -> Iterator[nn.Module]:
+        """The trunk for a pass of `num_rows` rows, all of this lane, of `length` tokens each."""
+        context = self.context._replace(num_tokens=num_rows * length, num_rows=num_rows)
+        with self.agents.router.of(context):
             yield trunk_of(self.model)
 
 

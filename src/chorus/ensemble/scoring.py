@@ -169,7 +169,7 @@ def hidden_states(agents: Agents, lanes: Sequence[Lane], ids_BT: Tensor) -> Tens
     parts, groups = [], []
     for lane in lanes:
         G = len(lane.groups)
-        with lane.trunk(G * ids_BT.numel()) as trunk:
+        with lane.trunk(G * len(ids_BT), ids_BT.shape[1]) as trunk:
             hidden_NTD = trunk(input_ids=ids_BT.repeat(G, 1), use_cache=False).last_hidden_state
         parts.append(hidden_NTD.unflatten(0, (G, -1)))
         groups += lane.groups

@@ -46,12 +46,14 @@ class AdapterContext(NamedTuple):
         num_tokens: rows x tokens of the pass, over all of them.
         weights: A_KRI and B_KOR of every layer that the pass goes through, in the dtype of the base.
         noise: only in training.
+        num_rows: rows of the pass, over all agents; 0 if no layer is given more tokens than the pass has.
     """
 
     agents: tuple[int, ...]
     num_tokens: int
     weights: "Mapping[LoraLinear, tuple[Tensor, Tensor]]"
     noise: Noise | None = None
+    num_rows: int = 0
 
 
 BASE_ALONE = AdapterContext(agents=(), num_tokens=0, weights={})
@@ -115,7 +117,10 @@ class LoraLinear(PeftLoraLinear):
             return self.base_layer(x, *args, **kwargs)
         A_KRI, B_KOR = self.active_weights
         context, base = self.router.context, self.base_layer
-        if len(A_KRI) > 1 and x.shape[:-1].numel() != context.num_tokens:
+        # Experts are given some of all rows' tokens, in two dimensions. A layer behind a cache (DeepSeek's
+        # kv_b_proj) is given each row's earlier tokens, too.
+        by_rows = x.shape[:-1].numel() == context.num_tokens or (x.ndim > 2 and len(x) == context.num_rows)
+        if len(A_KRI) > 1 and not by_rows:
             raise InputError(
                 f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts "
                 "are, so it cannot tell the agents apart; set parallel_mode to parallel or sequential"
