@@ -10,6 +10,7 @@ from promises import EVERY_MODE
 from torch import nn
 from toy import ALPHA, RANK, VOCABULARY, hash_of, max_difference, run, seeded, toy_batch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from chorus.config.model import ModelSettings
 from chorus.errors import InputError
@@ -102,6 +103,18 @@ def test_the_forecast_knows_what_is_stored(bits: int, share: float):
     spared, largest = spared_bytes(model, bits)
     assert (whole - spared) / whole == pytest.approx(share, rel=0.05)
     assert largest == 4 * 64 * 128
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_transposed_linear_is_stored_as_any_other(bits: int):
+    """GPT-2's, which bitsandbytes turns round."""
+
+    class OneLayer(nn.ModuleList):
+        def get_output_embeddings(self) -> None:
+            return None
+
+    plain, transposed = OneLayer([nn.Linear(64, 256)]), OneLayer([Conv1D(256, 64)])
+    assert spared_bytes(transposed, bits) == spared_bytes(plain, bits)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_base_saved_in_another_way_is_refused_before_any_weight_is_read(tmp_path: Path):

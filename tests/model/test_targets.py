@@ -34,10 +34,17 @@ def test_of_a_multimodal_model_the_text_model_alone_is_adapted(wanted: Any):
     assert all(path.startswith("model.language_model.layers.") for path in targets.paths)
 
 
-def test_what_a_tower_has_under_a_name_is_counted_as_left_out():
-    targets = find_targets(of_family("gemma-3 multimodal"), ["q_proj"])
+def test_what_a_tower_has_is_counted_as_left_out_whichever_way_it_was_named():
+    model = of_family("gemma-3 multimodal")
+    targets = find_targets(model, ["q_proj"])
     assert targets.paths == of_layers("model.language_model", ["self_attn.q_proj"])
     assert targets.unreached == ["model.vision_tower.encoder.layers.0.self_attn.q_proj"]
+    in_tower = [
+        path for path, one in model.named_modules() if "tower" in path and isinstance(one, torch.nn.Linear)
+    ]
+    assert len(in_tower) == 9
+    for wanted in ("auto", "all-linear"):
+        assert find_targets(model, wanted).unreached == in_tower
 
 
 def test_a_target_that_only_a_tower_has_is_refused():

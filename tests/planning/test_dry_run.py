@@ -57,6 +57,16 @@ def test_a_good_configuration_passes_and_leaves_nothing(tmp_path: Path):
 
 
 @pytest.mark.launch
+def test_a_base_in_eight_bits_passes_and_its_products_say_nothing(tmp_path: Path):
+    """Where a column has a large value in one row, LLM.int8 rounds it in no row of the batch."""
+    pytest.importorskip("bitsandbytes")
+    result = tried_in_forks([sys.executable], f"output_dir={tmp_path}/run", "load_in_8bit=true")
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout
+    assert set(checks_of(json.loads(result.stdout)).values()) == {"PASS"}
+    assert "MatMul8bitLt" not in result.stderr
+
+
+@pytest.mark.launch
 def test_two_processes_under_zero2_try_the_same_and_each_other(tmp_path: Path):
     launcher = [*ZERO2, "--num_processes", "2"]
     own = ("parallel_mode=sequential", "num_agents=4", "agent_parallel_size=2")

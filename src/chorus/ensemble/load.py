@@ -121,7 +121,8 @@ def load_ensemble(
     quantising = [key for key in QUANTISING if (source.description.get("config") or {}).get(key)]
     if quantising:
         logger.warning(
-            "the agents were trained with %s: that the weights of %s are those is not checked",
+            "the agents were trained with %s, and %s is loaded as it is: scores differ a little from the "
+            "run's own, and that its weights are those is not checked",
             *(quantising[0], base_name),
         )
     elif source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from chorus.config.model import ModelSettings
 from chorus.errors import InputError
+from chorus.model.targets import LINEAR
 
 QUANTISING = ("load_in_4bit", "load_in_8bit")  # keys; at most one is true
 BLOCK = 64  # weights of one block of NF4, with one scale of 8 bits; 256 scales share one of 32
@@ -105,7 +107,8 @@ def spared_bytes(model: PreTrainedModel, bits: int | None) -> tuple[int, int]:
     if bits is None:
         return 0, 0
     head = model.get_output_embeddings()
-    weights = [one.weight for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
+    linears = [one for one in model.modules() if type(one) in LINEAR and one is not head]
+    weights = [one.weight.T if isinstance(one, Conv1D) else one.weight for one in linears]
     spared = sum(weight.nbytes - _stored_bytes(weight, bits) for weight in weights)
     return spared, max((weight.nbytes for weight in weights), default=0)
 

@@ -140,15 +140,16 @@ def peft_target_modules(
 def _chosen(
     model: PreTrainedModel, modules: dict[str, nn.Module], text: dict[str, None], wanted: Names
 ) -> list[str]:
-    """Paths that `wanted` matches. Names also match outside of the text model, to be counted as left out."""
+    """Paths that `wanted` matches, outside of the text model too: those are counted as left out."""
     head = model.get_output_embeddings()
     linear = [path for path, module in modules.items() if isinstance(module, LINEAR) and module is not head]
     if wanted in (AUTO, ALL_LINEAR):
         inside = [path for path in linear if path in text and "experts" not in path.split(".")]
+        outside = [path for path in linear if path not in text]  # a tower's
         if wanted == ALL_LINEAR:
-            return inside
+            return inside + outside
         blocks = [path for path in inside if _is_in_block(path)]
-        return blocks or [path for path in inside if re.search(r"\.\d+\.", path)]
+        return (blocks or [path for path in inside if re.search(r"\.\d+\.", path)]) + outside
     for name in [wanted] if isinstance(wanted, str) else wanted:
         hits = [
             path for path in modules if path and _matches(path, name if isinstance(wanted, str) else [name])

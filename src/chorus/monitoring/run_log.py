@@ -302,6 +302,8 @@ def quiet_libraries() -> None:
     )
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It says at every product in 8 bits that the input is cast.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def open_run_log(

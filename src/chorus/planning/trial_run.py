@@ -296,10 +296,12 @@ def reload(
     differs = float((answers(again, batch)[1].float() - hidden_KBTD.float()).abs().max())
 
     row_1T = batch.input_BT[:1, :PEFT_TOKENS]
-    head, device = agents.head(), batch.input_BT.device
+    device = batch.input_BT.device
+    # The agent alone on the same row: 8 bits round a row by what the other rows of its batch hold.
+    with evaluating(agents):
+        ours_KTV = [_logits_TV(agents, agent, row_1T) for agent in agents.agents]
     peft_differs, log_probs = 0.0, []
-    for agent in agents.agents:
-        ours_TV = head.logits(hidden_KBTD[agent, :1, :PEFT_TOKENS].to(device))[0]
+    for agent, ours_TV in zip(agents.agents, ours_KTV, strict=True):
         stock = PeftModel.from_pretrained(
             copy_sharing_storage(base),  # pyright: ignore[reportArgumentType]
             str(folder / "agents" / adapter_name(agent)),
@@ -322,6 +324,11 @@ def reload(
         probability=float(mixed_V.double().exp().sum()),
         weights=float(weight_K.double().sum()),
     )
+
+
+def _logits_TV(agents: Agents, agent: int, row_1T: Tensor) -> Tensor:
+    with agents.trunk(agent) as trunk:
+        return agents.head().logits(trunk(input_ids=row_1T, use_cache=False).last_hidden_state)[0]
 
 
 def disagreement(runs: Sequence[ModeRun]) -> float:
