@@ -1,6 +1,7 @@
 """Agents that start from adapters that exist."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ def test_each_agent_has_the_weights_of_its_folder_whichever_way_they_are_named(m
         start_from(agents, initial_folders(RunConfig(**SETTINGS, init_adapters_from=wanted)))
         found = agents.adapter_tensors()
         assert all(torch.equal(found[identity], tensor) for identity, tensor in expected.items())
+
+
+def test_adapters_of_another_base_are_said(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folders, agents = [], toy_agents("fused")
+    for name, base in (("own", "google/gemma"), ("foreign", "other/base"), ("unknown", None)):
+        shutil.copytree(run_folder / "agents" / "agent_0", tmp_path / name)
+        file = tmp_path / name / ADAPTER_CONFIG
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+        folders.append(tmp_path / name)
+    agents.config.name_or_path = "google/gemma"
+    start_from(agents, [folders[0], folders[2], folders[0]])
+    assert not caplog.text
+    start_from(agents, folders)
+    assert "trained over other/base, and start over google/gemma" in caplog.text
 
 
 def test_without_the_key_agents_stay_as_they_are():

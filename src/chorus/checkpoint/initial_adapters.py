@@ -1,5 +1,6 @@
 """Agents that start from existing adapters (`init_adapters_from`): their weights and a new optimizer."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +19,9 @@ from chorus.config import RunConfig
 from chorus.config.per_agent import of_agent
 from chorus.errors import InputError
 from chorus.model.agents import Agents
+from chorus.model.base import base_reference
+
+logger = logging.getLogger(__name__)
 
 PATTERNS = ("rank_pattern", "alpha_pattern")  # Chorus answers with them, and trains one rank on all layers
 
@@ -58,6 +62,7 @@ def start_from(agents: Agents, folders: Sequence[Path]) -> None:
     """
     if folders:  # processes may hold other agents, and so read other files
         on_every_process(lambda: _start_own(agents, folders))
+        _tell_another_base(folders, base_reference(agents.config.name_or_path))
 
 
 def _start_own(agents: Agents, folders: Sequence[Path]) -> None:
@@ -68,6 +73,18 @@ def _start_own(agents: Agents, folders: Sequence[Path]) -> None:
             peft_key(identity): tensor for identity, tensor in tensors.items() if identity.agent == agent
         }
         _fill(wanted, _read(file), file)
+
+
+def _tell_another_base(folders: Sequence[Path], base: str) -> None:
+    """Log the bases that the adapters name, where they are not this one: it may have moved."""
+    named = {read_config(folder).base_model_name_or_path for folder in folders}
+    others = sorted(base_reference(name) for name in named if name and base_reference(name) != base)
+    if others:
+        logger.warning(
+            "init_adapters_from: the adapters were trained over %s, and start over %s; if these are not one "
+            "model, set model_name to theirs",
+            *(", ".join(others), base),
+        )
 
 
 def _read_config(folder: Path) -> LoraConfig:

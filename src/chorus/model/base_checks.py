@@ -40,6 +40,11 @@ def model_errors_named(model_name: str) -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error) is not None:
             raise
+        if "custom code" in str(error):  # transformers' words
+            raise InputError(
+                f"key 'model_name': {model_name} brings code of its own, which Chorus does not run; take a "
+                "base whose architecture is part of transformers"
+            ) from error
         damaged = _damaged_file(model_name)
         if damaged is not None:
             raise InputError(f"key 'model_name': {damaged}") from error
