@@ -7,7 +7,7 @@ precision of the run.
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -108,7 +108,7 @@ def spared_bytes(model: PreTrainedModel, bits: int | None) -> tuple[int, int]:
         return 0, 0
     head = model.get_output_embeddings()
     linears = [one for one in model.modules() if type(one) in LINEAR and one is not head]
-    weights = [one.weight.T if isinstance(one, Conv1D) else one.weight for one in linears]
+    weights = [cast(torch.Tensor, one.weight.T if isinstance(one, Conv1D) else one.weight) for one in linears]
     spared = sum(weight.nbytes - _stored_bytes(weight, bits) for weight in weights)
     return spared, max((weight.nbytes for weight in weights), default=0)
 
