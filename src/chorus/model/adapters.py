@@ -119,8 +119,11 @@ class LoraLinear(PeftLoraLinear):
         context, base = self.router.context, self.base_layer
         # Experts are given some of all rows' tokens, in two dimensions. A layer behind a cache (DeepSeek's
         # kv_b_proj) is given each row's earlier tokens, too.
-        by_rows = x.shape[:-1].numel() == context.num_tokens or (x.ndim > 2 and len(x) == context.num_rows)
-        if len(A_KRI) > 1 and not by_rows:
+        if (
+            len(A_KRI) > 1
+            and x.shape[:-1].numel() != context.num_tokens
+            and (x.ndim < 3 or len(x) != context.num_rows)
+        ):
             raise InputError(
                 f"key 'parallel_mode': layer {self.path} is given other rows than the batch's, as experts "
                 "are, so it cannot tell the agents apart; set parallel_mode to parallel or sequential"
