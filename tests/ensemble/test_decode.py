@@ -1,3 +1,4 @@
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from chorus.ensemble.seating import seat
 from chorus.ensemble.texts import Ending, Text
 from chorus.errors import InputError
 from chorus.model.agents import Agents, Mode
+from chorus.model.kernels import decode_graphs
 
 NEVER = 4  # as an end token: none of these texts holds it
 MEMBERS = [Answerer("base", (None,)), *(Answerer(f"agent {k}", (k,)) for k in range(3))]
@@ -277,6 +279,43 @@ def test_a_captured_step_writes_what_transformers_and_the_same_step_uncaptured_w
         for row, answerer in zip(eager, MEMBERS, strict=False):
             model = stock_model(agents, answerer.members[0], device="cuda")
             assert row == [stock_greedy(model, prompt, 40, 33) for prompt in prompts]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss", "gemma-4 experts", "deepseek-v3"])
+def test_a_base_with_experts_writes_the_same_on_a_gpu_whether_its_step_can_be_captured_or_not(family: str):
+    agents, asked = agents_of(family, device="cuda").eval(), random_prompts(9, 4)
+    how: dict[str, Any] = {"max_new_tokens": 20, "end_ids": [NEVER]}
+    eager = tokens(generate(agents, MEMBERS, asked, **how, captured=False))
+    assert tokens(generate(agents, MEMBERS, asked, **how)) == eager
+
+
+def test_a_step_that_cannot_be_captured_is_taken_without_a_graph_and_said_once(
+    agents: Agents,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    tried = []
+
+    def refused(step: Callable[[], None], counters: Sequence[Tensor]) -> decode_graphs.CapturedStep:
+        tried.append(step)
+        step()  # the first warm-up, which counts on
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with")
+
+    monkeypatch.setattr(decode_graphs, "CapturedStep", refused)
+    how: dict[str, Any] = {"max_new_tokens": 14, "end_ids": [NEVER]}
+    eager = tokens(generate(agents, EVERYBODY, prompts, **how, captured=False))
+    decode_graphs._tell.cache_clear()
+    assert tokens(generate(agents, EVERYBODY, prompts, **how, captured=True)) == eager
+    assert tokens(generate(agents, EVERYBODY, prompts, **how, captured=True)) == eager
+    assert len(tried) == 2
+    said = [line for line in caplog.messages if "cannot be captured" in line]
+    assert said == [
+        "a decoding step cannot be captured, so texts are written without CUDA graphs: CUDA error: operation "
+        "not permitted when stream is capturing"
+    ]
 
 
 @pytest.mark.parametrize("steps", [1, 16])  # at a time: of a CPU and of a GPU

@@ -13,7 +13,7 @@ from chorus.ensemble.next_token import Answerer, Choice, NextTokenRule
 from chorus.ensemble.seating import Seating, seat
 from chorus.ensemble.texts import Text
 from chorus.model.agents import Agents, causal_lm
-from chorus.model.kernels.decode_graphs import CapturedStep
+from chorus.model.kernels.decode_graphs import CapturedStep, captured_if_possible
 
 STEPS_AT_A_TIME = 16  # on a GPU
 PROMPTS_ON_A_CPU = 64  # of one wave
@@ -165,7 +165,8 @@ class DecodingBatch:
         with self.lanes.stepping():
             self.lanes.prepare_steps(self.steps)
             if self.is_captured and self.capture is None:
-                self.capture = CapturedStep(self._step, self._counters())
+                self.capture = captured_if_possible(self._step, self._counters())
+                self.is_captured = self.capture is not None
             for _ in range(self.taken):
                 self.capture.replay() if self.capture is not None else self._step()
                 self.lanes.column += 1

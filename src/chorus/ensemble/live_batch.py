@@ -98,6 +98,7 @@ class LiveBatch:
         if self.length is not None and self.is_static and lanes.column + self._batch.steps > self.length:
             lanes.move_to(max(text.num_read for text in self.texts.values()))
         self._batch.advance(steps)
+        self._captured = self._batch.is_captured
         live = _append(self._batch, self.texts)
         self.texts = {number: self.texts[number] for number in live}
 

@@ -3,10 +3,16 @@
 With few texts, launching the kernels one by one takes longer than running them.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from chorus.errors import RunError, out_of_memory
+
+logger = logging.getLogger(__name__)
 
 
 class CapturedStep:
@@ -38,3 +44,28 @@ class CapturedStep:
     def replay(self) -> None:
         """Take one step."""
         self.graph.replay()
+
+
+def captured_if_possible(step: Callable[[], None], counters: Sequence[Tensor]) -> CapturedStep | None:
+    """`CapturedStep`; None, with a warning, where a step waits for the device.
+
+    LLM.int8 does, and some experts do: what they compute next depends on values. Such a step is slower
+    without a graph, and computes the same.
+    """
+    before = [counter.clone() for counter in counters]
+    try:
+        return CapturedStep(step, counters)
+    except RunError:
+        raise
+    except RuntimeError as error:
+        if out_of_memory(error) is not None:
+            raise
+        for counter, value in zip(counters, before, strict=True):
+            counter.copy_(value)
+        _tell(next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__))
+        return None
+
+
+@cache  # once for each reason: every batch of texts would say it
+def _tell(reason: str) -> None:
+    logger.warning("a decoding step cannot be captured, so texts are written without CUDA graphs: %s", reason)
