@@ -18,6 +18,7 @@ from chorus.data.batches import Sample
 from chorus.ensemble.load import load_ensemble
 from chorus.ensemble.scoring import token_log_probs
 from chorus.errors import InputError
+from chorus.model import quantisation
 from chorus.model.quantisation import QUANTISING
 
 FILE = "adapter_model.safetensors"
@@ -246,13 +247,29 @@ def test_a_device_that_is_not_there_is_refused(made: list[Path], device: str):
         load_ensemble(made[:1], device=device)
 
 
+@pytest.mark.parametrize(("key", "dtype"), [("load_in_4bit", torch.uint8), ("load_in_8bit", torch.int8)])
+def test_the_base_of_a_run_is_quantised_as_in_training(
+    key: str, dtype: torch.dtype, base: Path, made: list[Path], tmp_path: Path
+):
+    pytest.importorskip("bitsandbytes")
+    run = describe(tmp_path / "run", base, made[:1], weights=[1.0], config={key: True})
+    stored = {tensor.dtype for tensor in load_ensemble(run).agents.frozen_tensors().values()}
+    assert dtype in stored
+    of_folders = load_ensemble(run / "agents").agents.frozen_tensors().values()
+    assert dtype not in {tensor.dtype for tensor in of_folders}
+
+
 def test_a_folder_without_adapters_is_refused(tmp_path: Path):
     refusal(tmp_path, "holds no adapters")
     refusal([], "no folder")
 
 
 def test_another_base_of_the_same_shape_is_refused_where_the_run_has_left_its_fingerprint(
-    base: Path, made: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: Path,
+    made: list[Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     run = describe(tmp_path / "run", base, made[:1], weights=[1.0])
     state = run / "checkpoints" / "step_000001" / "state.json"
@@ -271,11 +288,14 @@ def test_another_base_of_the_same_shape_is_refused_where_the_run_has_left_its_fi
     }
     state.write_text(json.dumps(entries))
     refusal(run, "differ from those")
-    for (
-        key
-    ) in QUANTISING:  # the fingerprint is that of the quantised base, and the agents are for the plain one
+    # Without bitsandbytes the base is loaded as it is; the fingerprint is that of the quantised one.
+    monkeypatch.setattr(quantisation, "find_spec", lambda name: None)
+    for key in QUANTISING:
         description = json.loads((run / "ensemble.json").read_text()) | {"config": {**config, key: True}}
         (run / "ensemble.json").write_text(json.dumps(description))
         caplog.clear()
         assert load_ensemble(run).names
-        assert f"trained with {key}, and {base} is loaded as it is: scores differ a little" in caplog.text
+        assert (
+            f"trained with {key}; without the package bitsandbytes the base is loaded as it is" in caplog.text
+        )
+        assert f"that {base} is the base of training is not checked" in caplog.text

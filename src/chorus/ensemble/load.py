@@ -29,7 +29,7 @@ from chorus.model.adapters import LoraShape, lora_layers
 from chorus.model.agents import Agents, Mode, build_agents
 from chorus.model.base import load_model, load_skeleton, load_tokenizer
 from chorus.model.flat_adapter import Matrix
-from chorus.model.quantisation import QUANTISING
+from chorus.model.quantisation import QUANTISING, quantisation_of_run
 from chorus.model.regularisation import Regularisation
 from chorus.progress import announced
 
@@ -117,22 +117,24 @@ def load_ensemble(
         names = names_of(source.folders)
         refuse_equal_agents(adapters, names)
     tokenizer = load_tokenizer(base_name)
-    model = load_model(base_name, dtype, torch.device(device), attn_implementation)
-    quantising = [key for key in QUANTISING if (source.description.get("config") or {}).get(key)]
-    if quantising:
-        logger.warning(
-            "the agents were trained with %s, and %s is loaded as it is: scores differ a little from the "
-            "run's own, and that its weights are those is not checked",
-            *(quantising[0], base_name),
-        )
-    elif source.base_fingerprint is not None and base_fingerprint(model) != source.base_fingerprint:
-        raise InputError(
-            f"{base_name}: its weights or architecture differ from those the agents were trained on; restore "
-            f"it, or name its new place with {base_option}"
-        )
+    quantisation = quantisation_of_run(source.description.get("config") or {}, skeleton.config, dtype)
+    model = load_model(base_name, dtype, torch.device(device), attn_implementation, quantisation=quantisation)
+    _check_same_base(model, source, base_name, base_option)
     agents, mixture = _build(model, adapters), source.mixture
-    return Ensemble(
-        *(agents, tokenizer, names, mixture.weights, mixture.temperature, base_name, source.description)
+    about = (names, mixture.weights, mixture.temperature, base_name, source.description)
+    return Ensemble(agents, tokenizer, *about)
+
+
+def _check_same_base(model: PreTrainedModel, source: Source, base_name: str, base_option: str) -> None:
+    """Refuse another base than the run's. Quantised weights depend on where they were quantised: a warning."""
+    if source.base_fingerprint is None or base_fingerprint(model) == source.base_fingerprint:
+        return
+    if any((source.description.get("config") or {}).get(key) for key in QUANTISING):
+        logger.warning("that %s is the base of training is not checked: it was quantised otherwise", base_name)
+        return
+    raise InputError(
+        f"{base_name}: its weights or architecture differ from those the agents were trained on; restore it, "
+        f"or name its new place with {base_option}"
     )
 
 

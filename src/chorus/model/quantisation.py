@@ -5,6 +5,7 @@
 precision of the run.
 """
 
+import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, cast
@@ -17,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from chorus.config.model import ModelSettings
 from chorus.errors import InputError
 from chorus.model.targets import LINEAR
+
+logger = logging.getLogger(__name__)
 
 QUANTISING = ("load_in_4bit", "load_in_8bit")  # keys; at most one is true
 BLOCK = 64  # weights of one block of NF4, with one scale of 8 bits; 256 scales share one of 32
@@ -40,6 +43,32 @@ def quantisation_of(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytes
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def quantisation_of_run(
+    config: Mapping[str, Any], base: PretrainedConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """How a finished run quantised its base, to load it again.
+
+    None: it did not, the base is saved quantised itself, or bitsandbytes is not installed, which is said: the
+    adapters go with the weights as they are, too.
+
+    Args:
+        config: of the run; empty where there is none.
+        base: of the base as it is now.
+    """
+    key = next((key for key in QUANTISING if config.get(key)), None)
+    if key is None or saved_quantisation(base) is not None:
+        return None
+    if find_spec("bitsandbytes") is None:
+        logger.warning(
+            "the agents were trained with %s; without the package bitsandbytes the base is loaded as it is: "
+            "scores differ a little from the run's own, and it takes more memory; "
+            "pip install 'chorus[quantised]'",
+            key,
+        )
+        return None
+    return quantisation_of(ModelSettings.model_validate({key: True}), dtype)
 
 
 def check_asked_quantisation(settings: ModelSettings) -> None:
