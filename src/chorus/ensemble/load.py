@@ -126,11 +126,11 @@ def load_ensemble(
 
 
 def _check_same_base(model: PreTrainedModel, source: Source, base_name: str, base_option: str) -> None:
-    """Refuse another base than the run's. Quantised weights depend on where they were quantised: a warning."""
+    """Refuse another base than the run's; warn where it was quantised, as that differs between devices."""
     if source.base_fingerprint is None or base_fingerprint(model) == source.base_fingerprint:
         return
     if any((source.description.get("config") or {}).get(key) for key in QUANTISING):
-        logger.warning("that %s is the base of training is not checked: it was quantised otherwise", base_name)
+        logger.warning("that %s is the base of training is not checked: it was quantised then", base_name)
         return
     raise InputError(
         f"{base_name}: its weights or architecture differ from those the agents were trained on; restore it, "
