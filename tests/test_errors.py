@@ -13,7 +13,14 @@ from launching import wait_for
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from chorus import errors
-from chorus.errors import InputError, LostProcess, RunError, input_errors_end_the_program, out_of_memory
+from chorus.errors import (
+    InputError,
+    LostProcess,
+    RunError,
+    first_line,
+    input_errors_end_the_program,
+    out_of_memory,
+)
 
 PROGRAM = """
 from chorus.errors import InputError, Preempted, RunError, input_errors_end_the_program
@@ -175,6 +182,13 @@ def test_a_lack_of_memory_is_known_whoever_has_it_and_says_what_was_asked_for(
 )
 def test_no_other_error_is_a_lack_of_memory(error: BaseException):
     assert out_of_memory(error) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("one\ntwo", "one"), ("\n  one \ntwo", "one"), ("", "ValueError")]
+)
+def test_an_error_is_told_by_its_first_line_that_says_something(text: str, line: str):
+    assert first_line(ValueError(text)) == line
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's end")

@@ -76,6 +76,11 @@ def input_errors_end_the_program() -> Iterator[None]:
         os._exit(3)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's text that is not empty; its type where there is none."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 def out_of_memory(error: BaseException) -> str | None:
     """A short description of the request, if the error or one of its causes is an out-of-memory error; None
     otherwise.

@@ -1,6 +1,7 @@
 """The configuration: what is read, what is refused, and in
 which words; test_keys.py goes through the keys."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from launching import PATIENCE_S
 from loading import load, refusal
 from pydantic import ValidationError
 
-from chorus.config import Config, load_config, render
+from chorus.config import Config, as_settings, load_config, render
 from chorus.config.load import config_over
 
 ROOT = Path(__file__).parents[2]
@@ -325,3 +326,16 @@ def test_a_text_key_means_what_it_says_over_a_saved_configuration_too(value: str
         {"lr": 1.0}, ["lr=2.0", "prompt_template=a", "lr=3.0", "prompt_template=b: #"], "a run"
     )
     assert (twice.lr, twice.prompt_template) == (3.0, "b: #")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("prompt_template", text) for text in ("{question}", "Query: {a} # ", "yes", 'it\'s "{a}"', "")),
+        *(("model_name", "null"), ("dataset_subset", None), ("lora_target_modules", ["q_proj", "v_proj"])),
+        *(("use_rslora", True), ("lr", 2e-5), ("lr", [1e-3, 2e-3, 3e-3, 4e-3])),
+    ],
+)
+def test_what_a_remedy_says_to_set_is_read_back_as_that_value(key: str, value: object):
+    settings = shlex.split(as_settings({key: value}))
+    assert getattr(config_over(Config().model_dump(), settings, "a run"), key) == value

@@ -298,4 +298,4 @@ def test_another_base_of_the_same_shape_is_refused_where_the_run_has_left_its_fi
         assert (
             f"trained with {key}; without the package bitsandbytes the base is loaded as it is" in caplog.text
         )
-        assert f"that {base} is the base of training is not checked" in caplog.text
+        assert f"{base} has other weights than the base of training, which was quantised" in caplog.text

@@ -62,6 +62,7 @@ def start_from(agents: Agents, folders: Sequence[Path]) -> None:
     """
     if folders:  # processes may hold other agents, and so read other files
         on_every_process(lambda: _start_own(agents, folders))
+        # Read once more: no log was open when `initial_folders` read them.
         _tell_another_base(folders, base_reference(str(agents.config.name_or_path)))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from peft import LoraConfig
 
 from chorus.checkpoint.manifest import ADAPTER_CONFIG
-from chorus.errors import InputError
+from chorus.errors import InputError, first_line
 
 # Fields of PEFT's LoraConfig that Chorus applies, or that have no effect after training. A folder that
 # sets any other field is refused: it would silently be ignored.
@@ -75,4 +75,4 @@ def read_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig(**known)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{file}: {str(error).splitlines()[0]}; export the adapter again") from error
+        raise InputError(f"{file}: {first_line(error)}; export the adapter again") from error

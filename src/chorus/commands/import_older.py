@@ -23,7 +23,7 @@ from torch import Tensor
 
 from chorus.checkpoint.export import save_ensemble
 from chorus.config import RunConfig
-from chorus.errors import InputError
+from chorus.errors import InputError, first_line
 from chorus.model.adapters import TensorId, lora_shape
 from chorus.model.base import load_skeleton
 
@@ -182,7 +182,7 @@ def _unpickle(file: Path) -> dict[Any, Any]:
             f"{file}: cannot be read ({error.strerror}); {META} asks for it (K_agents)"
         ) from error
     except Exception as error:  # a damaged file raises errors of many types
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+        reason = first_line(error)[:120]
         raise InputError(
             f"{file}: does not hold plain tensors and was not loaded ({reason}); save a state dict of "
             "tensors alone with torch.save, or take another copy"

@@ -100,13 +100,8 @@ FOREIGN_NAMES: dict[str, Answer] = {
     ),
     **_same(
         "init_adapters_from",
-        *(
-            "adapter_name_or_path",
-            "lora_model_dir",
-            "resume_lora_training",
-            "adapter_path",
-            "lora_weights_path",
-        ),
+        *("adapter_name_or_path", "lora_model_dir", "resume_lora_training"),
+        *("adapter_path", "lora_weights_path"),
         note="a run's output_dir, or a list of PEFT LoRA folders, one for each agent",
     ),
     # precision and execution
@@ -165,15 +160,8 @@ FOREIGN_NAMES: dict[str, Answer] = {
     **_same("dataset_subset", "dataset_config", "dataset_config_name", "subset", "config_name"),
     **_same(
         "max_seq_length",
-        *(
-            "max_length",
-            "max_seq_len",
-            "seq_len",
-            "sequence_len",
-            "cutoff_len",
-            "model_max_length",
-            "block_size",
-        ),
+        *("max_length", "max_seq_len", "seq_len", "sequence_len"),
+        *("cutoff_len", "model_max_length", "block_size"),
         note="prompt, completion and end token together",
     ),
     **_same(
@@ -193,26 +181,14 @@ FOREIGN_NAMES: dict[str, Answer] = {
     **_same("num_workers", "dataloader_num_workers", "preprocessing_num_workers", "dataset_num_proc"),
     **_same(
         "completion_template",
-        *(
-            "dataset_text_field",
-            "text_column",
-            "label_column",
-            "response_template",
-            "field_output",
-            "completion_column",
-        ),
+        *("dataset_text_field", "text_column", "label_column"),
+        *("response_template", "field_output", "completion_column"),
         note="such as completion_template=' {answer}', with the column in braces",
     ),
     **_same(
         "prompt_template",
-        *(
-            "template",
-            "prompt_format",
-            "prompt_style",
-            "instruction_template",
-            "field_instruction",
-            "prompt_column",
-        ),
+        *("template", "prompt_format", "prompt_style"),
+        *("instruction_template", "field_instruction", "prompt_column"),
         note="such as 'prompt_template=Question: {question}', with columns in braces",
     ),
     **_none(
@@ -239,12 +215,8 @@ FOREIGN_NAMES: dict[str, Answer] = {
     **_same("max_train_steps", "max_steps", "total_steps", "max_steps_per_epoch", "num_training_steps"),
     **_same(
         "batch_size",
-        *(
-            "per_device_train_batch_size",
-            "micro_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "per_gpu_train_batch_size",
-        ),
+        *("per_device_train_batch_size", "micro_batch_size"),
+        *("train_micro_batch_size_per_gpu", "per_gpu_train_batch_size"),
         *("per_device_batch_size", "micro_batch_size_per_gpu"),
         note=ONE_PROCESS,
     ),

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chorus.checkpoint.manifest import ADAPTER_CONFIG, ADAPTER_FILE
 from chorus.checkpoint.peft_config import read_config
-from chorus.errors import InputError
+from chorus.errors import InputError, first_line
 from chorus.model.targets import LINEAR
 
 PICKLED_FILE = "adapter_model.bin"
@@ -62,9 +62,7 @@ def read_adapter(folder: Path, skeleton: PreTrainedModel) -> AdapterFile:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{file}: cannot be read ({str(error).splitlines()[0]}); copy or export it again"
-        ) from error
+        raise InputError(f"{file}: cannot be read ({first_line(error)}); copy or export it again") from error
     pairs = _pairs(file, tensors)
     linears = {
         name: _sizes(module) for name, module in skeleton.named_modules() if isinstance(module, LINEAR)

@@ -130,7 +130,7 @@ def _check_same_base(model: PreTrainedModel, source: Source, base_name: str, bas
     if source.base_fingerprint is None or base_fingerprint(model) == source.base_fingerprint:
         return
     if any((source.description.get("config") or {}).get(key) for key in QUANTISING):
-        logger.warning("that %s is the base of training is not checked: it was quantised then", base_name)
+        logger.warning("%s has other weights than the base of training, which was quantised", base_name)
         return
     raise InputError(
         f"{base_name}: its weights or architecture differ from those the agents were trained on; restore it, "

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 
 from chorus.ensemble.load import Ensemble
 from chorus.ensemble.next_token import Answerer
-from chorus.errors import InputError
+from chorus.errors import InputError, first_line
 from chorus.harness.choices import choice_scores
 from chorus.harness.model import AnswererLM
 from chorus.harness.passes import SharedPasses
@@ -40,7 +40,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[TaskMan
     try:
         return manager, manager.load(list(names))["tasks"]
     except (OSError, ValueError, KeyError, ConnectionError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         raise InputError(
             f"--tasks {','.join(names)}: a task cannot be loaded ({first}); without a network, name tasks "
             "whose data is on this machine"

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chorus.config import Config
 from chorus.config.per_agent import NumberOrList, of_agent
-from chorus.errors import InputError
+from chorus.errors import InputError, first_line
 from chorus.model.flat_adapter import Factors, Layout, Matrix
 from chorus.model.kernels.lora_linear import lora_linear
 from chorus.model.regularisation import Noise
@@ -246,8 +246,7 @@ def _first_adapter(model: PreTrainedModel, lora_config: LoraConfig, agent: int) 
         return get_peft_model(model, lora_config, adapter_name=adapter_name(agent))  # pyright: ignore
     except ValueError as error:  # such as a layer of Mamba whose forward would bypass an adapter
         raise InputError(
-            f"key 'lora_target_modules': {next(iter(str(error).splitlines()), error)}; leave modules out by "
-            "lora_exclude_modules"
+            f"key 'lora_target_modules': {first_line(error)}; leave modules out by lora_exclude_modules"
         ) from error
 
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from chorus.errors import InputError, out_of_memory
+from chorus.errors import InputError, first_line, out_of_memory
 
 AGAIN = "download the base again, or convert it again"
 MEDIA_TOKEN = re.compile(r"(image|video|audio|boi|eoi|boa|eoa)_token_(id|index)")  # names in a config
@@ -48,7 +48,7 @@ def model_errors_named(model_name: str) -> Iterator[None]:
         damaged = _damaged_file(model_name)
         if damaged is not None:
             raise InputError(f"key 'model_name': {damaged}") from error
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        reason = first_line(error)
         if isinstance(error, ImportError):  # Gemma 3n's tower needs timm, though no text passes through it
             reason = " ".join(str(error).split())  # how to install it comes in the lines after the first
             raise InputError(f"key 'model_name': {model_name} cannot be loaded: {reason}") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
-from chorus.errors import RunError, out_of_memory
+from chorus.errors import RunError, first_line, out_of_memory
 from chorus.spans import span
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class CapturedPasses:
         except RuntimeError as error:
             if out_of_memory(error) is not None:  # within a capture another error is raised on top of it
                 raise
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            reason = first_line(error)
             if not self.may_fall_back:
                 raise RunError(
                     f"key 'cuda_graphs': a pass cannot be captured: {reason}; set it to false"

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from chorus.errors import RunError, out_of_memory
+from chorus.errors import RunError, first_line, out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def captured_if_possible(step: Callable[[], None], counters: Sequence[Tensor]) -
             raise
         for counter, value in zip(counters, before, strict=True):
             counter.copy_(value)
-        _tell(next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__))
+        _tell(first_line(error))
         return None
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chorus.config.execution import Recompute
-from chorus.errors import InputError, RunError, out_of_memory
+from chorus.errors import InputError, RunError, first_line, out_of_memory
 from chorus.model.adapters import AdapterRouter
 from chorus.model.kernels.joined_linears import joining
 from chorus.model.kernels.lora_linear import ONE, SEVERAL
@@ -177,7 +177,7 @@ def _run(
     except (TorchDynamoException, InductorError) as error:
         if out_of_memory(error) is not None:
             raise
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        reason = first_line(error)
         if not compilation.may_fall_back:
             raise RunError(
                 f"key 'compile': {type(layer).__name__} cannot be compiled whole: {reason}; set it to false"
