@@ -126,7 +126,7 @@ def exceeds_seeds(row: Row, other: Row, score: str) -> bool:
 
 
 def is_clearly_better(row: Row, other: Row, score: str, sign: int) -> bool:
-    """Whether it is so outside the interval, and beyond the seeds."""
+    """Whether it is so outside the interval, and the difference exceeds the spread over seeds."""
     return is_better(row, other, score, sign) and exceeds_seeds(row, other, score)
 
 
